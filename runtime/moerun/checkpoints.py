@@ -1,4 +1,4 @@
-"""Finding a checkpoint: the bundled model by name, a local folder, or a model of the Hugging Face hub."""
+"""Finding a checkpoint: the bundled model by name, a local folder, or one of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from moerun.errors import RunError
 
 TINY = "tiny"
 _BUNDLED = {TINY: Path(__file__).parent / "models" / "tiny"}
-# Everything a checkpoint needs and no second copy of its weights in another format.
+# Everything a checkpoint needs, and no second copy of its weights in another format or folder.
 _WANTED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_UNWANTED_FILES = ["*/*", "consolidated*"]
 
 
 def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder that holds a checkpoint, downloading it where it is neither bundled nor local.
+    """The local folder that holds a checkpoint, downloaded where it is neither bundled nor local.
 
     Raises RunError when the folder holds no config.json or the hub cannot give the model.
     """
@@ -27,32 +28,38 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
         raise RunError(f"{local} is a file: give the folder of a checkpoint")
     if local.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise RunError(
-            f"there is no model {name!r}: give {TINY!r} (bundled), a local folder, or owner/name of the hub"
+            f"there is no model {name!r}: give {TINY!r} (bundled), a local folder, "
+            "or owner/name of a model on the Hugging Face hub"
         )
     return _download(name, revision)
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_WANTED_FILES))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=_WANTED_FILES,
+                ignore_patterns=_UNWANTED_FILES,
+            )
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise RunError(
             f"the Hugging Face hub has no model {repository!r}{at} that it would give you: "
             "check the name, or log in if it is gated"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:  # the hub's transport library, and so its errors, changes by version
         raise RunError(
-            f"model {repository!r} is not a local folder and the Hugging Face hub could not be reached: "
-            "check the network, or download it elsewhere and give the folder"
+            f"model {repository!r} is not a local folder and the Hugging Face hub did not give it "
+            f"({type(error).__name__}): check the network, or download it elsewhere and give "
+            "the folder"
         ) from error
