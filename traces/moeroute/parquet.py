@@ -1,0 +1,138 @@
+"""Rows to polars frames and back: the one place that knows how the schema lies in Parquet.
+
+polars is imported inside functions: the package must start without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeroute.schema import PHASES, PREDICTED, Rows, TraceError, TraceMeta, column_spec
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_MAGIC = b"PAR1"
+
+
+def column_type(name: str, meta: TraceMeta) -> pl.DataType:
+    """The polars type of column `name` in a trace of `meta`."""
+    import polars as pl
+
+    if name == "phase":
+        return pl.Enum(PHASES)
+    spec = column_spec(name)
+    assert spec is not None
+    item = getattr(pl, {"u": "UInt", "f": "Float"}[spec.dtype.kind] + str(spec.dtype.itemsize * 8))
+    width = meta.width(name)
+    return pl.Array(item, width) if width else item()
+
+
+def frame_from_rows(rows: Rows, meta: TraceMeta) -> pl.DataFrame:
+    """A frame of checked rows; an all-NaN prediction becomes null."""
+    import polars as pl
+
+    series = []
+    for name, column in rows.columns().items():
+        dtype = column_type(name, meta)
+        if name == "phase":
+            names = pl.Series(name, PHASES, dtype=dtype)
+            series.append(names.gather(column))
+        else:
+            series.append(pl.Series(name, np.ascontiguousarray(column), dtype=dtype))
+    frame = pl.DataFrame(series)
+    gone = {
+        name: np.isnan(column).all(axis=1)
+        for name, column in rows.columns().items()
+        if name.startswith(PREDICTED)
+    }
+    return frame.with_columns(
+        pl.when(pl.Series(absent)).then(None).otherwise(pl.col(name)).alias(name)
+        for name, absent in gone.items()
+    )
+
+
+def array_from_series(series: pl.Series, where: str, first_row: int = 0) -> NDArray[Any]:
+    """The NumPy array of one column, without a copy where polars can; may be read-only.
+
+    Null predictions become NaN rows. Raises TraceError on any other null.
+    """
+    spec = column_spec(series.name)
+    assert spec is not None
+    predicted = series.name.startswith(PREDICTED)
+    if series.null_count() and not predicted:
+        row = first_row + int(series.is_null().arg_max() or 0)
+        raise TraceError(f"{where}: row {row}, column {series.name}: there is no value")
+    if series.name == "phase":
+        series = series.to_physical()
+    array = series.to_numpy()
+    if array.dtype != spec.dtype:  # nulls inside a list make polars widen
+        raise TraceError(f"{where}: column {series.name}: a list has a hole")
+    return array
+
+
+def write_frame(frame: pl.LazyFrame, path: Path, metadata: Mapping[str, str], level: int) -> None:
+    """Stream `frame` to `path` and onto the disk; zstd at `level`, or lz4 where it is 0."""
+    with naming_errors(path):
+        frame.sink_parquet(
+            path,
+            compression="zstd" if level else "lz4",
+            compression_level=level or None,
+            row_group_size=1 << 16,
+            metadata=dict(metadata),
+            sync_on_close="all",
+            engine="streaming",
+        )
+
+
+def scan(path: Path) -> pl.LazyFrame:
+    """A lazy frame over one trace file. Raises TraceError if it is not a whole Parquet file."""
+    import polars as pl
+
+    check_whole(path)
+    with naming_errors(path):
+        frame = pl.scan_parquet(path, glob=False)
+        frame.collect_schema()
+    return frame
+
+
+def check_whole(path: Path) -> None:
+    """Raise TraceError unless `path` begins and ends as a Parquet file does."""
+    partial = partial_folder(path)
+    if not path.exists():
+        hint = f"; {partial} is an unfinished one, resume it" if partial.is_dir() else ""
+        raise TraceError(f"{path}: there is no such trace{hint}")
+    if path.is_dir():
+        raise TraceError(f"{path}: is a folder, not a trace")
+    with path.open("rb") as file:
+        start = file.read(len(_MAGIC))
+        size = file.seek(0, 2)
+        file.seek(max(0, size - len(_MAGIC)))
+        end = file.read()
+    if start != _MAGIC:
+        raise TraceError(f"{path}: not a routing trace (not a Parquet file)")
+    if end != _MAGIC or size < 12:
+        raise TraceError(f"{path}: truncated: the file ends in the middle ({size} bytes)")
+
+
+def partial_folder(path: Path) -> Path:
+    """Where an unfinished trace that is to become `path` lies."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Turn polars' errors into TraceError naming `path`; OSError (a full disk) passes."""
+    from polars.exceptions import PolarsError
+
+    try:
+        yield
+    except PolarsError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(f"{path}: cannot be read or written as a trace ({reason})") from error

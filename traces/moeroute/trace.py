@@ -1,0 +1,190 @@
+"""Lazy reading of traces: only the columns asked for, as NumPy arrays."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeroute.check import RowChecker, check_names
+from moeroute.parquet import array_from_series, column_type, naming_errors, scan
+from moeroute.schema import (
+    META_KEY,
+    Rows,
+    TraceError,
+    TraceMeta,
+    column_names,
+    column_spec,
+    rows_from_columns,
+)
+
+SAMPLES = Path(__file__).parent / "samples"
+_BATCH_ROWS = 1 << 18
+
+
+def sample_names() -> list[str]:
+    """The names of the traces that ship with the package."""
+    return sorted(path.stem for path in SAMPLES.glob("*.parquet"))
+
+
+def find_trace(path_or_name: str | Path) -> Path:
+    """The file a path or a sample's name stands for. Raises TraceError, listing the samples.
+
+    A bare sample name means the sample; write ./tiny for a file of that name.
+    """
+    text = str(path_or_name)
+    names = sample_names()
+    if text in names:
+        return SAMPLES / f"{text}.parquet"
+    path = Path(path_or_name)
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    near = difflib.get_close_matches(text, names, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise TraceError(
+        f"no trace {text!r}: {meant}there is no such file, and the samples are: "
+        f"{', '.join(names) or 'none'}"
+    )
+
+
+def open_trace(path_or_name: str | Path) -> Trace:
+    """Open a trace by its file or a sample's name; reads the metadata only.
+
+    Raises TraceError if the file is missing, truncated, not a trace, or lacks required columns.
+    """
+    return Trace(find_trace(path_or_name))
+
+
+class Trace:
+    """One trace file. Columns are read when asked for and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._frame = scan(path)
+        self.meta = _read_meta(path)
+        self.columns = self._check_columns()
+
+    def __repr__(self) -> str:
+        return f"Trace({str(self.path)!r}, {self.title}, {self.n_rows} rows)"
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows: (token, layer) pairs."""
+        import polars as pl
+
+        with naming_errors(self.path):
+            return int(self._frame.select(pl.len()).collect().item())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, as sha256sum prints it."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def title(self) -> str:
+        """Model and, unless it was recorded from that model, where the trace is from."""
+        source = self.meta.source
+        return self.meta.model + ("" if source == "recorded" else f" ({source})")
+
+    def describe(self) -> str:
+        """A few lines for people: what the trace is of, how big, and what it can be used for."""
+        meta = self.meta
+        tokens = (self.n_rows + meta.missing_rows) // meta.n_layers
+        lines = [
+            f"{self.title}: {tokens} tokens x {meta.n_layers} layers, "
+            f"top-{meta.top_k} of {meta.n_experts} experts",
+            f"file: {self.path} (sha256 {self.digest[:12]})",
+            f"columns: {', '.join(self.columns)}",
+        ]
+        if meta.source == "synthetic":
+            lines.insert(1, f"synthetic: generated from seed {meta.seed}, not recorded")
+        if meta.missing_rows:
+            lines.append(f"the recorder lost {meta.missing_rows} (token, layer) rows")
+        if meta.prediction:
+            lines.append(f"predictions: {meta.prediction}, up to {meta.horizon} layers ahead")
+        lines += [f"{name}: {note}" for name, note in meta.notes.items()]
+        return "\n".join(lines)
+
+    def has(self, column: str) -> bool:
+        """Whether the trace has `column`."""
+        return column in self.columns
+
+    def require(self, column: str, needed_by: str) -> None:
+        """Raise TraceError naming `column`, the file and `needed_by` if the trace lacks it."""
+        if not self.has(column):
+            raise TraceError(
+                f"{self.path}: no column {column}, which {needed_by} needs; "
+                f"the trace has {', '.join(self.columns)}"
+            )
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One column: [n] or, for list columns, [n, K] or [n, E]; may be read-only.
+
+        `phase` is 0 for prompt, 1 for decode; a row without a prediction is NaN.
+        """
+        return self.arrays(name)[name]
+
+    def arrays(
+        self, *names: str, start: int = 0, stop: int | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Several columns in one read, of rows start..stop-1 (default: all)."""
+        for name in names:
+            self.require(name, "the caller")
+        length = None if stop is None else max(0, stop - start)
+        with naming_errors(self.path):
+            frame = self._frame.select(names).slice(start, length).collect()
+        return {name: array_from_series(frame[name], str(self.path), start) for name in names}
+
+    def batches(self, n_rows: int = _BATCH_ROWS) -> Iterator[Rows]:
+        """All rows, `n_rows` at a time."""
+        for start in range(0, self.n_rows, n_rows):
+            yield rows_from_columns(self.arrays(*self.columns, start=start, stop=start + n_rows))
+
+    def validate(self) -> None:
+        """Read everything and raise TraceError at the first thing wrong, by row and column."""
+        check = RowChecker(self.meta, str(self.path))
+        for rows in self.batches():
+            check.add(rows)
+        check.finish()
+        if not self.n_rows:
+            raise TraceError(f"{self.path}: has no rows")
+
+    def _check_columns(self) -> tuple[str, ...]:
+        """The trace's columns in the schema's order; unknown ones are left alone."""
+        schema = self._frame.collect_schema()
+        check_names(schema.names(), str(self.path))
+        for name, found in schema.items():
+            if column_spec(name) is not None and found != column_type(name, self.meta):
+                raise TraceError(
+                    f"{self.path}: column {name} is {found}, not {column_type(name, self.meta)}"
+                )
+        for name in column_names(self.meta.horizon):
+            if name.startswith("predicted") and name not in schema:
+                raise TraceError(f"{self.path}: no column {name}, which the metadata promises")
+        return tuple(name for name in column_names(self.meta.horizon) if name in schema)
+
+
+def _read_meta(path: Path) -> TraceMeta:
+    import polars as pl
+
+    with naming_errors(path):
+        found = pl.read_parquet_metadata(path).get(META_KEY)
+    if found is None:
+        raise TraceError(f"{path}: not a routing trace (a Parquet file without trace metadata)")
+    try:
+        return TraceMeta.from_json(found)
+    except TraceError as error:
+        raise TraceError(f"{path}: {error}") from None
+
+
+def tokens_of(sequence: NDArray[np.uint32], position: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Number the tokens of sorted rows 0, 1, ...: [n] -> [n]."""
+    new = (np.diff(sequence) != 0) | (np.diff(position) != 0)
+    return np.concatenate(([0], np.cumsum(new))).astype(np.int64)[: len(sequence)]
