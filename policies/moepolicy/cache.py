@@ -1,0 +1,179 @@
+"""The state machine as an object: what SimPy and the live runtime hold, with events and a journal.
+
+``ExpertCache`` adds nothing to the decisions. It names them, tells observers, and can keep the
+journal of calls from which ``replay_journal`` reproduces a run without any clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy import machine
+from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.state import N_DEMAND, N_EVENTS, PLACE, UNUSED, Cache, Kind, check, new_cache
+from moepolicy.steps import Step
+
+
+class Transfer(NamedTuple):
+    """A copy that starts now: the key's record goes to ``slot``."""
+
+    key: int
+    slot: int
+    speculative: bool
+
+
+class Event(NamedTuple):
+    """One decision. ``other`` is what ``Kind`` says it is, or -1."""
+
+    kind: Kind
+    step: int
+    key: int
+    other: int
+
+
+class Call(IntEnum):
+    """The calls that drive the state machine; a journal is a list of (call, key)."""
+
+    BEGIN = 0
+    START = 1
+    FINISH = 2
+    CONSUME = 3
+    END = 4
+
+
+Journal = list[tuple[int, int]]
+Observer = Callable[[Event], None]
+
+
+class ExpertCache:
+    """A cache of experts under one policy.
+
+    Drive it like this, a step at a time; ``start`` and ``finish`` may come at any moment, also
+    between steps, but never two calls at once::
+
+        outcome = cache.begin(step)          # HIT, LATE or MISS for each key of step.experts
+        while (copy := cache.start()):       # whenever the link could take one
+            ...                              # bring copy.key's record into copy.slot
+            cache.finish(copy.key)           # when it has arrived
+        cache.consume(key)                   # as each expert's compute is done
+        cache.end()
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        policy: Policy,
+        *,
+        name: str | None = None,
+        observers: Sequence[Observer] = (),
+        journal: Journal | None = None,
+    ) -> None:
+        self.policy = policy
+        self.name = name or type(policy).__name__
+        self.observers = list(observers)
+        self.journal = journal
+        n_keys = context.n_layers * context.n_experts
+        # No call decides more than a few things about each key.
+        self.arrays: Cache = new_cache(context, policy, n_events=6 * n_keys + 64)
+        self._outcome = np.zeros(context.n_experts, np.int8)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots over cache and staging together: the records a device arena must hold."""
+        return int(self.arrays.residents.size + self.arrays.staged.size)
+
+    def begin(self, step: Step) -> NDArray[np.int8]:
+        """Pin a step's demand; returns HIT, LATE or MISS for each key of ``step.experts``."""
+        outcome = self._outcome[: len(step.experts)]
+        with self._call(Call.BEGIN, step.number):
+            machine.begin(self.arrays, self.policy, step, outcome)
+        return outcome
+
+    def start(self) -> Transfer | None:
+        """The copy that starts now, its slot already emptied; None when none can."""
+        with self._call(Call.START, -1):
+            key = machine.start(self.arrays, self.policy)
+        if key < 0:
+            return None
+        row = self.arrays.keys[key]
+        return Transfer(key, int(row[PLACE]), bool(row[UNUSED]))
+
+    def finish(self, key: int) -> None:
+        """The copy of ``key`` has arrived."""
+        with self._call(Call.FINISH, key):
+            machine.finish(self.arrays, self.policy, key)
+
+    def consume(self, key: int) -> None:
+        """The step's compute has finished with ``key``."""
+        with self._call(Call.CONSUME, key):
+            machine.consume(self.arrays, key)
+
+    def end(self) -> None:
+        """All of the step's experts have been computed."""
+        with self._call(Call.END, -1):
+            machine.end(self.arrays, self.policy)
+
+    def slot_of(self, key: int) -> int:
+        """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
+        return int(self.arrays.keys[key, PLACE])
+
+    def count(self, kind: Kind) -> int:
+        return int(self.arrays.counters[kind])
+
+    def in_step(self) -> bool:
+        return bool(self.arrays.scalars[N_DEMAND])
+
+    def check(self) -> None:
+        """AssertionError if an invariant of the state machine does not hold."""
+        check(self.arrays)
+
+    @contextmanager
+    def _call(self, call: Call, key: int) -> Iterator[None]:
+        if self.journal is not None:
+            self.journal.append((int(call), key))
+        try:
+            yield
+        except Exception as error:
+            raise PolicyError(f"policy '{self.name}' failed: {error}") from error
+        finally:
+            self._publish()
+
+    def _publish(self) -> None:
+        n = self.arrays.scalars[N_EVENTS]
+        if self.observers and n:
+            for kind, step, key, other in self.arrays.events[:n].tolist():
+                event = Event(Kind(kind), step, key, other)
+                for observe in self.observers:
+                    observe(event)
+        self.arrays.scalars[N_EVENTS] = 0
+
+
+def replay_journal(cache: ExpertCache, steps: Iterable[Step], journal: Journal) -> None:
+    """Drive ``cache`` by a journal in place of a clock.
+
+    ``steps`` are those of the run that wrote the journal, in order. Raises PolicyError where the
+    journal does not fit them: it names a finish of a key that is not travelling, say.
+    """
+    upcoming = iter(steps)
+    for call, key in journal:
+        if call == Call.BEGIN:
+            step = next(upcoming, None)
+            if step is None or step.number != key:
+                raise PolicyError(f"the journal begins step {key}, which the trace does not have")
+            cache.begin(step)
+        elif call == Call.START:
+            cache.start()
+        elif call == Call.FINISH:
+            if cache.slot_of(key) < 0:
+                raise PolicyError(f"the journal finishes key {key}, which is not travelling")
+            cache.finish(key)
+        elif call == Call.CONSUME:
+            cache.consume(key)
+        else:
+            cache.end()

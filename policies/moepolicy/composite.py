@@ -1,0 +1,48 @@
+"""One policy made of two: an eviction rule and a prefetcher."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.policy import Policy
+from moepolicy.steps import Step
+
+
+class Composite(Policy):
+    """``eviction`` chooses victims, ``prefetcher`` names keys to fetch; both are told all."""
+
+    def __init__(self, eviction: Policy, prefetcher: Policy) -> None:
+        self.eviction = eviction
+        self.prefetcher = prefetcher
+        self.staging = max(eviction.staging, prefetcher.staging)
+        self.stage_prefetches = prefetcher.stage_prefetches
+
+    @property
+    def parts(self) -> tuple[Policy, Policy]:
+        return self.eviction, self.prefetcher
+
+    def on_step(self, step: Step) -> None:
+        self.eviction.on_step(step)
+        self.prefetcher.on_step(step)
+
+    def on_hit(self, key: int, now: int) -> None:
+        self.eviction.on_hit(key, now)
+        self.prefetcher.on_hit(key, now)
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        self.eviction.on_load(key, speculative, now)
+        self.prefetcher.on_load(key, speculative, now)
+
+    def on_evict(self, key: int) -> None:
+        self.eviction.on_evict(key)
+        self.prefetcher.on_evict(key)
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        return self.eviction.victim(layer, incoming, candidates)
+
+    def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
+        return self.eviction.retain(layer, key, candidates)
+
+    def prefetch(self, step: Step) -> NDArray[np.int32]:
+        return self.prefetcher.prefetch(step)

@@ -1,0 +1,85 @@
+"""Eviction from what has been seen so far: LRU, LFU, FIFO, random, static top-N."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.selection import lowest
+
+
+class Lru(Policy):
+    """Evict the least recently used expert (the cache of arXiv 2312.17238)."""
+
+    def __init__(self, context: Context) -> None:
+        self.used = np.zeros(context.n_layers * context.n_experts, np.int64)
+
+    def on_hit(self, key: int, now: int) -> None:
+        self.used[key] = now
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        self.used[key] = now
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        return lowest(self.used, candidates)
+
+
+class Fifo(Policy):
+    """Evict the expert that was loaded first."""
+
+    def __init__(self, context: Context) -> None:
+        self.loaded = np.zeros(context.n_layers * context.n_experts, np.int64)
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        self.loaded[key] = now
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        return lowest(self.loaded, candidates)
+
+
+class Lfu(Policy):
+    """Evict the expert used least often since the start, resident or not (perfect LFU)."""
+
+    def __init__(self, context: Context) -> None:
+        self.uses = np.zeros(context.n_layers * context.n_experts, np.int64)
+
+    def on_hit(self, key: int, now: int) -> None:
+        self.uses[key] += 1
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        if not speculative:
+            self.uses[key] += 1
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        return lowest(self.uses, candidates)
+
+
+class Random(Policy):
+    """Evict any expert, each with equal chance; ``seed`` makes it repeat."""
+
+    def __init__(self, context: Context, seed: int = 0) -> None:
+        if seed < 0:
+            raise PolicyError(f"random: seed must be 0 or more, not {seed}")
+        self.state = np.array([(seed * 16807 + 1043618065) % 2_147_483_646 + 1], np.int64)
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        # Park and Miller's generator: no product overflows int64, compiled or interpreted.
+        self.state[0] = self.state[0] * 48271 % 2_147_483_647
+        return int(candidates[self.state[0] % len(candidates)])
+
+
+class Static(Policy):
+    """Keep the experts most used in a calibration trace; the others pass through staging."""
+
+    requires = frozenset({"counts"})
+
+    def __init__(self, context: Context) -> None:
+        if context.counts is None:
+            raise PolicyError("policy 'static' needs the expert counts of a calibration trace")
+        self.uses = context.counts.astype(np.int64).ravel()
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        least = lowest(self.uses, candidates)
+        # Strictly more: among equals the first that came stays, and nothing is exchanged in vain.
+        return least if self.uses[incoming] > self.uses[least] else -1

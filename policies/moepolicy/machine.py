@@ -1,0 +1,440 @@
+"""The state machine of expert caching: every decision, once, for simulation and live runs alike.
+
+Plain functions over NumPy arrays, so that numba can compile them as they stand. They know
+nothing of time: a driver (SimPy, the fast replay, the live runtime) calls ``begin`` and ``end``
+around each expert step, ``start`` whenever its link could take a copy, ``finish`` when a copy has
+arrived and ``consume`` when an expert's compute is done. The decisions are a deterministic
+function of that sequence of calls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.policy import Policy
+from moepolicy.state import (
+    ABSENT,
+    BYPASS,
+    CANCEL,
+    CONSUMED,
+    DEMAND,
+    DROP,
+    EVICT,
+    HIT,
+    LATE,
+    LAYER,
+    LOAD,
+    LOADING,
+    MISS,
+    N_DEMAND,
+    N_EVENTS,
+    N_FREE_STAGING,
+    N_STAGED,
+    NEXT,
+    PINNED,
+    PLACE,
+    PREFETCH,
+    PREVIOUS,
+    PROMOTE,
+    QUEUE,
+    QUEUE_PREFETCH,
+    QUEUED,
+    RESIDENT,
+    SPECULATE,
+    STAGED,
+    STATUS,
+    STEP,
+    TRANSIENT,
+    UNUSED,
+    USELESS,
+    Cache,
+)
+from moepolicy.steps import Step
+
+
+def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -> None:
+    """A step's demand is known: pin it, tell hits from misses, queue misses and prefetches.
+
+    ``outcome`` [n] is filled with HIT, LATE or MISS for each key of ``step.experts``.
+    """
+    n = len(step.experts)
+    cache.scalars[STEP] = step.number
+    cache.scalars[LAYER] = step.layer
+    cache.scalars[N_DEMAND] = n
+    policy.on_step(step)
+    for rank in range(n):
+        key = step.experts[rank]
+        cache.demand[rank] = key
+        cache.keys[key, PINNED] = 1
+        cache.stamp[key] = step.number * (cache.n_experts + 1) + n - rank
+    if cache.prefetching:
+        _disprove(cache, policy, step.layer)
+    for rank in range(n):
+        outcome[rank] = _request(cache, step.experts[rank])
+    for rank in range(n - 1, -1, -1):
+        key = step.experts[rank]
+        if outcome[rank] != MISS:
+            policy.on_hit(key, cache.stamp[key])
+    if cache.prefetching:
+        for rank in range(n):
+            key = step.experts[rank]
+            if outcome[rank] != MISS and cache.keys[key, STAGED]:
+                _promote(cache, policy, key)
+        _queue_prefetches(cache, policy, step)
+
+
+def start(cache: Cache, policy: Policy) -> int:
+    """The key whose copy starts now, its slot chosen and emptied; -1 when none can start.
+
+    Demand goes before prefetch. A demand that waits for a staging buffer holds everything behind
+    it back, so that the order of demanded copies never depends on the clock.
+    """
+    key = int(cache.ends[DEMAND, 0])
+    if key >= 0:
+        return _start_demand(cache, policy, key)
+    key = int(cache.ends[PREFETCH, 0])
+    while key >= 0:
+        _leave_queue(cache, key)
+        slot = _prefetch_slot(cache, policy, key)
+        if slot >= 0:
+            cache.keys[key, UNUSED] = 1
+            _load(cache, policy, key, slot, SPECULATE)
+            return key
+        _note(cache, DROP, key, -1)
+        key = int(cache.ends[PREFETCH, 0])
+    return -1
+
+
+def finish(cache: Cache, policy: Policy, key: int) -> None:
+    """The copy of ``key`` has arrived."""
+    row = cache.keys[key]
+    row[STATUS] = RESIDENT
+    if row[TRANSIENT] and not row[PINNED]:
+        _discard(cache, policy, key)
+
+
+def consume(cache: Cache, key: int) -> None:
+    """The step's compute has finished with ``key``; a bypassed expert's buffer may be reused."""
+    cache.keys[key, CONSUMED] = 1
+
+
+def end(cache: Cache, policy: Policy) -> None:
+    """All of the step's experts are computed: pins drop, bypassed experts go."""
+    for rank in range(cache.scalars[N_DEMAND]):
+        key = cache.demand[rank]
+        cache.keys[key, PINNED] = 0
+        cache.keys[key, CONSUMED] = 0
+    i = 0
+    while i < cache.scalars[N_STAGED]:
+        key = int(cache.staged[i])
+        if not (cache.keys[key, TRANSIENT] and cache.keys[key, STATUS] == RESIDENT):
+            i += 1
+        elif not (cache.retaining and _retain(cache, policy, key)):
+            _discard(cache, policy, key)
+    cache.scalars[N_DEMAND] = 0
+
+
+def _note(cache: Cache, kind: int, key: int, other: int) -> None:
+    cache.counters[kind] += 1
+    if cache.events.shape[0]:
+        i = cache.scalars[N_EVENTS]
+        if i == cache.events.shape[0]:
+            raise IndexError("the event buffer is full")
+        cache.events[i, 0] = kind
+        cache.events[i, 1] = cache.scalars[STEP]
+        cache.events[i, 2] = key
+        cache.events[i, 3] = other
+        cache.scalars[N_EVENTS] = i + 1
+
+
+def _request(cache: Cache, key: int) -> int:
+    """Tell hit from late from miss, and queue a miss; a prefetch found useful is used now."""
+    row = cache.keys[key]
+    if row[STATUS] == RESIDENT:
+        kind = HIT
+    elif row[STATUS] == LOADING:
+        kind = LATE
+        row[TRANSIENT] = 0  # disproved for an earlier token, wanted after all
+    else:
+        kind = MISS
+        if row[STATUS] == QUEUED:
+            _leave_queue(cache, key)
+        _join_queue(cache, key, DEMAND)
+    row[UNUSED] = 0
+    _note(cache, kind, key, -1)
+    return kind
+
+
+def _disprove(cache: Cache, policy: Policy, layer: int) -> None:
+    """The gate of ``layer`` has spoken: what was guessed for it and is not wanted goes."""
+    first = layer * cache.n_experts
+    if cache.ends[PREFETCH, 0] >= 0:
+        for key in range(first, first + cache.n_experts):
+            row = cache.keys[key]
+            if row[STATUS] == QUEUED and not row[PINNED]:
+                _leave_queue(cache, key)
+                _note(cache, CANCEL, key, -1)
+    i = 0
+    while i < cache.scalars[N_STAGED]:
+        key = int(cache.staged[i])
+        row = cache.keys[key]
+        if key // cache.n_experts != layer or row[PINNED]:
+            i += 1
+        elif row[STATUS] == LOADING:
+            row[TRANSIENT] = 1
+            i += 1
+        else:
+            _discard(cache, policy, key)
+
+
+def _queue_prefetches(cache: Cache, policy: Policy, step: Step) -> None:
+    wanted = policy.prefetch(step)
+    for i in range(len(wanted)):
+        key = int(wanted[i])
+        if key < 0 or key >= cache.keys.shape[0]:
+            raise ValueError("prefetch named a key that does not exist")
+        if cache.keys[key, STATUS] == ABSENT:
+            _join_queue(cache, key, PREFETCH)
+            _note(cache, QUEUE_PREFETCH, key, -1)
+
+
+def _start_demand(cache: Cache, policy: Policy, key: int) -> int:
+    row = cache.keys[key]
+    slot = -1
+    if not row[TRANSIENT]:
+        slot = _claim_slot(cache, policy, key)
+        if slot < 0:
+            # Decided once: asking the policy again later would make it depend on the clock.
+            row[TRANSIENT] = 1
+            _note(cache, BYPASS, key, -1)
+    if row[TRANSIENT]:
+        slot = _claim_buffer(cache, policy)
+        if slot < 0:
+            return -1
+        _stage(cache, key)
+    _leave_queue(cache, key)
+    _load(cache, policy, key, slot, LOAD)
+    return key
+
+
+def _load(cache: Cache, policy: Policy, key: int, slot: int, kind: int) -> None:
+    row = cache.keys[key]
+    row[STATUS] = LOADING
+    row[PLACE] = slot
+    _note(cache, kind, key, slot)
+    if kind == LOAD:
+        policy.on_load(key, False, cache.stamp[key])
+    else:
+        policy.on_load(key, True, cache.scalars[STEP] * (cache.n_experts + 1))
+
+
+def _prefetch_slot(cache: Cache, policy: Policy, key: int) -> int:
+    """A place for a prefetch: a free staging buffer or, as the policy says, a cache slot."""
+    if not cache.stage_prefetches:
+        return _claim_slot(cache, policy, key)
+    n = cache.scalars[N_FREE_STAGING]
+    if n == 0:
+        return -1
+    cache.scalars[N_FREE_STAGING] = n - 1
+    _stage(cache, key)
+    return int(cache.free_staging[n - 1])
+
+
+def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
+    """A cache slot for ``key``, which becomes a resident: a free one, or a victim's; else -1."""
+    domain = _domain(cache, key)
+    if cache.n_free[domain]:
+        cache.n_free[domain] -= 1
+        slot = int(cache.free[domain, cache.n_free[domain]])
+    else:
+        candidates = _candidates(cache, domain)
+        if len(candidates) == 0:
+            return -1
+        layer = key // cache.n_experts
+        slot = _take_from(cache, policy, policy.victim(layer, key, candidates), key)
+        if slot < 0:
+            return -1
+    _add_resident(cache, domain, key)
+    return slot
+
+
+def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
+    """Evict ``victim`` for ``incoming`` and return its slot; -1 where the policy declined."""
+    if victim < 0:
+        return -1
+    if victim >= cache.keys.shape[0]:
+        raise ValueError("victim named a key that does not exist")
+    row = cache.keys[victim]
+    domain = _domain(cache, victim)
+    if row[STATUS] != RESIDENT or row[PINNED] or row[STAGED] or domain != _domain(cache, incoming):
+        raise ValueError("victim named a key that was not among the candidates")
+    slot = int(row[PLACE])
+    _note(cache, EVICT, victim, incoming)
+    _remove_resident(cache, domain, victim)
+    _leave_device(cache, policy, victim)
+    return slot
+
+
+def _claim_buffer(cache: Cache, policy: Policy) -> int:
+    """A staging buffer for a demanded expert; -1 while it must wait for one.
+
+    Free ones first, then the oldest unpinned guess, then the oldest bypass of this step once its
+    compute is done: in order of their starts, whatever order they arrived in.
+    """
+    if cache.scalars[N_FREE_STAGING] == 0:
+        for i in range(cache.scalars[N_STAGED]):
+            key = int(cache.staged[i])
+            row = cache.keys[key]
+            if row[STATUS] == RESIDENT and not row[PINNED]:
+                _discard(cache, policy, key)
+                break
+    if cache.scalars[N_FREE_STAGING] == 0:
+        for i in range(cache.scalars[N_STAGED]):
+            key = int(cache.staged[i])
+            row = cache.keys[key]
+            if row[TRANSIENT] and row[PINNED]:
+                if row[CONSUMED]:
+                    _discard(cache, policy, key)
+                break
+    n = cache.scalars[N_FREE_STAGING]
+    if n == 0:
+        return -1
+    cache.scalars[N_FREE_STAGING] = n - 1
+    return int(cache.free_staging[n - 1])
+
+
+def _promote(cache: Cache, policy: Policy, key: int) -> None:
+    """A staged expert is used for the first time: it becomes a resident, its buffer a slot."""
+    slot = _claim_slot(cache, policy, key)
+    if slot < 0:
+        cache.keys[key, TRANSIENT] = 1
+        _note(cache, BYPASS, key, -1)
+    else:
+        _exchange(cache, key, slot)
+
+
+def _retain(cache: Cache, policy: Policy, key: int) -> bool:
+    """Ask whether a bypassed expert takes a slot after all, now that the pins have dropped."""
+    domain = _domain(cache, key)
+    candidates = _candidates(cache, domain)
+    if len(candidates) == 0:
+        return False
+    layer = key // cache.n_experts
+    slot = _take_from(cache, policy, policy.retain(layer, key, candidates), key)
+    if slot < 0:
+        return False
+    _add_resident(cache, domain, key)
+    _exchange(cache, key, slot)
+    return True
+
+
+def _exchange(cache: Cache, key: int, slot: int) -> None:
+    """``key`` stays where it lies: its buffer joins the cache, ``slot`` becomes a buffer."""
+    _unstage(cache, key)
+    cache.keys[key, TRANSIENT] = 0
+    _free_buffer(cache, slot)
+    _note(cache, PROMOTE, key, slot)
+
+
+def _discard(cache: Cache, policy: Policy, key: int) -> None:
+    """``key`` leaves its staging buffer."""
+    slot = int(cache.keys[key, PLACE])
+    _unstage(cache, key)
+    cache.keys[key, TRANSIENT] = 0
+    _free_buffer(cache, slot)
+    _leave_device(cache, policy, key)
+
+
+def _leave_device(cache: Cache, policy: Policy, key: int) -> None:
+    row = cache.keys[key]
+    row[STATUS] = ABSENT
+    row[PLACE] = -1
+    if row[UNUSED]:
+        row[UNUSED] = 0
+        _note(cache, USELESS, key, -1)
+    policy.on_evict(key)
+
+
+def _domain(cache: Cache, key: int) -> int:
+    return key // cache.n_experts if cache.n_domains > 1 else 0
+
+
+def _candidates(cache: Cache, domain: int) -> NDArray[np.int32]:
+    """The domain's keys that may go: resident and not pinned, ascending."""
+    n = 0
+    for i in range(cache.n_residents[domain]):
+        key = cache.residents[domain, i]
+        if cache.keys[key, STATUS] == RESIDENT and not cache.keys[key, PINNED]:
+            cache.scratch[n] = key
+            n += 1
+    return cache.scratch[:n]
+
+
+def _add_resident(cache: Cache, domain: int, key: int) -> None:
+    i = cache.n_residents[domain]
+    while i > 0 and cache.residents[domain, i - 1] > key:
+        cache.residents[domain, i] = cache.residents[domain, i - 1]
+        i -= 1
+    cache.residents[domain, i] = key
+    cache.n_residents[domain] += 1
+
+
+def _remove_resident(cache: Cache, domain: int, key: int) -> None:
+    n = cache.n_residents[domain] - 1
+    i = 0
+    while cache.residents[domain, i] != key:
+        i += 1
+    for j in range(i, n):
+        cache.residents[domain, j] = cache.residents[domain, j + 1]
+    cache.n_residents[domain] = n
+
+
+def _stage(cache: Cache, key: int) -> None:
+    cache.staged[cache.scalars[N_STAGED]] = key
+    cache.scalars[N_STAGED] += 1
+    cache.keys[key, STAGED] = 1
+
+
+def _unstage(cache: Cache, key: int) -> None:
+    n = cache.scalars[N_STAGED] - 1
+    i = 0
+    while cache.staged[i] != key:
+        i += 1
+    for j in range(i, n):
+        cache.staged[j] = cache.staged[j + 1]
+    cache.scalars[N_STAGED] = n
+    cache.keys[key, STAGED] = 0
+
+
+def _free_buffer(cache: Cache, slot: int) -> None:
+    cache.free_staging[cache.scalars[N_FREE_STAGING]] = slot
+    cache.scalars[N_FREE_STAGING] += 1
+
+
+def _join_queue(cache: Cache, key: int, queue: int) -> None:
+    row = cache.keys[key]
+    last = cache.ends[queue, 1]
+    row[STATUS] = QUEUED
+    row[QUEUE] = queue
+    row[PREVIOUS] = last
+    row[NEXT] = -1
+    if last >= 0:
+        cache.keys[last, NEXT] = key
+    else:
+        cache.ends[queue, 0] = key
+    cache.ends[queue, 1] = key
+
+
+def _leave_queue(cache: Cache, key: int) -> None:
+    row = cache.keys[key]
+    queue = row[QUEUE]
+    if row[PREVIOUS] >= 0:
+        cache.keys[row[PREVIOUS], NEXT] = row[NEXT]
+    else:
+        cache.ends[queue, 0] = row[NEXT]
+    if row[NEXT] >= 0:
+        cache.keys[row[NEXT], PREVIOUS] = row[PREVIOUS]
+    else:
+        cache.ends[queue, 1] = row[PREVIOUS]
+    row[STATUS] = ABSENT

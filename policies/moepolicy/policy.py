@@ -1,0 +1,103 @@
+"""The policy interface: what an author writes, and what a policy is given to start from."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.steps import Step
+
+NO_USE = np.iinfo(np.int64).max
+
+
+class PolicyError(ValueError):
+    """A policy that does not exist, cannot run here, or broke the rules of the interface."""
+
+
+class Context(NamedTuple):
+    """The cache a policy will order, and the knowledge some policies ask for.
+
+    slots is per layer; a global cache holds ``slots * n_layers`` experts together. ``counts``
+    [n_layers, n_experts] is how often each expert was used in a calibration trace.
+    ``next_use`` and ``offsets`` are the future: entry ``offsets[step] + rank`` is the index of
+    the step that next uses that step's ``rank``-th expert (``NO_USE``: never).
+    """
+
+    n_layers: int
+    n_experts: int
+    top_k: int
+    slots: int
+    scope: str = "layer"
+    counts: NDArray[np.int64] | None = None
+    next_use: NDArray[np.int64] | None = None
+    offsets: NDArray[np.int64] | None = None
+
+    @property
+    def n_keys(self) -> int:
+        return self.n_layers * self.n_experts
+
+
+class Policy:
+    """Orders and chooses; it owns no slots and no statistics, and never learns of the clock.
+
+    A key is ``layer * n_experts + expert``. ``now`` is a logical time that grows from step to
+    step; within a step the heaviest expert has the greatest, so a policy that orders by ``now``
+    needs no counter of its own. Every ``on_load`` is followed by one ``on_evict`` when the key
+    leaves the device. Keep all state in NumPy arrays and plain numbers, and a replay can compile
+    the class as it stands; with any other state it runs interpreted.
+
+    requires          what the context or the steps must carry: "future", "counts", "predictions"
+    lossy             whether it can change what the model computes
+    staging           buffers beside the slots: for bypasses and, where ``stage_prefetches``, for
+                      prefetched experts until their first use
+    stage_prefetches  False sends a prefetched expert straight to a slot, evicting as it starts
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    lossy: ClassVar[bool] = False
+    staging: int = 1
+    stage_prefetches: bool = True
+
+    def __init__(self, context: Context) -> None:
+        """Policies take the context first and their own parameters by keyword."""
+
+    def on_step(self, step: Step) -> None:
+        """A step begins; called before anything is decided about it."""
+
+    def on_hit(self, key: int, now: int) -> None:
+        """``key`` is used and was resident or already in flight."""
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """A copy of ``key`` starts, because it was missing or (speculative) on a guess."""
+
+    def on_evict(self, key: int) -> None:
+        """``key`` has left the device."""
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """Which of ``candidates`` (ascending keys, never empty) makes room for ``incoming``.
+
+        -1 declines: a missing expert is then used from a staging buffer and not kept, a
+        prefetch is dropped. The array is only valid during the call.
+        """
+        raise NotImplementedError
+
+    def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
+        """A bypassed expert is about to go at the end of its step: whose slot may it take?
+
+        The step's own experts are among the candidates now. -1, the default, lets it go.
+        """
+        return -1
+
+    def prefetch(self, step: Step) -> NDArray[np.int32]:
+        """Keys to fetch ahead, most wanted first; those present or under way are passed over."""
+        return np.empty(0, np.int32)
+
+
+def overrides(policy: Policy, hook: str) -> bool:
+    """Whether a policy's class supplies its own ``hook``; the machine skips the others."""
+    parts: tuple[Any, ...] = getattr(policy, "parts", ())
+    if parts:
+        return any(overrides(part, hook) for part in parts)
+    return getattr(type(policy), hook) is not getattr(Policy, hook)

@@ -1,0 +1,173 @@
+"""Policies by name: the built-in ones, other packages' (entry points), and classes in a file.
+
+A spec is ``name``, ``name:parameter=value,...`` or ``path/to/file.py:Class[:parameter=value,...]``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moepolicy.clairvoyant import Belady, BeladyBypass
+from moepolicy.console import nearest
+from moepolicy.eviction import Fifo, Lfu, Lru, Random, Static
+from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.speculation import LruSpec
+
+ENTRY_POINTS = "moe.policies"
+
+BUILT_IN: dict[str, type[Policy]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "fifo": Fifo,
+    "random": Random,
+    "static": Static,
+    "belady": Belady,
+    "belady-bypass": BeladyBypass,
+    "lru-spec": LruSpec,
+}
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy that has been found but not made: its class and parameters."""
+
+    name: str
+    policy: type[Policy]
+    parameters: dict[str, int | float | str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The spec as one would type it."""
+        if not self.parameters:
+            return self.name
+        return f"{self.name}:" + ",".join(f"{k}={v}" for k, v in self.parameters.items())
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return self.policy.requires
+
+    def build(self, context: Context) -> Policy:
+        """A fresh policy for one cache; PolicyError where its parameters do not fit."""
+        try:
+            made = self.policy(context, **self.parameters)
+        except PolicyError:
+            raise
+        except Exception as error:
+            raise PolicyError(f"policy '{self.label}' could not be made: {error}") from error
+        return made
+
+
+def find_policy(spec: str) -> PolicySpec:
+    """Look a spec up. PolicyError lists what there is and the nearest name."""
+    name, _, rest = _split(spec)
+    cls = _from_file(name) if ".py:" in name else _by_name(name)
+    parameters = _parameters(spec, rest)
+    known = _accepted(cls)
+    for key, value in parameters.items():
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise PolicyError(f"policy '{name}' has no parameter '{key}': {has}")
+        default = known[key].default
+        if type(default) in (int, float) and isinstance(value, str):
+            raise PolicyError(f"policy '{name}': {key} must be a number, not '{value}'")
+        if type(default) is int and isinstance(value, float):
+            raise PolicyError(f"policy '{name}': {key} must be a whole number, not {value}")
+    return PolicySpec(name, cls, parameters)
+
+
+def policy_names() -> dict[str, str]:
+    """Every policy's name, with the first line of its docstring."""
+    return {name: _summary(cls) for name, cls in {**BUILT_IN, **_installed()}.items()}
+
+
+def _summary(cls: type[Policy]) -> str:
+    return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _split(spec: str) -> tuple[str, str, str]:
+    head, mark, tail = spec.partition(".py:")
+    if not mark:
+        return spec.partition(":")
+    cls, colon, rest = tail.partition(":")
+    return f"{head}.py:{cls}", colon, rest
+
+
+def _by_name(name: str) -> type[Policy]:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    installed = _installed()
+    if name not in installed:
+        raise PolicyError(
+            f"unknown policy '{name}'; {nearest(name, [*BUILT_IN, *installed])}; "
+            "or a class of your own as path/to/file.py:Class"
+        )
+    return installed[name]
+
+
+def _installed() -> dict[str, type[Policy]]:
+    found = {}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            found[entry.name] = _as_policy(entry.load(), f"entry point '{entry.name}'")
+        except (ImportError, AttributeError) as error:
+            raise PolicyError(f"policy '{entry.name}' ({entry.value}): {error}") from error
+    return found
+
+
+def _from_file(name: str) -> type[Policy]:
+    path_text, _, cls_name = name.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise PolicyError(f"no policy file {path}")
+    module_spec = importlib.util.spec_from_file_location(f"moe_policy_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise PolicyError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise PolicyError(f"{path} does not load: {type(error).__name__}: {error}") from error
+    if not hasattr(module, cls_name):
+        classes = [n for n, c in vars(module).items() if _is_policy(c) and c is not Policy]
+        raise PolicyError(f"{path} has no class '{cls_name}'; {nearest(cls_name, classes)}")
+    return _as_policy(getattr(module, cls_name), name)
+
+
+def _is_policy(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, Policy)
+
+
+def _as_policy(value: Any, where: str) -> type[Policy]:
+    if not _is_policy(value):
+        raise PolicyError(f"{where} is not a policy: derive its class from moepolicy.Policy")
+    cls: type[Policy] = value
+    return cls
+
+
+def _accepted(cls: type[Policy]) -> dict[str, inspect.Parameter]:
+    parameters = list(inspect.signature(cls).parameters.values())
+    return {p.name: p for p in parameters[1:]}
+
+
+def _parameters(spec: str, text: str) -> dict[str, int | float | str]:
+    parameters: dict[str, int | float | str] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise PolicyError(f"policy '{spec}': '{part}' is not parameter=value")
+        parameters[key.strip()] = _number(value.strip())
+    return parameters
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,44 @@
+"""Prefetching by the next layers' gates, and the base paper's policy."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.composite import Composite
+from moepolicy.eviction import Lru
+from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.selection import top_n
+from moepolicy.steps import Step
+
+
+class NextGate(Policy):
+    """Fetch the ``n`` likeliest experts of the next layer, by its gate on this hidden state."""
+
+    requires = frozenset({"predictions"})
+
+    def __init__(self, context: Context, n: int = 2) -> None:
+        if not 1 <= n <= context.n_experts:
+            raise PolicyError(f"next-gate: n must be 1 to {context.n_experts}, not {n}")
+        self.n = n
+        self.n_experts = context.n_experts
+
+    def prefetch(self, step: Step) -> NDArray[np.int32]:
+        predicted = step.predicted
+        if predicted.shape[0] == 0 or np.isnan(predicted[0, 0]):
+            return np.empty(0, np.int32)
+        return top_n(predicted[0], self.n) + np.int32((step.layer + 1) * self.n_experts)
+
+
+class LruSpec(Composite):
+    """LRU with speculative loading of the next layer's ``n`` likeliest experts (2312.17238).
+
+    The guesses wait in ``staging`` buffers shared by all layers; one enters the cache, in place
+    of its layer's least recently used expert, only when it is used.
+    """
+
+    requires = frozenset({"predictions"})
+
+    def __init__(self, context: Context, n: int = 2, staging: int = 4) -> None:
+        super().__init__(Lru(context), NextGate(context, n))
+        self.staging = staging

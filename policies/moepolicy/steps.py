@@ -1,0 +1,76 @@
+"""The unit of work: one expert step, and how a batch of tokens becomes one.
+
+The live runtime and every replay build their steps with these functions, from the same float16
+logits and float32 weights, so that a policy is asked the same question in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Step(NamedTuple):
+    """What a policy may know at one (token or batch of tokens, layer); nothing of the future.
+
+    number     steps since the cache was made
+    layer      mixture-of-experts layer, 0-based
+    experts    keys (layer * n_experts + expert) wanted, int32[n], heaviest first
+    weights    their gate weights as applied, summed over the batch, float32[n]
+    logits     the gate's logits, float32[n_experts]; empty where the trace has none
+    predicted  row j: the gate of layer + 1 + j applied to this layer's hidden state,
+               float32[horizon, n_experts]; NaN past the last layer
+    tokens     how many tokens the step serves
+    """
+
+    number: int
+    layer: int
+    experts: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    predicted: NDArray[np.float32]
+    tokens: int
+
+
+NO_LOGITS: NDArray[np.float32] = np.empty(0, np.float32)
+NO_PREDICTIONS: NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+
+def demand_order(
+    ids: NDArray[Any], weights: NDArray[Any]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The experts a batch wants, in router order, with their weights.
+
+    ``ids`` and ``weights`` are [tokens, top_k]. One token keeps its experts by descending weight
+    (equal weights: the router's order); several give the union by descending summed weight
+    (equal sums: lowest expert).
+    """
+    ids = np.asarray(ids, np.int32)
+    weights = np.asarray(weights, np.float32)
+    if ids.shape[0] == 1:
+        order = np.argsort(-weights[0], kind="stable")
+        return ids[0][order], weights[0][order]
+    experts, inverse = np.unique(ids, return_inverse=True)
+    mass = np.bincount(inverse.ravel(), weights=weights.ravel().astype(np.float64))
+    order = np.lexsort((experts, -mass))
+    return experts[order].astype(np.int32), mass[order].astype(np.float32)
+
+
+def pool_logits(logits: NDArray[Any]) -> NDArray[np.float32]:
+    """One row of gate logits for a batch: [tokens, n_experts] -> float32[n_experts].
+
+    One token keeps its logits; several give the logarithm of the mean probability. A batch in
+    which any row is missing (NaN) has no prediction.
+    """
+    rows: NDArray[np.float32] = np.asarray(logits, np.float16).astype(np.float32)
+    if len(rows) == 1:
+        return rows.reshape(-1)
+    wide = rows.astype(np.float64)
+    shifted = np.exp(wide - wide.max(axis=1, keepdims=True))
+    mean = (shifted / shifted.sum(axis=1, keepdims=True)).mean(axis=0)
+    pooled: NDArray[np.float32] = np.log(np.maximum(mean, np.finfo(np.float32).tiny)).astype(
+        np.float32
+    )
+    return pooled
