@@ -150,7 +150,7 @@ class TraceMeta:
     """How the predicted logits were made; None if there are none."""
     horizon: int = 0
     missing_rows: int = 0
-    """(token, layer) records the recorder is known to have lost: the rows a whole trace lacks."""
+    """(token, layer) records the recorder lost or skipped: the rows a whole trace lacks."""
     corpus_digest: str | None = None
     tokenizer: str | None = None
     seed: int | None = None

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moeroute.check import RowChecker, check_names
@@ -106,7 +105,7 @@ class Trace:
         if meta.source == "synthetic":
             lines.insert(1, f"synthetic: generated from seed {meta.seed}, not recorded")
         if meta.missing_rows:
-            lines.append(f"the recorder lost {meta.missing_rows} (token, layer) rows")
+            lines.append(f"{meta.missing_rows} (token, layer) rows the recorder lost or skipped")
         if meta.prediction:
             lines.append(f"predictions: {meta.prediction}, up to {meta.horizon} layers ahead")
         lines += [f"{name}: {note}" for name, note in meta.notes.items()]
@@ -182,9 +181,3 @@ def _read_meta(path: Path) -> TraceMeta:
         return TraceMeta.from_json(found)
     except TraceError as error:
         raise TraceError(f"{path}: {error}") from None
-
-
-def tokens_of(sequence: NDArray[np.uint32], position: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """Number the tokens of sorted rows 0, 1, ...: [n] -> [n]."""
-    new = (np.diff(sequence) != 0) | (np.diff(position) != 0)
-    return np.concatenate(([0], np.cumsum(new))).astype(np.int64)[: len(sequence)]

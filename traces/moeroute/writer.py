@@ -30,17 +30,25 @@ class TraceWriter:
 
     A context manager: leaving it normally closes, leaving it by an exception aborts. What one
     `write` call hands over stays together: after a kill it is there as a whole or not at all, so a
-    recorder that writes whole sequences resumes at a sequence boundary. Raises TraceError for rows
-    that are not a trace, metadata other than that of the trace to be resumed, or no rows at all.
+    recorder that writes whole sequences resumes at a sequence boundary. `rows_of` is what errors
+    about rows name instead of `path`: an importer's input. Raises TraceError for rows that are no
+    trace, metadata other than that of the trace to be resumed, or no rows at all.
     """
 
-    def __init__(self, path: str | Path, meta: TraceMeta, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        meta: TraceMeta,
+        *,
+        resume: bool = False,
+        rows_of: str | None = None,
+    ) -> None:
         self.path = Path(path)
         self.meta = meta
         self.folder = partial_folder(self.path)
         if not self.path.parent.is_dir():
             raise TraceError(f"{self.path}: the folder {self.path.parent} does not exist")
-        self._check = RowChecker(meta, str(self.path))
+        self._check = RowChecker(meta, rows_of or str(self.path))
         self._parts = 0
         self._buffer: list[Rows] = []
         self._buffer_bytes = 0
