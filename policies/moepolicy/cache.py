@@ -129,6 +129,11 @@ class ExpertCache:
     def in_step(self) -> bool:
         return bool(self.arrays.scalars[N_DEMAND])
 
+    def has_queued(self) -> bool:
+        """Whether anything waits to be copied."""
+        ends = self.arrays.ends
+        return bool(ends[0, 0] >= 0 or ends[1, 0] >= 0)
+
     def check(self) -> None:
         """AssertionError if an invariant of the state machine does not hold."""
         check(self.arrays)

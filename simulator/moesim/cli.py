@@ -1,0 +1,135 @@
+"""The command `moesim`: replay recorded routing under policies on a simulated machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moepolicy import PolicyError, console, find_policy, policy_names
+from moeroute import TraceError, open_trace
+from rich.console import Console
+from rich.progress import track
+
+from moesim import __version__
+from moesim.errors import SimulationError
+from moesim.profile import load_machine, machine_names
+from moesim.report import Format, deliver, render
+from moesim.simulate import expert_size, simulate, workload_for
+
+app = typer.Typer(
+    help="Score cache and prefetch policies for mixture-of-experts offloading on recorded routing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PolicyNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="POLICY...",
+        help="Policies: a name (see 'moesim policies'), name:parameter=value,..., "
+        "or path/to/file.py:Class.",
+        show_default=False,
+    ),
+]
+
+
+@app.callback()
+def _moesim() -> None:
+    """Score cache and prefetch policies for expert offloading on recorded routing."""
+
+
+@app.command()
+def compare(
+    policies: PolicyNames,
+    trace: Annotated[
+        str, typer.Option(help="A trace file, or the name of a sample: tiny, mixtral-like.")
+    ] = "tiny",
+    slots: Annotated[
+        str | None,
+        typer.Option(
+            help="Experts cached per layer, one or several: 2,4,6. A global cache holds as many "
+            "times the layers. Default: a quarter, half and three quarters of a layer's experts.",
+            show_default=False,
+        ),
+    ] = None,
+    scope: Annotated[
+        str, typer.Option(help="One cache a layer, or one for all: layer, global.")
+    ] = ("layer"),
+    machine: Annotated[
+        str, typer.Option(help="A machine's name (see 'moesim machines') or a profile (TOML).")
+    ] = "rtx3060",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Size of an expert by its precision, of those the trace lists."),
+    ] = None,
+    expert_bytes: Annotated[int | None, typer.Option(help="Size of an expert in bytes.")] = None,
+    format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """Replay a trace under each policy and cache size, and print them side by side.
+
+    Everything printed is simulated. Each row also shows the fewest loads that any policy could
+    have done with the same slots, knowing the future.
+    """
+    if precision is not None and expert_bytes is not None:
+        raise typer.BadParameter("give --precision or --expert-bytes, not both")
+    specs = [find_policy(name) for name in policies]
+    profile = load_machine(machine)
+    opened = open_trace(trace)
+    size = expert_size(opened.meta, precision=precision, expert_bytes=expert_bytes)
+    sizes = _slots(slots, opened.meta.n_experts)
+    workload = workload_for(opened, specs)
+    points = [(count, spec) for count in sizes for spec in specs]
+    results = [
+        simulate(workload, spec, profile, slots=count, scope=scope, expert_bytes=size)
+        for count, spec in track(points, "simulating", console=Console(stderr=True), transient=True)
+    ]
+    title = (
+        f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes, "
+        f"cache per {scope}.\n{opened.title}: "
+        f"{workload.n_decoded + workload.n_prompt:,} tokens x {opened.meta.n_layers} layers, "
+        f"top-{opened.meta.top_k} of {opened.meta.n_experts} experts."
+    )
+    provenance = {
+        "kind": "simulated",
+        "trace_sha256": opened.digest,
+        "machine_source": profile.source,
+        "moesim_version": __version__,
+    }
+    deliver(render(results, format, title, provenance), out)
+
+
+@app.command("policies")
+def list_policies() -> None:
+    """List the policies there are."""
+    names = policy_names()
+    width = max(map(len, names))
+    for name, summary in names.items():
+        typer.echo(f"{name:{width}}  {summary}")
+
+
+@app.command("machines")
+def list_machines() -> None:
+    """List the machine profiles that ship with the simulator."""
+    width = max(map(len, machine_names()))
+    for name in machine_names():
+        machine = load_machine(name)
+        typer.echo(f"{name:{width}}  {machine.source}: {machine.description}")
+
+
+def _slots(text: str | None, n_experts: int) -> list[int]:
+    if text is None:
+        return sorted({max(1, n_experts * quarter // 4) for quarter in (1, 2, 3)})
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--slots is '{text}', not whole numbers such as 2,4,6") from None
+    if min(counts) < 0:
+        raise typer.BadParameter(f"--slots is '{text}': a cache has 0 slots or more")
+    return counts
+
+
+def main() -> None:
+    console.run(app, errors=(PolicyError, SimulationError, TraceError))

@@ -1,0 +1,5 @@
+"""The simulator's expected failures."""
+
+
+class SimulationError(ValueError):
+    """A simulation that cannot be run as asked: the message says what, where and what to do."""

@@ -1,0 +1,45 @@
+"""Policies that tests load from this file by path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from moepolicy import Context, Policy
+
+
+class SlotSpec(Policy):
+    """Prefetches straight into cache slots and declines some evictions: a far corner."""
+
+    requires = frozenset({"predictions"})
+    stage_prefetches = False
+    staging = 2
+
+    def __init__(self, context: Context) -> None:
+        self.n_experts = context.n_experts
+        self.n_keys = context.n_experts * context.n_layers
+
+    def victim(self, layer: int, incoming: int, candidates: Any) -> int:
+        return -1 if incoming % 3 == 0 else int(candidates[incoming % len(candidates)])
+
+    def retain(self, layer: int, key: int, candidates: Any) -> int:
+        return -1 if key % 2 else int(candidates[0])
+
+    def prefetch(self, step: Any) -> Any:
+        ahead = np.arange(3, dtype=np.int32) + (step.layer + 1) * self.n_experts
+        return ahead % self.n_keys
+
+
+class Broken(Policy):
+    """Misbehaves in one hook."""
+
+    def __init__(self, context: Context, how: str = "raise") -> None:
+        self.how = how
+
+    def victim(self, layer: int, incoming: int, candidates: Any) -> int:
+        if self.how == "raise":
+            raise RuntimeError("my victim table is empty")
+        return {"pinned": incoming, "beyond": 10_000}[self.how]
+
+    def prefetch(self, step: Any) -> Any:
+        return np.array([10_000 if self.how == "prefetch" else 0], np.int32)
