@@ -1,0 +1,187 @@
+"""The protocol every link follows, the threads the links share, and the cap on their bandwidth."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from moerun.errors import RunError
+
+Done = Callable[[int, Exception | None], None]
+"""Told of each copy, by the link's own thread: the key, and what went wrong (None: it is there)."""
+
+
+@dataclass
+class LinkStatistics:
+    """What a link has done so far. ``busy_s`` sums over its streams."""
+
+    copies: int = 0
+    bytes_copied: int = 0
+    busy_s: float = 0.0
+
+
+class Records(Protocol):
+    """Where a link reads from: an expert store, by key."""
+
+    @property
+    def n_keys(self) -> int: ...
+
+    @property
+    def record_bytes(self) -> int: ...
+
+    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+        """Fill ``buffer``, uint8[record_bytes] on the host; the errors name expert and file."""
+
+
+class Slot(Protocol):
+    """Memory on the device that experts come and go in."""
+
+    landing: torch.Tensor | None
+    """Where a record is to land, uint8[record_bytes]; None when it must land elsewhere first."""
+
+    def arrive(self, record: torch.Tensor) -> None:
+        """Make the expert whose record is in ``record`` computable; work on the current stream."""
+
+
+class Link(Protocol):
+    """Copies expert records into numbered device slots, ``streams`` of them at a time.
+
+    The caller never has more than ``streams`` copies under way and never overwrites a slot that a
+    pinned key lies in; the link sees to it that a copy into a slot waits for the kernels that
+    still read it, and that a kernel waits for exactly its expert.
+    """
+
+    streams: int
+    slots: Sequence[Any]  # each a Slot
+    statistics: LinkStatistics
+
+    def start(self, done: Done) -> None:
+        """Begin work; ``done`` is called from the link's threads. Once, before any ``submit``."""
+
+    def submit(self, key: int, slot: int) -> None:
+        """Copy ``key``'s record into ``slot``. Returns at once."""
+
+    def acquire(self, slot: int) -> None:
+        """The compute issued from now on reads ``slot``, whose copy is done."""
+
+    def release(self, slot: int) -> None:
+        """The compute issued up to now was the last to read ``slot``'s present content."""
+
+    def close(self) -> None:
+        """End the threads, after the copies under way. Harmless when repeated."""
+
+
+class Job(NamedTuple):
+    key: int
+    slot: int
+    submitted_s: float  # time.perf_counter
+
+
+@dataclass
+class Throttle:
+    """Makes copies take as long as a slower bus would: latency, then bytes at a bandwidth.
+
+    Latencies of several streams overlap, their bytes go one copy after the other. Every deadline
+    follows from the one before while copies queue, so late wake-ups do not add up.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    _free_s: float = 0.0  # when the bus has carried everything promised so far
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def deadline_s(self, begin_s: float, n_bytes: int) -> float:
+        """When a copy that began at ``begin_s`` may be called done (time.perf_counter)."""
+        with self._lock:
+            flows_s = max(begin_s + self.latency_s, self._free_s)
+            self._free_s = flows_s + n_bytes / self.bytes_per_s
+            return self._free_s
+
+    @staticmethod
+    def wait(deadline_s: float) -> None:
+        while (left_s := deadline_s - time.perf_counter()) > 0:
+            time.sleep(left_s)
+
+
+class LinkThreads:
+    """One thread a stream, each taking jobs from one queue until it is closed."""
+
+    def __init__(
+        self,
+        streams: int,
+        copy: Callable[[int, int, int], None],
+        statistics: LinkStatistics,
+        *,
+        record_bytes: int,
+        throttle: Throttle | None,
+    ) -> None:
+        """``copy(stream, key, slot)`` returns when the record is there, or raises."""
+        self._copy = copy
+        self._statistics = statistics
+        self._record_bytes = record_bytes
+        self._throttle = throttle
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = [
+            # A daemon: a caller that dies without closing must not hang at exit.
+            threading.Thread(target=self._work, args=(i,), name=f"link-{i}", daemon=True)
+            for i in range(streams)
+        ]
+        self._done: Done | None = None
+
+    def start(self, done: Done) -> None:
+        self._done = done
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, key: int, slot: int) -> None:
+        self._jobs.put(Job(key, slot, time.perf_counter()))
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join()
+        self._threads = []
+
+    def _work(self, stream: int) -> None:
+        ended_s = reported_s = 0.0
+        while (job := self._jobs.get()) is not None:
+            # What is asked for while the copy before it is being reported follows without a gap,
+            # as on a bus that has its next command queued.
+            chained = job.submitted_s <= reported_s
+            ended_s = self._carry(stream, job, ended_s if chained else job.submitted_s)
+            reported_s = time.perf_counter()
+
+    def _carry(self, stream: int, job: Job, begin_s: float) -> float:
+        """Copy, wait for the cap, report; returns when the copy ended."""
+        assert self._done is not None
+        try:
+            self._copy(stream, job.key, job.slot)
+        except Exception as error:
+            self._done(job.key, error)
+            return time.perf_counter()
+        ended_s = time.perf_counter()
+        if self._throttle:
+            deadline_s = self._throttle.deadline_s(begin_s, self._record_bytes)
+            Throttle.wait(deadline_s)
+            ended_s = max(ended_s, deadline_s)
+        with self._lock:
+            self._statistics.copies += 1
+            self._statistics.bytes_copied += self._record_bytes
+            self._statistics.busy_s += ended_s - begin_s
+        self._done(job.key, None)
+        return ended_s
+
+
+def check_streams(streams: int) -> int:
+    if not 1 <= streams <= 3:
+        raise RunError(f"streams must be 1, 2 or 3, not {streams}")
+    return streams

@@ -1,0 +1,135 @@
+"""The link of a GPU: records in pinned host memory, copied by their own streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moerun.errors import RunError
+from moerun.links.base import (
+    Done,
+    LinkStatistics,
+    LinkThreads,
+    Records,
+    Slot,
+    Throttle,
+    check_streams,
+)
+
+
+class CudaLink:
+    """Copies records from a pinned host arena, which holds them all, into slots on the device.
+
+    Each slot has two events. ``copied`` is recorded behind its copy, and the compute stream waits
+    for it before it reads the slot; ``used`` is recorded behind its last kernel, and the next copy
+    into the slot waits for it. Nothing else is ever synchronised.
+    """
+
+    def __init__(
+        self,
+        store: Records,
+        slots: Sequence[Slot],
+        device: torch.device,
+        *,
+        streams: int = 1,
+        throttle: Throttle | None = None,
+    ) -> None:
+        """Loads every record of the store into pinned memory; RunError where it does not fit."""
+        self.streams = check_streams(streams)
+        self.statistics = LinkStatistics()
+        self.device = device
+        self._host: torch.Tensor | None = _pinned_copy(store)
+        self.slots = slots
+        self._scratch = [
+            torch.empty(
+                store.record_bytes if slots[0].landing is None else 0,
+                dtype=torch.uint8,
+                device=device,
+            )
+            for _ in range(streams)
+        ]
+        self._copied = [_event() for _ in slots]
+        self._used: list[torch.cuda.Event | None] = [None] * len(slots)
+        self._streams = [
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for _ in range(streams)
+        ]
+        self._threads = LinkThreads(
+            streams,
+            self._copy,
+            self.statistics,
+            record_bytes=store.record_bytes,
+            throttle=throttle,
+        )
+
+    def start(self, done: Done) -> None:
+        self._threads.start(done)
+
+    def submit(self, key: int, slot: int) -> None:
+        self._threads.submit(key, slot)
+
+    def acquire(self, slot: int) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
+
+    def release(self, slot: int) -> None:
+        event = self._used[slot] or _event()
+        event.record(torch.cuda.current_stream(self.device))
+        self._used[slot] = event
+
+    def close(self) -> None:
+        self._threads.close()
+        if self._host is not None:
+            torch.cuda.synchronize(self.device)
+            _unpin(self._host)
+            self._host = None
+
+    def _copy(self, stream: int, key: int, slot: int) -> None:
+        assert self._host is not None
+        lane = self._streams[stream]
+        if (used := self._used[slot]) is not None:
+            lane.wait_event(used)
+        with torch.cuda.stream(lane):
+            landing = self.slots[slot].landing
+            record = self._scratch[stream] if landing is None else landing
+            record.copy_(self._host[key], non_blocking=True)
+            self.slots[slot].arrive(record)
+        self._copied[slot].record(lane)
+        self._copied[slot].synchronize()
+
+
+def _pinned_copy(store: Records) -> torch.Tensor:
+    """All records in page-locked host memory: uint8[n_keys, record_bytes]."""
+    n_bytes = store.n_keys * store.record_bytes
+    try:
+        # Registered rather than allocated pinned: torch's pinned allocator rounds up to a power
+        # of two, which for all experts of a model can be as much again.
+        host = torch.empty((store.n_keys, store.record_bytes), dtype=torch.uint8)
+        for key in range(store.n_keys):
+            store.read_into(key, host[key])
+        status = int(_runtime().cudaHostRegister(host.data_ptr(), n_bytes, 0))
+    except (RuntimeError, MemoryError) as error:
+        raise RunError(_no_host_memory(n_bytes)) from error
+    if status != 0:
+        raise RunError(f"{_no_host_memory(n_bytes)} (CUDA error {status})")
+    return host
+
+
+def _unpin(host: torch.Tensor) -> None:
+    _runtime().cudaHostUnregister(host.data_ptr())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _no_host_memory(n_bytes: int) -> str:
+    return (
+        f"the experts take {n_bytes / 2**30:.2f} GiB of pinned host memory, which this machine "
+        "does not give: choose a lower precision"
+    )

@@ -1,0 +1,166 @@
+"""Links: records land whole in their slots, failures are reported, threads end."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+from moerun.errors import RunError
+from moerun.links import DiskLink, Throttle
+
+RECORD_BYTES = 4096
+N_KEYS = 12
+PATIENCE_S = 30.0
+
+
+class FileRecords:
+    """Records in one plain file; ``short`` makes the reads of one key fail."""
+
+    record_bytes = RECORD_BYTES
+    n_keys = N_KEYS
+
+    def __init__(self, path: Path, short: int = -1) -> None:
+        self.path = path
+        self.short = short
+        path.write_bytes(b"".join(bytes([key + 1]) * RECORD_BYTES for key in range(N_KEYS)))
+
+    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+        if key == self.short:
+            raise RunError(f"expert {key} is cut off in {self.path}")
+        with self.path.open("rb") as file:
+            file.seek(key * RECORD_BYTES)
+            file.readinto(memoryview(buffer.numpy()))
+
+
+class LandingSlot:
+    def __init__(self) -> None:
+        self.landing: torch.Tensor | None = torch.zeros(RECORD_BYTES, dtype=torch.uint8)
+        self.arrivals = 0
+
+    def arrive(self, record: torch.Tensor) -> None:
+        assert record is self.landing
+        self.arrivals += 1
+
+
+class DerivingSlot:
+    """A slot whose expert is not computed from the record as it lies."""
+
+    landing = None
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def arrive(self, record: torch.Tensor) -> None:
+        self.total = int(record.sum(dtype=torch.int64))
+
+
+Reports = SimpleQueue[tuple[int, Exception | None]]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_every_record_lands_in_the_slot_it_was_sent_to(tmp_path: Path, streams: int) -> None:
+    slots = [LandingSlot() for _ in range(N_KEYS)]
+    reports: Reports = SimpleQueue()
+    link = DiskLink(FileRecords(tmp_path / "records"), slots, streams=streams)
+    link.start(lambda key, error: reports.put((key, error)))
+    for key in range(N_KEYS):
+        link.submit(key, N_KEYS - 1 - key)
+    done = [reports.get(timeout=PATIENCE_S) for _ in range(N_KEYS)]
+    link.close()
+    assert sorted(done) == [(key, None) for key in range(N_KEYS)]
+    for key in range(N_KEYS):
+        slot = slots[N_KEYS - 1 - key]
+        assert slot.landing is not None
+        assert bool((slot.landing == key + 1).all())
+        assert slot.arrivals == 1
+    assert link.statistics.copies == N_KEYS
+    assert link.statistics.bytes_copied == N_KEYS * RECORD_BYTES
+    assert link.statistics.busy_s > 0
+
+
+def test_a_record_that_must_be_derived_is_handed_over_from_scratch_memory(tmp_path: Path) -> None:
+    slots = [DerivingSlot(), DerivingSlot()]
+    reports: Reports = SimpleQueue()
+    link = DiskLink(FileRecords(tmp_path / "records"), slots)
+    link.start(lambda key, error: reports.put((key, error)))
+    for slot, key in enumerate((4, 9)):
+        link.submit(key, slot)
+    assert [reports.get(timeout=PATIENCE_S)[1] for _ in slots] == [None, None]
+    link.close()
+    assert [slot.total for slot in slots] == [5 * RECORD_BYTES, 10 * RECORD_BYTES]
+
+
+def test_a_failed_read_is_reported_and_the_link_goes_on(tmp_path: Path) -> None:
+    reports: Reports = SimpleQueue()
+    link = DiskLink(FileRecords(tmp_path / "records", short=1), [LandingSlot(), LandingSlot()])
+    link.start(lambda key, error: reports.put((key, error)))
+    link.submit(1, 0)
+    key, error = reports.get(timeout=PATIENCE_S)
+    assert key == 1
+    assert isinstance(error, RunError)
+    assert "records" in str(error)
+    link.submit(2, 0)
+    assert reports.get(timeout=PATIENCE_S) == (2, None)
+    link.close()
+    assert link.statistics.copies == 1
+
+
+def test_closing_ends_the_threads_after_the_copies_under_way(tmp_path: Path) -> None:
+    reports: Reports = SimpleQueue()
+    link = DiskLink(FileRecords(tmp_path / "records"), [LandingSlot()], streams=2)
+    link.start(lambda key, error: reports.put((key, error)))
+    link.submit(3, 0)
+    link.close()
+    link.close()
+    assert reports.get_nowait() == (3, None)
+    assert not [t for t in threading.enumerate() if t.name.startswith("link")]
+
+
+def test_a_link_that_never_started_can_be_closed(tmp_path: Path) -> None:
+    DiskLink(FileRecords(tmp_path / "records"), [LandingSlot()]).close()
+
+
+@pytest.mark.parametrize("streams", [0, 4, -1])
+def test_streams_out_of_range_are_refused(tmp_path: Path, streams: int) -> None:
+    with pytest.raises(RunError, match="streams must be 1, 2 or 3"):
+        DiskLink(FileRecords(tmp_path / "records"), [LandingSlot()], streams=streams)
+
+
+def test_a_throttle_takes_latency_and_then_the_bytes_of_one_copy_after_the_other() -> None:
+    throttle = Throttle(bytes_per_s=1000.0, latency_s=0.5)
+    assert throttle.deadline_s(10.0, 2000) == 12.5
+    # The second stream's latency overlaps; its bytes wait for the first one's.
+    assert throttle.deadline_s(10.0, 1000) == 13.5
+    # An idle bus begins anew.
+    assert throttle.deadline_s(20.0, 1000) == 21.5
+
+
+def test_deadlines_of_queued_copies_follow_from_each_other() -> None:
+    throttle = Throttle(bytes_per_s=1000.0)
+    ended_s = 5.0
+    for _ in range(1000):
+        ended_s = throttle.deadline_s(ended_s, 10)
+    assert ended_s == pytest.approx(15.0)
+
+
+def test_a_throttled_link_still_delivers(tmp_path: Path) -> None:
+    slots = [LandingSlot() for _ in range(4)]
+    reports: Reports = SimpleQueue()
+    throttle = Throttle(bytes_per_s=4e6)
+    link = DiskLink(FileRecords(tmp_path / "records"), slots, throttle=throttle)
+    link.start(lambda key, error: reports.put((key, error)))
+    for slot in range(4):
+        link.submit(slot, slot)
+    assert [reports.get(timeout=PATIENCE_S) for _ in slots] == [(key, None) for key in range(4)]
+    link.close()
+    # A capped copy occupies the link for no less than its bytes at the cap take.
+    assert link.statistics.busy_s >= 4 * RECORD_BYTES / 4e6
+
+
+def test_the_cuda_link_is_importable_without_a_gpu() -> None:
+    from moerun.links.cuda import CudaLink
+
+    assert CudaLink.__init__.__doc__
