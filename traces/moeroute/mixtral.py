@@ -1,0 +1,127 @@
+"""What is published about Mixtral-8x7B: its dimensions, its sizes, and the statistics of its
+routing that the synthetic trace is held against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeroute.hitratio import hit_ratios
+from moeroute.statistics import gate_weights, locality, popularity, read_routing, recall
+from moeroute.trace import Trace
+
+N_LAYERS, N_EXPERTS, TOP_K = 32, 8, 2
+HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 4096, 14336, 1024, 32000
+
+# Measured on Mixtral-8x7B-Instruct (585 decode tokens x 32 layers, code and maths prompts).
+LOCALITY = {1: 0.376, 2: 0.323, 4: 0.284, 8: 0.281, 16: 0.289, 32: 0.262}
+LOCALITY_OF_LAYER = {0: 0.260, 9: 0.449}  # the least and the most local layer
+ANY_REPEATS, TOP1_REPEATS = 0.624, 0.248
+HOTTEST_MEAN, HOTTEST_MAX, ENTROPY = 0.169, 0.223, 0.988
+TOP1_WEIGHT = 0.707
+TOP1_WEIGHT_AT_LEAST = {0.8: 0.28, 0.9: 0.09}
+CACHE_SIZES = (2, 3, 4, 5, 6, 7)
+LRU = (0.375, 0.502, 0.616, 0.720, 0.819, 0.913)
+BELADY = (0.375, 0.608, 0.746, 0.839, 0.907, 0.958)
+BELADY_BYPASS = (0.557, 0.690, 0.785, 0.859, 0.917, 0.962)
+# AdapMoE's calibration: the next layer's gate on this layer's hidden state, two experts fetched.
+RECALL_OF_LAYER = {1: 0.566, 2: 0.721, 3: 0.789, 4: 0.866}  # 0.80 to 0.94 after that
+RECALL_MEAN = 0.866
+# HOBBIT: how often the heaviest expert is among those predicted one, two, three layers ahead.
+TOP1_RECALL = (0.96, 0.90, 0.90)
+
+
+def hqq_bytes(n_weights: int, bits: int, group: int, meta_group: int) -> int:
+    """Bytes of one matrix quantised with HQQ in groups of `group` weights.
+
+    Scale and zero of each group are quantised too: 8 bits, in groups of `meta_group`, with a
+    16-bit scale and zero each. Three-bit codes lie ten to an int32.
+    """
+    groups = n_weights // group
+    codes = -(-groups // 10) * group * 4 if bits == 3 else n_weights * bits // 8
+    return codes + 2 * groups + 2 * 4 * (groups // meta_group)
+
+
+def expert_bytes() -> dict[str, int]:
+    """Bytes of one expert (three matrices) in the base paper's quantisations and in 16 bit."""
+    matrix = HIDDEN * INTERMEDIATE
+    return {
+        "4bit": 3 * hqq_bytes(matrix, 4, 64, 256),
+        "3bit": 3 * hqq_bytes(matrix, 3, 64, 128),
+        "2bit": 3 * hqq_bytes(matrix, 2, 16, 128),
+        "fp16": 3 * matrix * 2,
+    }
+
+
+def layer_bytes() -> int:
+    """Bytes of a layer without experts: attention in 4 bit, gate and norms in 16 bit."""
+    attention = [HIDDEN * HIDDEN, HIDDEN * KEY_VALUE, HIDDEN * KEY_VALUE, HIDDEN * HIDDEN]
+    return sum(hqq_bytes(n, 4, 64, 256) for n in attention) + 2 * HIDDEN * (N_EXPERTS + 2)
+
+
+def token_bytes() -> int:
+    """Bytes a token reads outside the layers, in 16 bit: embedding row, last norm, head."""
+    return 2 * HIDDEN * (1 + 1 + VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One statistic of a trace beside the published value for the real model."""
+
+    name: str
+    measured: float
+    published: float
+
+
+def compare_with_published(trace: Trace) -> list[Comparison]:
+    """Every published statistic of Mixtral's routing, measured on `trace`.
+
+    Raises TraceError if the trace lacks weights or predictions.
+    """
+    routing = read_routing(trace)
+    near = locality(routing, tuple(LOCALITY))
+    rows: list[tuple[str, Any, float]] = [
+        (f"locality, lag {lag}", measured, LOCALITY[lag])
+        for lag, measured in zip(near.lags, near.mean, strict=True)
+    ]
+    rows += [
+        (f"locality, layer {layer}", near.by_layer[layer, 0], published)
+        for layer, published in LOCALITY_OF_LAYER.items()
+    ]
+    rows.append(("one of two repeats", near.any_by_layer.mean(), ANY_REPEATS))
+    rows.append(("top-1 repeats", near.top1_by_layer.mean(), TOP1_REPEATS))
+    use = popularity(routing)
+    rows.append(("hottest expert, mean", use.hottest.mean(), HOTTEST_MEAN))
+    rows.append(("hottest expert, largest", use.hottest.max(), HOTTEST_MAX))
+    rows.append(("entropy of use", use.entropy.mean(), ENTROPY))
+    gate = gate_weights(trace, tuple(TOP1_WEIGHT_AT_LEAST))
+    rows.append(("top-1 weight", gate.mean_top1, TOP1_WEIGHT))
+    rows += [
+        (f"top-1 weight >= {limit}", share, TOP1_WEIGHT_AT_LEAST[limit])
+        for limit, share in gate.share_at_least.items()
+    ]
+    hits = hit_ratios(routing, CACHE_SIZES)
+    for name, measured, published in (
+        ("LRU", hits.lru, LRU),
+        ("Belady", hits.belady, BELADY),
+        ("Belady with bypass", hits.belady_bypass, BELADY_BYPASS),
+    ):
+        rows += [
+            (f"{name}, {size} experts", value, target)
+            for size, value, target in zip(CACHE_SIZES, measured, published, strict=True)
+        ]
+    found = recall(trace, (TOP_K,))
+    rows += [
+        (f"recall, layer {layer}", found.by_layer[0, 0, layer], published)
+        for layer, published in RECALL_OF_LAYER.items()
+    ]
+    rows.append(("recall, mean", found.mean[0, 0], RECALL_MEAN))
+    ahead = zip(found.top1_mean[:, 0], TOP1_RECALL, strict=False)
+    rows += [
+        (f"recall of top-1, {j + 1} ahead", value, target)
+        for j, (value, target) in enumerate(ahead)
+    ]
+    return [Comparison(name, float(np.asarray(value)), target) for name, value, target in rows]
