@@ -1,0 +1,185 @@
+"""Offloaded experts as an experts implementation of transformers, named "offloaded".
+
+The experts come from a provider in whatever order they become ready; their outputs are summed in
+the order of the stock implementations, so that the logits are the stock model's to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from moerun.errors import RunError
+from moerun.forms import ExpertSlot, ExpertWeights, SlotForm
+from moerun.store import ExpertStore
+
+IMPLEMENTATION = "offloaded"
+Sums = Literal["grouped_mm", "eager"]
+"""Which stock implementation's rounding to reproduce: grouped_mm, transformers' default, sums a
+token's experts at the precision of the gate weights and rounds once; eager rounds after each."""
+SUMS: tuple[Sums, ...] = ("grouped_mm", "eager")
+
+
+class ExpertProvider(Protocol):
+    """Whatever makes experts available: a session with a cache and a link, or plain memory."""
+
+    def serve(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> Iterator[tuple[int, ExpertWeights | None]]:
+        """The distinct experts of top_k_index[T, K], each once, in the order they become ready.
+
+        Advancing the iterator means that the compute of the one before has been issued. None for
+        weights: the expert is skipped and adds nothing.
+        """
+
+
+class ExpertsModule(Protocol):
+    """What transformers' fused experts offer beside their parameters."""
+
+    num_experts: int
+    has_gate: bool
+    has_post_expert_norm: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+    offload: Offload
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """What ties an experts module to its provider."""
+
+    layer: int
+    provider: ExpertProvider
+    sums: Sums
+
+
+def register() -> None:
+    """Make "offloaded" known to transformers; harmless when repeated."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_experts)
+
+
+def attach(
+    modules: Sequence[nn.Module], provider: ExpertProvider, sums: Sums = "grouped_mm"
+) -> None:
+    """Let these experts modules, in MoE layer order, take their weights from `provider`."""
+    if sums not in SUMS:
+        raise RunError(f"there are no sums {sums!r}: choose from {', '.join(SUMS)}")
+    for layer, module in enumerate(modules):
+        module.offload = Offload(layer, provider, sums)  # type: ignore[assignment]
+
+
+def offloaded_experts(
+    module: ExpertsModule,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """hidden_states[T, H] through the experts top_k_index[T, K]; their weighted sum [T, H]."""
+    offload = module.offload
+    sum_up = _sum_grouped if offload.sums == "grouped_mm" else _sum_eager
+    if len(hidden_states) == 1:
+        return _one_token(module, hidden_states, top_k_index, top_k_weights)
+    return sum_up(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _compute(module: ExpertsModule, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+    h = weights.up(x)
+    y = weights.down(module._apply_gate(h) if module.has_gate else module.act_fn(h))
+    return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+
+def _one_token(
+    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Decode: the same sums as below without the indexing."""
+    offload = module.offload
+    order: list[int] = ids[0].tolist()
+    ready: dict[int, torch.Tensor] = {}
+    for expert, expert_weights in offload.provider.serve(offload.layer, ids, weights):
+        if expert_weights is None:
+            continue
+        y = _compute(module, expert_weights, x)
+        ready[expert] = y * weights[:, order.index(expert), None]
+    if offload.sums == "grouped_mm":
+        kept = [ready[expert] for expert in order if expert in ready]
+        return torch.stack(kept, 1).sum(dim=1).to(x.dtype) if kept else torch.zeros_like(x)
+    total = torch.zeros_like(x)
+    for expert in sorted(ready):
+        total += ready[expert].to(x.dtype)
+    return total
+
+
+def _sum_grouped(
+    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """A token's outputs side by side in router order, summed at the end: as grouped_mm does."""
+    (tokens, top_k), offload = ids.shape, module.offload
+    flat, flat_weights = ids.reshape(-1), weights.reshape(-1, 1)
+    ordered, places = torch.sort(flat)
+    ends = torch.bincount(ordered, minlength=module.num_experts).cumsum(0).tolist()
+    dtype = torch.result_type(x, weights)
+    outputs = torch.zeros(tokens * top_k, x.shape[1], dtype=dtype, device=x.device)
+    for expert, expert_weights in offload.provider.serve(offload.layer, ids, weights):
+        if expert_weights is None:
+            continue
+        mine = places[ends[expert - 1] if expert else 0 : ends[expert]]
+        y = _compute(module, expert_weights, x[mine // top_k])
+        outputs[mine] = (y * flat_weights[mine]).to(dtype)
+    return outputs.view(tokens, top_k, -1).sum(dim=1).to(x.dtype)
+
+
+def _sum_eager(
+    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Outputs added expert by expert, by ascending number: as the eager implementation does."""
+    offload = module.offload
+    ready: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for expert, expert_weights in offload.provider.serve(offload.layer, ids, weights):
+        if expert_weights is None:
+            continue
+        # Rows by rank first, as eager takes them: a row's place can show in a product's last bit.
+        ranks, tokens = torch.where((ids == expert).T)
+        y = _compute(module, expert_weights, x[tokens])
+        ready[expert] = tokens, (y * weights[tokens, ranks, None]).to(x.dtype)
+    total = torch.zeros_like(x)
+    for expert in sorted(ready):
+        total.index_add_(0, *ready[expert])
+    return total
+
+
+class ResidentProvider:
+    """All experts of a store in memory, served in router order. Nothing is ever loaded again."""
+
+    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu") -> None:
+        """Reads every record. Raises RunError when one is damaged or memory does not suffice."""
+        form = SlotForm(store.index.shape, store.index.precision, torch.device(device))
+        self._n_experts = store.n_experts
+        try:
+            memory = torch.empty(
+                (store.n_keys, form.slot_bytes), dtype=torch.uint8, device=torch.device(device)
+            )
+            staging = torch.empty(store.record_bytes, dtype=torch.uint8)
+        except (RuntimeError, MemoryError) as error:
+            raise RunError(
+                f"all experts of {store.path} take {store.n_keys * form.slot_bytes / 2**30:.2f} "
+                f"GiB, which {device} does not have free: offload them or pack at a lower precision"
+            ) from error
+        self.slots: list[ExpertSlot] = [form.bind(slot) for slot in memory]
+        for key, slot in enumerate(self.slots):
+            store.read_into(key, staging)
+            slot.arrive(staging)
+
+    def serve(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> Iterator[tuple[int, ExpertWeights]]:
+        """Experts by their first place among the tokens' choices."""
+        for expert in dict.fromkeys(top_k_index.flatten().tolist()):
+            yield expert, self.slots[layer * self._n_experts + expert]

@@ -1,0 +1,302 @@
+"""How an expert computes from the memory of its slot, one class a precision and device.
+
+A slot holds the form an expert is computed in. Where that is the record as it was read, reading
+lands in the slot itself; where it is not, `arrive` derives it, once a load and off the hot path.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from moerun.layout import RecordLayout, align_up
+from moerun.packing import (
+    KERNEL_GROUP,
+    ROWS,
+    Scheme,
+    dequantise,
+    expand_codes,
+    expand_scales,
+    pack_codes,
+    unpack_codes,
+)
+from moerun.shape import ExpertParam, ExpertShape, scheme_of
+
+
+class ExpertWeights(Protocol):
+    """One expert, ready to compute. The gate between `up` and `down` is the model's own."""
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        """x[T, H] through the fused gate and up projection: [T, 2 I] (or [T, I] without gate)."""
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        """h[T, I] through the down projection: [T, H]."""
+
+
+class ExpertSlot(ExpertWeights, Protocol):
+    """The slot that experts come and go in.
+
+    `landing` is where a record is to be read or copied to, uint8[record_bytes] within the slot;
+    None when it must land elsewhere first. Either way `arrive(record)` makes it computable.
+    """
+
+    landing: torch.Tensor | None
+
+    def arrive(self, record: torch.Tensor) -> None:
+        """Take up the expert whose record, uint8[record_bytes], has been read.
+
+        Nothing may be computing from the slot meanwhile. Issues work on the current stream.
+        """
+
+
+class SlotForm:
+    """The form that experts of one shape and precision take on one device."""
+
+    def __init__(self, shape: ExpertShape, precision: str, device: torch.device) -> None:
+        self._shape = shape
+        self._scheme = scheme_of(precision)
+        self._device = device
+        self.layout = shape.record(precision)
+        self.record_bytes = self.layout.record_bytes
+        self._extra = self._extra_layout()
+        self.slot_bytes = self._extra.record_bytes
+        """Bytes of memory one slot takes, at least those of the record where it lands inside."""
+        if self._lands_inside:
+            self.slot_bytes += self.record_bytes
+
+    @property
+    def _computes_packed(self) -> bool:
+        return self._scheme is not None and self._device.type == "cpu"
+
+    @property
+    def _lands_inside(self) -> bool:
+        scheme = self._scheme
+        return not self._computes_packed or (
+            scheme is not None and scheme.bits == 4 and kernel_reads_nibbles()
+        )
+
+    def _extra_layout(self) -> RecordLayout:
+        """What a slot holds besides a record that landed in it."""
+        if not self._computes_packed:
+            return RecordLayout.of([])
+        assert self._scheme is not None
+        tensors = []
+        for param in self._shape.params:
+            if not param.is_matrix:
+                if not self._lands_inside:
+                    tensors.append((param.name, param.dtype, param.shape))
+                continue
+            rows, columns = param.rows_columns
+            padded, groups = align_up(rows, ROWS), columns // self._scheme.group
+            passes = self._scheme.passes
+            if not self._lands_inside:
+                tensors.append((f"{param.name}.nibbles", torch.uint8, (padded * columns // 2,)))
+            tensors.append(
+                (f"{param.name}.terms", torch.bfloat16, (passes, groups // passes, padded, 2))
+            )
+        return RecordLayout.of(tensors)
+
+    def bind(self, memory: torch.Tensor) -> ExpertSlot:
+        """The slot that lives in `memory`, uint8[slot_bytes] on the form's device."""
+        if not self._computes_packed:
+            views = self.layout.views(memory)
+            if self._scheme is None:
+                return PlainSlot(self._shape, views, memory[: self.record_bytes])
+            return UnpackingSlot(self._shape, self._scheme, views, memory[: self.record_bytes])
+        assert self._scheme is not None
+        landing = memory[: self.record_bytes] if self._lands_inside else None
+        extra = memory[self.record_bytes :] if self._lands_inside else memory
+        return NibbleSlot(self._shape, self._scheme, self.layout, landing, self._extra.views(extra))
+
+
+class PlainSlot:
+    """Unquantised matrices, multiplied just as the stock experts do it."""
+
+    def __init__(
+        self, shape: ExpertShape, views: dict[str, torch.Tensor], landing: torch.Tensor
+    ) -> None:
+        self.landing: torch.Tensor | None = landing
+        self._up, self._down = (_PlainLinear(param, views) for param in _matrices(shape))
+        self._dtype = views[_matrices(shape)[0].name].dtype
+
+    def arrive(self, record: torch.Tensor) -> None:
+        _land(record, self.landing)
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return self._up(x.to(self._dtype))
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        return self._down(h)
+
+
+class UnpackingSlot:
+    """Quantised matrices on a device without a fused kernel: unpacked for each multiply."""
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        scheme: Scheme,
+        views: dict[str, torch.Tensor],
+        landing: torch.Tensor,
+    ) -> None:
+        self.landing: torch.Tensor | None = landing
+        self._up, self._down = (
+            _UnpackingLinear(param, scheme, views) for param in _matrices(shape)
+        )
+
+    def arrive(self, record: torch.Tensor) -> None:
+        _land(record, self.landing)
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return self._up(x)
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        return self._down(h)
+
+
+class NibbleSlot:
+    """Quantised matrices as torch's int4 kernel for the CPU reads them; activations in bfloat16."""
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        scheme: Scheme,
+        layout: RecordLayout,
+        landing: torch.Tensor | None,
+        extra: dict[str, torch.Tensor],
+    ) -> None:
+        self.landing: torch.Tensor | None = landing
+        self._scheme = scheme
+        self._layout = layout
+        self._shape = shape
+        self._extra = extra
+        views = extra if landing is None else extra | layout.views(landing)
+        self._up, self._down = (_NibbleLinear(param, scheme, views) for param in _matrices(shape))
+
+    def arrive(self, record: torch.Tensor) -> None:
+        landing = self.landing
+        _land(record, landing)
+        views = self._layout.views(record)
+        for param in self._shape.params:
+            if not param.is_matrix:
+                if landing is None:
+                    self._extra[param.name].copy_(views[param.name])
+                continue
+            parts = _parts_of(param, views)
+            expand_scales(parts, self._scheme, self._extra[f"{param.name}.terms"])
+            if landing is None:
+                nibbles = self._extra[f"{param.name}.nibbles"]
+                expand_codes(parts, self._scheme, nibbles)
+                if not kernel_reads_nibbles():
+                    _to_kernel_order(nibbles, param.rows_columns[1])
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return self._up(x.to(torch.bfloat16))
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        return self._down(h)
+
+
+def _land(record: torch.Tensor, landing: torch.Tensor | None) -> None:
+    """Copy a record that was read elsewhere to where it belongs."""
+    if landing is not None and record.data_ptr() != landing.data_ptr():
+        landing.copy_(record, non_blocking=True)
+
+
+class _PlainLinear:
+    def __init__(self, param: ExpertParam, views: dict[str, torch.Tensor]) -> None:
+        self._weight, self._transposed = views[param.name], param.transposed
+        self._bias = views.get(f"{param.name}_bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self._weight if self._transposed else F.linear(x, self._weight)
+        # As the stock experts add it: a fused addition may round differently.
+        return y if self._bias is None else y + self._bias
+
+
+class _UnpackingLinear:
+    def __init__(self, param: ExpertParam, scheme: Scheme, views: dict[str, torch.Tensor]) -> None:
+        self._parts, self._scheme = _parts_of(param, views), scheme
+        self._rows, self._columns = param.rows_columns
+        self._bias = views.get(f"{param.name}_bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight = dequantise(self._parts, self._scheme, self._rows, self._columns)
+        y = F.linear(x, weight.to(x.dtype))
+        return y if self._bias is None else y + self._bias
+
+
+class _NibbleLinear:
+    def __init__(self, param: ExpertParam, scheme: Scheme, views: dict[str, torch.Tensor]) -> None:
+        self._rows, self._columns = param.rows_columns
+        nibbles = views.get(f"{param.name}.nibbles")
+        if nibbles is None:
+            nibbles = views[f"{param.name}.codes"]
+        self._nibbles = nibbles.view(-1, self._columns // 2)
+        self._terms = views[f"{param.name}.terms"]
+        self._group = max(scheme.group, KERNEL_GROUP)
+        self._bias = views.get(f"{param.name}_bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self._terms) == 1:
+            y = self._multiply(x, self._terms[0])
+        else:
+            y = self._multiply_in_turns(x)
+        y = y[:, : self._rows]
+        return y if self._bias is None else y + self._bias
+
+    def _multiply(self, x: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self._nibbles, self._group, terms
+        )
+        return y
+
+    def _multiply_in_turns(self, x: torch.Tensor) -> torch.Tensor:
+        """Groups smaller than the kernel's: each turn sees one of them in every kernel group.
+
+        The other columns of x are zero in that turn, so the scales they meet do not matter.
+        """
+        turns = len(self._terms)
+        groups = x.reshape(len(x), -1, turns, self._group // turns)
+        y = None
+        for turn, terms in enumerate(self._terms):
+            seen = torch.zeros_like(groups)
+            seen[:, :, turn] = groups[:, :, turn]
+            part = self._multiply(seen.view(len(x), -1), terms)
+            y = part if y is None else y + part
+        assert y is not None
+        return y
+
+
+def _matrices(shape: ExpertShape) -> tuple[ExpertParam, ExpertParam]:
+    up, down = (param for param in shape.params if param.is_matrix)
+    return up, down
+
+
+def _parts_of(param: ExpertParam, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = f"{param.name}."
+    return {name.removeprefix(prefix): v for name, v in views.items() if name.startswith(prefix)}
+
+
+@cache
+def kernel_reads_nibbles() -> bool:
+    """Whether torch's int4 kernel on this CPU reads the stored order (true with AVX-512)."""
+    codes = torch.arange(ROWS * KERNEL_GROUP).remainder(13).view(ROWS, KERNEL_GROUP)
+    stored = pack_codes(codes.to(torch.uint8), Scheme("probe", bits=4, group=64, lift=0))
+    return torch.equal(_kernel_order(codes).view(-1), stored["codes"])
+
+
+def _kernel_order(codes: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        codes.to(torch.int32), 1
+    )
+    return packed
+
+
+def _to_kernel_order(nibbles: torch.Tensor, columns: int) -> None:
+    """Bring stored nibbles into the order of this CPU's kernel, in place, block by block."""
+    for block in nibbles.view(-1, ROWS * columns // 2):
+        block.copy_(_kernel_order(unpack_codes(block, columns)).view(-1))

@@ -1,0 +1,165 @@
+"""The expert store: a folder with every expert as one contiguous record, read by position."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moerun.errors import RunError
+from moerun.index import DENSE_FILE, StoreIndex, read_index
+from moerun.layout import RecordLayout
+from moerun.tensorfile import TensorFile, memory_of, read_at
+
+
+class Location(NamedTuple):
+    """Where a record lies; `offset` and `nbytes` are multiples of 4096, as O_DIRECT asks."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class ExpertStore:
+    """Records by key (layer * n_experts + expert). Safe to share between threads.
+
+    Open with `ExpertStore.open`, which checks that every file is there and whole but reads no
+    weights: contents are checked against their CRC-32 as they are read.
+    """
+
+    def __init__(self, path: Path, index: StoreIndex) -> None:
+        self.path = path
+        self.index = index
+        self._fds: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._verified = bytearray(self.n_keys)
+
+    @classmethod
+    def open(cls, path: str | Path) -> ExpertStore:
+        """Raises RunError when the folder is no store, or a file is missing or truncated."""
+        folder = Path(path).expanduser()
+        store = cls(folder, read_index(folder))
+        store._check_files()
+        return store
+
+    @property
+    def n_layers(self) -> int:
+        """MoE layers."""
+        return self.index.n_layers
+
+    @property
+    def n_experts(self) -> int:
+        return self.index.n_experts
+
+    @property
+    def n_keys(self) -> int:
+        return self.n_layers * self.n_experts
+
+    @property
+    def layout(self) -> RecordLayout:
+        return self.index.layout
+
+    @property
+    def record_bytes(self) -> int:
+        return self.index.layout.record_bytes
+
+    @property
+    def dense_path(self) -> Path:
+        return self.path / DENSE_FILE
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all records and of the dense weights."""
+        return self.n_keys * self.record_bytes + self.index.dense_bytes
+
+    def location(self, key: int) -> Location:
+        """Raises RunError for a key that the store does not have."""
+        layer, expert = self._split(key)
+        records = self.index.layers[layer]
+        return Location(self.path / records.file, records.offsets[expert], self.record_bytes)
+
+    def read_into(self, key: int, buffer: torch.Tensor, *, verify: bool | None = None) -> None:
+        """Read a record into `buffer`, contiguous uint8[record_bytes] in host memory.
+
+        The interpreter's lock is released meanwhile. `verify` compares the CRC-32; None does it
+        the first time this store reads the record. Raises RunError that names the file, layer and
+        expert when it cannot be read or is not what was packed.
+        """
+        if buffer.dtype != torch.uint8 or buffer.nbytes != self.record_bytes:
+            raise AssertionError(f"{buffer.dtype}[{buffer.nbytes}] for {self.record_bytes} bytes")
+        layer, expert = self._split(key)
+        where = self.location(key)
+        try:
+            got = read_at(self._fd(layer), where.offset, buffer)
+        except OSError as error:
+            raise self._damaged(key, f"could not be read ({error.strerror})") from error
+        if got != where.nbytes:
+            raise self._damaged(key, f"is cut off after {got} of {where.nbytes} bytes")
+        if verify or (verify is None and not self._verified[key]):
+            found = zlib.crc32(memory_of(buffer))
+            if found != self.index.layers[layer].crc32[expert]:
+                raise self._damaged(key, "is damaged (its checksum differs)")
+            self._verified[key] = 1
+
+    def verify(self) -> None:
+        """Read everything and compare the checksums. Raises RunError at the first difference."""
+        buffer = torch.empty(self.record_bytes, dtype=torch.uint8)
+        for key in range(self.n_keys):
+            self.read_into(key, buffer, verify=True)
+
+    def close(self) -> None:
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> ExpertStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _split(self, key: int) -> tuple[int, int]:
+        if not 0 <= key < self.n_keys:
+            raise RunError(
+                f"{self.path} has no expert with key {key}: it has {self.n_layers} layers of "
+                f"{self.n_experts} experts"
+            )
+        return divmod(key, self.n_experts)
+
+    def _fd(self, layer: int) -> int:
+        fd = self._fds.get(layer)
+        if fd is None:
+            with self._lock:
+                fd = self._fds.get(layer)
+                if fd is None:
+                    path = self.path / self.index.layers[layer].file
+                    fd = self._fds[layer] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return fd
+
+    def _damaged(self, key: int, what: str) -> RunError:
+        layer, expert = divmod(key, self.n_experts)
+        return RunError(
+            f"expert {expert} of layer {layer} {what} in {self.location(key).path}: "
+            "copy the store again or pack it again"
+        )
+
+    def _check_files(self) -> None:
+        for layer, records in enumerate(self.index.layers):
+            path = self.path / records.file
+            try:
+                found = path.stat().st_size
+            except FileNotFoundError as error:
+                raise RunError(
+                    f"{path} is missing, which holds the experts of layer {layer}: "
+                    "copy the store again or pack it again"
+                ) from error
+            if found != records.file_bytes:
+                raise RunError(
+                    f"{path} has {found} bytes instead of {records.file_bytes}, it holds the "
+                    f"experts of layer {layer}: copy the store again or pack it again"
+                )
+        TensorFile(self.dense_path).close()
