@@ -5,7 +5,7 @@ polars is imported inside functions: the package must start without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,15 +77,33 @@ def array_from_series(series: pl.Series, where: str, first_row: int = 0) -> NDAr
     return array
 
 
-def write_frame(frame: pl.LazyFrame, path: Path, metadata: Mapping[str, str], level: int) -> None:
-    """Stream `frame` to `path` and onto the disk; zstd at `level`, or lz4 where it is 0."""
+def write_part(frame: pl.DataFrame, path: Path) -> None:
+    """Write `frame` to `path` as uncompressed Arrow IPC: what costs a recorder least."""
     with naming_errors(path):
-        frame.sink_parquet(
+        frame.write_ipc(path, compression="uncompressed")
+
+
+def read_part(path: Path) -> dict[str, NDArray[Any]]:
+    """The columns `write_part` wrote. Raises TraceError if the file is damaged."""
+    import polars as pl
+
+    with naming_errors(path):
+        frame = pl.read_ipc(path)
+    return {series.name: array_from_series(series, str(path)) for series in frame}
+
+
+def join_parts(parts: list[Path], path: Path, metadata: dict[str, str]) -> None:
+    """Stream part files into one Parquet file, and that onto the disk."""
+    import polars as pl
+
+    with naming_errors(path):
+        pl.scan_ipc(parts, glob=False).sink_parquet(
             path,
-            compression="zstd" if level else "lz4",
-            compression_level=level or None,
+            compression="zstd",
+            compression_level=3,
+            statistics=False,
             row_group_size=1 << 16,
-            metadata=dict(metadata),
+            metadata=metadata,
             sync_on_close="all",
             engine="streaming",
         )
@@ -128,11 +146,13 @@ def partial_folder(path: Path) -> Path:
 
 @contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Turn polars' errors into TraceError naming `path`; OSError (a full disk) passes."""
+    """Turn polars' errors, and system errors that name no file, into TraceError with `path`."""
     from polars.exceptions import PolarsError
 
     try:
         yield
-    except PolarsError as error:
+    except (PolarsError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TraceError(f"{path}: cannot be read or written as a trace ({reason})") from error

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,12 +18,11 @@ from typing import Self
 import numpy as np
 
 from moeroute.check import RowChecker
-from moeroute.parquet import frame_from_rows, naming_errors, partial_folder, write_frame
+from moeroute.parquet import frame_from_rows, join_parts, partial_folder, read_part, write_part
 from moeroute.schema import META_KEY, Rows, TraceError, TraceMeta, rows_from_columns
 
 PART_BYTES = 16 << 20
 PART_SECONDS = 20.0  # what a killed recording of a slow model may lose
-LEVEL = 9  # zstd of the finished file
 
 
 class TraceWriter:
@@ -69,7 +69,12 @@ class TraceWriter:
         return self._check.n_rows
 
     def write(self, rows: Rows) -> None:
-        """Append rows; they must come after those written before. Raises TraceError, OSError."""
+        """Append rows that come after those written before; their arrays must not change later.
+
+        Raises TraceError, and OSError if the disk is full.
+        """
+        if not self._open:
+            raise TraceError(f"{self.path}: the writer is closed")
         self._check.add(rows)
         if not len(rows):
             return
@@ -87,39 +92,44 @@ class TraceWriter:
         held = [rows.columns() for rows in self._buffer]
         joined = {name: np.concatenate([columns[name] for columns in held]) for name in held[0]}
         frame = frame_from_rows(rows_from_columns(joined), self.meta)
-        part = self.folder / f"part-{self._parts:06d}.parquet"
-        unfinished = part.with_suffix(".tmp")
-        write_frame(frame.lazy(), unfinished, {}, level=0)
-        unfinished.replace(part)
+        part = self.folder / f"part-{self._parts:06d}.arrow"
+        with self._finishing(part) as unfinished:
+            write_part(frame, unfinished)
         self._parts += 1
         self._buffer, self._buffer_bytes = [], 0
         self._flushed_at = time.monotonic()
 
     def close(self) -> None:
-        """Finish the trace: after this, and only after this, there is a file at `path`."""
+        """Finish the trace: after this, and only after this, there is a file at `path`.
+
+        What was written stays to be resumed if that fails. Raises TraceError, OSError.
+        """
         if not self._open:
             return
-        if not self.n_rows:
-            self.discard()
-            raise TraceError(f"{self.path}: not written: there are no rows")
-        self._check.finish()
-        self.flush()
-        import polars as pl
-
-        joined = self.folder / "joined.tmp"
-        parts = pl.scan_parquet(self._part_paths(), glob=False)
-        write_frame(parts, joined, {META_KEY: self.meta.to_json()}, level=LEVEL)
-        joined.replace(self.path)
+        try:
+            if not self.n_rows:
+                raise TraceError(f"{self.path}: not written: there are no rows")
+            self._check.finish()
+            self.flush()
+            with self._finishing(self.path) as unfinished:
+                join_parts(self._part_paths(), unfinished, {META_KEY: self.meta.to_json()})
+        except BaseException:
+            self._stop()
+            raise
         self.discard()
 
     def abort(self) -> None:
         """Stop unfinished: what was written stays in the partial folder, for `resume=True`."""
         if not self._open:
             return
-        self.flush()
-        if self._parts:
-            self._open = False
-        else:
+        try:
+            self.flush()
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._open = False
+        if not self._parts:  # there is nothing to resume
             self.discard()
 
     def discard(self) -> None:
@@ -139,20 +149,29 @@ class TraceWriter:
         if error is None:
             self.close()
             return
-        try:
+        with suppress(OSError, TraceError):  # the disk may be what failed: that is the news
             self.abort()
-        except (OSError, TraceError):  # the disk may be what failed; the first error is the news
-            self._open = False
 
     def _start(self) -> None:
         if self.folder.exists():
-            if not (self.folder / "meta.json").exists() and any(self.folder.iterdir()):
+            strangers = [path for path in self.folder.iterdir() if path.suffix != ".tmp"]
+            if strangers and not (self.folder / "meta.json").exists():
                 raise TraceError(f"{self.folder}: is in the way and holds no unfinished trace")
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        unfinished = self.folder / "meta.tmp"
-        unfinished.write_text(self.meta.to_json(), encoding="utf-8")
-        unfinished.replace(self.folder / "meta.json")
+        with self._finishing(self.folder / "meta.json") as unfinished:
+            unfinished.write_text(self.meta.to_json(), encoding="utf-8")
+
+    @contextmanager
+    def _finishing(self, path: Path) -> Iterator[Path]:
+        """A temporary name to write to; it becomes `path` if that goes well, else nothing."""
+        unfinished = self.folder / f"{path.stem}.tmp"
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
     def _resume(self) -> None:
         noted = self.folder / "meta.json"
@@ -162,7 +181,8 @@ class TraceWriter:
             self._start()
             return
         self._refuse_other_meta(TraceMeta.from_json(noted.read_text(encoding="utf-8")))
-        for rows in self._resumed_parts():
+        for part in self._part_paths():
+            rows = rows_from_columns(read_part(part))
             self._check.add(rows)
             self._note_last(rows)
             self._parts += 1
@@ -177,20 +197,8 @@ class TraceWriter:
                     f"not {new[name]!r}; use the same settings, or remove it to start over"
                 )
 
-    def _resumed_parts(self) -> Iterator[Rows]:
-        import polars as pl
-
-        from moeroute.parquet import array_from_series
-
-        for part in self._part_paths():
-            with naming_errors(part):
-                frame = pl.read_parquet(part, glob=False)
-            yield rows_from_columns(
-                {series.name: array_from_series(series, str(part)) for series in frame}
-            )
-
     def _part_paths(self) -> list[Path]:
-        return sorted(self.folder.glob("part-*.parquet"))
+        return sorted(self.folder.glob("part-*.arrow"))
 
     def _note_last(self, rows: Rows) -> None:
         self.last_sequence = int(rows.sequence[-1])
