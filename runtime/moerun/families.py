@@ -42,7 +42,7 @@ def read_config(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise RunError(f"{path} is no checkpoint: it has no config.json")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # every configuration class fails in its own way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{path / 'config.json'} cannot be used: {reason}") from error

@@ -7,6 +7,7 @@ written, so that an unfinished pack never reads as a store.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -14,60 +15,35 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from moerun.errors import RunError
-from moerun.families import shared_experts_of, top_k_of
 from moerun.index import (
     DENSE_FILE,
     INDEX_FILE,
     LayerRecords,
-    StoreIndex,
     experts_file,
     write_json,
 )
-from moerun.layout import RECORD_ALIGN, RecordLayout
+from moerun.layout import RECORD_ALIGN
 from moerun.packing import Scheme
+from moerun.plan import build_index, plan_pack
 from moerun.shape import NATIVE, PLAIN, scheme_of
 from moerun.source import ModelSource
 from moerun.store import ExpertStore
-from moerun.tensorfile import TensorFileWriter, bytes_of, header_of, memory_of
+from moerun.tensorfile import TensorFileWriter, header_of, memory_of
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "done.jsonl"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _NOT_COPIED = ("index.json", "safetensors.index.json")
-_SPARE_BYTES = 16 << 20  # index, tokenizer, and what the file system itself takes
 _EXPERTS_IN_FLIGHT = 3  # reading and writing beside quantising; each holds one expert in memory
-_PACKAGES = ("torch", "transformers", "hqq", "safetensors")
 
 Progress = Callable[[int, int], None]
 """Told of records done and records in all."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackPlan:
-    """What a pack will write, known before it starts."""
-
-    precision: str
-    dense_precision: str
-    layout: RecordLayout
-    n_layers: int
-    n_experts: int
-    dense_bytes: int
-
-    @property
-    def n_records(self) -> int:
-        return self.n_layers * self.n_experts
-
-    @property
-    def total_bytes(self) -> int:
-        return self.n_records * self.layout.record_bytes + self.dense_bytes + _SPARE_BYTES
 
 
 def pack(
@@ -113,20 +89,6 @@ def pack(
     return ExpertStore.open(out)
 
 
-def plan_pack(model: ModelSource, precision: str, dense_precision: str) -> PackPlan:
-    """Sizes of a pack. Raises RunError when the precision does not fit the model's shapes."""
-    dense = model.dense_tensors()
-    header, _ = header_of(dense)
-    return PackPlan(
-        precision=precision,
-        dense_precision=dense_precision,
-        layout=model.shape.record(precision),
-        n_layers=len(model.layers),
-        n_experts=model.n_experts,
-        dense_bytes=len(header) + sum(bytes_of(dtype, shape) for dtype, shape in dense.values()),
-    )
-
-
 class _Packer:
     """One run of a pack over the partial folder."""
 
@@ -151,7 +113,8 @@ class _Packer:
             "record": self.plan.layout.to_json(),
         }
         plan_file = self.folder / PLAN_FILE
-        if self.folder.exists() and _read_json(plan_file) != identity:
+        begun = self.folder.exists() and any(f.suffix != ".new" for f in self.folder.iterdir())
+        if begun and _read_json(plan_file) != identity:
             raise RunError(
                 f"{self.folder} holds another unfinished pack (of another checkpoint or "
                 "precision): finish that one, or remove the folder"
@@ -193,11 +156,26 @@ class _Packer:
                         kept[layer, expert] = done[layer, expert]
         return kept
 
-    def _writer(self, layer: int) -> TensorFileWriter:
+    @contextmanager
+    def _journal(self) -> Iterator[TextIO]:
+        """The journal, which one process at a time may write."""
+        with (self.folder / JOURNAL_FILE).open("a") as journal:
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is packing into {self.folder}: wait for it to end"
+                ) from error
+            yield journal
+
+    @property
+    def _records(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         record = (torch.uint8, (self.plan.layout.record_bytes,))
-        records = {_record_name(expert): record for expert in range(self.plan.n_experts)}
+        return {_record_name(expert): record for expert in range(self.plan.n_experts)}
+
+    def _writer(self, layer: int) -> TensorFileWriter:
         path = self.folder / experts_file(layer)
-        return TensorFileWriter(path, records, align=RECORD_ALIGN, resume=True)
+        return TensorFileWriter(path, self._records, align=RECORD_ALIGN, resume=True)
 
     def write_experts(self, workers: int, progress: Progress | None) -> None:
         """Every record that is not there yet, layer by layer."""
@@ -208,7 +186,7 @@ class _Packer:
             with (
                 ThreadPoolExecutor(workers, "quantise", _one_thread) as blocks,
                 ThreadPoolExecutor(_EXPERTS_IN_FLIGHT, "expert", _one_thread) as experts,
-                (self.folder / JOURNAL_FILE).open("a") as journal,
+                self._journal() as journal,
             ):
                 for layer in range(self.plan.n_layers):
                     with self._writer(layer) as writer:
@@ -244,6 +222,7 @@ class _Packer:
                 pending.add(experts.submit(one, expert))
             yield from (future.result() for future in wait(pending).done)
         except BaseException:
+            blocks.shutdown(wait=False, cancel_futures=True)  # so that they end soon
             wait(pending)  # nothing may write to a file that is being closed
             raise
 
@@ -279,12 +258,20 @@ class _Packer:
         with TensorFileWriter(self.folder / DENSE_FILE, self.model.dense_tensors()) as writer:
             for tensor_name, tensor in self.model.read_dense():
                 writer.write(tensor_name, tensor)
-        write_json(self.folder / INDEX_FILE, self._index(name, revision).to_json())
-        (self.folder / PLAN_FILE).unlink()
-        (self.folder / JOURNAL_FILE).unlink()
+        index = build_index(
+            self.model,
+            self.plan,
+            self._layers(),
+            name=name,
+            revision=revision,
+            source_digest=self._source_digest,
+        )
+        write_json(self.folder / INDEX_FILE, index.to_json())
         if self.out.exists():
             self.out.rmdir()  # an empty folder, as checked before
         self.folder.rename(self.out)
+        (self.out / PLAN_FILE).unlink()
+        (self.out / JOURNAL_FILE).unlink()
 
     def _copy_side_files(self) -> None:
         source = self.model.checkpoint.path
@@ -293,57 +280,20 @@ class _Packer:
                 if not file.name.endswith(_NOT_COPIED):
                     shutil.copyfile(file, self.folder / file.name)
 
-    def _index(self, name: str, revision: str | None) -> StoreIndex:
-        layers = []
-        for layer, module in enumerate(self.model.layers):
-            with self._writer(layer) as writer:
-                entries = [writer.entries[_record_name(e)] for e in range(self.plan.n_experts)]
-            layers.append(
-                LayerRecords(
-                    module=module,
-                    file=experts_file(layer),
-                    file_bytes=writer.total_bytes,
-                    offsets=tuple(entry.offset for entry in entries),
-                    crc32=tuple(self._done[layer, e] for e in range(self.plan.n_experts)),
-                )
+    def _layers(self) -> tuple[LayerRecords, ...]:
+        # All files are laid out alike, so one header says where the records of each lie.
+        header, entries = header_of(self._records, align=RECORD_ALIGN)
+        experts = range(self.plan.n_experts)
+        return tuple(
+            LayerRecords(
+                module=module,
+                file=experts_file(layer),
+                file_bytes=len(header) + self.plan.n_experts * self.plan.layout.record_bytes,
+                offsets=tuple(entries[_record_name(expert)].offset for expert in experts),
+                crc32=tuple(self._done[layer, expert] for expert in experts),
             )
-        dense = {
-            tensor: bytes_of(dtype, shape)
-            for tensor, (dtype, shape) in self.model.dense_tensors().items()
-        }
-        config = self.model.config
-        return StoreIndex(
-            model=name,
-            revision=revision,
-            model_type=config.model_type,
-            top_k=top_k_of(config),
-            n_shared_experts=shared_experts_of(config),
-            precision=self.plan.precision,
-            dense_precision=self.plan.dense_precision,
-            dense_bytes=self.plan.dense_bytes,
-            dense_skew=self.model.dense_skew(),
-            layer_bytes=_layer_bytes(dense, self.model.layers),
-            token_bytes=_token_bytes(dense, config),
-            shape=self.model.shape,
-            layout=self.plan.layout,
-            layers=tuple(layers),
-            source_digest=self._source_digest,
-            source_bytes=self.model.checkpoint.total_bytes,
-            packages=_packages(),
+            for layer, module in enumerate(self.model.layers)
         )
-
-
-def _layer_bytes(dense: dict[str, int], layers: tuple[str, ...]) -> int:
-    """Mean over MoE layers of what a layer has besides its routed experts."""
-    # model.layers.3.mlp.experts -> model.layers.3.
-    prefixes = tuple(f"{'.'.join(name.split('.')[:3])}." for name in layers)
-    return sum(size for name, size in dense.items() if name.startswith(prefixes)) // len(layers)
-
-
-def _token_bytes(dense: dict[str, int], config: Any) -> int:
-    """One row of the embedding, and the head (the embedding again where they are tied)."""
-    embedding: int = next((size for name, size in dense.items() if "embed_tokens" in name), 0)
-    return embedding // int(config.vocab_size) + dense.get("lm_head.weight", embedding)
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -371,16 +321,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager
