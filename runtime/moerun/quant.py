@@ -63,14 +63,14 @@ def _quantise_block(
     grouped = (block.shape[0], block.shape[1] // scheme.group)
     scales, zeros = meta["scale"].float().view(grouped), meta["zero"].float().view(grouped)
     codes = codes.view(*grouped, scheme.group)
-    _mend_constant_groups(weights.view_as(codes), codes, scales, zeros)
+    codes, scales, zeros = _mend_constant_groups(weights.view_as(codes), codes, scales, zeros)
     return codes.reshape(block.shape).to("cpu", torch.uint8), scales.cpu(), zeros.cpu()
 
 
 def _mend_constant_groups(
     weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
-) -> None:
-    """Give groups of one value the scale of the rest of their block, in place.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and zeros, groups of one value having the scale of the rest of the block.
 
     HQQ gives them scale 1, a hundred times that of the neighbours with which they share an 8-bit
     range.
@@ -78,12 +78,14 @@ def _mend_constant_groups(
     least, most = weights.aminmax(dim=-1)
     constant = (most - least) <= _CONSTANT
     if not bool(constant.any()):
-        return
+        return codes, scales, zeros
     others = scales[~constant]
     scale = others.median() if others.numel() else scales.new_tensor(1 / SCALE_UNIT)
-    codes[constant] = 0
-    scales[constant] = scale
-    zeros[constant] = -(least[constant] + most[constant]) / 2 / scale
+    return (
+        codes.masked_fill(constant[..., None], 0),
+        torch.where(constant, scale, scales),
+        torch.where(constant, -(least + most) / 2 / scale, zeros),
+    )
 
 
 def _pad_rows(values: torch.Tensor, pad: int) -> torch.Tensor:
