@@ -71,19 +71,22 @@ def import_npz(path: str | Path, out: str | Path, *, model: str | None = None) -
     arrays = _load_npz(path)
     ids = arrays["ids"]
     order = np.lexsort((arrays["pos"], arrays["seq"]))
-    valid = arrays.get("valid", np.ones(ids.shape[:2], dtype=np.bool_))
+    valid = arrays.get("valid", np.ones(ids.shape[:2])).astype(np.bool_)
+    kept = valid.any(axis=1)
     known = {"ids", "seq", "pos", "phase", "n_experts", "top_k", "weights", "valid"}
     dropped = sorted(set(arrays) - known)
     notes = {"imported_from": _origin(path)}
     if dropped:
         notes["not_imported"] = "arrays " + ", ".join(dropped)
+    if not kept.all():
+        notes["lost_tokens"] = f"{(~kept).sum()} tokens of which the recorder kept no layer"
     meta = TraceMeta(
         source="imported",
         model=model or path.stem,
         n_layers=ids.shape[1],
         n_experts=int(arrays["n_experts"]),
         top_k=ids.shape[2],
-        missing_rows=int((~valid).sum()),
+        missing_rows=int((~valid[kept]).sum()),
         notes=notes,
     )
     return _write(path, out, meta, _npz_rows(path, arrays, order, valid))
@@ -95,22 +98,37 @@ def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
             arrays = {name: archive[name] for name in archive.files}
     except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
         raise TraceError(f"{path}: not a readable .npz archive ({error})") from None
+    _check_npz(path, arrays)
+    return arrays
+
+
+def _check_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     for name in ("ids", "seq", "pos", "phase", "n_experts"):
         if name not in arrays:
             raise TraceError(f"{path}: no array {name}; it has {', '.join(sorted(arrays))}")
     shape = arrays["ids"].shape
     if len(shape) != 3:
         raise TraceError(f"{path}: array ids has shape {list(shape)}, not [tokens, layers, top-k]")
-    expected = {"seq": shape[:1], "pos": shape[:1], "phase": shape[:1], "n_experts": ()}
-    expected |= {"weights": shape, "valid": shape[:2], "top_k": ()}
-    for name, want in expected.items():
-        if name in arrays and arrays[name].shape != want:
+    token, record = shape[:1], shape[:2]
+    expected: dict[str, tuple[tuple[int, ...], str]] = {  # shape, kinds of number
+        "ids": (shape, "iu"),
+        "seq": (token, "iu"),
+        "pos": (token, "iu"),
+        "phase": (token, "iub"),
+        "n_experts": ((), "iu"),
+        "top_k": ((), "iu"),
+        "weights": (shape, "f"),
+        "valid": (record, "iub"),
+    }
+    for name in expected.keys() & arrays.keys():
+        found, (want, kinds) = arrays[name], expected[name]
+        if found.shape != want or found.dtype.kind not in kinds:
             raise TraceError(
-                f"{path}: array {name} has shape {list(arrays[name].shape)}, not {list(want)}"
+                f"{path}: array {name} is {found.dtype}{list(found.shape)}, not "
+                f"{'real' if kinds == 'f' else 'whole'} numbers {list(want)}"
             )
     if "top_k" in arrays and int(arrays["top_k"]) != shape[2]:
         raise TraceError(f"{path}: top_k is {arrays['top_k']}, but ids holds {shape[2]} a token")
-    return arrays
 
 
 def _npz_rows(
@@ -121,7 +139,7 @@ def _npz_rows(
 ) -> Iterator[Rows]:
     for start in range(0, len(order), _BATCH_TOKENS):
         tokens = order[start : start + _BATCH_TOKENS]
-        token, layer = np.nonzero(valid[tokens].astype(np.bool_))
+        token, layer = np.nonzero(valid[tokens])
         token = tokens[token]
         weights = arrays["weights"][token, layer] if "weights" in arrays else None
         yield Rows(
@@ -202,6 +220,8 @@ def _read_route_header(path: Path) -> tuple[_RouteHeader, int]:
         raise TraceError(f"{path}: the comment lines do not say {error.args[0]}=") from None
     except ValueError as error:
         raise TraceError(f"{path}: the comment lines are damaged ({error})") from None
+    if not 1 <= header.top_k <= header.n_experts:
+        raise TraceError(f"{path}: the comment lines say n_expert_used={header.top_k}")
     return header, n_comments
 
 
@@ -213,6 +233,8 @@ def _read_route_table(path: Path, first_line: int) -> pl.DataFrame:
         table = pl.read_csv(path, comment_prefix="#", infer_schema=False)
     if absent := [name for name in _CSV_COLUMNS if name not in table.columns]:
         raise TraceError(f"{path}: no column {absent[0]}; it has {', '.join(table.columns)}")
+    if not len(table):
+        raise TraceError(f"{path}: has no rows")
     numbers = table.select(
         pl.col(name).cast(pl.Float32 if name == "weight" else pl.UInt32, strict=False)
         for name in _CSV_COLUMNS

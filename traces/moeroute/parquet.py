@@ -155,4 +155,4 @@ def naming_errors(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TraceError(f"{path}: cannot be read or written as a trace ({reason})") from error
+        raise TraceError(f"{path}: cannot be read or written ({reason})") from error

@@ -80,6 +80,7 @@ def _meta(name: str, seed: int) -> TraceMeta:
         prediction="synthetic: the layer's logits with noise to the published recall",
         horizon=HORIZON,
         seed=seed,
+        packages={"numpy": np.__version__},
         notes={
             "caution": "made to have the published statistics of Mixtral-8x7B's routing; layers "
             "are independent of one another, and there are no tokens behind it",

@@ -141,10 +141,14 @@ class Trace:
             frame = self._frame.select(names).slice(start, length).collect()
         return {name: array_from_series(frame[name], str(self.path), start) for name in names}
 
+    def rows(self, start: int = 0, stop: int | None = None) -> Rows:
+        """Rows start..stop-1 (default: all) with every column the trace has."""
+        return rows_from_columns(self.arrays(*self.columns, start=start, stop=stop))
+
     def batches(self, n_rows: int = _BATCH_ROWS) -> Iterator[Rows]:
         """All rows, `n_rows` at a time."""
         for start in range(0, self.n_rows, n_rows):
-            yield rows_from_columns(self.arrays(*self.columns, start=start, stop=start + n_rows))
+            yield self.rows(start, start + n_rows)
 
     def validate(self) -> None:
         """Read everything and raise TraceError at the first thing wrong, by row and column."""
