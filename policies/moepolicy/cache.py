@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 
 from moepolicy import machine
 from moepolicy.policy import Context, Policy, PolicyError
-from moepolicy.state import N_DEMAND, N_EVENTS, PLACE, UNUSED, Cache, Kind, check, new_cache
+from moepolicy.state import (
+    COUNTERS,
+    FIRST,
+    N_DEMAND,
+    N_EVENTS,
+    PLACE,
+    UNUSED,
+    Cache,
+    Kind,
+    check,
+    new_cache,
+)
 from moepolicy.steps import Step
 
 
@@ -86,7 +97,7 @@ class ExpertCache:
     @property
     def n_slots(self) -> int:
         """Slots over cache and staging together: the records a device arena must hold."""
-        return int(self.arrays.residents.size + self.arrays.staged.size)
+        return len(self.arrays.domains) * self.arrays.slots + self.arrays.staging_buffers
 
     def begin(self, step: Step) -> NDArray[np.int8]:
         """Pin a step's demand; returns HIT, LATE or MISS for each key of ``step.experts``."""
@@ -124,15 +135,15 @@ class ExpertCache:
         return int(self.arrays.keys[key, PLACE])
 
     def count(self, kind: Kind) -> int:
-        return int(self.arrays.counters[kind])
+        return int(self.arrays.board[COUNTERS + kind])
 
     def in_step(self) -> bool:
-        return bool(self.arrays.scalars[N_DEMAND])
+        return bool(self.arrays.board[N_DEMAND])
 
     def has_queued(self) -> bool:
         """Whether anything waits to be copied."""
-        ends = self.arrays.ends
-        return bool(ends[0, 0] >= 0 or ends[1, 0] >= 0)
+        board = self.arrays.board
+        return bool(board[FIRST] >= 0 or board[FIRST + 1] >= 0)
 
     def check(self) -> None:
         """AssertionError if an invariant of the state machine does not hold."""
@@ -150,13 +161,13 @@ class ExpertCache:
             self._publish()
 
     def _publish(self) -> None:
-        n = self.arrays.scalars[N_EVENTS]
+        n = self.arrays.board[N_EVENTS]
         if self.observers and n:
             for kind, step, key, other in self.arrays.events[:n].tolist():
                 event = Event(Kind(kind), step, key, other)
                 for observe in self.observers:
                     observe(event)
-        self.arrays.scalars[N_EVENTS] = 0
+        self.arrays.board[N_EVENTS] = 0
 
 
 def replay_journal(cache: ExpertCache, steps: Iterable[Step], journal: Journal) -> None:

@@ -44,5 +44,5 @@ class Composite(Policy):
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
         return self.eviction.retain(layer, key, candidates)
 
-    def prefetch(self, step: Step) -> NDArray[np.int32]:
-        return self.prefetcher.prefetch(step)
+    def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
+        return self.prefetcher.prefetch(step, keys)

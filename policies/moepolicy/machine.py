@@ -17,20 +17,25 @@ from moepolicy.state import (
     ABSENT,
     BYPASS,
     CANCEL,
+    CANDIDATES,
     CONSUMED,
+    COUNTERS,
     DEMAND,
     DROP,
     EVICT,
+    FIRST,
+    GUESSED,
+    HELD,
     HIT,
+    LAST,
     LATE,
-    LAYER,
     LOAD,
     LOADING,
     MISS,
     N_DEMAND,
     N_EVENTS,
-    N_FREE_STAGING,
-    N_STAGED,
+    N_FREE,
+    N_HELD,
     NEXT,
     PINNED,
     PLACE,
@@ -43,11 +48,13 @@ from moepolicy.state import (
     RESIDENT,
     SPECULATE,
     STAGED,
+    STAMP,
     STATUS,
     STEP,
     TRANSIENT,
     UNUSED,
     USELESS,
+    WANTED,
     Cache,
 )
 from moepolicy.steps import Step
@@ -59,15 +66,14 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     ``outcome`` [n] is filled with HIT, LATE or MISS for each key of ``step.experts``.
     """
     n = len(step.experts)
-    cache.scalars[STEP] = step.number
-    cache.scalars[LAYER] = step.layer
-    cache.scalars[N_DEMAND] = n
+    cache.board[STEP] = step.number
+    cache.board[N_DEMAND] = n
     policy.on_step(step)
     for rank in range(n):
         key = step.experts[rank]
-        cache.demand[rank] = key
+        cache.scratch[WANTED, rank] = key
         cache.keys[key, PINNED] = 1
-        cache.stamp[key] = step.number * (cache.n_experts + 1) + n - rank
+        cache.keys[key, STAMP] = step.number * (cache.n_experts + 1) + n - rank
     if cache.prefetching:
         _disprove(cache, policy, step.layer)
     for rank in range(n):
@@ -75,7 +81,7 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     for rank in range(n - 1, -1, -1):
         key = step.experts[rank]
         if outcome[rank] != MISS:
-            policy.on_hit(key, cache.stamp[key])
+            policy.on_hit(key, cache.keys[key, STAMP])
     if cache.prefetching:
         for rank in range(n):
             key = step.experts[rank]
@@ -90,10 +96,10 @@ def start(cache: Cache, policy: Policy) -> int:
     Demand goes before prefetch. A demand that waits for a staging buffer holds everything behind
     it back, so that the order of demanded copies never depends on the clock.
     """
-    key = int(cache.ends[DEMAND, 0])
+    key = int(cache.board[FIRST + DEMAND])
     if key >= 0:
         return _start_demand(cache, policy, key)
-    key = int(cache.ends[PREFETCH, 0])
+    key = int(cache.board[FIRST + PREFETCH])
     while key >= 0:
         _leave_queue(cache, key)
         slot = _prefetch_slot(cache, policy, key)
@@ -102,7 +108,7 @@ def start(cache: Cache, policy: Policy) -> int:
             _load(cache, policy, key, slot, SPECULATE)
             return key
         _note(cache, DROP, key, -1)
-        key = int(cache.ends[PREFETCH, 0])
+        key = int(cache.board[FIRST + PREFETCH])
     return -1
 
 
@@ -121,31 +127,31 @@ def consume(cache: Cache, key: int) -> None:
 
 def end(cache: Cache, policy: Policy) -> None:
     """All of the step's experts are computed: pins drop, bypassed experts go."""
-    for rank in range(cache.scalars[N_DEMAND]):
-        key = cache.demand[rank]
+    for rank in range(cache.board[N_DEMAND]):
+        key = cache.scratch[WANTED, rank]
         cache.keys[key, PINNED] = 0
         cache.keys[key, CONSUMED] = 0
     i = 0
-    while i < cache.scalars[N_STAGED]:
-        key = int(cache.staged[i])
+    while i < cache.staging[N_HELD]:
+        key = int(cache.staging[HELD + i])
         if not (cache.keys[key, TRANSIENT] and cache.keys[key, STATUS] == RESIDENT):
             i += 1
         elif not (cache.retaining and _retain(cache, policy, key)):
             _discard(cache, policy, key)
-    cache.scalars[N_DEMAND] = 0
+    cache.board[N_DEMAND] = 0
 
 
 def _note(cache: Cache, kind: int, key: int, other: int) -> None:
-    cache.counters[kind] += 1
+    cache.board[COUNTERS + kind] += 1
     if cache.events.shape[0]:
-        i = cache.scalars[N_EVENTS]
+        i = cache.board[N_EVENTS]
         if i == cache.events.shape[0]:
             raise IndexError("the event buffer is full")
         cache.events[i, 0] = kind
-        cache.events[i, 1] = cache.scalars[STEP]
+        cache.events[i, 1] = cache.board[STEP]
         cache.events[i, 2] = key
         cache.events[i, 3] = other
-        cache.scalars[N_EVENTS] = i + 1
+        cache.board[N_EVENTS] = i + 1
 
 
 def _request(cache: Cache, key: int) -> int:
@@ -169,15 +175,15 @@ def _request(cache: Cache, key: int) -> int:
 def _disprove(cache: Cache, policy: Policy, layer: int) -> None:
     """The gate of ``layer`` has spoken: what was guessed for it and is not wanted goes."""
     first = layer * cache.n_experts
-    if cache.ends[PREFETCH, 0] >= 0:
+    if cache.board[FIRST + PREFETCH] >= 0:
         for key in range(first, first + cache.n_experts):
             row = cache.keys[key]
             if row[STATUS] == QUEUED and not row[PINNED]:
                 _leave_queue(cache, key)
                 _note(cache, CANCEL, key, -1)
     i = 0
-    while i < cache.scalars[N_STAGED]:
-        key = int(cache.staged[i])
+    while i < cache.staging[N_HELD]:
+        key = int(cache.staging[HELD + i])
         row = cache.keys[key]
         if key // cache.n_experts != layer or row[PINNED]:
             i += 1
@@ -189,8 +195,9 @@ def _disprove(cache: Cache, policy: Policy, layer: int) -> None:
 
 
 def _queue_prefetches(cache: Cache, policy: Policy, step: Step) -> None:
-    wanted = policy.prefetch(step)
-    for i in range(len(wanted)):
+    wanted = cache.scratch[GUESSED]
+    n = policy.prefetch(step, wanted)
+    for i in range(n):
         key = int(wanted[i])
         if key < 0 or key >= cache.keys.shape[0]:
             raise ValueError("prefetch named a key that does not exist")
@@ -224,38 +231,37 @@ def _load(cache: Cache, policy: Policy, key: int, slot: int, kind: int) -> None:
     row[PLACE] = slot
     _note(cache, kind, key, slot)
     if kind == LOAD:
-        policy.on_load(key, False, cache.stamp[key])
+        policy.on_load(key, False, cache.keys[key, STAMP])
     else:
-        policy.on_load(key, True, cache.scalars[STEP] * (cache.n_experts + 1))
+        policy.on_load(key, True, cache.board[STEP] * (cache.n_experts + 1))
 
 
 def _prefetch_slot(cache: Cache, policy: Policy, key: int) -> int:
     """A place for a prefetch: a free staging buffer or, as the policy says, a cache slot."""
     if not cache.stage_prefetches:
         return _claim_slot(cache, policy, key)
-    n = cache.scalars[N_FREE_STAGING]
-    if n == 0:
+    if cache.staging[N_FREE] == 0:
         return -1
-    cache.scalars[N_FREE_STAGING] = n - 1
     _stage(cache, key)
-    return int(cache.free_staging[n - 1])
+    return _pop_free(cache.staging, cache.staging_buffers)
 
 
 def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
     """A cache slot for ``key``, which becomes a resident: a free one, or a victim's; else -1."""
     domain = _domain(cache, key)
-    if cache.n_free[domain]:
-        cache.n_free[domain] -= 1
-        slot = int(cache.free[domain, cache.n_free[domain]])
+    held = cache.domains[domain]
+    if held[N_FREE]:
+        slot = _pop_free(held, cache.slots)
     else:
-        candidates = _candidates(cache, domain)
-        if len(candidates) == 0:
+        n = _gather_candidates(cache, domain)
+        if n == 0:
             return -1
+        candidates = cache.scratch[CANDIDATES, :n]
         layer = key // cache.n_experts
         slot = _take_from(cache, policy, policy.victim(layer, key, candidates), key)
         if slot < 0:
             return -1
-    _add_resident(cache, domain, key)
+    _hold(held, key)
     return slot
 
 
@@ -271,7 +277,7 @@ def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
         raise ValueError("victim named a key that was not among the candidates")
     slot = int(row[PLACE])
     _note(cache, EVICT, victim, incoming)
-    _remove_resident(cache, domain, victim)
+    _remove(cache.domains[domain], victim)
     _leave_device(cache, policy, victim)
     return slot
 
@@ -282,26 +288,24 @@ def _claim_buffer(cache: Cache, policy: Policy) -> int:
     Free ones first, then the oldest unpinned guess, then the oldest bypass of this step once its
     compute is done: in order of their starts, whatever order they arrived in.
     """
-    if cache.scalars[N_FREE_STAGING] == 0:
-        for i in range(cache.scalars[N_STAGED]):
-            key = int(cache.staged[i])
+    if cache.staging[N_FREE] == 0:
+        for i in range(cache.staging[N_HELD]):
+            key = int(cache.staging[HELD + i])
             row = cache.keys[key]
             if row[STATUS] == RESIDENT and not row[PINNED]:
                 _discard(cache, policy, key)
                 break
-    if cache.scalars[N_FREE_STAGING] == 0:
-        for i in range(cache.scalars[N_STAGED]):
-            key = int(cache.staged[i])
+    if cache.staging[N_FREE] == 0:
+        for i in range(cache.staging[N_HELD]):
+            key = int(cache.staging[HELD + i])
             row = cache.keys[key]
             if row[TRANSIENT] and row[PINNED]:
                 if row[CONSUMED]:
                     _discard(cache, policy, key)
                 break
-    n = cache.scalars[N_FREE_STAGING]
-    if n == 0:
+    if cache.staging[N_FREE] == 0:
         return -1
-    cache.scalars[N_FREE_STAGING] = n - 1
-    return int(cache.free_staging[n - 1])
+    return _pop_free(cache.staging, cache.staging_buffers)
 
 
 def _promote(cache: Cache, policy: Policy, key: int) -> None:
@@ -317,14 +321,15 @@ def _promote(cache: Cache, policy: Policy, key: int) -> None:
 def _retain(cache: Cache, policy: Policy, key: int) -> bool:
     """Ask whether a bypassed expert takes a slot after all, now that the pins have dropped."""
     domain = _domain(cache, key)
-    candidates = _candidates(cache, domain)
-    if len(candidates) == 0:
+    n = _gather_candidates(cache, domain)
+    if n == 0:
         return False
+    candidates = cache.scratch[CANDIDATES, :n]
     layer = key // cache.n_experts
     slot = _take_from(cache, policy, policy.retain(layer, key, candidates), key)
     if slot < 0:
         return False
-    _add_resident(cache, domain, key)
+    _hold(cache.domains[domain], key)
     _exchange(cache, key, slot)
     return True
 
@@ -357,64 +362,67 @@ def _leave_device(cache: Cache, policy: Policy, key: int) -> None:
 
 
 def _domain(cache: Cache, key: int) -> int:
-    return key // cache.n_experts if cache.n_domains > 1 else 0
+    return key // cache.n_experts if cache.per_layer else 0
 
 
-def _candidates(cache: Cache, domain: int) -> NDArray[np.int32]:
-    """The domain's keys that may go: resident and not pinned, ascending."""
+def _gather_candidates(cache: Cache, domain: int) -> int:
+    """Write the domain's keys that may go (resident, not pinned), ascending; returns how many."""
     n = 0
-    for i in range(cache.n_residents[domain]):
-        key = cache.residents[domain, i]
+    held = cache.domains[domain]
+    for i in range(HELD, HELD + held[N_HELD]):
+        key = held[i]
         if cache.keys[key, STATUS] == RESIDENT and not cache.keys[key, PINNED]:
-            cache.scratch[n] = key
+            cache.scratch[CANDIDATES, n] = key
             n += 1
-    return cache.scratch[:n]
+    return n
 
 
-def _add_resident(cache: Cache, domain: int, key: int) -> None:
-    i = cache.n_residents[domain]
-    while i > 0 and cache.residents[domain, i - 1] > key:
-        cache.residents[domain, i] = cache.residents[domain, i - 1]
+def _hold(held: NDArray[np.int64], key: int) -> None:
+    """Add ``key`` to a domain's keys, which ascend."""
+    i = HELD + held[N_HELD]
+    while i > HELD and held[i - 1] > key:
+        held[i] = held[i - 1]
         i -= 1
-    cache.residents[domain, i] = key
-    cache.n_residents[domain] += 1
+    held[i] = key
+    held[N_HELD] += 1
 
 
-def _remove_resident(cache: Cache, domain: int, key: int) -> None:
-    n = cache.n_residents[domain] - 1
-    i = 0
-    while cache.residents[domain, i] != key:
+def _remove(held: NDArray[np.int64], key: int) -> None:
+    """Take ``key`` from a domain's or the staging buffers' keys, keeping the order."""
+    last = HELD + held[N_HELD] - 1
+    i = HELD
+    while held[i] != key:
         i += 1
-    for j in range(i, n):
-        cache.residents[domain, j] = cache.residents[domain, j + 1]
-    cache.n_residents[domain] = n
+    for j in range(i, last):
+        held[j] = held[j + 1]
+    held[N_HELD] -= 1
+
+
+def _pop_free(held: NDArray[np.int64], capacity: int) -> int:
+    """An unused slot of a domain or of staging, of which there is one."""
+    held[N_FREE] -= 1
+    return int(held[HELD + capacity + held[N_FREE]])
 
 
 def _stage(cache: Cache, key: int) -> None:
-    cache.staged[cache.scalars[N_STAGED]] = key
-    cache.scalars[N_STAGED] += 1
+    cache.staging[HELD + cache.staging[N_HELD]] = key
+    cache.staging[N_HELD] += 1
     cache.keys[key, STAGED] = 1
 
 
 def _unstage(cache: Cache, key: int) -> None:
-    n = cache.scalars[N_STAGED] - 1
-    i = 0
-    while cache.staged[i] != key:
-        i += 1
-    for j in range(i, n):
-        cache.staged[j] = cache.staged[j + 1]
-    cache.scalars[N_STAGED] = n
+    _remove(cache.staging, key)
     cache.keys[key, STAGED] = 0
 
 
 def _free_buffer(cache: Cache, slot: int) -> None:
-    cache.free_staging[cache.scalars[N_FREE_STAGING]] = slot
-    cache.scalars[N_FREE_STAGING] += 1
+    cache.staging[HELD + cache.staging_buffers + cache.staging[N_FREE]] = slot
+    cache.staging[N_FREE] += 1
 
 
 def _join_queue(cache: Cache, key: int, queue: int) -> None:
     row = cache.keys[key]
-    last = cache.ends[queue, 1]
+    last = cache.board[LAST + queue]
     row[STATUS] = QUEUED
     row[QUEUE] = queue
     row[PREVIOUS] = last
@@ -422,8 +430,8 @@ def _join_queue(cache: Cache, key: int, queue: int) -> None:
     if last >= 0:
         cache.keys[last, NEXT] = key
     else:
-        cache.ends[queue, 0] = key
-    cache.ends[queue, 1] = key
+        cache.board[FIRST + queue] = key
+    cache.board[LAST + queue] = key
 
 
 def _leave_queue(cache: Cache, key: int) -> None:
@@ -432,9 +440,9 @@ def _leave_queue(cache: Cache, key: int) -> None:
     if row[PREVIOUS] >= 0:
         cache.keys[row[PREVIOUS], NEXT] = row[NEXT]
     else:
-        cache.ends[queue, 0] = row[NEXT]
+        cache.board[FIRST + queue] = row[NEXT]
     if row[NEXT] >= 0:
         cache.keys[row[NEXT], PREVIOUS] = row[PREVIOUS]
     else:
-        cache.ends[queue, 1] = row[PREVIOUS]
+        cache.board[LAST + queue] = row[PREVIOUS]
     row[STATUS] = ABSENT

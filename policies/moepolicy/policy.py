@@ -90,9 +90,12 @@ class Policy:
         """
         return -1
 
-    def prefetch(self, step: Step) -> NDArray[np.int32]:
-        """Keys to fetch ahead, most wanted first; those present or under way are passed over."""
-        return np.empty(0, np.int32)
+    def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
+        """Write the keys to fetch ahead into ``keys``, most wanted first; return how many.
+
+        There is room for every key; those present or under way are passed over.
+        """
+        return 0
 
 
 def overrides(policy: Policy, hook: str) -> bool:

@@ -24,16 +24,22 @@ def highest(score: NDArray[np.int64], candidates: NDArray[np.int32]) -> int:
     return int(best)
 
 
-def top_n(logits: NDArray[np.float32], n: int) -> NDArray[np.int32]:
-    """The ``n`` experts with the greatest logits, best first; equal logits: the lowest expert."""
+def top_n(logits: NDArray[np.float32], n: int, first_key: int, keys: NDArray[np.int32]) -> int:
+    """Write the keys of the ``n`` greatest logits into ``keys``, best first; returns how many.
+
+    The logits are those of keys ``first_key`` and following; equal logits: the lowest key.
+    """
     n = min(n, len(logits))
-    chosen = np.empty(n, np.int32)
-    taken = np.zeros(len(logits), np.bool_)
+    last = -1
     for i in range(n):
         best = -1
         for e in range(len(logits)):
-            if not taken[e] and (best < 0 or logits[e] > logits[best]):
+            # Behind the one chosen last: a smaller logit, or an equal one at a higher key.
+            behind = (
+                last < 0 or logits[e] < logits[last] or (logits[e] == logits[last] and e > last)
+            )
+            if behind and (best < 0 or logits[e] > logits[best]):
                 best = e
-        taken[best] = True
-        chosen[i] = best
-    return chosen
+        keys[i] = first_key + best
+        last = best
+    return n

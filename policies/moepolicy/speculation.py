@@ -23,11 +23,11 @@ class NextGate(Policy):
         self.n = n
         self.n_experts = context.n_experts
 
-    def prefetch(self, step: Step) -> NDArray[np.int32]:
+    def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         predicted = step.predicted
         if predicted.shape[0] == 0 or np.isnan(predicted[0, 0]):
-            return np.empty(0, np.int32)
-        return top_n(predicted[0], self.n) + np.int32((step.layer + 1) * self.n_experts)
+            return 0
+        return top_n(predicted[0], self.n, (step.layer + 1) * self.n_experts, keys)
 
 
 class LruSpec(Composite):

@@ -19,9 +19,10 @@ TRANSIENT = 4  # leaves its staging buffer when it is done: bypassed, or disprov
 CONSUMED = 5  # the step's compute has finished with it
 PLACE = 6  # the slot it occupies, -1 without one
 QUEUE = 7  # DEMAND or PREFETCH while QUEUED
-NEXT = 8
+NEXT = 8  # neighbours in that queue, -1 at its ends
 PREVIOUS = 9
-KEY_COLUMNS = 10
+STAMP = 10  # logical time of its use, while PINNED
+KEY_COLUMNS = 11
 
 ABSENT = 0
 QUEUED = 1
@@ -31,18 +32,28 @@ RESIDENT = 3
 DEMAND = 0
 PREFETCH = 1
 
-# Entries of Cache.scalars.
-STEP = 0  # index of the step in progress
-LAYER = 1
-N_DEMAND = 2  # keys of the step in progress; 0 between steps
-N_STAGED = 3
-N_FREE_STAGING = 4
-N_EVENTS = 5
-N_SCALARS = 6
+# A row of Cache.domains, and Cache.staging: two counts, the keys that hold a slot there
+# (a domain's ascending, staging's oldest copy first), then the stack of unused slots.
+N_HELD = 0
+N_FREE = 1
+HELD = 2
+
+# Entries of Cache.board. The counters, by Kind, follow.
+STEP = 0  # number of the step in progress
+N_DEMAND = 1  # keys of the step in progress; 0 between steps
+N_EVENTS = 2
+FIRST = 3  # first key of each queue, -1 when empty
+LAST = 5  # and the last
+COUNTERS = 7
+
+# Rows of Cache.scratch.
+CANDIDATES = 0  # as shown to the policy
+WANTED = 1  # the step's keys in router order
+GUESSED = 2  # what the policy would prefetch
 
 
 class Kind(IntEnum):
-    """What the state machine decided. The values index ``Cache.counters``."""
+    """What the state machine decided. The values count from COUNTERS on ``Cache.board``."""
 
     HIT = 0  # wanted and resident
     LATE = 1  # wanted and in flight: waited for
@@ -68,28 +79,22 @@ class Cache(NamedTuple):
     """Everything the state machine knows. Slots are numbered over cache and staging together.
 
     A slot belongs to a domain (a layer, or the one shared cache) or to staging; a promotion
-    exchanges two slots' roles instead of moving bytes.
+    exchanges two slots' roles instead of moving bytes. Few arrays, because compiled code passes
+    each of them from function to function.
     """
 
-    n_layers: int
     n_experts: int
-    n_domains: int
+    slots: int  # of each domain
+    staging_buffers: int
+    per_layer: bool
     stage_prefetches: bool
     prefetching: bool
     retaining: bool
-    keys: NDArray[np.int32]  # [n_keys, KEY_COLUMNS]
-    stamp: NDArray[np.int64]  # [n_keys] logical time of a pinned key's use
-    demand: NDArray[np.int32]  # [n_experts] the step's keys, router order
-    residents: NDArray[np.int32]  # [n_domains, slots] keys that hold a slot, ascending
-    free: NDArray[np.int32]  # [n_domains, slots] stack of unused slots
-    n_residents: NDArray[np.int64]  # [n_domains]
-    n_free: NDArray[np.int64]  # [n_domains]
-    staged: NDArray[np.int32]  # [staging] keys in staging buffers, oldest copy first
-    free_staging: NDArray[np.int32]  # [staging] stack
-    ends: NDArray[np.int32]  # [2, 2] first and last key of each queue, -1 when empty
-    scalars: NDArray[np.int64]
-    counters: NDArray[np.int64]  # by Kind
-    scratch: NDArray[np.int32]  # candidates shown to the policy
+    keys: NDArray[np.int64]  # [n_keys, KEY_COLUMNS]
+    domains: NDArray[np.int64]  # [n_domains, HELD + 2 * slots]
+    staging: NDArray[np.int64]  # [HELD + 2 * staging_buffers]
+    board: NDArray[np.int64]  # [COUNTERS + len(Kind)]
+    scratch: NDArray[np.int32]  # [3, n_keys]
     events: NDArray[np.int32]  # [capacity, 4] kind, step, key, other; capacity 0: not kept
 
 
@@ -98,92 +103,94 @@ def new_cache(context: Context, policy: Policy, *, n_events: int = 0) -> Cache:
 
     Raises PolicyError when there are fewer slots or buffers than the machine can work with.
     """
-    if context.slots < 0:
-        raise PolicyError(f"slots must be 0 or more, not {context.slots}")
-    if policy.staging < 1:
+    n_domains, slots = _domains(context)
+    buffers = policy.staging
+    if buffers < 1:
         raise PolicyError(
-            f"staging must be 1 or more, not {policy.staging}: an expert without a slot is used "
+            f"staging must be 1 or more, not {buffers}: an expert without a slot is used "
             "from a staging buffer"
         )
-    per_layer = context.scope == "layer"
-    if not per_layer and context.scope != "global":
-        raise PolicyError(f"unknown scope '{context.scope}': it is 'layer' or 'global'")
-    n_keys = context.n_layers * context.n_experts
-    n_domains = context.n_layers if per_layer else 1
-    in_domain = context.n_experts if per_layer else n_keys
-    # More slots than keys would never be filled.
-    slots = min(context.slots * (1 if per_layer else context.n_layers), in_domain)
-    keys = np.zeros((n_keys, KEY_COLUMNS), np.int32)
-    keys[:, PLACE] = keys[:, NEXT] = keys[:, PREVIOUS] = -1
-    scalars = np.zeros(N_SCALARS, np.int64)
-    scalars[N_FREE_STAGING] = policy.staging
+    keys = np.zeros((context.n_layers * context.n_experts, KEY_COLUMNS), np.int64)
+    keys[:, [PLACE, NEXT, PREVIOUS]] = -1
+    domains = np.full((n_domains, HELD + 2 * slots), -1, np.int64)
+    domains[:, N_HELD] = 0
+    domains[:, N_FREE] = slots
     n_cached = n_domains * slots
     # Stacks hand out the lowest slot first.
-    free = np.arange(n_cached, dtype=np.int32).reshape(n_domains, slots)[:, ::-1].copy()
-    free_staging = np.arange(n_cached, n_cached + policy.staging, dtype=np.int32)[::-1].copy()
+    domains[:, HELD + slots :] = np.arange(n_cached).reshape(n_domains, slots)[:, ::-1]
+    staging = np.full(HELD + 2 * buffers, -1, np.int64)
+    staging[:HELD] = 0, buffers
+    staging[HELD + buffers :] = np.arange(n_cached, n_cached + buffers)[::-1]
+    board = np.zeros(COUNTERS + len(Kind), np.int64)
+    board[FIRST:COUNTERS] = -1
     return Cache(
-        n_layers=context.n_layers,
         n_experts=context.n_experts,
-        n_domains=n_domains,
+        slots=slots,
+        staging_buffers=buffers,
+        per_layer=context.scope == "layer",
         stage_prefetches=policy.stage_prefetches,
         prefetching=overrides(policy, "prefetch"),
         retaining=overrides(policy, "retain"),
         keys=keys,
-        stamp=np.zeros(n_keys, np.int64),
-        demand=np.zeros(context.n_experts, np.int32),
-        residents=np.full((n_domains, slots), -1, np.int32),
-        free=free,
-        n_residents=np.zeros(n_domains, np.int64),
-        n_free=np.full(n_domains, slots, np.int64),
-        staged=np.full(policy.staging, -1, np.int32),
-        free_staging=free_staging,
-        ends=np.full((2, 2), -1, np.int32),
-        scalars=scalars,
-        counters=np.zeros(len(Kind), np.int64),
-        scratch=np.zeros(max(slots, 1), np.int32),
+        domains=domains,
+        staging=staging,
+        board=board,
+        scratch=np.zeros((3, len(keys)), np.int32),
         events=np.zeros((n_events, 4), np.int32),
     )
+
+
+def _domains(context: Context) -> tuple[int, int]:
+    """How many caches share the experts out, and the slots of each."""
+    if context.slots < 0:
+        raise PolicyError(f"slots must be 0 or more, not {context.slots}")
+    # More slots than keys would never be filled.
+    slots = min(context.slots, context.n_experts)
+    if context.scope == "layer":
+        return context.n_layers, slots
+    if context.scope == "global":
+        return 1, slots * context.n_layers
+    raise PolicyError(f"unknown scope '{context.scope}': it is 'layer' or 'global'")
 
 
 def check(cache: Cache) -> None:
     """Recompute every invariant from the arrays; AssertionError names the one that broke."""
     keys = cache.keys
-    places = keys[keys[:, PLACE] >= 0, PLACE]
-    assert len(np.unique(places)) == len(places), "two keys in one slot"
-    held = keys[:, STATUS] >= LOADING
-    assert np.array_equal(held, keys[:, PLACE] >= 0), "a key on the device without a slot"
-    used = []
-    for domain in range(cache.n_domains):
-        n, n_free = cache.n_residents[domain], cache.n_free[domain]
-        assert n + n_free == cache.residents.shape[1], "slots lost or gained"
-        members = cache.residents[domain, :n]
-        assert np.all(np.diff(members) > 0), "residents out of order"
-        assert np.all(held[members]), "a resident key is not on the device"
-        assert not np.any(keys[members, STAGED]), "a staged key holds a cache slot"
-        if cache.n_domains > 1:
-            assert np.all(members // cache.n_experts == domain), "a key in a foreign domain"
-        used += [*keys[members, PLACE], *cache.free[domain, :n_free]]
-    n_staged, n_free_staging = cache.scalars[N_STAGED], cache.scalars[N_FREE_STAGING]
-    assert n_staged + n_free_staging == len(cache.staged), "staging buffers lost or gained"
-    staged = cache.staged[:n_staged]
+    on_device = keys[:, STATUS] >= LOADING
+    assert np.array_equal(on_device, keys[:, PLACE] >= 0), "a key on the device without a slot"
+    used: list[int] = []
+    n_held = 0
+    for domain, row in enumerate(cache.domains):
+        held = row[HELD : HELD + row[N_HELD]]
+        assert row[N_HELD] + row[N_FREE] == cache.slots, "slots lost or gained"
+        assert np.all(np.diff(held) > 0), "residents out of order"
+        assert not np.any(keys[held, STAGED]), "a staged key holds a cache slot"
+        if cache.per_layer:
+            assert np.all(held // cache.n_experts == domain), "a key in a foreign domain"
+        free = row[HELD + cache.slots :][: row[N_FREE]]
+        used += [*keys[held, PLACE], *free]
+        n_held += len(held)
+    buffers = cache.staging
+    staged = buffers[HELD : HELD + buffers[N_HELD]]
+    assert buffers[N_HELD] + buffers[N_FREE] == cache.staging_buffers, "buffers lost or gained"
     assert np.all(keys[staged, STAGED] == 1), "a key in staging is not marked so"
-    assert held.sum() == cache.n_residents.sum() + n_staged, "a key on the device is nowhere"
-    used += [*keys[staged, PLACE], *cache.free_staging[:n_free_staging]]
+    used += [*keys[staged, PLACE], *buffers[HELD + cache.staging_buffers :][: buffers[N_FREE]]]
+    assert on_device.sum() == n_held + len(staged), "a key on the device is nowhere"
     assert sorted(used) == list(range(len(used))), "a slot used twice or not at all"
     _check_queues(cache)
-    wanted = cache.demand[: cache.scalars[N_DEMAND]]
+    wanted = cache.scratch[WANTED, : cache.board[N_DEMAND]]
     assert sorted(np.flatnonzero(keys[:, PINNED])) == sorted(wanted), "pins are not the step's"
 
 
 def _check_queues(cache: Cache) -> None:
     queued = 0
     for queue in (DEMAND, PREFETCH):
-        key, previous = cache.ends[queue, 0], -1
+        key, previous = cache.board[FIRST + queue], -1
         while key >= 0:
             row = cache.keys[key]
             assert row[STATUS] == QUEUED, "a queue holds a key that is not queued"
             assert row[QUEUE] == queue, "a queue holds another queue's key"
             assert row[PREVIOUS] == previous, "a queue's links disagree"
             previous, key, queued = key, row[NEXT], queued + 1
-        assert cache.ends[queue, 1] == previous, "a queue's end is not its last key"
+        assert cache.board[LAST + queue] == previous, "a queue's end is not its last key"
     assert queued == np.count_nonzero(cache.keys[:, STATUS] == QUEUED), "a queued key is lost"

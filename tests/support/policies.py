@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from moepolicy import Context, Policy
 
 
@@ -25,9 +24,10 @@ class SlotSpec(Policy):
     def retain(self, layer: int, key: int, candidates: Any) -> int:
         return -1 if key % 2 else int(candidates[0])
 
-    def prefetch(self, step: Any) -> Any:
-        ahead = np.arange(3, dtype=np.int32) + (step.layer + 1) * self.n_experts
-        return ahead % self.n_keys
+    def prefetch(self, step: Any, keys: Any) -> int:
+        for i in range(min(3, self.n_keys)):
+            keys[i] = ((step.layer + 1) * self.n_experts + i) % self.n_keys
+        return min(3, self.n_keys)
 
 
 class Broken(Policy):
@@ -41,5 +41,6 @@ class Broken(Policy):
             raise RuntimeError("my victim table is empty")
         return {"pinned": incoming, "beyond": 10_000}[self.how]
 
-    def prefetch(self, step: Any) -> Any:
-        return np.array([10_000 if self.how == "prefetch" else 0], np.int32)
+    def prefetch(self, step: Any, keys: Any) -> int:
+        keys[0] = 10_000 if self.how == "prefetch" else 0
+        return 1

@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else; both make .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow lint format clean
+
+help:
+	@echo 'make demo       record routing of the bundled model, compare policies on it, run live'
+	@echo 'make test       lint, types and the fast tests'
+	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make install    only make $(VENV) with everything in it'
+
+install: $(INSTALLED)
+
+# hqq tries to build CUDA kernels from source unless told not to; nothing here uses them.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[run,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

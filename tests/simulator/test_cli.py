@@ -1,0 +1,139 @@
+"""The command as a user meets it: real processes, their output and their exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.traces import decoded, write_trace
+
+# What every row of JSON and CSV must have (the project's first issue fixes these names).
+COLUMNS = {
+    "policy",
+    "slots",
+    "scope",
+    "machine",
+    "steps",
+    "requests",
+    "hits",
+    "late",
+    "misses",
+    "loads",
+    "bypasses",
+    "prefetches",
+    "useless_prefetches",
+    "bytes_loaded",
+    "hit_ratio",
+    "time_s",
+    "stall_s",
+    "tokens_per_s",
+    "limit_loads",
+    "lossy",
+}
+
+
+def moesim(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from moesim.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_compare_with_nothing_else_prints_a_table() -> None:
+    done = moesim("compare", "lru", "belady")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "Simulated on rtx3060 (published constants)" in done.stdout
+    assert done.stdout.count("belady") == 3  # a quarter, half and three quarters of the experts
+    assert "limit (fewest loads any policy could do" in done.stdout
+
+
+def test_json_and_csv_rows_agree_and_have_the_promised_names(tmp_path: Path) -> None:
+    options = ["compare", "lru", "lru-spec:n=1", "--slots", "4", "--machine", "t4"]
+    rows = json.loads(moesim(*options, "--format", "json").stdout)
+    assert [row["policy"] for row in rows] == ["lru", "lru-spec:n=1"]
+    assert set(rows[0]) >= COLUMNS
+    out = tmp_path / "rows.csv"
+    done = moesim(*options, "--format", "csv", "--out", out)
+    assert (done.returncode, done.stdout) == (0, "")
+    table = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert [{k: str(v) for k, v in row.items()} for row in rows] == table
+    assert list(tmp_path.iterdir()) == [out]
+    for row in rows:
+        assert row["hits"] + row["late"] + row["misses"] == row["requests"]
+        assert row["bytes_loaded"] == row["loads"] * row["expert_bytes"]
+        assert row["kind"] == "simulated"
+
+
+def test_scope_and_size_change_what_is_simulated() -> None:
+    def row(*options: str) -> dict[str, Any]:
+        found = json.loads(moesim("compare", "lru", "--format", "json", *options).stdout)
+        assert len(found) == 1
+        first: dict[str, Any] = found[0]
+        return first
+
+    small = row("--slots", "4", "--expert-bytes", "1000")
+    large = row("--slots", "4", "--expert-bytes", "100000000")
+    assert small["hits"] == large["hits"]
+    assert small["tokens_per_s"] > large["tokens_per_s"]
+    assert row("--slots", "4", "--scope", "global")["hits"] != small["hits"]
+
+
+def test_a_sample_by_name_says_that_it_is_synthetic() -> None:
+    done = moesim("compare", "lru", "--trace", "mixtral-like", "--slots", "4")
+    assert done.returncode == 0, done.stderr
+    assert "(synthetic)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["compare", "lur"], 1, "unknown policy 'lur'; did you mean 'lru'? there are:"),
+        (["compare", "lru", "--machine", "t5"], 1, "unknown machine 't5'; did you mean 't4'?"),
+        (["compare", "lru", "--trace", "absent.parquet"], 1, "absent.parquet: there is no such"),
+        (["compare", "lru", "--precision", "7bit"], 1, "no size for precision '7bit'; it has"),
+        (["compare", "lru", "--expert-bytes", "0"], 1, "expert-bytes must be above 0"),
+        (["compare", "lru", "--scope", "both"], 1, "unknown scope 'both'"),
+        (["compare", "lru", "--slots", "few"], 2, "--slots is 'few', not whole numbers"),
+        (["compare", "lru", "--slots", "-1"], 2, "a cache has 0 slots or more"),
+        (["compare", "lru", "--format", "xml"], 2, "'xml' is not one of"),
+        (["compare"], 2, "Missing argument"),
+        (["compare", "lru", "--out", "absent/rows.csv"], 1, "No such file or directory"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments: list[str], code: int, says: str) -> None:
+    done = moesim(*arguments)
+    assert done.returncode == code
+    assert says in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+
+
+def test_a_truncated_trace_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.parquet"
+    path.write_bytes(b"PAR1" + bytes(100))
+    done = moesim("compare", "lru", "--trace", path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {path}: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_policy_that_needs_predictions_names_the_column(tmp_path: Path) -> None:
+    path = write_trace(tmp_path / "plain.parquet", decoded([[0]], [[1]]), 2)
+    done = moesim("compare", "lru-spec", "--trace", path, "--slots", "1")
+    assert done.returncode == 1
+    assert "no column predicted_logits_1, which policy 'lru-spec' needs" in done.stderr
+
+
+def test_every_help_names_its_options() -> None:
+    text = moesim("compare", "--help").stdout
+    for option in ("--trace", "--slots", "--scope", "--machine", "--precision", "--expert-bytes"):
+        assert option in text
+    assert "lru-spec" in moesim("policies").stdout
+    assert "rtx3060" in moesim("machines").stdout

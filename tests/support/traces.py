@@ -1,0 +1,52 @@
+"""Small routing traces written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from moeroute import DECODE, Rows, TraceMeta, TraceWriter
+
+
+def write_trace(
+    path: Path,
+    tokens: list[tuple[int, int, list[list[int]]]],
+    n_experts: int,
+    predicted: Any = None,
+) -> Path:
+    """A trace of (sequence, phase, experts of each layer) tokens."""
+    n_layers, top_k = len(tokens[0][2]), len(tokens[0][2][0])
+    n = len(tokens) * n_layers
+    meta = TraceMeta(
+        source="recorded",
+        model="test",
+        n_layers=n_layers,
+        n_experts=n_experts,
+        top_k=top_k,
+        expert_bytes={"fp16": 10},
+        prediction="by hand" if predicted is not None else None,
+        horizon=0 if predicted is None else 1,
+    )
+    position: dict[int, int] = {}
+    where = []
+    for sequence, _, _ in tokens:
+        where.append(position.setdefault(sequence, 0))
+        position[sequence] += 1
+    rows = Rows(
+        sequence=np.repeat([t[0] for t in tokens], n_layers).astype(np.uint32),
+        position=np.repeat(where, n_layers).astype(np.uint32),
+        phase=np.repeat([t[1] for t in tokens], n_layers).astype(np.uint8),
+        token_id=np.zeros(n, np.uint32),
+        layer=np.tile(np.arange(n_layers), len(tokens)).astype(np.uint16),
+        experts=np.array([t[2] for t in tokens], np.uint16).reshape(n, top_k),
+        weights=np.tile(np.linspace(0.6, 0.4, top_k, dtype=np.float32), (n, 1)),
+        predicted=() if predicted is None else (np.asarray(predicted, np.float16),),
+    )
+    with TraceWriter(path, meta) as writer:
+        writer.write(rows)
+    return path
+
+
+def decoded(*experts: list[list[int]]) -> list[tuple[int, int, list[list[int]]]]:
+    return [(0, DECODE, layers) for layers in experts]
