@@ -4,13 +4,18 @@ routing that the synthetic trace is held against.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from moeroute.hitratio import hit_ratios
-from moeroute.statistics import gate_weights, locality, popularity, read_routing, recall
+from moeroute.statistics import (
+    Routing,
+    gate_weights,
+    locality,
+    popularity,
+    read_routing,
+    recall,
+)
 from moeroute.trace import Trace
 
 N_LAYERS, N_EXPERTS, TOP_K = 32, 8, 2
@@ -82,46 +87,55 @@ def compare_with_published(trace: Trace) -> list[Comparison]:
     Raises TraceError if the trace lacks weights or predictions.
     """
     routing = read_routing(trace)
+    return [
+        *_localities(routing),
+        *_popularities(routing),
+        *_gate_weights(trace),
+        *_hit_ratios(routing),
+        *_recalls(trace),
+    ]
+
+
+def _localities(routing: Routing) -> Iterator[Comparison]:
     near = locality(routing, tuple(LOCALITY))
-    rows: list[tuple[str, Any, float]] = [
-        (f"locality, lag {lag}", measured, LOCALITY[lag])
-        for lag, measured in zip(near.lags, near.mean, strict=True)
-    ]
-    rows += [
-        (f"locality, layer {layer}", near.by_layer[layer, 0], published)
-        for layer, published in LOCALITY_OF_LAYER.items()
-    ]
-    rows.append(("one of two repeats", near.any_by_layer.mean(), ANY_REPEATS))
-    rows.append(("top-1 repeats", near.top1_by_layer.mean(), TOP1_REPEATS))
+    for lag, measured in zip(near.lags, near.mean, strict=True):
+        yield Comparison(f"locality, lag {lag}", float(measured), LOCALITY[lag])
+    for layer, published in LOCALITY_OF_LAYER.items():
+        measured = near.by_layer[layer, 0]
+        yield Comparison(f"locality, layer {layer}", float(measured), published)
+    yield Comparison("one of two repeats", float(near.any_by_layer.mean()), ANY_REPEATS)
+    yield Comparison("top-1 repeats", float(near.top1_by_layer.mean()), TOP1_REPEATS)
+
+
+def _popularities(routing: Routing) -> Iterator[Comparison]:
     use = popularity(routing)
-    rows.append(("hottest expert, mean", use.hottest.mean(), HOTTEST_MEAN))
-    rows.append(("hottest expert, largest", use.hottest.max(), HOTTEST_MAX))
-    rows.append(("entropy of use", use.entropy.mean(), ENTROPY))
+    yield Comparison("hottest expert, mean", float(use.hottest.mean()), HOTTEST_MEAN)
+    yield Comparison("hottest expert, largest", float(use.hottest.max()), HOTTEST_MAX)
+    yield Comparison("entropy of use", float(use.entropy.mean()), ENTROPY)
+
+
+def _gate_weights(trace: Trace) -> Iterator[Comparison]:
     gate = gate_weights(trace, tuple(TOP1_WEIGHT_AT_LEAST))
-    rows.append(("top-1 weight", gate.mean_top1, TOP1_WEIGHT))
-    rows += [
-        (f"top-1 weight >= {limit}", share, TOP1_WEIGHT_AT_LEAST[limit])
-        for limit, share in gate.share_at_least.items()
-    ]
+    yield Comparison("top-1 weight", gate.mean_top1, TOP1_WEIGHT)
+    for limit, share in gate.share_at_least.items():
+        yield Comparison(f"top-1 weight >= {limit}", share, TOP1_WEIGHT_AT_LEAST[limit])
+
+
+def _hit_ratios(routing: Routing) -> Iterator[Comparison]:
     hits = hit_ratios(routing, CACHE_SIZES)
     for name, measured, published in (
         ("LRU", hits.lru, LRU),
         ("Belady", hits.belady, BELADY),
         ("Belady with bypass", hits.belady_bypass, BELADY_BYPASS),
     ):
-        rows += [
-            (f"{name}, {size} experts", value, target)
-            for size, value, target in zip(CACHE_SIZES, measured, published, strict=True)
-        ]
+        for size, value, target in zip(CACHE_SIZES, measured, published, strict=True):
+            yield Comparison(f"{name}, {size} experts", float(value), target)
+
+
+def _recalls(trace: Trace) -> Iterator[Comparison]:
     found = recall(trace, (TOP_K,))
-    rows += [
-        (f"recall, layer {layer}", found.by_layer[0, 0, layer], published)
-        for layer, published in RECALL_OF_LAYER.items()
-    ]
-    rows.append(("recall, mean", found.mean[0, 0], RECALL_MEAN))
-    ahead = zip(found.top1_mean[:, 0], TOP1_RECALL, strict=False)
-    rows += [
-        (f"recall of top-1, {j + 1} ahead", value, target)
-        for j, (value, target) in enumerate(ahead)
-    ]
-    return [Comparison(name, float(np.asarray(value)), target) for name, value, target in rows]
+    for layer, published in RECALL_OF_LAYER.items():
+        yield Comparison(f"recall, layer {layer}", float(found.by_layer[0, 0, layer]), published)
+    yield Comparison("recall, mean", float(found.mean[0, 0]), RECALL_MEAN)
+    for j, (value, published) in enumerate(zip(found.top1_mean[:, 0], TOP1_RECALL, strict=False)):
+        yield Comparison(f"recall of top-1, {j + 1} ahead", float(value), published)
