@@ -1,0 +1,205 @@
+"""The command `moetrace`: record a live model's routing, import foreign traces, show statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moepolicy import console
+from moeroute import TraceError
+from moerun.errors import RunError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make routing traces: record a mixture-of-experts model, or import a foreign recording.",
+)
+
+
+class Prediction(StrEnum):
+    """The methods of moerun.predict, which is not imported for the help text alone."""
+
+    own_norm = "own-norm"
+    gate_input = "gate-input"
+
+
+class Dtype(StrEnum):
+    """What to compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+@app.callback()
+def _moetrace() -> None:
+    """Record a mixture-of-experts model's routing, or import a foreign recording."""
+
+
+@app.command()
+def record(
+    corpus: Annotated[
+        list[Path],
+        typer.Argument(help="Text files, folders of them, or .jsonl files (see --field)."),
+    ],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+    model: Annotated[
+        str, typer.Option(help="'tiny' (bundled), a checkpoint's folder, or owner/name of the hub.")
+    ] = "tiny",
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of a hub model.")] = None,
+    horizon: Annotated[
+        int, typer.Option(min=0, help="Record predictions made 1 to this many layers ahead.")
+    ] = 3,
+    prediction: Annotated[
+        Prediction | None,
+        typer.Option(
+            help="What later gates are applied to: the residual stream under their own norm, or "
+            "the input of this layer's gate. Default: own-norm, where the family has such norms.",
+            show_default=False,
+        ),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a sequence; documents are cut into such. Default: what the model was "
+            "made for, 2048 at most.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many tokens of text.", show_default="all"),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Mark the first so many tokens of each sequence as prompt; the rest are decode "
+            "steps. With --generate: the length of the prompts.",
+            show_default=False,
+        ),
+    ] = None,
+    generate: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Let the model continue each prompt by so many tokens; 0: only read."
+        ),
+    ] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="Sample generated tokens; 0 takes the likeliest.  [default: 0]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the sampling.  [default: 0]")
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="The field of .jsonl lines that holds the text.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="Compute in this; auto: as stored, but fp16 as fp32 on the CPU."),
+    ] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of whole sequences that share a forward pass.")
+    ] = 2048,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted recording to --out.")
+    ] = False,
+) -> None:
+    """Record which experts a model chooses for each token of a corpus, and what its gates foresee.
+
+    The text goes through the stock model as it is, each token counting as one decode step, or the
+    model continues it (--generate). An interrupted recording leaves no file at --out; the same
+    command with --resume goes on.
+    """
+    for name, value in (("--temperature", temperature), ("--seed", seed)):
+        if value is not None and not generate:
+            raise typer.BadParameter(f"{name} needs --generate: reading text samples nothing")
+    from moetrace import model as checkpoints
+    from moetrace.record import Settings, open_windows
+    from moetrace.record import record as write_trace
+
+    settings = Settings(
+        horizon=horizon,
+        prediction=prediction.value if prediction else None,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        prompt_tokens=prompt_tokens,
+        generate=generate,
+        temperature=temperature or 0.0,
+        seed=seed or 0,
+        field=field,
+        batch_tokens=batch_tokens,
+    )
+    checkpoint = checkpoints.load(model, revision=revision, dtype=dtype.value, device=device)
+    windows = open_windows(checkpoint, corpus, settings)
+    total = windows.n_tokens + generate * len(windows.sequences)
+    with _progress(total) as on_tokens:
+        write_trace(checkpoint, windows, settings, out, resume=resume, on_tokens=on_tokens)
+    _describe(out)
+
+
+@app.command("import")
+def import_trace(
+    file: Annotated[Path, typer.Argument(help="A routing .npz or a BigMoeOnEdge route CSV.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+) -> None:
+    """Turn a foreign recording into a trace; what it did not record is left out and noted."""
+    from moeroute.importers import import_foreign
+
+    import_foreign(file, out)
+    _describe(out)
+
+
+def _describe(path: Path) -> None:
+    from moeroute import open_trace
+
+    typer.echo(open_trace(path).describe())
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, bool], None]]:
+    """A bar with tokens/s on stderr; yields what to tell newly done tokens to."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    stderr = Console(stderr=True)
+    columns = (
+        TextColumn("recording"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens, {task.fields[speed]} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    done, started = 0, time.perf_counter()
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("", total=total, speed="?")
+
+        def advance(tokens: int, earlier: bool) -> None:
+            nonlocal done, started
+            if earlier:  # says nothing about the speed of this run
+                started = time.perf_counter()
+            else:
+                done += tokens
+            elapsed_s = max(time.perf_counter() - started, 1e-9)
+            bar.update(task, advance=tokens, speed=f"{done / elapsed_s:,.0f}")
+
+        yield advance
+    elapsed_s = time.perf_counter() - started
+    stderr.print(f"{done:,} tokens in {elapsed_s:.1f} s, {done / elapsed_s:,.0f} tokens/s")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    console.run(app, errors=(RunError, TraceError))
