@@ -29,6 +29,14 @@ class Prediction(StrEnum):
     gate_input = "gate-input"
 
 
+class Format(StrEnum):
+    """How results are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
 class Dtype(StrEnum):
     """What to compute in."""
 
@@ -161,6 +169,42 @@ def import_trace(
 
     import_foreign(file, out)
     _describe(out)
+
+
+@app.command()
+def stats(
+    trace: Annotated[
+        str, typer.Argument(help="A trace file, or the name of a sample: tiny, mixtral-like.")
+    ] = "tiny",
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Cache sizes for the hit ratios, in experts a layer: 2,4,6."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled copy.")] = 0,
+    format: Annotated[Format, typer.Option(help="How to print the statistics.")] = Format.table,
+) -> None:
+    """Show a trace's locality, popularity, gate weights, recall of predictions and hit ratios.
+
+    Beside each number that depends on the order of the tokens stands the same of a copy with the
+    tokens shuffled: what is above it is locality, what is left is popularity.
+    """
+    from moeroute import open_trace
+    from moeroute.summary import summarize
+
+    from moetrace.report import render
+
+    opened = open_trace(trace)
+    found = summarize(opened, sizes=_numbers(sizes), seed=seed)
+    typer.echo(render(found, opened, format), nl=False)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--sizes {text!r}: give whole numbers, as in 2,4,6") from None
 
 
 def _describe(path: Path) -> None:

@@ -70,8 +70,8 @@ def load(
     path = resolve(name, revision=revision)
     place = _device(device)
     config = _loading(path / "config.json", AutoConfig.from_pretrained, path)
-    find_routers(_loading(path, empty_model, config, torch.float32))
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    find_routers(_loading(path, empty_model, config, stored))
     run_as = DTYPES[dtype] or stored
     if dtype == "auto" and place.type == "cpu" and stored is torch.float16:
         run_as = torch.float32

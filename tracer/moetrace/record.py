@@ -73,7 +73,7 @@ def describe_recording(
         if settings.generate
         else "teacher-forced",
         "sequence_length": str(settings.length(checkpoint.context)),
-        "prompt_tokens": str(settings.prompt_tokens),
+        "prompt_tokens": str(settings.prompt_tokens or 0),
         "run_as": f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}",
     }
     return TraceMeta(
