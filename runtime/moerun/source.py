@@ -232,12 +232,15 @@ class ModelSource:
     def _expert_param(self, layer: int, expert: int, param: ExpertParam) -> torch.Tensor:
         name = f"{self.layers[layer]}.{param.name}"
         target = self._targets[name]
-        parts: dict[str, list[torch.Tensor] | torch.Tensor] = {}
-        for pattern, names in target.sources.items():
-            if len(names) == self.n_experts:
-                parts[pattern] = [self.checkpoint.read(names[expert])]
-            else:
-                parts[pattern] = self.checkpoint.read_row(names[0], expert)[None]
+        # Tensors, not lists of one: merging those would copy them.
+        parts: dict[str, Any] = {
+            pattern: (
+                self.checkpoint.read(names[expert])
+                if len(names) == self.n_experts
+                else self.checkpoint.read_row(names[0], expert)
+            )[None]
+            for pattern, names in target.sources.items()
+        }
         tensor = self._convert(name, target, parts).squeeze(0)
         if tuple(tensor.shape) != param.shape:
             raise RunError(
@@ -248,7 +251,7 @@ class ModelSource:
 
     def _make(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         target = self._targets[name]
-        parts: dict[str, list[torch.Tensor] | torch.Tensor] = {
+        parts: dict[str, Any] = {
             pattern: [read(source) for source in names] for pattern, names in target.sources.items()
         }
         tensor = self._convert(name, target, parts)
@@ -260,14 +263,12 @@ class ModelSource:
             )
         return tensor
 
-    def _convert(
-        self, name: str, target: _Target, parts: dict[str, list[torch.Tensor] | torch.Tensor]
-    ) -> torch.Tensor:
+    def _convert(self, name: str, target: _Target, made: dict[str, Any]) -> torch.Tensor:
+        """Apply the converter to `made`, by source pattern; empties it, to hold nothing twice."""
         if target.converter is None:
-            (only,) = parts.values()
+            (only,) = made.values()
             return only[0] if isinstance(only, list) else only
         patterns, results = target.converter.source_patterns, target.converter.target_patterns
-        made: dict[str, Any] = dict(parts)
         for operation in target.converter.operations:
             made = copy.copy(operation).convert(
                 made,
