@@ -227,7 +227,8 @@ def _progress(total: int) -> Iterator[Callable[[int, bool], None]]:
         TimeRemainingColumn(),
     )
     done, started = 0, time.perf_counter()
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    hidden = not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total, speed="?")
 
         def advance(tokens: int, earlier: bool) -> None:

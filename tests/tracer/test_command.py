@@ -1,0 +1,225 @@
+"""The command as a user meets it: what it prints, how it fails, what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moeroute import open_trace
+from moerun.checkpoints import resolve
+from support.moe_models import random_model, save_checkpoint
+
+Run = Callable[..., "tuple[int, str, str]"]
+# Makes each batch of rows durable at once, and the files no larger than a limit, if there is one.
+_PROCESS = """
+import resource, sys
+import moeroute.writer as writer
+writer.PART_BYTES = 1
+if limit := int(sys.argv.pop(1)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+import torch
+torch.set_num_threads(1)
+from moetrace.cli import main
+main()
+"""
+
+
+def start(folder: Path, *arguments: object, file_bytes: int = 0) -> subprocess.Popen[str]:
+    """The command in a process of its own; no file it writes may exceed `file_bytes` (0: any)."""
+    command = [sys.executable, "-c", _PROCESS, str(file_bytes), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def checkpoint_copy(folder: Path) -> Path:
+    copy = folder / "model"
+    shutil.copytree(resolve("tiny"), copy)
+    return copy
+
+
+def test_a_recording_is_described(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    code, printed, told = moetrace("record", corpus, "--out", out, "--horizon", 2)
+    assert code == 0
+    assert "tokens/s" in told
+    tokens = open_trace(out).n_rows // 8
+    assert printed.startswith(f"tiny: {tokens} tokens x 8 layers, top-2 of 8 experts")
+    assert [path.name for path in tmp_path.glob("t.parquet*")] == ["t.parquet"]
+
+
+def test_a_kill_leaves_no_trace_and_resume_finishes_it(moetrace: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 500)
+    out, whole = tmp_path / "t.parquet", tmp_path / "whole.parquet"
+    settings = ("record", text, "--sequence-length", 64, "--batch-tokens", 128, "--horizon", 1)
+    process = start(tmp_path, *settings, "--out", out)
+    parts = out.with_name("t.parquet.partial")
+    deadline = time.monotonic() + 100
+    while len(list(parts.glob("part-*"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+
+    code, _, told = moetrace(*settings, "--out", out, "--resume")
+    assert code == 0, told
+    assert not parts.exists()
+    assert moetrace(*settings, "--out", whole)[0] == 0
+    resumed, straight = open_trace(out), open_trace(whole)
+    assert resumed.meta == straight.meta
+    for name in straight.columns:
+        np.testing.assert_array_equal(resumed.array(name), straight.array(name), err_msg=name)
+
+
+def test_resuming_a_whole_trace_is_refused(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    assert moetrace("record", corpus, "--out", out)[0] == 0
+    code, _, told = moetrace("record", corpus, "--out", out, "--resume")
+    assert code == 1
+    assert "t.parquet" in told
+    assert told.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    process = start(tmp_path, "record", text, "--out", "t.parquet", file_bytes=60_000)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 1, told
+    assert "Traceback" not in told
+    assert told.strip().splitlines()[-1].startswith("error: t.parquet")
+    assert not (tmp_path / "t.parquet").exists()
+
+
+def test_wrong_models_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
+    dense = save_checkpoint(random_model("llama"), resolve("tiny"), tmp_path / "dense")
+    cases = {
+        "mixtrl": "there is no model 'mixtrl'",
+        str(corpus): "it has no config.json",
+        str(dense): "LlamaForCausalLM is no mixture of experts",
+    }
+    for model, message in cases.items():
+        assert_fails(moetrace("record", corpus, "--model", model, "--out", tmp_path / "t"), message)
+    assert not (tmp_path / "t").exists()
+
+
+def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    copy = checkpoint_copy(tmp_path)
+    weights = copy / "model.safetensors"
+    arguments = ("record", corpus, "--model", copy, "--out", tmp_path / "t")
+    whole = load_file(weights)
+    save_file({k: v for k, v in whole.items() if "layers.3" not in k}, weights, {"format": "pt"})
+    assert_fails(moetrace(*arguments), "incomplete: it lacks model.layers.3")
+    save_file(whole, weights, {"format": "pt"})
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert_fails(moetrace(*arguments), f"{copy} cannot be loaded")
+    weights.write_bytes(b"not safetensors at all")
+    assert_fails(moetrace(*arguments), f"{copy} cannot be loaded")
+    (copy / "config.json").write_text("{")
+    assert_fails(moetrace(*arguments), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "corpus nowhere: there is no such file or folder"),
+        (["empty.txt"], "the corpus is empty"),
+        (["a.jsonl"], "line 1: say with --field which field is the text; there are: q"),
+        (["a.jsonl", "--field", "text"], "line 1: has no text under 'text'"),
+        (["a.txt", "--sequence-length", "9999"], "the model was made for 512 at most"),
+        (["a.txt", "--out", "no/such/folder/t"], "the folder no/such/folder does not exist"),
+        (["a.txt", "--device", "cuda:7"], "cuda:7"),
+    ],
+)
+def test_mistakes_are_one_line(
+    moetrace: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"q": "hello"}) + "\n")
+    out = [] if "--out" in arguments else ["--out", "t.parquet"]
+    assert_fails(moetrace("record", *arguments, *out), message)
+    assert not list(tmp_path.glob("t.parquet*"))
+
+
+def assert_fails(outcome: tuple[int, str, str], message: str) -> None:
+    code, printed, told = outcome
+    assert code == 1
+    assert not printed
+    assert message in told
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["record", "a.txt"],
+        ["record", "a.txt", "--out", "t", "--horizon", "-1"],
+        ["record", "a.txt", "--out", "t", "--prediction", "guesswork"],
+        ["record", "a.txt", "--out", "t", "--seed", "3"],
+        ["import", "a.npz"],
+        ["stats", "tiny", "--sizes", "two"],
+        ["replay"],
+    ],
+)
+def test_wrong_usage_is_two(moetrace: Run, arguments: list[str]) -> None:
+    code, _, told = moetrace(*arguments)
+    assert code == 2
+    assert "Traceback" not in told
+
+
+def test_a_foreign_recording_is_imported(moetrace: Run, tmp_path: Path) -> None:
+    foreign, out = tmp_path / "routing.npz", tmp_path / "t.parquet"
+    rng = np.random.default_rng(0)
+    ids = rng.random((20, 3, 8)).argsort(axis=-1)[..., :2]
+    np.savez(
+        foreign,
+        ids=ids.astype(np.uint8),
+        weights=np.full(ids.shape, 0.5, np.float16),
+        seq=np.zeros(20, np.int32),
+        pos=np.arange(20, dtype=np.int32),
+        phase=np.ones(20, np.uint8),
+        n_experts=8,
+        top_k=2,
+    )
+    code, printed, told = moetrace("import", foreign, "--out", out)
+    assert code == 0, told
+    assert "20 tokens x 3 layers, top-2 of 8 experts" in printed
+    np.testing.assert_array_equal(open_trace(out).array("experts"), ids.reshape(-1, 2))
+    code, _, told = moetrace("import", tmp_path / "none.npz", "--out", out)
+    assert (code, told.startswith("error: ")) == (1, True)
+
+
+def test_statistics_in_three_formats(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.parquet"
+    assert moetrace("record", corpus, "--out", out)[0] == 0
+    code, table, _ = moetrace("stats", out, "--sizes", "2,4")
+    assert code == 0
+    assert "hit_ratio_lru" in table
+    rows = json.loads(moetrace("stats", out, "--sizes", "2,4", "--format", "json")[1])["statistics"]
+    lines = moetrace("stats", out, "--sizes", "2,4", "--format", "csv")[1].splitlines()
+    assert lines[0] == "statistic,parameter,value,shuffled"
+    assert len(lines) == len(rows) + 1
+    hits = {row["parameter"]: row["value"] for row in rows if row["statistic"] == "hit_ratio_lru"}
+    assert 0 < hits["slots=2"] < hits["slots=4"] <= 1
