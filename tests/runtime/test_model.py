@@ -101,28 +101,6 @@ def test_by_default_the_logits_are_those_of_a_plain_from_pretrained(tiny) -> Non
     assert torch.equal(logits_of(ours, text_ids(30)), logits_of(stock, text_ids(30)))
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    tokens=st.integers(1, 24),
-    batch=st.integers(1, 3),
-    precision=st.sampled_from(list(DTYPES)),
-    sums=st.sampled_from(SUMS),
-)
-def test_the_order_of_arrival_changes_no_bit(
-    tiny, seed: int, tokens: int, batch: int, precision: str, sums: Sums
-) -> None:
-    store, resident = tiny(precision)
-    ours, _ = load_offloaded(store, "cpu", resident, sums=sums)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 2048, (batch, tokens), generator=generator)
-    steps = min(tokens, 2)
-    wanted = logits_of(ours, ids, steps=steps)
-    modules = [module for _, module in find_experts(ours)]
-    attach(modules, ShuffledProvider(resident, seed), sums)
-    assert torch.equal(logits_of(ours, ids, steps=steps), wanted)
-
-
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_p": 0.9}])
 def test_generate_writes_what_the_stock_model_writes(tiny, options: dict[str, Any]) -> None:
     store, resident = tiny("native")
@@ -159,10 +137,11 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TOP_2 = {"num_experts_per_tok": 2}
+# Three summands: the order of two cannot show.
+TOP_3 = {"num_experts_per_tok": 3}
 HEAD = {"head_dim": 16}
 INNER = {"moe_intermediate_size": 32}
-DENSE_FIRST = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+DENSE_FIRST = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
 LATENT = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -176,28 +155,69 @@ ONE_GROUP = {"n_group": 1, "topk_group": 1}
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "deepseek_v2": (
         tf.DeepseekV2Config,
-        TOP_2 | INNER | DENSE_FIRST | LATENT | GROUPS | {"topk_method": "group_limited_greedy"},
+        TOP_3 | INNER | DENSE_FIRST | LATENT | GROUPS | {"topk_method": "group_limited_greedy"},
     ),
-    "deepseek_v3": (tf.DeepseekV3Config, TOP_2 | INNER | DENSE_FIRST | LATENT | GROUPS),
-    "dots1": (tf.Dots1Config, TOP_2 | INNER | DENSE_FIRST | ONE_GROUP | HEAD),
+    "deepseek_v3": (tf.DeepseekV3Config, TOP_3 | INNER | DENSE_FIRST | LATENT | GROUPS),
+    "dots1": (tf.Dots1Config, TOP_3 | INNER | DENSE_FIRST | ONE_GROUP | HEAD),
     "ernie4_5_moe": (
         tf.Ernie4_5_MoeConfig,
-        INNER | {"moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1},
+        INNER | {"moe_k": 3, "moe_num_experts": 4, "moe_num_shared_experts": 1},
     ),
-    "glm4_moe": (tf.Glm4MoeConfig, TOP_2 | INNER | DENSE_FIRST | ONE_GROUP | HEAD),
-    "gpt_oss": (tf.GptOssConfig, TOP_2 | HEAD | {"num_local_experts": 4, "intermediate_size": 64}),
-    "granitemoe": (tf.GraniteMoeConfig, TOP_2 | {"num_local_experts": 4}),
-    "hunyuan_v1_moe": (tf.HunYuanMoEV1Config, HEAD | {"num_experts": 4, "moe_topk": [2, 2]}),
-    "minimax_m2": (tf.MiniMaxM2Config, TOP_2 | HEAD | {"num_local_experts": 4}),
-    "mixtral": (tf.MixtralConfig, TOP_2 | {"num_local_experts": 4}),
-    "olmoe": (tf.OlmoeConfig, TOP_2 | {"num_experts": 4}),
-    "phimoe": (tf.PhimoeConfig, TOP_2 | {"num_local_experts": 4}),
+    "glm4_moe": (tf.Glm4MoeConfig, TOP_3 | INNER | DENSE_FIRST | ONE_GROUP | HEAD),
+    "gpt_oss": (tf.GptOssConfig, TOP_3 | HEAD | {"num_local_experts": 4, "intermediate_size": 64}),
+    "granitemoe": (tf.GraniteMoeConfig, TOP_3 | {"num_local_experts": 4}),
+    "hunyuan_v1_moe": (tf.HunYuanMoEV1Config, HEAD | {"num_experts": 4, "moe_topk": [3, 3]}),
+    "minimax_m2": (tf.MiniMaxM2Config, TOP_3 | HEAD | {"num_local_experts": 4}),
+    "mixtral": (tf.MixtralConfig, TOP_3 | {"num_local_experts": 4}),
+    "olmoe": (tf.OlmoeConfig, TOP_3 | {"num_experts": 4}),
+    "phimoe": (tf.PhimoeConfig, TOP_3 | {"num_local_experts": 4}),
     "qwen2_moe": (
         tf.Qwen2MoeConfig,
-        TOP_2 | INNER | {"num_experts": 4, "shared_expert_intermediate_size": 48},
+        TOP_3 | INNER | {"num_experts": 4, "shared_expert_intermediate_size": 48},
     ),
-    "qwen3_moe": (tf.Qwen3MoeConfig, TOP_2 | INNER | HEAD | {"num_experts": 4}),
+    "qwen3_moe": (tf.Qwen3MoeConfig, TOP_3 | INNER | HEAD | {"num_experts": 4}),
 }
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """By precision: a store of a random model that adds four experts, and its experts."""
+    folder, made = tmp_path_factory.mktemp("wide"), {}
+    torch.manual_seed(0)
+    config = tf.Qwen3MoeConfig(
+        **SMALL | INNER | HEAD | {"num_experts": 8, "num_experts_per_tok": 4}
+    )
+    tf.Qwen3MoeForCausalLM(config).save_pretrained(folder / "m")
+
+    def get(precision: str) -> tuple[ExpertStore, ResidentProvider]:
+        if precision not in made:
+            store = pack(folder / "m", folder / precision, precision=precision)
+            made[precision] = store, ResidentProvider(store)
+        return made[precision]
+
+    return get
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 24),
+    batch=st.integers(1, 3),
+    precision=st.sampled_from(list(DTYPES)),
+    sums=st.sampled_from(SUMS),
+)
+def test_the_order_of_arrival_changes_no_bit(
+    wide, seed: int, tokens: int, batch: int, precision: str, sums: Sums
+) -> None:
+    store, resident = wide(precision)
+    ours, _ = load_offloaded(store, "cpu", resident, sums=sums)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 128, (batch, tokens), generator=generator)
+    steps = min(tokens, 2)
+    wanted = logits_of(ours, ids, steps=steps)
+    modules = [module for _, module in find_experts(ours)]
+    attach(modules, ShuffledProvider(resident, seed), sums)
+    assert torch.equal(logits_of(ours, ids, steps=steps), wanted)
 
 
 def test_every_supported_family_is_tested() -> None:
@@ -229,7 +249,7 @@ def test_shape_facts_of_a_family_with_dense_layers_and_shared_experts(tmp_path: 
     config = config_class(**SMALL | changes)
     tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     index = pack(tmp_path / "m", tmp_path / "out").index
-    assert (index.n_layers, index.n_experts, index.top_k, index.n_shared_experts) == (1, 4, 2, 1)
+    assert (index.n_layers, index.n_experts, index.top_k, index.n_shared_experts) == (1, 8, 3, 1)
     assert index.layers[0].module == "model.layers.1.mlp.experts"
 
 
