@@ -7,9 +7,9 @@ the live runtime (`moerun`).
 from moepolicy.cache import Call, Event, ExpertCache, Journal, Transfer, replay_journal
 from moepolicy.clairvoyant import next_use
 from moepolicy.composite import Composite
+from moepolicy.kinds import Kind
 from moepolicy.policy import NO_USE, Context, Policy, PolicyError
 from moepolicy.registry import PolicySpec, find_policy, policy_names
-from moepolicy.state import Kind
 from moepolicy.steps import NO_LOGITS, NO_PREDICTIONS, Step, demand_order, pool_logits
 
 __all__ = [

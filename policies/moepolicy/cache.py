@@ -15,16 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepolicy import machine
+from moepolicy.kinds import Kind
 from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.state import (
+    BACKLOG,
     COUNTERS,
+    DEMAND,
+    EVICTED,
     FIRST,
     N_DEMAND,
     N_EVENTS,
     PLACE,
+    PREFETCH,
     UNUSED,
     Cache,
-    Kind,
     check,
     new_cache,
 )
@@ -37,6 +41,7 @@ class Transfer(NamedTuple):
     key: int
     slot: int
     speculative: bool
+    evicts: bool  # another expert gave up its slot for it
 
 
 class Event(NamedTuple):
@@ -49,7 +54,9 @@ class Event(NamedTuple):
 
 
 class Call(IntEnum):
-    """The calls that drive the state machine; a journal is a list of (call, key)."""
+    """The calls that drive the state machine; a journal is a list of (call, key).
+
+    The key of a BEGIN is the step's number, that of a START or END -1."""
 
     BEGIN = 0
     START = 1
@@ -68,7 +75,7 @@ class ExpertCache:
     Drive it like this, a step at a time; ``start`` and ``finish`` may come at any moment, also
     between steps, but never two calls at once::
 
-        outcome = cache.begin(step)          # HIT, LATE or MISS for each key of step.experts
+        outcome = cache.begin(step)          # HIT, LATE, MISS or COMPUTE for each key
         while (copy := cache.start()):       # whenever the link could take one
             ...                              # bring copy.key's record into copy.slot
             cache.finish(copy.key)           # when it has arrived
@@ -100,8 +107,9 @@ class ExpertCache:
         return len(self.arrays.domains) * self.arrays.slots + self.arrays.staging_buffers
 
     def begin(self, step: Step) -> NDArray[np.int8]:
-        """Pin a step's demand; returns HIT, LATE or MISS for each key of ``step.experts``."""
+        """Pin a step's demand; returns HIT, LATE, MISS or COMPUTE for each of its keys."""
         outcome = self._outcome[: len(step.experts)]
+        step = step._replace(backlog=int(self.arrays.board[BACKLOG]))
         with self._call(Call.BEGIN, step.number):
             machine.begin(self.arrays, self.policy, step, outcome)
         return outcome
@@ -113,7 +121,8 @@ class ExpertCache:
         if key < 0:
             return None
         row = self.arrays.keys[key]
-        return Transfer(key, int(row[PLACE]), bool(row[UNUSED]))
+        evicts = bool(self.arrays.board[EVICTED] >= 0)
+        return Transfer(key, int(row[PLACE]), bool(row[UNUSED]), evicts)
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
@@ -140,10 +149,12 @@ class ExpertCache:
     def in_step(self) -> bool:
         return bool(self.arrays.board[N_DEMAND])
 
-    def has_queued(self) -> bool:
-        """Whether anything waits to be copied."""
+    def queued(self) -> Kind | None:
+        """What ``start`` would try to copy next: LOAD (demand), SPECULATE (a prefetch), nothing."""
         board = self.arrays.board
-        return bool(board[FIRST] >= 0 or board[FIRST + 1] >= 0)
+        if board[FIRST + DEMAND] >= 0:
+            return Kind.LOAD
+        return Kind.SPECULATE if board[FIRST + PREFETCH] >= 0 else None
 
     def check(self) -> None:
         """AssertionError if an invariant of the state machine does not hold."""

@@ -66,11 +66,12 @@ def compiled_policy(policy: Policy) -> Any:
             raise NotCompilable(f"{type(policy).__name__}.{name} is a {type(value).__name__}")
     for name in ("staging", "stage_prefetches"):
         values.setdefault(name, getattr(policy, name))
-    return _state_class(type(policy), tuple(values))(**values)
+    cls: Any = type(policy)
+    return _state_class(cls, tuple(values))(**values)
 
 
 @cache
-def _state_class(cls: type[Policy], fields: tuple[str, ...]) -> Any:
+def _state_class(cls: Any, fields: tuple[str, ...]) -> Any:
     """The named tuple that stands for a policy's ``self`` in compiled code."""
     state = namedtuple(cls.__name__, fields)  # type: ignore[misc]
     state.policy_class = cls  # type: ignore[attr-defined]
@@ -86,7 +87,7 @@ def _resolve_method(name: str) -> None:
     from numba import types
     from numba.extending import overload_method
 
-    def overload(state: Any, *args: Any) -> Any:
+    def overload(state: Any, *args: Any) -> Any:  # noqa: ARG001  numba matches the arguments
         cls = getattr(state.instance_class, "policy_class", None)
         if cls is None:
             return None

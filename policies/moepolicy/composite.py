@@ -44,5 +44,8 @@ class Composite(Policy):
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
         return self.eviction.retain(layer, key, candidates)
 
+    def on_miss(self, step: Step, rank: int) -> int:
+        return self.eviction.on_miss(step, rank)
+
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         return self.prefetcher.prefetch(step, keys)

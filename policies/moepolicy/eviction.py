@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.kinds import COMPUTE, LOAD
 from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.selection import lowest
+from moepolicy.steps import Step
 
 
 class Lru(Policy):
@@ -67,6 +69,37 @@ class Random(Policy):
         # Park and Miller's generator: no product overflows int64, compiled or interpreted.
         self.state[0] = self.state[0] * 48271 % 2_147_483_647
         return int(candidates[self.state[0] % len(candidates)])
+
+
+class Fiddler(Policy):
+    """Keep each layer's most used experts; run other misses on the CPU if the batch is small.
+
+    Fiddler (arXiv 2402.07033) weighs tokens x CPU time against the copy; ``tokens`` is the
+    batch up to which the CPU wins.
+    """
+
+    requires = frozenset({"counts", "cpu"})
+
+    def __init__(self, context: Context, tokens: int = 4) -> None:
+        if context.counts is None:
+            raise PolicyError("policy 'fiddler' needs the expert counts of a calibration trace")
+        order = np.argsort(-context.counts, axis=1, kind="stable")
+        keep = np.zeros(context.counts.shape, np.bool_)
+        np.put_along_axis(keep, order[:, : context.slots], True, axis=1)
+        self.keep = keep.ravel()
+        self.tokens = tokens
+
+    def on_miss(self, step: Step, rank: int) -> int:
+        if self.keep[step.experts[rank]] or step.tokens > self.tokens:
+            return LOAD
+        return COMPUTE
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        if self.keep[incoming]:
+            for i in range(len(candidates)):
+                if not self.keep[candidates[i]]:
+                    return int(candidates[i])
+        return -1
 
 
 class Static(Policy):

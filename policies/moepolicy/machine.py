@@ -12,26 +12,35 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.kinds import (
+    BYPASS,
+    CANCEL,
+    COMPUTE,
+    DROP,
+    EVICT,
+    HIT,
+    LATE,
+    LOAD,
+    MISS,
+    PROMOTE,
+    QUEUE_PREFETCH,
+    SPECULATE,
+    USELESS,
+)
 from moepolicy.policy import Policy
 from moepolicy.state import (
     ABSENT,
-    BYPASS,
-    CANCEL,
+    BACKLOG,
     CANDIDATES,
     CONSUMED,
     COUNTERS,
     DEMAND,
-    DROP,
-    EVICT,
+    EVICTED,
     FIRST,
     GUESSED,
     HELD,
-    HIT,
     LAST,
-    LATE,
-    LOAD,
     LOADING,
-    MISS,
     N_DEMAND,
     N_EVENTS,
     N_FREE,
@@ -41,19 +50,15 @@ from moepolicy.state import (
     PLACE,
     PREFETCH,
     PREVIOUS,
-    PROMOTE,
     QUEUE,
-    QUEUE_PREFETCH,
     QUEUED,
     RESIDENT,
-    SPECULATE,
     STAGED,
     STAMP,
     STATUS,
     STEP,
     TRANSIENT,
     UNUSED,
-    USELESS,
     WANTED,
     Cache,
 )
@@ -63,7 +68,7 @@ from moepolicy.steps import Step
 def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -> None:
     """A step's demand is known: pin it, tell hits from misses, queue misses and prefetches.
 
-    ``outcome`` [n] is filled with HIT, LATE or MISS for each key of ``step.experts``.
+    ``outcome`` [n] is filled with HIT, LATE, MISS or COMPUTE for each key of ``step.experts``.
     """
     n = len(step.experts)
     cache.board[STEP] = step.number
@@ -77,15 +82,15 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     if cache.prefetching:
         _disprove(cache, policy, step.layer)
     for rank in range(n):
-        outcome[rank] = _request(cache, step.experts[rank])
+        outcome[rank] = _request(cache, policy, step, rank)
     for rank in range(n - 1, -1, -1):
         key = step.experts[rank]
-        if outcome[rank] != MISS:
+        if outcome[rank] == HIT or outcome[rank] == LATE:
             policy.on_hit(key, cache.keys[key, STAMP])
     if cache.prefetching:
         for rank in range(n):
             key = step.experts[rank]
-            if outcome[rank] != MISS and cache.keys[key, STAGED]:
+            if cache.keys[key, STAGED]:
                 _promote(cache, policy, key)
         _queue_prefetches(cache, policy, step)
 
@@ -96,6 +101,7 @@ def start(cache: Cache, policy: Policy) -> int:
     Demand goes before prefetch. A demand that waits for a staging buffer holds everything behind
     it back, so that the order of demanded copies never depends on the clock.
     """
+    cache.board[EVICTED] = -1
     key = int(cache.board[FIRST + DEMAND])
     if key >= 0:
         return _start_demand(cache, policy, key)
@@ -116,6 +122,7 @@ def finish(cache: Cache, policy: Policy, key: int) -> None:
     """The copy of ``key`` has arrived."""
     row = cache.keys[key]
     row[STATUS] = RESIDENT
+    cache.board[BACKLOG] -= 1
     if row[TRANSIENT] and not row[PINNED]:
         _discard(cache, policy, key)
 
@@ -154,8 +161,9 @@ def _note(cache: Cache, kind: int, key: int, other: int) -> None:
         cache.board[N_EVENTS] = i + 1
 
 
-def _request(cache: Cache, key: int) -> int:
-    """Tell hit from late from miss, and queue a miss; a prefetch found useful is used now."""
+def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
+    """Tell hit from late from miss, and deal with a miss; a prefetch found useful is used now."""
+    key = step.experts[rank]
     row = cache.keys[key]
     if row[STATUS] == RESIDENT:
         kind = HIT
@@ -166,7 +174,11 @@ def _request(cache: Cache, key: int) -> int:
         kind = MISS
         if row[STATUS] == QUEUED:
             _leave_queue(cache, key)
-        _join_queue(cache, key, DEMAND)
+        if cache.choosing and policy.on_miss(step, rank) == COMPUTE:
+            _note(cache, MISS, key, -1)
+            kind = COMPUTE
+        else:
+            _join_queue(cache, key, DEMAND)
     row[UNUSED] = 0
     _note(cache, kind, key, -1)
     return kind
@@ -229,6 +241,7 @@ def _load(cache: Cache, policy: Policy, key: int, slot: int, kind: int) -> None:
     row = cache.keys[key]
     row[STATUS] = LOADING
     row[PLACE] = slot
+    cache.board[BACKLOG] += 1
     _note(cache, kind, key, slot)
     if kind == LOAD:
         policy.on_load(key, False, cache.keys[key, STAMP])
@@ -277,6 +290,7 @@ def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
         raise ValueError("victim named a key that was not among the candidates")
     slot = int(row[PLACE])
     _note(cache, EVICT, victim, incoming)
+    cache.board[EVICTED] = victim
     _remove(cache.domains[domain], victim)
     _leave_device(cache, policy, victim)
     return slot
@@ -425,6 +439,7 @@ def _join_queue(cache: Cache, key: int, queue: int) -> None:
     last = cache.board[LAST + queue]
     row[STATUS] = QUEUED
     row[QUEUE] = queue
+    cache.board[BACKLOG] += 1
     row[PREVIOUS] = last
     row[NEXT] = -1
     if last >= 0:
@@ -437,6 +452,7 @@ def _join_queue(cache: Cache, key: int, queue: int) -> None:
 def _leave_queue(cache: Cache, key: int) -> None:
     row = cache.keys[key]
     queue = row[QUEUE]
+    cache.board[BACKLOG] -= 1
     if row[PREVIOUS] >= 0:
         cache.keys[row[PREVIOUS], NEXT] = row[NEXT]
     else:

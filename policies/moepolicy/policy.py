@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.kinds import LOAD
 from moepolicy.steps import Step
 
 NO_USE = np.iinfo(np.int64).max
@@ -48,7 +49,9 @@ class Policy:
     leaves the device. Keep all state in NumPy arrays and plain numbers, and a replay can compile
     the class as it stands; with any other state it runs interpreted.
 
-    requires          what the context or the steps must carry: "future", "counts", "predictions"
+    requires          what the context or the steps must carry: "future", "counts", "predictions",
+                      "logits",
+                      and what the machine must have: "cpu" workers
     lossy             whether it can change what the model computes
     staging           buffers beside the slots: for bypasses and, where ``stage_prefetches``, for
                       prefetched experts until their first use
@@ -89,6 +92,13 @@ class Policy:
         The step's own experts are among the candidates now. -1, the default, lets it go.
         """
         return -1
+
+    def on_miss(self, step: Step, rank: int) -> int:
+        """What becomes of a miss, the step's ``rank``-th expert: Kind.LOAD or Kind.COMPUTE.
+
+        LOAD, the default, copies it; COMPUTE runs it where the experts are kept (on the CPU).
+        """
+        return LOAD
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         """Write the keys to fetch ahead into ``keys``, most wanted first; return how many.

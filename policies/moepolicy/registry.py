@@ -14,7 +14,7 @@ from typing import Any
 
 from moepolicy.clairvoyant import Belady, BeladyBypass
 from moepolicy.console import nearest
-from moepolicy.eviction import Fifo, Lfu, Lru, Random, Static
+from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
 from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.speculation import LruSpec
 
@@ -26,6 +26,7 @@ BUILT_IN: dict[str, type[Policy]] = {
     "fifo": Fifo,
     "random": Random,
     "static": Static,
+    "fiddler": Fiddler,
     "belady": Belady,
     "belady-bypass": BeladyBypass,
     "lru-spec": LruSpec,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.kinds import Kind
 from moepolicy.policy import Context, Policy, PolicyError, overrides
 
 # Columns of Cache.keys: one row a key, so that a decision touches one cache line.
@@ -44,35 +44,14 @@ N_DEMAND = 1  # keys of the step in progress; 0 between steps
 N_EVENTS = 2
 FIRST = 3  # first key of each queue, -1 when empty
 LAST = 5  # and the last
-COUNTERS = 7
+BACKLOG = 7  # copies queued or under way
+EVICTED = 8  # the key whose slot the copy started last took over, -1
+COUNTERS = 9
 
 # Rows of Cache.scratch.
 CANDIDATES = 0  # as shown to the policy
 WANTED = 1  # the step's keys in router order
 GUESSED = 2  # what the policy would prefetch
-
-
-class Kind(IntEnum):
-    """What the state machine decided. The values count from COUNTERS on ``Cache.board``."""
-
-    HIT = 0  # wanted and resident
-    LATE = 1  # wanted and in flight: waited for
-    MISS = 2  # wanted and neither
-    QUEUE_PREFETCH = 3
-    CANCEL = 4  # a queued prefetch the gate disproved
-    DROP = 5  # a prefetch that found no place when its turn came
-    LOAD = 6  # a demanded copy starts; other: the slot
-    SPECULATE = 7  # a prefetch's copy starts; other: the slot
-    BYPASS = 8  # a demanded copy that will not be kept
-    EVICT = 9  # other: the key it makes room for
-    PROMOTE = 10  # a staged expert becomes a cached one
-    USELESS = 11  # prefetched, and gone before it was used
-
-
-HIT, LATE, MISS = int(Kind.HIT), int(Kind.LATE), int(Kind.MISS)
-QUEUE_PREFETCH, CANCEL, DROP = int(Kind.QUEUE_PREFETCH), int(Kind.CANCEL), int(Kind.DROP)
-LOAD, SPECULATE, BYPASS = int(Kind.LOAD), int(Kind.SPECULATE), int(Kind.BYPASS)
-EVICT, PROMOTE, USELESS = int(Kind.EVICT), int(Kind.PROMOTE), int(Kind.USELESS)
 
 
 class Cache(NamedTuple):
@@ -90,6 +69,7 @@ class Cache(NamedTuple):
     stage_prefetches: bool
     prefetching: bool
     retaining: bool
+    choosing: bool  # the policy has a say in what happens on a miss
     keys: NDArray[np.int64]  # [n_keys, KEY_COLUMNS]
     domains: NDArray[np.int64]  # [n_domains, HELD + 2 * slots]
     staging: NDArray[np.int64]  # [HELD + 2 * staging_buffers]
@@ -122,7 +102,7 @@ def new_cache(context: Context, policy: Policy, *, n_events: int = 0) -> Cache:
     staging[:HELD] = 0, buffers
     staging[HELD + buffers :] = np.arange(n_cached, n_cached + buffers)[::-1]
     board = np.zeros(COUNTERS + len(Kind), np.int64)
-    board[FIRST:COUNTERS] = -1
+    board[FIRST:BACKLOG] = -1
     return Cache(
         n_experts=context.n_experts,
         slots=slots,
@@ -131,6 +111,7 @@ def new_cache(context: Context, policy: Policy, *, n_events: int = 0) -> Cache:
         stage_prefetches=policy.stage_prefetches,
         prefetching=overrides(policy, "prefetch"),
         retaining=overrides(policy, "retain"),
+        choosing=overrides(policy, "on_miss"),
         keys=keys,
         domains=domains,
         staging=staging,
@@ -193,4 +174,6 @@ def _check_queues(cache: Cache) -> None:
             assert row[PREVIOUS] == previous, "a queue's links disagree"
             previous, key, queued = key, row[NEXT], queued + 1
         assert cache.board[LAST + queue] == previous, "a queue's end is not its last key"
+    under_way = np.count_nonzero(cache.keys[:, STATUS] == LOADING)
+    assert cache.board[BACKLOG] == queued + under_way, "the backlog is miscounted"
     assert queued == np.count_nonzero(cache.keys[:, STATUS] == QUEUED), "a queued key is lost"

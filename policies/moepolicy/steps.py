@@ -23,6 +23,7 @@ class Step(NamedTuple):
     predicted  row j: the gate of layer + 1 + j applied to this layer's hidden state,
                float32[horizon, n_experts]; NaN past the last layer
     tokens     how many tokens the step serves
+    backlog    copies queued or under way as the step begins: the link's load
     """
 
     number: int
@@ -32,6 +33,7 @@ class Step(NamedTuple):
     logits: NDArray[np.float32]
     predicted: NDArray[np.float32]
     tokens: int
+    backlog: int = 0
 
 
 NO_LOGITS: NDArray[np.float32] = np.empty(0, np.float32)

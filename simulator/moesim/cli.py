@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from moepolicy import PolicyError, console, find_policy, policy_names
+from moepolicy import PolicyError, PolicySpec, console, find_policy, policy_names
 from moeroute import TraceError, open_trace
 from rich.console import Console
 from rich.progress import track
 
 from moesim import __version__
+from moesim.engines import Engine
 from moesim.errors import SimulationError
 from moesim.profile import load_machine, machine_names
 from moesim.report import Format, deliver, render
@@ -65,6 +67,10 @@ def compare(
         typer.Option(help="Size of an expert by its precision, of those the trace lists."),
     ] = None,
     expert_bytes: Annotated[int | None, typer.Option(help="Size of an expert in bytes.")] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="simpy is the reference, replay the fast loop; the results are equal."),
+    ] = Engine.auto,
     format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
     out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
@@ -83,8 +89,10 @@ def compare(
     workload = workload_for(opened, specs)
     points = [(count, spec) for count in sizes for spec in specs]
     results = [
-        simulate(workload, spec, profile, slots=count, scope=scope, expert_bytes=size)
-        for count, spec in track(points, "simulating", console=Console(stderr=True), transient=True)
+        simulate(
+            workload, spec, profile, slots=count, scope=scope, expert_bytes=size, engine=engine
+        )
+        for count, spec in _progress(points)
     ]
     title = (
         f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes, "
@@ -117,6 +125,13 @@ def list_machines() -> None:
     for name in machine_names():
         machine = load_machine(name)
         typer.echo(f"{name:{width}}  {machine.source}: {machine.description}")
+
+
+def _progress(points: list[tuple[int, PolicySpec]]) -> Iterable[tuple[int, PolicySpec]]:
+    console = Console(stderr=True)
+    return track(
+        points, "simulating", console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 def _slots(text: str | None, n_experts: int) -> list[int]:

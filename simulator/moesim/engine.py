@@ -1,30 +1,49 @@
-"""The simulated machine: one compute stream and one link around the state machine, in SimPy.
+"""The simulated machine in SimPy: one compute stream, a link, a disk, CPU workers.
 
-Time is integer nanoseconds. At one instant copies complete first (by stream), then compute
-advances and decides, then copies are dispatched, so that a run repeats exactly.
+This is the readable reference; `moesim.replay` is its compiled twin. Time is integer
+nanoseconds. At one instant arrivals complete first, then compute advances and decides, then the
+link is given its next work, so that a run repeats exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import simpy
-from moepolicy import ExpertCache, Kind
-from numpy.typing import NDArray
+from moepolicy import ExpertCache, Kind, Transfer
 
-from moesim.profile import Machine
+from moesim.costs import Costs
 from moesim.workload import Workload
 
-# SimPy orders the events of one instant by priority. Copies of stream i complete at
-# COMPLETION + i.
+# SimPy orders the events of one instant by priority.
 COMPLETION = 1
 COMPUTE = 10
 DISPATCH = 20
 
+# Lanes of a timeline.
+COMPUTE_LANE = 0
+LINK_LANE = 1
+DISK_LANE = 2
+CPU_LANE = 3
+
 Process = Generator[simpy.Event, None, None]
+
+
+class Segment(NamedTuple):
+    """A stretch of one lane's time, ns. ``key`` is -1 - layer for a layer outside its experts.
+
+    ``unit`` numbers the copy stream or CPU worker; ``demand`` tells a wanted copy from a guess.
+    """
+
+    lane: int
+    unit: int
+    begins: int
+    ends: int
+    key: int
+    demand: int
 
 
 class Nanoseconds(simpy.Environment):
@@ -45,155 +64,235 @@ class At(simpy.Event):
         env.schedule(self, priority, delay)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes and parameters that the machine's rates apply to."""
-
-    expert_bytes: int
-    expert_params: int
-    layer_bytes: int
-    token_bytes: int
-
-
 @dataclass
 class Clock:
-    """Where the simulated time went, in ns."""
+    """Where the simulated time went, in ns, and what each lane did if that was asked for."""
 
+    total_ns: int = 0
     decode_ns: int = 0
     prompt_ns: int = 0
     stall_ns: int = 0  # compute waited for an expert
     link_busy_ns: int = 0  # bytes flowed
+    segments: list[Segment] | None = None
+
+    def add(self, *segment: int) -> None:
+        if self.segments is not None:
+            self.segments.append(Segment(*segment))
+
+
+@dataclass(slots=True)
+class Copy:
+    """An expert on its way, from the start of its copy to its arrival."""
+
+    key: int
+    stream: int
+    number: int  # copies are numbered as they start
+    demand: bool  # wanted now; a guess becomes so when it is late
+    ready_at: int  # its bytes can flow
+    pieces: int  # still to cross
+
+
+@dataclass
+class Host:
+    """The host-memory cache in front of a disk: the most recently used experts."""
+
+    capacity: int
+    used: dict[int, None] = field(default_factory=dict)  # oldest first
+
+    def has(self, key: int) -> bool:
+        """Whether ``key`` is there; it is afterwards, if there is room for any."""
+        hit = key in self.used
+        self.used.pop(key, None)
+        self.used[key] = None
+        if len(self.used) > self.capacity:
+            del self.used[next(iter(self.used))]
+        return hit
 
 
 class SimulatedLink:
-    """Copies in the order the state machine starts them; their bytes share one bus."""
+    """Copies in the order the state machine starts them; their bytes share one bus, piece by piece.
 
-    def __init__(
-        self, env: Nanoseconds, machine: Machine, cache: ExpertCache, sizes: Sizes
-    ) -> None:
+    A stream carries one copy at a time. Whole experts share the streams; experts in pieces have
+    as many streams for demand as for prefetch, and the bus goes to demand first.
+    """
+
+    def __init__(self, env: Nanoseconds, costs: Costs, cache: ExpertCache, clock: Clock) -> None:
         self.env = env
+        self.costs = costs
         self.cache = cache
-        self.latency_ns = machine.latency_ns
-        self.bus_ns = machine.copy_ns(sizes.expert_bytes)
-        self.busy_ns = 0
-        self.arrived: dict[int, int] = {}  # key -> when, of those not yet collected
-        self.on_arrival: simpy.Event | None = None
-        self._idle = list(range(machine.link.streams))
-        self._bus_free_at = 0
+        self.clock = clock
+        self.arrived: dict[int, None] = {}  # in order of arrival, of those not yet collected
+        self._copies: list[Copy] = []
+        self._host = Host(costs.host_experts)
+        self._bus_busy = False
+        self._disk_free_at = 0
+        self._started = 0
         self._dispatching = False
+        self._waiting: simpy.Event | None = None
 
-    def kick(self) -> None:
-        """Something may have become startable: dispatch once this instant's decisions are made."""
-        if self._idle and not self._dispatching and self.cache.has_queued():
+    def kick(self, _: simpy.Event | None = None) -> None:
+        """Something changed: dispatch once this instant's decisions are made."""
+        if not self._dispatching and (self._copies or self.cache.queued() is not None):
             self._dispatching = True
             At(self.env, 0, DISPATCH).callbacks.append(self._dispatch)
 
-    def _dispatch(self, _: simpy.Event) -> None:
-        self._dispatching = False
-        while self._idle and (copy := self.cache.start()) is not None:
-            stream = self._idle.pop(0)
-            begins = max(self.env.now + self.latency_ns, self._bus_free_at)
-            self._bus_free_at = begins + self.bus_ns
-            self.busy_ns += self.bus_ns
-            done = At(self.env, self._bus_free_at - self.env.now, COMPLETION + stream)
-            done.callbacks.append(partial(self._complete, copy.key, stream))
-
-    def _complete(self, key: int, stream: int, _: simpy.Event) -> None:
-        self.cache.finish(key)
-        self.arrived[key] = self.env.now
-        self._idle.append(stream)
-        self._idle.sort()
-        if self.on_arrival is not None:
-            waiting, self.on_arrival = self.on_arrival, None
-            self.env.schedule(waiting, COMPUTE)  # type: ignore[arg-type]
-        self.kick()
+    def want(self, key: int) -> None:
+        """A guess under way turned out to be right: its bytes go with the demanded ones now."""
+        for copy in self._copies:
+            if copy.key == key:
+                copy.demand = True
 
     def arrival(self) -> simpy.Event:
-        """An event at the next completion, after all completions of its instant."""
-        event = simpy.Event(self.env)
+        """An event at the next arrival, after all completions of its instant."""
+        self._waiting = event = simpy.Event(self.env)
         event._ok, event._value = True, None
-        self.on_arrival = event
         return event
+
+    def _dispatch(self, _: simpy.Event) -> None:
+        self._dispatching = False
+        while (stream := self._free_stream()) >= 0 and (copy := self.cache.start()) is not None:
+            self._start(copy, stream)
+        if not self._bus_busy:
+            self._grant_bus()
+
+    def _free_stream(self) -> int:
+        """A stream for what would be copied next; -1 where nothing is queued or none is free."""
+        kind = self.cache.queued()
+        if kind is None:
+            return -1
+        streams = self.costs.streams
+        first = streams if self.costs.chunked and kind is Kind.SPECULATE else 0
+        taken = {copy.stream for copy in self._copies}
+        return next((s for s in range(first, first + streams) if s not in taken), -1)
+
+    def _start(self, transfer: Transfer, stream: int) -> None:
+        costs, now = self.costs, self.env.now
+        ready_at = now + costs.latency_ns
+        if costs.read_ns and not self._host.has(transfer.key):
+            begins = max(now, self._disk_free_at)
+            self._disk_free_at = begins + costs.read_ns
+            ready_at = self._disk_free_at + costs.latency_ns
+            demand = int(not transfer.speculative)
+            self.clock.add(DISK_LANE, 0, begins, self._disk_free_at, transfer.key, demand)
+        pieces = costs.n_pieces * (2 if costs.write_back and transfer.evicts else 1)
+        self._started += 1
+        self._copies.append(
+            Copy(transfer.key, stream, self._started, not transfer.speculative, ready_at, pieces)
+        )
+        if ready_at > now:
+            At(self.env, ready_at - now, COMPLETION).callbacks.append(self.kick)
+
+    def _grant_bus(self) -> None:
+        """The next piece: of demand before prefetch, of what started first."""
+        ready = [copy for copy in self._copies if copy.ready_at <= self.env.now]
+        if not ready:
+            return
+        copy = min(ready, key=lambda c: (not c.demand, c.number))
+        last = (copy.pieces - 1) % self.costs.n_pieces == 0
+        took = self.costs.last_piece_ns if last else self.costs.piece_ns
+        now = self.env.now
+        self._bus_busy = True
+        self.clock.link_busy_ns += took
+        self.clock.add(LINK_LANE, copy.stream, now, now + took, copy.key, int(copy.demand))
+        At(self.env, took, COMPLETION).callbacks.append(lambda _: self._piece_done(copy))
+
+    def _piece_done(self, copy: Copy) -> None:
+        self._bus_busy = False
+        copy.pieces -= 1
+        if copy.pieces == 0:
+            self._copies.remove(copy)
+            self.cache.finish(copy.key)
+            self.arrived[copy.key] = None
+            if self._waiting is not None:
+                waiting, self._waiting = self._waiting, None
+                self.env.schedule(waiting, COMPUTE)  # type: ignore[arg-type]
+        self.kick()
 
 
 class Simulation:
     """One policy's cache on one machine, driven through a workload."""
 
     def __init__(
-        self, workload: Workload, cache: ExpertCache, machine: Machine, sizes: Sizes
+        self, workload: Workload, cache: ExpertCache, costs: Costs, *, timeline: bool = False
     ) -> None:
         self.workload = workload
         self.cache = cache
+        self.costs = costs
         self.env = Nanoseconds(initial_time=0)
-        self.link = SimulatedLink(self.env, machine, cache, sizes)
-        self.clock = Clock()
+        self.clock = Clock(segments=[] if timeline else None)
+        self.link = SimulatedLink(self.env, costs, cache, self.clock)
         self._detail = cache.arrays.prefetching
-        self._layer_ns = _layer_times(workload, machine, sizes, predicting=self._detail)
-        counts = np.unique(workload.routed)
-        self._expert_ns = {
-            int(n): machine.expert_ns(int(n), sizes.expert_bytes, sizes.expert_params)
-            for n in counts
-        }
 
     def run(self) -> Clock:
         """Replay every step; returns where the time went."""
-        self.env.process(self._compute())
-        self.env.run()
-        self.clock.link_busy_ns = self.link.busy_ns
+        done = self.env.process(self._compute())
+        self.env.run(until=done)
+        self.clock.total_ns = self.env.now
         return self.clock
 
     def _compute(self) -> Process:
-        workload, clock = self.workload, self.clock
-        for number in range(workload.n_steps):
+        layer_ns = self.costs.layer_ns.tolist()
+        decode = self.workload.decode.tolist()
+        layers = self.workload.layer.tolist()
+        for number in range(self.workload.n_steps):
             began = self.env.now
-            yield At(self.env, int(self._layer_ns[number]), COMPUTE)
+            yield At(self.env, layer_ns[number], COMPUTE)
+            self.clock.add(COMPUTE_LANE, 0, began, self.env.now, -1 - layers[number], 1)
             yield from self._expert_step(number)
-            took = self.env.now - began
-            if workload.decode[number]:
-                clock.decode_ns += took
+            if decode[number]:
+                self.clock.decode_ns += self.env.now - began
             else:
-                clock.prompt_ns += took
+                self.clock.prompt_ns += self.env.now - began
 
     def _expert_step(self, number: int) -> Process:
         """Decide, compute what is here in router order, then what arrives as it arrives."""
         cache, link = self.cache, self.link
         step = self.workload.step(number, detail=self._detail)
         outcome = cache.begin(step).tolist()
-        link.kick()
         first = int(self.workload.offsets[number])
-        keys = step.experts.tolist()
+        at = {key: first + rank for rank, key in enumerate(step.experts.tolist())}
+        by_outcome = dict(zip(at, outcome, strict=True))
+        for key, kind in by_outcome.items():
+            if kind == Kind.LATE:
+                link.want(key)
+        link.kick()
         link.arrived.clear()  # guesses that landed before they were wanted are plain hits now
-        for rank, key in enumerate(keys):
-            if outcome[rank] == Kind.HIT:
-                yield from self._run_expert(key, first + rank)
-        awaited = {key: rank for rank, key in enumerate(keys) if outcome[rank] != Kind.HIT}
+        joins_at = self._run_on_cpu(
+            [at[k] for k, kind in by_outcome.items() if kind == Kind.COMPUTE]
+        )
+        for key, kind in by_outcome.items():
+            if kind == Kind.HIT:
+                yield from self._run_expert(key, at[key])
+        awaited = {k for k, kind in by_outcome.items() if kind in (Kind.LATE, Kind.MISS)}
         while awaited:
-            here = [(link.arrived[k], rank, k) for k, rank in awaited.items() if k in link.arrived]
-            if not here:
+            key = next((k for k in link.arrived if k in awaited), -1)
+            if key < 0:
                 since = self.env.now
                 yield link.arrival()
                 self.clock.stall_ns += self.env.now - since
                 continue
-            _, rank, key = min(here)
-            del awaited[key]
-            yield from self._run_expert(key, first + rank)
+            awaited.remove(key)
+            yield from self._run_expert(key, at[key])
+        if joins_at > self.env.now:
+            self.clock.stall_ns += joins_at - self.env.now
+            yield At(self.env, joins_at - self.env.now, COMPUTE)
         cache.end()
+        link.kick()
 
-    def _run_expert(self, key: int, index: int) -> Process:
-        yield At(self.env, self._expert_ns[int(self.workload.routed[index])], COMPUTE)
+    def _run_expert(self, key: int, at: int) -> Process:
+        began = self.env.now
+        yield At(self.env, int(self.costs.expert_ns[at]), COMPUTE)
+        self.clock.add(COMPUTE_LANE, 0, began, self.env.now, key, 1)
         self.cache.consume(key)
         self.link.kick()
 
-
-def _layer_times(
-    workload: Workload, machine: Machine, sizes: Sizes, *, predicting: bool
-) -> NDArray[np.int64]:
-    """ns of each step before its gate's choice is known; a pass's first layer carries the pass."""
-    by_tokens = {
-        int(n): machine.layer_ns(int(n), sizes.layer_bytes, predicting=predicting)
-        for n in np.unique(workload.tokens)
-    }
-    times = np.array([by_tokens[n] for n in workload.tokens.tolist()], np.int64)
-    first_of_pass = np.diff(workload.rows[:, 0], prepend=-1) != 0
-    times[first_of_pass] += machine.pass_ns(sizes.token_bytes)
-    return times
+    def _run_on_cpu(self, tasks: list[int]) -> int:
+        """Share the step's CPU experts among the workers; returns when the last is done."""
+        free_at = [self.env.now] * self.costs.cpu_workers
+        for at in tasks:
+            worker = int(np.argmin(free_at))
+            began = free_at[worker]
+            free_at[worker] += int(self.costs.cpu_ns[at])
+            key = int(self.workload.keys[at])
+            self.clock.add(CPU_LANE, worker, began, free_at[worker], key, 1)
+        return max(free_at, default=0) if tasks else 0

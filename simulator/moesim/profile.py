@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,37 @@ class Link:
     """The way from where the experts are kept to where they are used.
 
     ``streams`` copies may be under way at once: their latencies overlap, their bytes share the
-    bandwidth one copy after the other.
+    bandwidth one after the other. With ``chunk_bytes`` an expert travels in pieces: demanded
+    copies have streams of their own and overtake a prefetch at the end of its piece. With
+    ``write_back`` a copy that evicts first sends its victim back, as the base paper's released
+    code does although weights are never changed.
     """
 
     bytes_per_s: float
     latency_s: float = 0.0  # of each transfer, before its bytes flow
     streams: int = 1
+    chunk_bytes: int = 0  # 0: an expert travels whole
+    write_back: bool = False
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A stage before the link, one read at a time, with a cache of experts in host memory (LRU)."""
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    host_bytes: int = 0  # of the host's cache
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Workers that compute missing experts where they are kept, beside the compute stream."""
+
+    workers: int
+    expert_s: float = 0.0
+    expert_token_s: float = 0.0
+    memory_bytes_per_s: float = math.inf  # of each worker
+    flops_per_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,8 @@ class Machine:
     source: str
     link: Link
     compute: Compute
+    disk: Disk | None = None
+    cpu: Cpu | None = None
 
     def copy_ns(self, n_bytes: int) -> int:
         """How long a copy's bytes occupy the link."""
@@ -79,10 +106,29 @@ class Machine:
 
     def expert_ns(self, tokens: int, expert_bytes: int, expert_params: int) -> int:
         """One expert's compute for ``tokens`` tokens."""
-        cost = self.compute
-        read_s = expert_bytes / cost.memory_bytes_per_s
-        flops_s = 2.0 * expert_params * tokens / cost.flops_per_s
-        return _ns(cost.expert_s + (tokens - 1) * cost.expert_token_s + max(read_s, flops_s))
+        return _expert_ns(self.compute, tokens, expert_bytes, expert_params)
+
+    def cpu_expert_ns(self, tokens: int, expert_bytes: int, expert_params: int) -> int:
+        """The same on a CPU worker."""
+        if self.cpu is None:
+            return 1
+        return max(1, _expert_ns(self.cpu, tokens, expert_bytes, expert_params))
+
+    def read_ns(self, expert_bytes: int) -> int:
+        """One expert from disk to host memory; 0 where there is no disk stage."""
+        if self.disk is None:
+            return 0
+        return _ns(self.disk.latency_s + expert_bytes / self.disk.bytes_per_s)
+
+    def host_experts(self, expert_bytes: int) -> int:
+        """How many experts the host's cache holds."""
+        return self.disk.host_bytes // expert_bytes if self.disk else 0
+
+
+def _expert_ns(cost: Compute | Cpu, tokens: int, expert_bytes: int, expert_params: int) -> int:
+    read_s = expert_bytes / cost.memory_bytes_per_s
+    flops_s = 2.0 * expert_params * tokens / cost.flops_per_s
+    return _ns(cost.expert_s + (tokens - 1) * cost.expert_token_s + max(read_s, flops_s))
 
 
 def _ns(seconds: float) -> int:
@@ -111,7 +157,7 @@ def load_machine(name_or_path: str) -> Machine:
 
 
 def _machine(path: Path, table: dict[str, Any]) -> Machine:
-    known = {"name", "description", "source", "link", "compute"}
+    known = {"name", "description", "source", "link", "compute", "disk", "cpu"}
     _refuse_unknown(path, "", table, known)
     source = table.get("source", "published")
     if source not in SOURCES:
@@ -122,6 +168,8 @@ def _machine(path: Path, table: dict[str, Any]) -> Machine:
         source=source,
         link=Link(**_numbers(path, "link", table, Link)),
         compute=Compute(**_numbers(path, "compute", table, Compute)),
+        disk=Disk(**_numbers(path, "disk", table, Disk)) if "disk" in table else None,
+        cpu=Cpu(**_numbers(path, "cpu", table, Cpu)) if "cpu" in table else None,
     )
 
 
@@ -132,22 +180,32 @@ def _numbers(path: Path, section: str, table: dict[str, Any], cls: type) -> dict
         raise SimulationError(f"{path}: [{section}] is not a table")
     known = {f.name: f for f in fields(cls)}
     _refuse_unknown(path, f"[{section}] ", values, set(known))
-    if section == "link" and "bytes_per_s" not in values:
-        raise SimulationError(f"{path}: [link] has no bytes_per_s")
+    for key, field in known.items():
+        if field.default is MISSING and key not in values:
+            raise SimulationError(f"{path}: [{section}] has no {key}")
     for key, value in values.items():
-        _check_number(path, f"[{section}] {key}", key, value)
+        if known[key].type == "bool":
+            if not isinstance(value, bool):
+                raise SimulationError(f"{path}: [{section}] {key} is {value!r}, not true or false")
+        else:
+            _check_number(path, f"[{section}] {key}", known[key], value)
     return values
 
 
-def _check_number(path: Path, where: str, key: str, value: Any) -> None:
+def _check_number(path: Path, where: str, field: Field[Any], value: Any) -> None:
+    key = field.name
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise SimulationError(f"{path}: {where} is {value!r}, not a number")
     if key == "streams" and (not isinstance(value, int) or not 1 <= value <= 3):
         raise SimulationError(f"{path}: {where} is {value}, not 1, 2 or 3")
+    if field.type == "int" and not isinstance(value, int):
+        raise SimulationError(f"{path}: {where} is {value}, not a whole number")
+    if key == "workers" and value < 1:
+        raise SimulationError(f"{path}: {where} is {value}; leave [cpu] out for none")
     if key.endswith("_per_s") and not value > 0:
         raise SimulationError(f"{path}: {where} is {value}; a rate must be above 0")
     if value < 0 or (math.isinf(value) and not key.endswith("_per_s")):
-        raise SimulationError(f"{path}: {where} is {value}; a time must be 0 or more and finite")
+        raise SimulationError(f"{path}: {where} is {value}; it must be 0 or more and finite")
 
 
 def _refuse_unknown(path: Path, where: str, table: dict[str, Any], known: set[str]) -> None:

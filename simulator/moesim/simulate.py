@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moepolicy import ExpertCache, Kind, Policy, PolicySpec
+from moepolicy import Kind, PolicySpec
 from moepolicy.cache import Journal, Observer
+from moepolicy.state import COUNTERS
 from moeroute import Trace
 from moeroute.schema import TraceMeta, prediction_column
 
-from moesim.engine import Simulation, Sizes
+from moesim.costs import Sizes, costs_of
+from moesim.engine import Segment
+from moesim.engines import Engine, run
 from moesim.errors import SimulationError
 from moesim.limits import min_loads
 from moesim.profile import NS_PER_S, Machine
@@ -24,6 +27,7 @@ class Result:
     """One policy on one cache and machine. Counts are of experts, times simulated seconds.
 
     loads             experts copied over the link, prefetches included
+    cpu_experts       misses computed where the experts are kept, and not copied
     hit_ratio         hits / requests; late hits, which were waited for, are not hits
     tokens_per_s      decoded tokens over the time spent on them; of a trace that has none,
                       prompt tokens
@@ -45,6 +49,7 @@ class Result:
     bypasses: int
     prefetches: int
     useless_prefetches: int
+    cpu_experts: int
     bytes_loaded: int
     hit_ratio: float
     time_s: float
@@ -60,12 +65,13 @@ class Result:
 
 def workload_for(trace: Trace, policies: list[PolicySpec]) -> Workload:
     """Read a trace once for all ``policies``; TraceError names a column one of them needs."""
-    predictions = False
+    needs = {"predictions": prediction_column(1), "logits": "router_logits"}
     for policy in policies:
-        if "predictions" in policy.requires:
-            trace.require(prediction_column(1), f"policy '{policy.label}'")
-            predictions = True
-    return load_workload(trace, predictions=predictions)
+        for need, column in needs.items():
+            if need in policy.requires:
+                trace.require(column, f"policy '{policy.label}'")
+    wanted = {need for policy in policies for need in policy.requires}
+    return load_workload(trace, predictions="predictions" in wanted, logits="logits" in wanted)
 
 
 def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | None) -> int:
@@ -108,23 +114,40 @@ def simulate(
     scope: str = "layer",
     expert_bytes: int | None = None,
     precision: str | None = None,
+    engine: Engine = Engine.auto,
     observers: tuple[Observer, ...] = (),
     journal: Journal | None = None,
+    timeline: list[Segment] | None = None,
 ) -> Result:
     """Replay ``workload`` under ``policy`` with ``slots`` a layer on ``machine``.
 
-    Raises SimulationError or PolicyError where that is impossible.
+    ``timeline`` is filled with what every lane did. Raises SimulationError or PolicyError where
+    the run is impossible.
     """
+    if "cpu" in policy.requires and machine.cpu is None:
+        raise SimulationError(
+            f"policy '{policy.label}' computes on CPU workers, and machine '{machine.name}' has "
+            "none: add a [cpu] section to its profile"
+        )
     context = workload.context(slots, scope)
-    built: Policy = policy.build(context)
-    cache = ExpertCache(context, built, name=policy.label, observers=observers, journal=journal)
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
-    simulation = Simulation(workload, cache, machine, sizes_of(workload.meta, size))
-    clock = simulation.run()
-    hits, late, misses = (cache.count(k) for k in (Kind.HIT, Kind.LATE, Kind.MISS))
-    prefetches = cache.count(Kind.SPECULATE)
-    loads = cache.count(Kind.LOAD) + prefetches
-    time_ns = simulation.env.now
+    sizes = sizes_of(workload.meta, size)
+    cache, clock = run(
+        workload,
+        policy,
+        context,
+        lambda cache: costs_of(workload, machine, sizes, predicting=cache.prefetching),
+        engine=engine,
+        observers=observers,
+        journal=journal,
+        timeline=timeline is not None,
+    )
+    if timeline is not None:
+        timeline += clock.segments or []
+    count = cache.board[COUNTERS:].tolist()
+    hits, late, misses = count[Kind.HIT], count[Kind.LATE], count[Kind.MISS]
+    prefetches = count[Kind.SPECULATE]
+    loads = count[Kind.LOAD] + prefetches
     if workload.n_decoded:
         tokens, spent_ns = workload.n_decoded, clock.decode_ns
     else:
@@ -142,12 +165,13 @@ def simulate(
         late=late,
         misses=misses,
         loads=loads,
-        bypasses=cache.count(Kind.BYPASS),
+        bypasses=count[Kind.BYPASS],
         prefetches=prefetches,
-        useless_prefetches=cache.count(Kind.USELESS),
+        useless_prefetches=count[Kind.USELESS],
+        cpu_experts=count[Kind.COMPUTE],
         bytes_loaded=loads * size,
         hit_ratio=hits / (hits + late + misses),
-        time_s=time_ns / NS_PER_S,
+        time_s=clock.total_ns / NS_PER_S,
         stall_s=clock.stall_ns / NS_PER_S,
         link_busy_s=clock.link_busy_ns / NS_PER_S,
         tokens_per_s=tokens * NS_PER_S / spent_ns if spent_ns else float("inf"),

@@ -109,6 +109,38 @@ class Workload:
             tokens=int(self.tokens[number]),
         )
 
+    def details(
+        self, first: int, last: int, *, predictions: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits [steps, E] and predictions [steps, horizon, E] of steps first..last-1.
+
+        Where there are none to look at, one row that stands for every step.
+        """
+        logits, predicted = NO_LOGITS[None], NO_PREDICTIONS[None]
+        if self.logits is not None:
+            logits = self._column(self.logits, first, last, 0)
+        if predictions and self.predicted:
+            ahead = [
+                self._column(column, first, last, j)
+                for j, column in enumerate(self.predicted, start=1)
+            ]
+            predicted = np.stack(ahead, axis=1)
+        return logits, predicted
+
+    def _column(
+        self, column: NDArray[np.float16], first: int, last: int, ahead: int
+    ) -> NDArray[np.float32]:
+        """A gate column's row for each of the steps, ``ahead`` layers further on; NaN past them."""
+        rows, layer = self.rows[first:last], self.layer[first:last] + ahead
+        found = np.full((last - first, column.shape[1]), np.nan, np.float32)
+        single = rows[:, 1] - rows[:, 0] == self.meta.n_layers
+        inside = layer < self.meta.n_layers
+        plain = single & inside
+        found[plain] = column[rows[plain, 0] + layer[plain]]
+        for i in np.flatnonzero(~single & inside).tolist():
+            found[i] = self._pooled(column, first + i, int(layer[i]))
+        return found
+
     def _pooled(
         self, column: NDArray[np.float16] | None, number: int, layer: int
     ) -> NDArray[np.float32]:

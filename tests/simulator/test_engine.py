@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from moepolicy import Call, Event, ExpertCache, find_policy, replay_journal
 from moeroute import DECODE, PROMPT, open_trace
 from moesim import Machine, Workload, load_workload, simulate
-from moesim.profile import Compute, Link
-from support.traces import decoded, write_trace
-
-NS = 1e-9
-
-
-def machine(**changes: float) -> Machine:
-    """1 byte a ns over the link, 5 ns a layer, 3 ns an expert."""
-    entries = {"bytes_per_s": 1e9, "layer_s": 5 * NS, "expert_s": 3 * NS} | changes
-    link = {k: entries.pop(k) for k in ("bytes_per_s", "latency_s", "streams") if k in entries}
-    return Machine("test", "", "published", Link(**link), Compute(**entries))  # type: ignore[arg-type]
+from moesim.costs import Sizes, costs_of
+from support.machines import NS, machine, machines
+from support.traces import decoded, traces, write_trace
 
 
 def replay(workload: Workload, policy: str, on: Machine, slots: int, **options: Any) -> Any:
@@ -106,33 +98,6 @@ def test_a_prompt_is_one_step_a_layer(tmp_path: Path) -> None:
     assert (workload.n_prompt, workload.n_decoded) == (3, 1)
 
 
-@st.composite
-def traces(draw: st.DrawFn) -> tuple[Any, int, int]:
-    """Tokens of a small model, with prompts, several sequences and repeated experts."""
-    n_layers, n_experts = draw(st.integers(1, 3)), draw(st.integers(2, 5))
-    top_k = draw(st.integers(1, 2))
-    one = st.permutations(range(n_experts)).map(lambda order: list(order[:top_k]))
-    tokens = []
-    for sequence in range(draw(st.integers(1, 2))):
-        n_prompt, n_decode = draw(st.integers(0, 3)), draw(st.integers(1, 4))
-        for phase in [PROMPT] * n_prompt + [DECODE] * n_decode:
-            tokens.append((sequence, phase, [draw(one) for _ in range(n_layers)]))
-    logits = st.lists(st.integers(-1, 1).map(float), min_size=n_experts, max_size=n_experts)
-    predicted = [
-        draw(logits) if layer else [np.nan] * n_experts for _ in tokens for layer in range(n_layers)
-    ]
-    return (tokens, predicted), n_experts, draw(st.integers(0, n_experts))
-
-
-# Durations that coincide often, so that ties are the rule.
-machines = st.builds(
-    machine,
-    bytes_per_s=st.sampled_from([1e9, 5e9, 1e10]),
-    latency_s=st.sampled_from([0, 1 * NS, 5 * NS]),
-    streams=st.integers(1, 3),
-    layer_s=st.sampled_from([0, 1 * NS, 5 * NS]),
-    expert_s=st.sampled_from([0, 1 * NS, 5 * NS]),
-)
 POLICIES = ["lru", "lfu", "fifo", "random", "static", "belady", "belady-bypass"]
 
 
@@ -148,12 +113,10 @@ def test_time_adds_up_and_the_journal_reproduces_the_run(
     journal: list[tuple[int, int]] = []
     result = replay(workload, policy, on, slots, observers=(events.append,), journal=journal)
     calls = len(workload.keys)
-    busy = workload.n_steps * on.layer_ns(1, 0, predicting=False)
-    busy += calls * on.expert_ns(1, 10, 5)
+    costs = costs_of(workload, on, Sizes(10, 5, 0, 0), predicting=policy.startswith("lru-spec"))
+    busy = int(costs.layer_ns.sum() + costs.expert_ns.sum())
     assert result.time_s == pytest.approx(busy * NS + result.stall_s)
     assert result.requests == calls
-    # Only a copy nobody waited for can still be under way at the end.
-    assert result.link_busy_s == pytest.approx(result.loads * on.copy_ns(10) * NS)
     assert result.loads - result.prefetches == result.misses
     assert result.loads >= result.limit_loads
 

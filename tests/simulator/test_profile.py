@@ -36,7 +36,7 @@ def test_costs_in_nanoseconds(tmp_path: Path) -> None:
     [
         (("bytes_per_s = 1e9", "bytes_per_s = 0"), "[link] bytes_per_s is 0; a rate must be above"),
         (("bytes_per_s = 1e9", "latency_s = 1"), "[link] has no bytes_per_s"),
-        (("layer_s = 1e-6", "layer_s = -1.0"), "[compute] layer_s is -1.0; a time must be 0 or"),
+        (("layer_s = 1e-6", "layer_s = -1.0"), "[compute] layer_s is -1.0; it must be 0 or"),
         (("layer_s = 1e-6", "layer_s = nan"), "[compute] layer_s is nan, not a number"),
         (("layer_s = 1e-6", 'layer_s = "1"'), "[compute] layer_s is '1', not a number"),
         (("layer_s", "layers"), "unknown entry [compute] layers; did you mean 'layer_s'?"),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moeroute import DECODE, Rows, TraceMeta, TraceWriter
+from hypothesis import strategies as st
+from moeroute import DECODE, PROMPT, Rows, TraceMeta, TraceWriter
 
 
 def write_trace(
@@ -50,3 +51,21 @@ def write_trace(
 
 def decoded(*experts: list[list[int]]) -> list[tuple[int, int, list[list[int]]]]:
     return [(0, DECODE, layers) for layers in experts]
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> tuple[Any, int, int]:
+    """Tokens of a small model, with prompts, several sequences and repeated experts."""
+    n_layers, n_experts = draw(st.integers(1, 3)), draw(st.integers(2, 5))
+    top_k = draw(st.integers(1, 2))
+    one = st.permutations(range(n_experts)).map(lambda order: list(order[:top_k]))
+    tokens = []
+    for sequence in range(draw(st.integers(1, 2))):
+        n_prompt, n_decode = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+        for phase in [PROMPT] * n_prompt + [DECODE] * n_decode:
+            tokens.append((sequence, phase, [draw(one) for _ in range(n_layers)]))
+    logits = st.lists(st.integers(-1, 1).map(float), min_size=n_experts, max_size=n_experts)
+    predicted = [
+        draw(logits) if layer else [np.nan] * n_experts for _ in tokens for layer in range(n_layers)
+    ]
+    return (tokens, predicted), n_experts, draw(st.integers(0, n_experts))

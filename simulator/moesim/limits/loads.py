@@ -1,0 +1,88 @@
+"""The fewest loads a cache of a given size needs for a trace, knowing the future."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import SimulationError
+from moesim.workload import Workload
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+def remembered(
+    function: Callable[Concatenate[Workload, Given], Found],
+) -> Callable[Concatenate[Workload, Given], Found]:
+    """Keep what ``function`` found about a workload while the workload lives.
+
+    A comparison asks for the same limit once a policy.
+    """
+    found: dict[tuple[object, ...], Found] = {}
+
+    @wraps(function)
+    def ask(workload: Workload, *given: Given.args, **named: Given.kwargs) -> Found:
+        key = (id(workload), *given, *sorted(named.items()))
+        if key not in found:
+            found[key] = function(workload, *given, **named)
+            weakref.finalize(workload, found.pop, key, None)
+        return found[key]
+
+    return ask
+
+
+@remembered
+def min_loads(workload: Workload, slots: int, scope: str, *, bypass: bool = True) -> int:
+    """The fewest copies over the link that serve every step from caches that start empty.
+
+    With bypass (what no policy can beat, prefetching or not, unless it computes a miss on the
+    CPU or changes the routing): after each step a domain keeps, of its cache and the step's
+    experts, the ``slots`` that are used soonest. Without (what no policy can beat that copies
+    only on demand and keeps what it copied while its step lasts): it keeps the step's experts,
+    and of the others those used soonest; of a step wider than the cache any ``slots`` experts.
+    ``slots`` is per layer; scope "global" pools them. SimulationError for another scope.
+    """
+    counts = windows(workload, *domains(workload, slots, scope), workload.n_steps, bypass=bypass)
+    return int(counts[0, 0])
+
+
+def domains(workload: Workload, slots: int, scope: str) -> tuple[NDArray[np.int32], int, int]:
+    """Which cache each step uses, how many there are, and what each holds."""
+    n_layers = workload.meta.n_layers
+    if scope == "layer":
+        return workload.layer, n_layers, slots
+    if scope == "global":
+        return np.zeros(workload.n_steps, np.int32), 1, slots * n_layers
+    raise SimulationError(f"unknown scope '{scope}': it is 'layer' or 'global'")
+
+
+def windows(
+    workload: Workload,
+    domain_of: NDArray[np.int32],
+    n_domains: int,
+    capacity: int,
+    window: int,
+    *,
+    bypass: bool = True,
+) -> NDArray[np.int64]:
+    """int64[windows, 2]: loads of each ``window`` steps from empty caches, and those of them
+    that the best initial content would have spared."""
+    from moesim.limits.kernels import window_loads
+
+    return window_loads(
+        workload.keys,
+        workload.next_use,
+        workload.offsets,
+        domain_of,
+        n_domains,
+        capacity,
+        workload.n_keys,
+        window,
+        bypass,
+    )

@@ -1,0 +1,373 @@
+"""The compiled twin of `moesim.engine`: the same machine as a loop over its few clocks.
+
+Plain functions over arrays and integers, compiled with numba together with the state machine and
+the policy. There is no event heap: what comes next is the end of the bus's piece, a copy whose
+bytes become ready, or compute itself. Event for event it gives SimPy's timeline.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from moepolicy.kinds import COMPUTE, HIT, LATE, MISS
+from moepolicy.machine import begin, consume, end, finish, start
+from moepolicy.state import (
+    BACKLOG,
+    DEMAND,
+    EVICTED,
+    FIRST,
+    PREFETCH,
+    RESIDENT,
+    STATUS,
+    UNUSED,
+    Cache,
+)
+from moepolicy.steps import Step
+from numpy.typing import NDArray
+
+from moesim.costs import Costs
+from moesim.engine import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
+
+NEVER = np.iinfo(np.int64).max
+
+# Entries of Link.clock.
+NOW = 0
+BUS_UNTIL = 1  # end of the piece on the bus; NEVER when it is idle
+BUS_COPY = 2  # whose it is
+DISK_FREE_AT = 3
+STARTED = 4  # copies so far
+ARRIVED = 5  # arrivals so far
+N_SEGMENTS = 6
+HOST_TIME = 7  # uses of the host's cache so far
+N_HOST = 8  # experts in it
+DECODE_NS = 9
+PROMPT_NS = 10
+STALL_NS = 11
+LINK_BUSY_NS = 12
+N_COPIES = 13  # under way
+CLOCK_ENTRIES = 14
+
+# Columns of Link.copies, a row a stream. KEY is -1 where the stream is free.
+KEY = 0
+NUMBER = 1
+WANTED_NOW = 2
+READY_AT = 3
+PIECES = 4
+COPY_COLUMNS = 5
+
+
+class Link(NamedTuple):
+    """Everything of the machine that lasts from step to step."""
+
+    clock: NDArray[np.int64]  # [CLOCK_ENTRIES]
+    copies: NDArray[np.int64]  # [streams, COPY_COLUMNS]
+    arrival: NDArray[np.int64]  # [n_keys] which arrival the key's latest was
+    host_used: NDArray[np.int64]  # [n_keys] when the host last used it; 0: not in its cache
+    cpu_free_at: NDArray[np.int64]  # [workers]
+    segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
+
+
+class Work(NamedTuple):
+    """The steps of a workload, as compiled code takes them."""
+
+    keys: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+    layer: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+    decode: NDArray[np.bool_]
+
+
+def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
+    clock = np.zeros(CLOCK_ENTRIES, np.int64)
+    clock[BUS_UNTIL] = NEVER
+    copies = np.full((costs.streams * (2 if costs.chunked else 1), COPY_COLUMNS), -1, np.int64)
+    return Link(
+        clock=clock,
+        copies=copies,
+        arrival=np.zeros(n_keys, np.int64),
+        host_used=np.zeros(n_keys, np.int64),
+        cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
+        segments=np.zeros((n_segments, 6), np.int64),
+    )
+
+
+def replay(
+    cache: Cache,
+    policy: Any,
+    work: Work,
+    costs: Costs,
+    link: Link,
+    steps: tuple[int, int],
+    logits: NDArray[np.float32],
+    predicted: NDArray[np.float32],
+    outcome: NDArray[np.int8],
+) -> None:
+    """Steps first to one before last. ``logits`` and ``predicted`` hold a row for each of them,
+    or have none where no policy looks; ``outcome`` is scratch of n_experts entries."""
+    clock = link.clock
+    for number in range(steps[0], steps[1]):
+        began = clock[NOW]
+        _advance(cache, policy, costs, link, began + costs.layer_ns[number])
+        layer = work.layer[number]
+        _draw(link, COMPUTE_LANE, 0, began, clock[NOW], -1 - layer, 1)
+        at, until = work.offsets[number], work.offsets[number + 1]
+        row = number - steps[0]
+        step = Step(
+            number,
+            layer,
+            work.keys[at:until],
+            work.weights[at:until],
+            logits[min(row, len(logits) - 1)],
+            predicted[min(row, len(predicted) - 1)],
+            work.tokens[number],
+            cache.board[BACKLOG],
+        )
+        _expert_step(cache, policy, costs, link, step, at, outcome)
+        if work.decode[number]:
+            clock[DECODE_NS] += clock[NOW] - began
+        else:
+            clock[PROMPT_NS] += clock[NOW] - began
+
+
+def _expert_step(
+    cache: Cache,
+    policy: Any,
+    costs: Costs,
+    link: Link,
+    step: Step,
+    at: int,
+    outcome: NDArray[np.int8],
+) -> None:
+    """Decide, compute what is here in router order, then what arrives as it arrives."""
+    clock = link.clock
+    begin(cache, policy, step, outcome)
+    n = len(step.experts)
+    joins_at = _run_on_cpu(costs, link, step, at, outcome)
+    awaited = 0
+    for rank in range(n):
+        if outcome[rank] == LATE:
+            _want(link, step.experts[rank])
+        if outcome[rank] == LATE or outcome[rank] == MISS:
+            awaited += 1
+    for rank in range(n):
+        if outcome[rank] == HIT:
+            _run_expert(cache, policy, costs, link, step.experts[rank], at + rank)
+    while awaited > 0:
+        rank = _first_arrived(cache, link, step, outcome)
+        if rank < 0:
+            since = clock[NOW]
+            _await_arrival(cache, policy, costs, link)
+            clock[STALL_NS] += clock[NOW] - since
+        else:
+            awaited -= 1
+            outcome[rank] = HIT
+            _run_expert(cache, policy, costs, link, step.experts[rank], at + rank)
+    if joins_at > clock[NOW]:
+        clock[STALL_NS] += joins_at - clock[NOW]
+        _advance(cache, policy, costs, link, joins_at)
+    end(cache, policy)
+
+
+def _run_expert(cache: Cache, policy: Any, costs: Costs, link: Link, key: int, at: int) -> None:
+    began = link.clock[NOW]
+    _advance(cache, policy, costs, link, began + costs.expert_ns[at])
+    _draw(link, COMPUTE_LANE, 0, began, link.clock[NOW], key, 1)
+    consume(cache, key)
+
+
+def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[np.int8]) -> int:
+    """Share the step's CPU experts among the workers; returns when the last is done."""
+    free_at = link.cpu_free_at
+    joins_at = 0
+    for rank in range(len(step.experts)):
+        if outcome[rank] == COMPUTE:
+            if joins_at == 0:
+                free_at[:] = link.clock[NOW]
+            worker = 0
+            for other in range(1, len(free_at)):
+                if free_at[other] < free_at[worker]:
+                    worker = other
+            began = free_at[worker]
+            free_at[worker] = began + costs.cpu_ns[at + rank]
+            joins_at = max(joins_at, free_at[worker])
+            _draw(link, CPU_LANE, worker, began, free_at[worker], step.experts[rank], 1)
+    return joins_at
+
+
+def _first_arrived(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
+    """The rank of the awaited expert that arrived first; -1 while none has."""
+    first = -1
+    for rank in range(len(step.experts)):
+        if outcome[rank] == LATE or outcome[rank] == MISS:
+            key = step.experts[rank]
+            if cache.keys[key, STATUS] == RESIDENT and (
+                first < 0 or link.arrival[key] < link.arrival[step.experts[first]]
+            ):
+                first = rank
+    return first
+
+
+def _advance(cache: Cache, policy: Any, costs: Costs, link: Link, until: int) -> None:
+    """Let the link work while compute is busy until then. What ends at ``until`` itself is
+    complete on return, and dispatched on only after the decisions of that instant."""
+    clock = link.clock
+    while until > clock[NOW]:
+        if clock[N_COPIES] or cache.board[BACKLOG]:
+            _dispatch(cache, policy, costs, link)
+        clock[NOW] = min(until, _next_event(link))
+        _complete(cache, policy, link)
+
+
+def _await_arrival(cache: Cache, policy: Any, costs: Costs, link: Link) -> None:
+    """Let the link work until the next expert arrives."""
+    clock = link.clock
+    arrived = clock[ARRIVED]
+    while clock[ARRIVED] == arrived:
+        _dispatch(cache, policy, costs, link)
+        upcoming = _next_event(link)
+        if upcoming == NEVER:
+            raise RuntimeError("the simulated machine is stuck: nothing will arrive")
+        clock[NOW] = upcoming
+        _complete(cache, policy, link)
+
+
+def _next_event(link: Link) -> int:
+    """When the bus ends its piece or, if it is idle, the next copy's bytes become ready."""
+    upcoming = int(link.clock[BUS_UNTIL])
+    if upcoming == NEVER and link.clock[N_COPIES]:
+        for stream in range(len(link.copies)):
+            if link.copies[stream, KEY] >= 0:
+                upcoming = min(upcoming, link.copies[stream, READY_AT])
+    return upcoming
+
+
+def _complete(cache: Cache, policy: Any, link: Link) -> None:
+    """End the bus's piece if its time has come."""
+    clock = link.clock
+    if clock[BUS_UNTIL] > clock[NOW]:
+        return
+    clock[BUS_UNTIL] = NEVER
+    copy = link.copies[clock[BUS_COPY]]
+    copy[PIECES] -= 1
+    if copy[PIECES] == 0:
+        key = copy[KEY]
+        copy[KEY] = -1
+        clock[N_COPIES] -= 1
+        clock[ARRIVED] += 1
+        link.arrival[key] = clock[ARRIVED]
+        finish(cache, policy, key)
+
+
+def _dispatch(cache: Cache, policy: Any, costs: Costs, link: Link) -> None:
+    stream = _free_stream(cache, costs, link)
+    while stream >= 0:
+        key = start(cache, policy)
+        if key < 0:
+            break
+        _start_copy(cache, costs, link, key, stream)
+        stream = _free_stream(cache, costs, link)
+    if link.clock[BUS_UNTIL] == NEVER:
+        _grant_bus(costs, link)
+
+
+def _free_stream(cache: Cache, costs: Costs, link: Link) -> int:
+    """A stream for what would be copied next; -1 where nothing is queued or none is free."""
+    first = 0
+    if cache.board[FIRST + DEMAND] < 0:
+        if cache.board[FIRST + PREFETCH] < 0:
+            return -1
+        first = costs.streams if costs.chunked else 0
+    for stream in range(first, first + costs.streams):
+        if link.copies[stream, KEY] < 0:
+            return stream
+    return -1
+
+
+def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -> None:
+    clock = link.clock
+    demand = 1 - cache.keys[key, UNUSED]
+    ready_at = clock[NOW] + costs.latency_ns
+    if costs.read_ns and not _host_has(costs, link, key):
+        begins = max(clock[NOW], clock[DISK_FREE_AT])
+        clock[DISK_FREE_AT] = begins + costs.read_ns
+        ready_at = clock[DISK_FREE_AT] + costs.latency_ns
+        _draw(link, DISK_LANE, 0, begins, clock[DISK_FREE_AT], key, demand)
+    clock[STARTED] += 1
+    clock[N_COPIES] += 1
+    copy = link.copies[stream]
+    copy[KEY] = key
+    copy[NUMBER] = clock[STARTED]
+    copy[WANTED_NOW] = demand
+    copy[READY_AT] = ready_at
+    twice = costs.write_back and cache.board[EVICTED] >= 0
+    copy[PIECES] = costs.n_pieces * 2 if twice else costs.n_pieces
+
+
+def _host_has(costs: Costs, link: Link, key: int) -> bool:
+    """Whether the host's cache has ``key``; it does afterwards, if there is room for any."""
+    clock = link.clock
+    clock[HOST_TIME] += 1
+    hit = bool(link.host_used[key] > 0)
+    link.host_used[key] = clock[HOST_TIME]
+    if not hit:
+        clock[N_HOST] += 1
+        if clock[N_HOST] > costs.host_experts:
+            oldest = -1
+            for other in range(len(link.host_used)):
+                used = link.host_used[other]
+                if used > 0 and (oldest < 0 or used < link.host_used[oldest]):
+                    oldest = other
+            link.host_used[oldest] = 0
+            clock[N_HOST] -= 1
+    return hit
+
+
+def _want(link: Link, key: int) -> None:
+    """A guess under way turned out to be right: its bytes go with the demanded ones now."""
+    for stream in range(len(link.copies)):
+        if link.copies[stream, KEY] == key:
+            link.copies[stream, WANTED_NOW] = 1
+
+
+def _grant_bus(costs: Costs, link: Link) -> None:
+    """The next piece: of demand before prefetch, of what started first."""
+    clock = link.clock
+    chosen = -1
+    for stream in range(len(link.copies)):
+        copy = link.copies[stream]
+        if copy[KEY] >= 0 and copy[READY_AT] <= clock[NOW]:
+            if chosen < 0:
+                chosen = stream
+            else:
+                best = link.copies[chosen]
+                if copy[WANTED_NOW] > best[WANTED_NOW] or (
+                    copy[WANTED_NOW] == best[WANTED_NOW] and copy[NUMBER] < best[NUMBER]
+                ):
+                    chosen = stream
+    if chosen < 0:
+        return
+    copy = link.copies[chosen]
+    last = (copy[PIECES] - 1) % costs.n_pieces == 0
+    took = costs.last_piece_ns if last else costs.piece_ns
+    clock[BUS_UNTIL] = clock[NOW] + took
+    clock[BUS_COPY] = chosen
+    clock[LINK_BUSY_NS] += took
+    _draw(link, LINK_LANE, chosen, clock[NOW], clock[BUS_UNTIL], copy[KEY], copy[WANTED_NOW])
+
+
+def _draw(link: Link, lane: int, index: int, begins: int, ends: int, key: int, demand: int) -> None:
+    """Add a segment to the timeline, if one is kept."""
+    if len(link.segments):
+        n = link.clock[N_SEGMENTS]
+        if n == len(link.segments):
+            raise IndexError("the timeline is full")
+        row = link.segments[n]
+        row[0] = lane
+        row[1] = index
+        row[2] = begins
+        row[3] = ends
+        row[4] = key
+        row[5] = demand
+        link.clock[N_SEGMENTS] = n + 1

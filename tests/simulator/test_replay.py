@@ -1,0 +1,130 @@
+"""The replay against SimPy: equal decisions and equal timelines to the nanosecond."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moepolicy import find_policy, policy_names
+from moepolicy.compiled import NotCompilable, compiled_policy
+from moeroute import open_trace
+from moesim import Machine, engines, load_workload
+from moesim.costs import Sizes, costs_of
+from moesim.engines import Engine
+from support.machines import machine, machines
+from support.traces import traces, write_trace
+
+OWN = Path(__file__).parents[1] / "support" / "policies.py"
+POLICIES = [*policy_names(), "lru-spec:n=1,staging=1", f"{OWN}:SlotSpec"]
+
+
+def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, engine: str) -> Any:
+    """Everything a run ends with: counters, cache, times, timeline."""
+    cache, clock = engines.run(
+        workload,
+        find_policy(policy),
+        workload.context(slots, scope),
+        lambda cache: costs_of(workload, on, Sizes(10, 5, 3, 2), predicting=cache.prefetching),
+        engine=Engine(engine),
+        timeline=True,
+    )
+    assert clock.segments is not None
+    times = (clock.total_ns, clock.decode_ns, clock.prompt_ns, clock.stall_ns, clock.link_busy_ns)
+    board = cache.board.tolist()
+    board[2] = 0  # events told so far: only SimPy tells
+    return times, board, cache.keys.tolist(), cache.domains.tolist(), sorted(clock.segments)
+
+
+def load(tmp_path: Path, case: Any) -> tuple[Any, int]:
+    (tokens, predicted), n_experts, slots = case
+    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted)
+    return load_workload(open_trace(path), predictions=True), slots
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(traces(), machines, st.sampled_from(["layer", "global"]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_replay_is_simpy_to_the_nanosecond(
+    tmp_path_factory: pytest.TempPathFactory, policy: str, case: Any, on: Machine, scope: str
+) -> None:
+    workload, slots = load(tmp_path_factory.mktemp("t"), case)
+    simpy = outcome(workload, policy, on, slots, scope, "simpy")
+    assert outcome(workload, policy, on, slots, scope, "replay") == simpy
+
+
+@pytest.mark.parametrize("policy", ["lru", "lru-spec", "belady-bypass", "fiddler"])
+@given(traces(), machines, st.sampled_from(["layer", "global"]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_compiling_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, policy: str, case: Any, on: Machine, scope: str
+) -> None:
+    workload, slots = load(tmp_path_factory.mktemp("t"), case)
+    interpreted = outcome(workload, policy, on, slots, scope, "replay")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "WORTH_COMPILING", 0)
+        assert outcome(workload, policy, on, slots, scope, "replay") == interpreted
+    assert find_policy(policy).policy not in engines._interpreted
+
+
+def test_every_built_in_policy_is_compilable() -> None:
+    context = load_workload(open_trace("tiny")).context(4, "layer")
+    for name in policy_names():
+        compiled_policy(find_policy(name).build(context))
+
+
+def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from moepolicy import Policy\n"
+        "class Mine(Policy):\n"
+        "    def __init__(self, context):\n"
+        "        self.order = {}\n"
+        "    def on_load(self, key, speculative, now):\n"
+        "        self.order[key] = now\n"
+        "    def victim(self, layer, incoming, candidates):\n"
+        "        return min(candidates.tolist(), key=self.order.get)\n"
+    )
+    tokens = [(0, 1, [[e], [e]]) for e in (0, 1, 2, 0, 3)]
+    path = write_trace(tmp_path / "t.parquet", tokens, 4)
+    workload = load_workload(open_trace(path))
+    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+    spec = find_policy(f"{mine}:Mine")
+    with pytest.raises(NotCompilable):
+        compiled_policy(spec.build(workload.context(2, "layer")))
+
+    def run(policy: Any) -> Any:
+        cache, clock = engines.run(
+            workload,
+            policy,
+            workload.context(2, "layer"),
+            lambda _: costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+        )
+        return cache.board.tolist(), clock.total_ns
+
+    first, second = run(spec), run(spec)
+    assert first == second == run(find_policy("fifo"))
+    assert capsys.readouterr().err.count("runs interpreted") == 1
+
+
+def test_gate_columns_reach_the_replay_as_they_reach_simpy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    n_experts, n_layers = 4, 3
+    phases = [0, 0, 0, 1, 1, 0, 1]  # two prompts and what was decoded after them
+    tokens = [
+        (0, phase, [rng.permutation(n_experts)[:2].tolist() for _ in range(n_layers)])
+        for phase in phases
+    ]
+    predicted = rng.normal(size=(len(tokens) * n_layers, n_experts))
+    predicted[::n_layers] = np.nan
+    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted)
+    workload = load_workload(open_trace(path), predictions=True)
+    _, rows = workload.details(0, workload.n_steps, predictions=True)
+    for number in range(workload.n_steps):
+        np.testing.assert_array_equal(rows[number], workload.step(number).predicted)
+    assert np.isfinite(rows).any()

@@ -1,0 +1,88 @@
+"""Stores, slots and links without a disk, for what is served over them."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from moerun.errors import RunError
+from moerun.links import Done, LinkStatistics, Records
+
+RECORD_BYTES = 4096
+
+
+class MemoryRecords:
+    """A store in memory: record ``key`` is the key's number all over. ``broken`` keys fail."""
+
+    record_bytes = RECORD_BYTES
+
+    def __init__(self, n_keys: int, broken: frozenset[int] = frozenset()) -> None:
+        self.n_keys = n_keys
+        self.broken = broken
+
+    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+        if key in self.broken:
+            raise RunError(f"expert {key} in store.safetensors: checksum mismatch")
+        buffer.view(torch.int32).fill_(key)
+
+
+class MemorySlot:
+    def __init__(self) -> None:
+        self.landing = torch.zeros(RECORD_BYTES, dtype=torch.uint8)
+
+    def arrive(self, record: torch.Tensor) -> None:
+        assert record is self.landing
+
+
+class ShuffledLink:
+    """A link whose copies under way end in random order, after random delays."""
+
+    def __init__(self, records: Records, slots: Sequence[Any], streams: int, seed: int) -> None:
+        self.streams = streams
+        self.statistics = LinkStatistics()
+        self.slots = slots
+        self._records = records
+        self._random = random.Random(seed)
+        self._jobs: list[tuple[int, int]] = []
+        self._wake = threading.Condition()
+        self._open = True
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def start(self, done: Done) -> None:
+        self._done = done
+        self._thread.start()
+
+    def submit(self, key: int, slot: int) -> None:
+        with self._wake:
+            self._jobs.append((key, slot))
+            assert len(self._jobs) <= self.streams
+            self._wake.notify()
+
+    def acquire(self, slot: int) -> None: ...
+
+    def release(self, slot: int) -> None: ...
+
+    def close(self) -> None:
+        with self._wake:
+            self._open = False
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not self._jobs and self._open:
+                    self._wake.wait()
+                if not self._jobs:
+                    return
+            time.sleep(self._random.choice([0.0, 0.0, 1e-5, 2e-4]))
+            with self._wake:
+                key, slot = self._jobs.pop(self._random.randrange(len(self._jobs)))
+            self._records.read_into(key, self.slots[slot].landing)
+            self.slots[slot].arrive(self.slots[slot].landing)
+            self._done(key, None)
