@@ -83,6 +83,23 @@ def test_a_kill_leaves_no_trace_and_resume_finishes_it(moetrace: Run, tmp_path: 
         np.testing.assert_array_equal(resumed.array(name), straight.array(name), err_msg=name)
 
 
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 500)
+    process = start(tmp_path, "record", text, "--batch-tokens", 64, "--out", "t.parquet")
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("t.parquet.partial/part-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert "t.parquet is unfinished: the same command with --resume goes on" in told
+    assert "Traceback" not in told
+    assert [path.name for path in tmp_path.glob("t.parquet*")] == ["t.parquet.partial"]
+
+
 def test_resuming_a_whole_trace_is_refused(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     assert moetrace("record", corpus, "--out", out)[0] == 0

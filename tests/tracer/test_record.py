@@ -154,6 +154,7 @@ def test_an_interrupted_recording_goes_on(
     ("change", "message"),
     [
         ({"sequence_length": 513}, "sequence length 513: the model was made for 512"),
+        ({"generate": 4, "prompt_tokens": 0}, "prompt tokens 0: there is nothing"),
         ({"generate": 32}, "generate 32: leaves no room for a prompt in a sequence of 32"),
     ],
 )

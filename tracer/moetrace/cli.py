@@ -104,10 +104,14 @@ def record(
     ] = 0,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="Sample generated tokens; 0 takes the likeliest.  [default: 0]"),
+        typer.Option(
+            min=0,
+            help="Sample generated tokens; 0, the default, takes the likeliest.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the sampling.  [default: 0]")
+        int | None, typer.Option(min=0, help="Seed of the sampling; default 0.", show_default=False)
     ] = None,
     field: Annotated[
         str | None,
@@ -153,8 +157,12 @@ def record(
     checkpoint = checkpoints.load(model, revision=revision, dtype=dtype.value, device=device)
     windows = open_windows(checkpoint, corpus, settings)
     total = windows.n_tokens + generate * len(windows.sequences)
-    with _progress(total) as on_tokens:
-        write_trace(checkpoint, windows, settings, out, resume=resume, on_tokens=on_tokens)
+    try:
+        with _progress(total) as on_tokens:
+            write_trace(checkpoint, windows, settings, out, resume=resume, on_tokens=on_tokens)
+    except KeyboardInterrupt:
+        typer.echo(f"{out} is unfinished: the same command with --resume goes on", err=True)
+        raise
     _describe(out)
 
 

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from moeroute import DECODE, PROMPT, Rows, TraceMeta, TraceWriter
 from moerun.errors import RunError
+from torch import Tensor
 
 from moetrace import model as describe
 from moetrace.capture import Routing, RoutingCapture
@@ -46,6 +47,8 @@ class Settings:
             raise RunError(
                 f"generate {self.generate}: leaves no room for a prompt in a sequence of {length}"
             )
+        if self.generate and self.prompt_tokens == 0:
+            raise RunError("prompt tokens 0: there is nothing to generate from")
         if self.generate and self.prompt_tokens is not None:
             return min(length, self.prompt_tokens + self.generate)
         return length
@@ -111,7 +114,7 @@ def record(
 
     Interrupted, it leaves what `resume` goes on from. Raises RunError, TraceError and OSError.
     """
-    steps = _generated if settings.generate else _teacher_forced
+    steps = generated if settings.generate else teacher_forced
     with (
         torch.inference_mode(),
         RoutingCapture(checkpoint.model, settings.horizon, settings.prediction) as capture,
@@ -125,37 +128,51 @@ def record(
                 on_tokens(len(rows) // meta.n_layers, False)
 
 
-def _teacher_forced(
-    checkpoint: Checkpoint,
-    windows: Windows,
-    settings: Settings,
-    capture: RoutingCapture,
-    first: int,
-) -> Iterator[Rows]:
-    """Rows of sequences `first` on, a batch of whole sequences at a time."""
-    body, device = checkpoint.model.base_model, checkpoint.model.device
-    longest = max(map(len, windows.sequences))
-    size = max(1, settings.batch_tokens // longest)
+class Batch(NamedTuple):
+    """Whole sequences that share a forward pass, the shorter ones filled up on the right."""
+
+    sequences: list[tuple[int, list[int]]]  # number and tokens of each
+    ids: Tensor  # [sequences, longest]
+    wanted: Tensor | None  # [sequences * longest] which are no filling; None: all are
+
+
+def batches(
+    windows: Windows, batch_tokens: int, device: torch.device, first: int = 0
+) -> Iterator[Batch]:
+    """The sequences from number `first` on, as many at a time as make up `batch_tokens`."""
+    size = max(1, batch_tokens // max(map(len, windows.sequences)))
     numbered = itertools.islice(enumerate(windows.sequences), first, None)
     while batch := list(itertools.islice(numbered, size)):
         lengths = [len(sequence) for _, sequence in batch]
-        # Shorter sequences are filled up on the right, where nothing earlier can see it.
         width = max(lengths)
         ids = torch.tensor([seq + [0] * (width - len(seq)) for _, seq in batch], device=device)
-        body(input_ids=ids, use_cache=False)
         wanted = None
         if min(lengths) < width:
             ends = torch.tensor(lengths, device=device)
             wanted = (torch.arange(width, device=device) < ends[:, None]).flatten()
-        yield _rows(capture.take(wanted), batch, settings.prompt_tokens or 0)
+        yield Batch(batch, ids, wanted)
 
 
-def _generated(
+def teacher_forced(
     checkpoint: Checkpoint,
     windows: Windows,
     settings: Settings,
     capture: RoutingCapture,
-    first: int,
+    first: int = 0,
+) -> Iterator[Rows]:
+    """Rows of sequences `first` on, a batch of whole sequences at a time."""
+    body = checkpoint.model.base_model  # the head has no part in the routing
+    for batch in batches(windows, settings.batch_tokens, checkpoint.model.device, first):
+        body(input_ids=batch.ids, use_cache=False)
+        yield _rows(capture.take(batch.wanted), batch.sequences, settings.prompt_tokens or 0)
+
+
+def generated(
+    checkpoint: Checkpoint,
+    windows: Windows,
+    settings: Settings,
+    capture: RoutingCapture,
+    first: int = 0,
 ) -> Iterator[Rows]:
     """Rows of each prompt and its continuation; the last token is chosen but not passed through."""
     from moerun.generate import Sampling
