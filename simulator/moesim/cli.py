@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.progress import track
 
 from moesim import __version__
+from moesim.engine import Segment
 from moesim.engines import Engine
 from moesim.errors import SimulationError
 from moesim.profile import load_machine, machine_names
 from moesim.report import Format, deliver, render
 from moesim.simulate import expert_size, simulate, workload_for
+from moesim.timeline import write_timeline
 
 app = typer.Typer(
     help="Score cache and prefetch policies for mixture-of-experts offloading on recorded routing.",
@@ -71,6 +73,17 @@ def compare(
         Engine,
         typer.Option(help="simpy is the reference, replay the fast loop; the results are equal."),
     ] = Engine.auto,
+    tokens: Annotated[
+        int | None, typer.Option(help="Only the trace's first tokens.", show_default=False)
+    ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what every lane did as Chrome trace events (out.json.gz), "
+            "for https://ui.perfetto.dev.",
+            show_default=False,
+        ),
+    ] = None,
     format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
     out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
@@ -87,13 +100,33 @@ def compare(
     size = expert_size(opened.meta, precision=precision, expert_bytes=expert_bytes)
     sizes = _slots(slots, opened.meta.n_experts)
     workload = workload_for(opened, specs)
+    if tokens is not None:
+        workload = workload.head(tokens)
     points = [(count, spec) for count in sizes for spec in specs]
-    results = [
-        simulate(
-            workload, spec, profile, slots=count, scope=scope, expert_bytes=size, engine=engine
+    results, timelines = [], []
+    for count, spec in _progress(points):
+        segments: list[Segment] | None = None if timeline is None else []
+        results.append(
+            simulate(
+                workload,
+                spec,
+                profile,
+                slots=count,
+                scope=scope,
+                expert_bytes=size,
+                engine=engine,
+                timeline=segments,
+            )
         )
-        for count, spec in _progress(points)
-    ]
+        timelines.append((f"{spec.label}, {count} slots", segments or []))
+    if timeline is not None:
+        write_timeline(
+            timeline,
+            timelines,
+            n_experts=opened.meta.n_experts,
+            expert_bytes=size,
+            piece_bytes=min(profile.link.chunk_bytes or size, size),
+        )
     title = (
         f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes, "
         f"cache per {scope}.\n{opened.title}: "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moesim.files import written_whole
 from moesim.simulate import Result
 
 
@@ -45,12 +45,8 @@ def deliver(text: str, out: Path | None) -> None:
     if out is None:
         sys.stdout.write(text)
         return
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(out) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _table(results: Sequence[Result], title: str) -> str:

@@ -6,7 +6,7 @@ is one step a layer with the union of its tokens' experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -56,6 +56,27 @@ class Workload:
     @property
     def n_keys(self) -> int:
         return self.meta.n_layers * self.meta.n_experts
+
+    def head(self, n_tokens: int) -> Workload:
+        """The workload's first ``n_tokens`` tokens; a prompt that begins among them is whole."""
+        if n_tokens < 1:
+            raise SimulationError(f"tokens must be 1 or more, not {n_tokens}")
+        starts = np.flatnonzero(np.diff(self.rows[:, 0], prepend=-1))
+        before = np.concatenate(([0], np.cumsum(self.tokens[starts])))[:-1]
+        later = starts[before >= n_tokens]
+        n = int(later[0]) if len(later) else self.n_steps
+        demand = slice(0, int(self.offsets[n]))
+        return replace(
+            self,
+            keys=self.keys[demand],
+            weights=self.weights[demand],
+            routed=self.routed[demand],
+            offsets=self.offsets[: n + 1],
+            layer=self.layer[:n],
+            tokens=self.tokens[:n],
+            decode=self.decode[:n],
+            rows=self.rows[:n],
+        )
 
     @cached_property
     def n_decoded(self) -> int:
