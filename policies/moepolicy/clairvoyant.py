@@ -50,7 +50,7 @@ class BeladyBypass(Policy):
     """Keep, of the cache and the step's experts, those used soonest; the rest pass by staging.
 
     The fewest loads any policy can have. An expert that should replace one which this very step
-    uses waits in staging until the step's pins drop, so there are buffers for a token's top-k.
+    uses waits in staging until the step's pins drop, so there are buffers for the widest step.
     """
 
     requires = frozenset({"future"})
@@ -62,7 +62,7 @@ class BeladyBypass(Policy):
                 "not live"
             )
         n_keys = context.n_layers * context.n_experts
-        self.staging = max(context.top_k, 1)
+        self.staging = int(np.diff(context.offsets).max())
         self.next_use = context.next_use
         self.offsets = context.offsets
         self.due = np.full(n_keys, NO_USE, np.int64)

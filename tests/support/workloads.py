@@ -1,0 +1,51 @@
+"""Workloads from demands written by hand, without a trace file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from moeroute.schema import TraceMeta
+from moesim import Workload
+
+
+def make_workload(
+    demands: Sequence[tuple[int, Sequence[int]]],
+    n_layers: int,
+    n_experts: int,
+    *,
+    tokens: Sequence[int] | None = None,
+) -> Workload:
+    """One step for each (layer, experts in router order); a pass begins where layers start over.
+
+    ``tokens`` are those each step serves; a step of several is a prompt's. Experts are of 10
+    bytes.
+    """
+    served = np.array([1] * len(demands) if tokens is None else tokens, np.int32)
+    widths = [len(experts) for _, experts in demands]
+    layer = np.array([layer for layer, _ in demands], np.int32)
+    pass_of = np.cumsum(np.diff(layer, prepend=-1) <= 0)
+    keys = [layer * n_experts + expert for layer, experts in demands for expert in experts]
+    return Workload(
+        meta=TraceMeta(
+            source="recorded",
+            model="by hand",
+            n_layers=n_layers,
+            n_experts=n_experts,
+            top_k=min(widths),
+            expert_bytes={"fp16": 10},
+        ),
+        title="by hand",
+        digest="",
+        keys=np.array(keys, np.int32),
+        weights=np.concatenate([np.linspace(1, 0.5, n, dtype=np.float32) for n in widths]),
+        routed=np.repeat(served, widths).astype(np.int32),
+        offsets=np.cumsum([0, *widths]).astype(np.int64),
+        layer=layer,
+        tokens=served,
+        decode=served == 1,
+        rows=np.stack([pass_of, pass_of + 1], axis=1).astype(np.int64) * n_layers,
+        row_layer=np.empty(0, np.int32),
+        logits=None,
+        predicted=(),
+    )
