@@ -13,6 +13,8 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from moerun.errors import RunError
 from moerun.session import Session, Totals
 
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -22,6 +24,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop: bool = True  # False: go on past the model's own end tokens
 
     def check(self) -> None:
         """Raises RunError naming what is out of range."""
@@ -45,7 +48,7 @@ class Sampling:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=self.temperature > 0,
-            eos_token_id=end,
+            eos_token_id=end if self.stop else NO_TOKEN,
             pad_token_id=pad,
             bos_token_id=own.bos_token_id,
             **(sampled if self.temperature > 0 else {}),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from moepolicy import Context, Event, Journal
+from moepolicy import Event, Journal
 from numpy.typing import NDArray
 
+from moerun.errors import RunError
+from moerun.index import StoreIndex
+from moerun.report import packages
 from moerun.session import Gate, Session
+from moerun.shape import NATIVE, PLAIN, PRECISIONS
 
 if TYPE_CHECKING:
-    from moeroute import Rows, TraceMeta
+    from moeroute import Rows, TraceMeta, TraceWriter
+
+    from moerun.runner import Runner
 
 PROMPT, DECODE = 0, 1
 
@@ -158,54 +162,101 @@ def _predicted(gates: list[Gate], ahead: int) -> NDArray[np.float16]:
     return np.stack(rows, axis=1)
 
 
-class TraceRecorder:
-    """Writes a live run's trace; the file exists only once ``close`` has made it whole."""
+class LiveRecording:
+    """The files a live run leaves: its trace, its journal, or both.
 
-    def __init__(self, path: Path, meta: TraceMeta, recorder: PassRecorder) -> None:
-        from moeroute import TraceWriter
+    Nothing is written while tokens are being decoded, and no file is there until ``finish`` has
+    made it whole.
+    """
 
-        self.recorder = recorder
-        self._horizon = meta.horizon
-        self._writer = TraceWriter(path, meta)
+    def __init__(self, runner: Runner, trace: Path | None, journal: Path | None, seed: int) -> None:
+        """Raises TraceError or RunError when a file could not be written there."""
+        if journal is not None and not journal.parent.is_dir():
+            raise RunError(f"{journal}: the folder {journal.parent} does not exist")
+        self._runner = runner
+        self._trace, self._journal = trace, journal
+        self._writer: TraceWriter | None = None
+        if trace is not None:
+            from moeroute import TraceWriter
 
-    def flush(self) -> None:
-        """Hand over what has been collected; between texts, so that no decoding waits for it."""
-        if passes := self.recorder.take():
-            self._writer.write(rows_of(passes, self._horizon))
+            self._writer = TraceWriter(trace, live_meta(runner, seed))
+        self.recorder = PassRecorder(runner.model, runner.session)
 
-    def close(self) -> None:
-        self.flush()
-        if self._writer.n_rows:
+    def finish(self) -> None:
+        """Write all whole passes so far; a run without one leaves nothing."""
+        self.recorder.detach()
+        passes = self.recorder.take()
+        if self._writer is not None:
+            if not passes:
+                self._writer.discard()
+                return
+            self._writer.write(rows_of(passes, self._runner.settings.predicts))
             self._writer.close()
-        else:
-            self._writer.discard()
+        if self._journal is not None:
+            document = journal_document(self.recorder, self._runner, self._trace)
+            unfinished = self._journal.with_name(f"{self._journal.name}.tmp")
+            unfinished.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
+            unfinished.replace(self._journal)
 
     def discard(self) -> None:
-        self._writer.discard()
+        """Leave nothing behind."""
+        self.recorder.detach()
+        if self._writer is not None:
+            self._writer.discard()
 
 
-@contextmanager
-def recording(path: Path | None, meta: TraceMeta, recorder: PassRecorder) -> Iterator[None]:
-    """Write the trace of what runs inside: of all whole passes also when it is interrupted."""
-    if path is None:
-        yield
-        return
-    trace = TraceRecorder(path, meta, recorder)
-    try:
-        yield
-    except Exception:
-        trace.discard()
-        raise
-    finally:
-        trace.close()
+def live_meta(runner: Runner, seed: int) -> TraceMeta:
+    """The metadata of a trace of this runner's model, as it is run."""
+    from moeroute import TraceMeta
+
+    index, context, predictor = runner.store.index, runner.context, runner.predictor
+    return TraceMeta(
+        source="live",
+        model=index.model,
+        revision=index.revision,
+        n_layers=context.n_layers,
+        n_experts=context.n_experts,
+        top_k=context.top_k,
+        n_shared_experts=index.n_shared_experts,
+        expert_bytes=expert_bytes(index),
+        layer_bytes=index.layer_bytes,
+        token_bytes=index.token_bytes,
+        prediction=predictor.method if predictor else None,
+        horizon=predictor.horizon if predictor else 0,
+        tokenizer=index.model,
+        seed=seed,
+        packages=packages(),
+        notes={
+            "policy": runner.settings.policy.label,
+            "slots": str(context.slots),
+            "scope": context.scope,
+            "device": str(runner.settings.device),
+        },
+    )
 
 
-def write_journal(
-    path: Path, recorder: PassRecorder, context: Context, policy: str, trace: Path | None
-) -> None:
-    """The journal and decisions of a run as JSON: enough, with its trace, to repeat it exactly."""
-    document = {
-        "policy": policy,
+def expert_bytes(index: StoreIndex) -> dict[str, int]:
+    """Bytes of one expert's record by precision, the store's own first."""
+    own = index.precision
+    if own == NATIVE:
+        names = {dtype: name for name, dtype in PLAIN.items()}
+        own = names.get(index.layout.parts[0].dtype, NATIVE)
+    sizes = {own: index.layout.record_bytes}
+    for precision in PRECISIONS:
+        try:
+            sizes.setdefault(precision, index.shape.record(precision).record_bytes)
+        except RunError:  # this expert's shape does not divide so
+            continue
+    if own != NATIVE:
+        del sizes[NATIVE]
+    return sizes
+
+
+def journal_document(recorder: PassRecorder, runner: Runner, trace: Path | None) -> dict[str, Any]:
+    """The calls and decisions of a run: enough, with its trace, to repeat it exactly."""
+    context = runner.context
+    return {
+        "policy": runner.settings.policy.label,
         "n_layers": context.n_layers,
         "n_experts": context.n_experts,
         "top_k": context.top_k,
@@ -215,6 +266,3 @@ def write_journal(
         "calls": recorder.journal,
         "events": [[int(e.kind), e.step, e.key, e.other] for e in recorder.decisions],
     }
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-    unfinished.replace(path)

@@ -21,6 +21,7 @@ from moepolicy import (
     ExpertCache,
     Journal,
     Kind,
+    PolicyError,
     PolicySpec,
     Step,
     demand_order,
@@ -228,6 +229,11 @@ class Session:
             outcome = self.cache.begin(step).tolist()
             self._steps += 1
             self._requests += len(outcome)
+            if not SERVED.issuperset(outcome):
+                raise PolicyError(
+                    f"policy '{self.policy.label}' asks for an expert not to be fetched, which a "
+                    "live run cannot do"
+                )
             hits = [key for key, kind in zip(keys.tolist(), outcome, strict=True) if kind == HIT]
             self._awaited = set(keys.tolist()).difference(hits)
             absent = len(self._awaited)
@@ -289,6 +295,7 @@ class Session:
 
 
 HIT = int(Kind.HIT)
+SERVED = frozenset({HIT, int(Kind.LATE), int(Kind.MISS)})
 
 
 def pool_rows(predicted: NDArray[Any]) -> NDArray[Any]:

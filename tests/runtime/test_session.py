@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,87 +15,14 @@ from hypothesis import strategies as st
 from moepolicy import Context, Event, ExpertCache, Kind, PolicyError, find_policy, replay_journal
 from moeroute import TraceMeta, TraceWriter, open_trace
 from moerun.errors import RunError
-from moerun.links import DiskLink, Done, Link, LinkStatistics
+from moerun.links import DiskLink, Link
 from moerun.record import EventLog, Pass, rows_of
 from moerun.session import Gate, Session
 from moesim.profile import Compute, Machine
 from moesim.profile import Link as SimulatedLink
 from moesim.simulate import simulate
 from moesim.workload import Workload, load_workload
-
-RECORD_BYTES = 4096
-DEADLINE_S = 30.0
-
-
-class MemoryRecords:
-    """A store in memory: record ``key`` is the key's number all over. ``broken`` keys fail."""
-
-    record_bytes = RECORD_BYTES
-
-    def __init__(self, n_keys: int, broken: frozenset[int] = frozenset()) -> None:
-        self.n_keys = n_keys
-        self.broken = broken
-
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
-        if key in self.broken:
-            raise RunError(f"expert {key} in store.safetensors: checksum mismatch")
-        buffer.view(torch.int32).fill_(key)
-
-
-class MemorySlot:
-    def __init__(self) -> None:
-        self.landing = torch.zeros(RECORD_BYTES, dtype=torch.uint8)
-
-    def arrive(self, record: torch.Tensor) -> None:
-        assert record is self.landing
-
-
-class ShuffledLink:
-    """A link whose copies under way end in random order, after random delays."""
-
-    def __init__(self, records: MemoryRecords, n_slots: int, streams: int, seed: int) -> None:
-        self.streams = streams
-        self.statistics = LinkStatistics()
-        self._records = records
-        self.slots = [MemorySlot() for _ in range(n_slots)]
-        self._random = random.Random(seed)
-        self._jobs: list[tuple[int, int]] = []
-        self._wake = threading.Condition()
-        self._open = True
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def start(self, done: Done) -> None:
-        self._done = done
-        self._thread.start()
-
-    def submit(self, key: int, slot: int) -> None:
-        with self._wake:
-            self._jobs.append((key, slot))
-            assert len(self._jobs) <= self.streams
-            self._wake.notify()
-
-    def acquire(self, slot: int) -> None: ...
-
-    def release(self, slot: int) -> None: ...
-
-    def close(self) -> None:
-        with self._wake:
-            self._open = False
-            self._wake.notify()
-        self._thread.join()
-
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not self._jobs and self._open:
-                    self._wake.wait()
-                if not self._jobs:
-                    return
-            time.sleep(self._random.choice([0.0, 0.0, 1e-5, 2e-4]))
-            with self._wake:
-                key, slot = self._jobs.pop(self._random.randrange(len(self._jobs)))
-            self._records.read_into(key, self.slots[slot].landing)
-            self._done(key, None)
+from support.links import RECORD_BYTES, MemoryRecords, MemorySlot, ShuffledLink
 
 
 def make_session(
@@ -119,8 +44,12 @@ def make_session(
     )
 
 
+def slots(n: int) -> list[MemorySlot]:
+    return [MemorySlot() for _ in range(n)]
+
+
 def disk_link(records: MemoryRecords, n_slots: int) -> Link:
-    return DiskLink(records, [MemorySlot() for _ in range(n_slots)])
+    return DiskLink(records, slots(n_slots))
 
 
 def random_passes(
@@ -254,7 +183,7 @@ def test_without_prefetching_the_simulator_decides_as_the_live_run(
     passes = random_passes(seed, *context[:3], 0, shape)
     live = EventLog()
     with make_session(
-        context, policy, lambda r, n: ShuffledLink(r, n, streams, seed), log=live
+        context, policy, lambda r, n: ShuffledLink(r, slots(n), streams, seed), log=live
     ) as session:
         drive(session, passes)
         workload = trace_of(tmp_path / "live.parquet", passes, context, 0)
@@ -294,7 +223,7 @@ def test_with_prefetching_the_journal_and_the_trace_repeat_the_live_run(
     live, again = EventLog(), EventLog()
     policy = f"lru-spec:n={n},staging={staging}"
     with make_session(
-        context, policy, lambda r, s: ShuffledLink(r, s, streams, seed), log=live
+        context, policy, lambda r, n: ShuffledLink(r, slots(n), streams, seed), log=live
     ) as session:
         drive(session, passes)
         journal = session.cache.journal

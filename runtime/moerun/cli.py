@@ -1,0 +1,134 @@
+"""The command `moerun`: generate text with a mixture-of-experts model that does not fit memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moepolicy import PolicyError, console, policy_names
+
+from moerun.commands import options as opt
+from moerun.commands.fidelity import fidelity
+from moerun.commands.pack import pack
+from moerun.commands.profile import profile
+from moerun.errors import RunError
+from moerun.report import Format
+
+app = typer.Typer(
+    help="Run mixture-of-experts models with most of their experts on disk or in host memory.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def generate(
+    context: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to continue. Default: what stdin gives.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file.")
+    ] = None,
+    model: opt.Model = "tiny",
+    policy: opt.Policy = "lru",
+    slots: opt.Slots = None,
+    memory: opt.Memory = None,
+    scope: opt.Scope = "layer",
+    precision: opt.Precision = "native",
+    store: opt.Store = None,
+    device: opt.Device = "auto",
+    streams: opt.Streams = 1,
+    link_gbps: opt.LinkGbps = None,
+    horizon: opt.Horizon = None,
+    calibration: opt.Calibration = None,
+    max_new_tokens: opt.MaxNewTokens = 100,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above 0 samples.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    seed: opt.Seed = 0,
+    record: Annotated[
+        Path | None, typer.Option(help="Write the trace of this run to a Parquet file.")
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write every transfer and decision to a JSON file: with the trace of --record "
+            "they repeat the run exactly."
+        ),
+    ] = None,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="table: stream the text to stdout, statistics to stderr. json, csv: everything "
+            "on stdout at the end."
+        ),
+    ] = Format.table,
+) -> None:
+    """Run mixture-of-experts models with most of their experts on disk or in host memory.
+
+    Without a command: continue a prompt. The text streams to stdout; tokens/s, hits, loads, stall
+    and memory follow on stderr.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from moerun.commands.run import run
+
+    text = _prompt(prompt, prompt_file)
+    settings = opt.settings(
+        policy=policy,
+        slots=slots,
+        memory=memory,
+        scope=scope,
+        device=device,
+        streams=streams,
+        link_gbps=link_gbps,
+        horizon=horizon,
+        calibration=calibration,
+        recording=record is not None,
+    )
+    sampling = opt.sampling(max_new_tokens, temperature, top_p, seed)
+    found = opt.store(model, precision, store)
+    if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
+        raise typer.Exit(console.INTERRUPTED)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("give --prompt or --prompt-file, not both")
+    if prompt is not None:
+        return prompt
+    if prompt_file is not None:
+        try:
+            return prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RunError(f"{prompt_file} is no UTF-8 text") from error
+    if sys.stdin.isatty():
+        raise typer.BadParameter("give --prompt TEXT, --prompt-file FILE, or a prompt on stdin")
+    return sys.stdin.read()
+
+
+app.command()(pack)
+app.command()(profile)
+app.command()(fidelity)
+
+
+@app.command("policies")
+def list_policies() -> None:
+    """List the policies there are."""
+    names = policy_names()
+    width = max(map(len, names))
+    for name, summary in names.items():
+        typer.echo(f"{name:{width}}  {summary}")
+
+
+def main() -> None:
+    # A trace may be written or read: its errors are the user's to mend, too.
+    from moeroute import TraceError
+
+    console.run(app, errors=(RunError, PolicyError, TraceError))

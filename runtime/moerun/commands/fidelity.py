@@ -1,0 +1,132 @@
+"""`moerun fidelity`: live runs beside the simulator's predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from moepolicy import find_policy
+
+from moerun.commands import options as opt
+from moerun.report import Format
+
+if TYPE_CHECKING:
+    from moerun.fidelity import Comparison
+
+PROMPT = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the "
+    "age of foolishness, it was the epoch of belief, it was the epoch of incredulity, and"
+)
+
+
+def fidelity(
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="POLICY...", help="Default: lru, lfu and lru-spec.", show_default=False
+        ),
+    ] = None,
+    model: opt.Model = "tiny",
+    slots: opt.Slots = None,
+    scope: opt.Scope = "layer",
+    precision: opt.Precision = "native",
+    store: opt.Store = None,
+    device: opt.Device = "auto",
+    streams: opt.Streams = 1,
+    link_gbps: opt.LinkGbps = None,
+    calibration: opt.Calibration = None,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
+    max_new_tokens: opt.MaxNewTokens = 200,
+    repeats: Annotated[int, typer.Option(help="Live runs of each policy, in turns.")] = 3,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            help="A profile of this machine from 'moerun profile' with the same options. "
+            "Default: measure one now.",
+            show_default=False,
+        ),
+    ] = None,
+    format: opt.Output = Format.table,
+) -> None:
+    """Compare what the simulator predicts with what this machine does.
+
+    Each policy generates the same text live from a cold cache; the recorded trace is then
+    simulated with a profile of this machine. Needs the simulator (moesim) installed. Run it while
+    nothing else keeps the machine busy.
+    """
+    specs = [find_policy(name) for name in policies or ("lru", "lfu", "lru-spec")]
+    settings = opt.settings(
+        policy=specs[0].label,
+        slots=slots,
+        scope=scope,
+        device=device,
+        streams=streams,
+        link_gbps=link_gbps,
+        calibration=calibration,
+    )
+    sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
+    found = opt.store(model, precision, store)
+    from moerun.fidelity import compare
+
+    rows = compare(
+        found,
+        specs,
+        settings,
+        prompt,
+        sampling,
+        repeats=repeats,
+        machine=machine,
+        report=lambda text: typer.echo(text, err=True),
+    )
+    sys.stdout.write(_render(rows, format))
+
+
+def _render(rows: list[Comparison], format: Format) -> str:
+    if format is Format.table:
+        return _table(rows)
+    plain = [asdict(row) | {"error": row.error} for row in rows]
+    if format is Format.json:
+        return json.dumps(plain, indent=1) + "\n"
+    out = io.StringIO()
+    for row in plain:
+        row["live_runs"] = " ".join(f"{rate:.3f}" for rate in row["live_runs"])
+    writer = csv.DictWriter(out, fieldnames=list(plain[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    return out.getvalue()
+
+
+def _table(rows: list[Comparison]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold", title="live (measured) beside simulated (predicted)")
+    table.add_column("policy", no_wrap=True)
+    names = ("slots", "live tok/s", "sim tok/s", "error", "hit %", "late %", "miss %", "useless %")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        pairs = (
+            (row.live_hits, row.simulated_hits),
+            (row.live_late, row.simulated_late),
+            (row.live_misses, row.simulated_misses),
+            (row.live_useless, row.simulated_useless),
+        )
+        table.add_row(
+            row.policy,
+            str(row.slots),
+            f"{row.live_tokens_per_s:.2f}",
+            f"{row.simulated_tokens_per_s:.2f}",
+            f"{100 * row.error:+.1f} %",
+            *(f"{100 * live:.1f} | {100 * simulated:.1f}" for live, simulated in pairs),
+        )
+    out = io.StringIO()
+    Console(file=out, width=None if sys.stdout.isatty() else 110).print(table)
+    note = "hit, late, miss, useless: live | simulated, in % of the experts wanted\n"
+    return out.getvalue() + note

@@ -1,0 +1,165 @@
+"""The options that commands share, and what becomes of their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from moepolicy import find_policy
+
+from moerun.errors import RunError
+from moerun.report import Format
+
+if TYPE_CHECKING:
+    from moerun.generate import Sampling
+    from moerun.runner import Settings
+    from moerun.store import ExpertStore
+
+
+Output = Annotated[
+    Format,
+    typer.Option(help="table for people; json, csv for programs."),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="tiny (bundled), a checkpoint's folder, owner/name on the Hugging Face hub, or the "
+        "folder of a store made by 'moerun pack'."
+    ),
+]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="Which experts to keep and fetch: a name (see 'moerun policies'), "
+        "name:parameter=value,..., or path/to/file.py:Class."
+    ),
+]
+Slots = Annotated[
+    int | None,
+    typer.Option(
+        help="Experts cached per layer (a global cache holds as many times the layers). "
+        "Default: half of a layer's experts.",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of --slots: memory for expert slots and staging, as 9GiB or 500MB.",
+        show_default=False,
+    ),
+]
+Scope = Annotated[str, typer.Option(help="One cache a layer, or one for all: layer, global.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Of the experts: native (as they are), fp32, fp16, bf16, 4bit, 3bit or 2bit (HQQ)."
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the packed experts are, or are to be. Default: in the user's cache.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
+Streams = Annotated[int, typer.Option(help="Copies under way at once: 1 to 3.")]
+LinkGbps = Annotated[
+    float | None,
+    typer.Option(
+        help="Cap the link at so many GB/s (10^9 bytes): a machine without a GPU then behaves "
+        "like one behind a slower bus.",
+        show_default=False,
+    ),
+]
+Horizon = Annotated[
+    int | None,
+    typer.Option(
+        help="How many layers ahead the gates are asked. Default: 1 where the policy looks at "
+        "predictions or the run is recorded, else 0.",
+        show_default=False,
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="The trace in which policies that need it count experts. Default: the sample 'tiny' "
+        "where it is of this model's shape.",
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling; the same seed gives the same text.")]
+
+
+def settings(
+    *,
+    policy: str,
+    device: str,
+    streams: int,
+    link_gbps: float | None,
+    slots: int | None = None,
+    memory: str | None = None,
+    scope: str = "layer",
+    horizon: int | None = None,
+    calibration: str | None = None,
+    recording: bool = False,
+) -> Settings:
+    """What the options say; RunError, PolicyError or wrong usage where they make no sense."""
+    spec = find_policy(policy)
+    if slots is not None and memory is not None:
+        raise typer.BadParameter("give --slots or --memory, not both")
+    if horizon is not None and horizon < 0:
+        raise RunError(f"horizon must be 0 or more, not {horizon}")
+    from moerun.devices import find_device, parse_bytes
+    from moerun.runner import Settings
+
+    return Settings(
+        policy=spec,
+        slots=slots,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        scope=scope,
+        device=find_device(device),
+        streams=streams,
+        link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9,
+        horizon=1 if horizon is None and recording else horizon,
+        calibration=calibration,
+    )
+
+
+def sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> Sampling:
+    from moerun.generate import Sampling
+
+    chosen = Sampling(max_new_tokens, temperature, top_p, seed)
+    chosen.check()
+    return chosen
+
+
+def store(model: str, precision: str, folder: Path | None) -> ExpertStore:
+    """Find or make the store, telling on stderr when it must be made."""
+    from rich.console import Console
+
+    from moerun.commands.progress import pack_progress
+    from moerun.stores import find_store
+
+    quiet_libraries()
+    console = Console(stderr=True)
+
+    def report(text: str) -> None:
+        console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+    with pack_progress(console) as progress:
+        return find_store(
+            model, precision=precision, folder=folder, report=report, progress=progress
+        )
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress and advice off the screen."""
+    import transformers
+
+    utilities: Any = transformers.utils.logging
+    utilities.set_verbosity_error()
+    utilities.disable_progress_bar()

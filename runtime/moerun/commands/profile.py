@@ -1,0 +1,45 @@
+"""`moerun profile`: measure this machine for the simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moerun.commands import options as opt
+
+
+def profile(
+    out: Annotated[Path, typer.Option(help="The TOML file to write.")],
+    model: opt.Model = "tiny",
+    precision: opt.Precision = "native",
+    store: opt.Store = None,
+    slots: opt.Slots = None,
+    device: opt.Device = "auto",
+    streams: opt.Streams = 1,
+    link_gbps: opt.LinkGbps = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Of the profile. Default: the file's name.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure this machine with this model, for moesim.
+
+    Writes a machine profile: link rate and latency, and what tokens, layers and experts cost. Run
+    it while nothing else keeps the machine busy.
+    """
+    settings = opt.settings(policy="lru", slots=slots, device=device, streams=streams, link_gbps=link_gbps)
+    found = opt.store(model, precision, store)
+    from moerun.profile import measure
+
+    measured = measure(found, settings, name or out.stem)
+    partial = out.with_name(f"{out.name}.tmp")
+    partial.write_text(measured.to_toml(), encoding="utf-8")
+    partial.replace(out)
+    link, cost = measured.link, measured.compute
+    typer.echo(
+        f"{out}: link {link.bytes_per_s / 1e9:.3f} GB/s + {1e6 * link.latency_s:.0f} us a copy; "
+        f"layer {1e6 * cost.layer_s:.0f} us, expert {1e6 * cost.expert_s:.0f} us, "
+        f"token {1e6 * cost.token_s:.0f} us"
+    )

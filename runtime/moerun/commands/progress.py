@@ -1,0 +1,33 @@
+"""A progress bar on stderr for work that counts expert records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def pack_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function to tell (records done, records in all); the bar appears with the first."""
+    bar = Progress(
+        TextColumn("packing experts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task("pack", total=None, visible=False)
+
+    def report(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total, visible=True)
+
+    try:
+        yield report
+    finally:
+        bar.stop()

@@ -1,0 +1,160 @@
+"""What a live run reports: one row, as a table for people or as JSON and CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moerun.generate import Generated, Sampling
+    from moerun.runner import Runner
+
+PACKAGES = ("moe-offload-lab", "torch", "transformers", "numpy")
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One live run; times are measured seconds, counts are of experts.
+
+    tokens_per_s is of decoding: tokens after the first over the time they took.
+    """
+
+    policy: str
+    slots: int
+    scope: str
+    model: str
+    precision: str
+    device: str
+    streams: int
+    link_bytes_per_s: float | None
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    requests: int
+    hits: int
+    late: int
+    misses: int
+    loads: int
+    bypasses: int
+    prefetches: int
+    useless_prefetches: int
+    bytes_loaded: int
+    hit_ratio: float
+    time_s: float
+    stall_s: float
+    tokens_per_s: float
+    prompt_tokens_per_s: float
+    arena_bytes: int
+    peak_host_bytes: int
+    peak_device_bytes: int | None
+    lossy: bool
+    interrupted: bool
+
+
+def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False) -> Report:
+    from moerun.devices import peak_device_bytes, peak_host_bytes
+
+    settings, totals = runner.settings, generated.totals
+    return Report(
+        policy=settings.policy.label,
+        slots=runner.context.slots,
+        scope=settings.scope,
+        model=runner.store.index.model,
+        precision=runner.store.index.precision,
+        device=str(settings.device),
+        streams=settings.streams,
+        link_bytes_per_s=settings.link_bytes_per_s,
+        prompt_tokens=generated.prompt_tokens,
+        new_tokens=len(generated.token_ids),
+        **totals._asdict() | {"stall_s": round(totals.stall_s, 6)},
+        hit_ratio=totals.hit_ratio,
+        time_s=round(generated.prompt_s + generated.decode_s, 6),
+        tokens_per_s=round(generated.tokens_per_s, 3),
+        prompt_tokens_per_s=round(generated.prompt_tokens_per_s, 3),
+        arena_bytes=runner.arena_bytes,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(settings.device),
+        lossy=settings.policy.policy.lossy,
+        interrupted=interrupted,
+    )
+
+
+def provenance(sampling: Sampling) -> dict[str, Any]:
+    """What produced a run, besides what its row says."""
+    return {
+        "kind": "measured",
+        "sampling": asdict(sampling),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "packages": packages(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions of what a run depends on, as far as it is installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -> str:
+    """The row in one format. JSON and CSV carry the text; a table comes after it."""
+    if format is Format.table:
+        return _table(report)
+    row = asdict(report)
+    if format is Format.json:
+        return json.dumps({**row, "text": text, **made_by}, indent=1) + "\n"
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=[*row, "text"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerow({**row, "text": text})
+    return out.getvalue()
+
+
+def _table(report: Report) -> str:
+    from moerun.devices import format_bytes
+
+    requests = max(report.requests, 1)
+    lossy = "  (changes what the model computes)" if report.lossy else ""
+    cache = f"{report.slots} slots a layer, cache per {report.scope}, on {report.device}"
+    useless = f", {report.useless_prefetches:,} useless" if report.prefetches else ""
+    lines = {
+        "policy": f"{report.policy}{lossy}: {cache}",
+        "speed": f"{report.tokens_per_s:.2f} tokens/s decoding, "
+        f"{report.prompt_tokens_per_s:.2f} reading the prompt",
+        "experts": f"{report.requests:,} wanted: {_share(report.hits, requests)} hits, "
+        f"{_share(report.late, requests)} late, {_share(report.misses, requests)} misses",
+        "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
+        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses",
+        "stall": f"{report.stall_s:.2f} s of {report.time_s:.2f} s waiting for experts",
+        "memory": f"{format_bytes(report.arena_bytes)} expert slots; peak "
+        f"{format_bytes(report.peak_host_bytes)} of host memory"
+        + (
+            f", {format_bytes(report.peak_device_bytes)} on {report.device}"
+            if report.peak_device_bytes is not None
+            else ""
+        ),
+        "tokens": f"{report.prompt_tokens:,} prompt, {report.new_tokens:,} new"
+        + (" (interrupted)" if report.interrupted else ""),
+    }
+    return "".join(f"{name:8}  {line}\n" for name, line in lines.items())
+
+
+def _share(count: int, of: int) -> str:
+    return f"{100 * count / of:.1f} %"

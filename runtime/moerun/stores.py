@@ -1,0 +1,130 @@
+"""From a model's name to its expert store: an existing one, or one packed on first use."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moerun.checkpoints import resolve
+from moerun.errors import RunError
+from moerun.index import FORMAT_VERSION, INDEX_FILE
+from moerun.pack import Progress, pack
+from moerun.shape import NATIVE, scheme_of
+from moerun.source import Checkpoint
+from moerun.store import ExpertStore
+
+Report = Callable[[str], None]
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+def find_store(
+    model: str,
+    *,
+    precision: str = NATIVE,
+    folder: Path | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> ExpertStore:
+    """The store of ``model`` (a store's folder, or what ``checkpoints.resolve`` takes).
+
+    A checkpoint is packed into ``folder``, or into the user's cache, unless that is done already.
+    ``report`` is told when it must be. Raises RunError where there is no such model, ``folder``
+    holds another one, or the pack cannot be made.
+    """
+    scheme_of(precision)
+    if is_store(Path(model).expanduser()):
+        store = ExpertStore.open(model)
+        return _of_precision(store, precision)
+    checkpoint = resolve(model)
+    place = folder or cache_folder() / _store_name(model, checkpoint, precision)
+    with _locked(place):
+        if is_store(place):
+            return _of_precision(_of_model(_reopen(place), checkpoint), precision)
+        if report:
+            report(f"packing {model} ({precision}) into {place}; the next run will find it there")
+        return pack(checkpoint, place, precision=precision, name=_name(model), progress=progress)
+
+
+def is_store(folder: Path) -> bool:
+    return (folder / INDEX_FILE).is_file()
+
+
+def cache_folder() -> Path:
+    """Where stores are kept that the user named no place for."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "moerun" / "stores"
+
+
+def _name(model: str) -> str:
+    """A model's name as one would cite it: a folder's own name, not the way to it."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def _store_name(model: str, checkpoint: Path, precision: str) -> str:
+    name = _name(model).replace("/", "--")
+    return f"{name}-{fingerprint(checkpoint)[:16]}-{precision}-v{FORMAT_VERSION}"
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """SHA-256 of a checkpoint's headers and of samples of its weights.
+
+    Two models of one architecture have the same headers; reading every byte to tell them apart
+    would take minutes where the samples take milliseconds.
+    """
+    opened = Checkpoint(checkpoint)
+    try:
+        digest = hashlib.sha256(opened.digest().encode())
+    finally:
+        opened.close()
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _reopen(place: Path) -> ExpertStore:
+    try:
+        return ExpertStore.open(place)
+    except RunError as error:
+        raise RunError(f"{error}; remove {place} to have it packed anew") from error
+
+
+def _of_model(store: ExpertStore, checkpoint: Path) -> ExpertStore:
+    opened = Checkpoint(checkpoint)
+    try:
+        same = opened.digest() == store.index.source_digest
+    finally:
+        opened.close()
+    if not same:
+        raise RunError(
+            f"{store.path} is the store of another model ({store.index.model}), not of "
+            f"{checkpoint}: give another --store, or --model {store.path} to run that one"
+        )
+    return store
+
+
+def _of_precision(store: ExpertStore, precision: str) -> ExpertStore:
+    if precision not in (NATIVE, store.index.precision):
+        raise RunError(
+            f"the experts in {store.path} are {store.index.precision}, not {precision}: "
+            "leave --precision out, or pack the checkpoint again"
+        )
+    return store
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Two processes that want the same store pack it once: the second waits and finds it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f"{place.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
