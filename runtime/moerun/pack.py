@@ -75,8 +75,7 @@ def pack(
         raise RunError(
             f"dense weights cannot be {dense!r}: choose from {', '.join((NATIVE, *PLAIN))}"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already: give a new folder, or remove it first")
+    _refuse_taken(out)
     model = ModelSource(source, dtype=PLAIN.get(dense))
     try:
         packer = _Packer(model, out, precision, dense, device or _best_device())
@@ -294,6 +293,11 @@ class _Packer:
             )
             for layer, module in enumerate(self.model.layers)
         )
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already: give a new folder, or remove it first")
 
 
 def _silent(_done: int, _total: int) -> None:

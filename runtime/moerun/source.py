@@ -265,22 +265,20 @@ class ModelSource:
 
     def _convert(self, name: str, target: _Target, made: dict[str, Any]) -> torch.Tensor:
         """Apply the converter to `made`, by source pattern; empties it, to hold nothing twice."""
-        if target.converter is None:
-            (only,) = made.values()
-            return only[0] if isinstance(only, list) else only
-        patterns, results = target.converter.source_patterns, target.converter.target_patterns
-        for operation in target.converter.operations:
+        converter = target.converter
+        for operation in converter.operations if converter else ():
             made = copy.copy(operation).convert(
                 made,
-                source_patterns=patterns,
-                target_patterns=results,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
                 full_layer_name=name,
                 model=self.model,
                 config=self.config,
                 missing_keys=None,
             )
-        tensor: torch.Tensor | list[torch.Tensor] = next(iter(made.values()))
-        return tensor[0] if isinstance(tensor, list) else tensor
+        (tensor,) = made.values()
+        only: torch.Tensor = tensor[0] if isinstance(tensor, list) else tensor
+        return only
 
     def close(self) -> None:
         self.checkpoint.close()
