@@ -123,6 +123,13 @@ class ModelSource:
         """
         self.config = read_config(path)
         self.checkpoint = Checkpoint(path)
+        try:
+            self._describe(dtype)
+        except BaseException:
+            self.checkpoint.close()
+            raise
+
+    def _describe(self, dtype: torch.dtype | None) -> None:
         native = self._native_dtype()
         self.dtype = dtype or native
         self.model = empty_model(self.config, self.dtype)
