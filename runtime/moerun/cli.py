@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moepolicy import PolicyError, console, policy_names
+from moepolicy import PolicyError, console, find_policy, policy_names
 
 from moerun.commands import options as opt
 from moerun.commands.fidelity import fidelity
@@ -15,6 +15,7 @@ from moerun.commands.pack import pack
 from moerun.commands.profile import profile
 from moerun.errors import RunError
 from moerun.report import Format
+from moerun.servable import unserved
 
 app = typer.Typer(
     help="Run mixture-of-experts models with most of their experts on disk or in host memory.",
@@ -42,6 +43,7 @@ def generate(
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
+    cold: opt.Cold = False,
     horizon: opt.Horizon = None,
     calibration: opt.Calibration = None,
     max_new_tokens: opt.MaxNewTokens = 100,
@@ -88,6 +90,7 @@ def generate(
         device=device,
         streams=streams,
         link_gbps=link_gbps,
+        cold=cold,
         horizon=horizon,
         calibration=calibration,
         recording=record is not None,
@@ -120,11 +123,13 @@ app.command()(fidelity)
 
 @app.command("policies")
 def list_policies() -> None:
-    """List the policies there are."""
+    """List the policies there are, and which of them only the simulator can run."""
     names = policy_names()
     width = max(map(len, names))
     for name, summary in names.items():
-        typer.echo(f"{name:{width}}  {summary}")
+        what = unserved(find_policy(name))
+        note = f" [not live: needs {what}]" if what else ""
+        typer.echo(f"{name:{width}}  {summary}{note}")
 
 
 def main() -> None:

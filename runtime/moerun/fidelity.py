@@ -22,7 +22,8 @@ from moerun.errors import RunError
 from moerun.generate import Generated, Sampling
 from moerun.profile import Profiler
 from moerun.record import LiveRecording
-from moerun.runner import Runner, Settings, refuse_unservable
+from moerun.runner import Runner, Settings
+from moerun.servable import refuse_unservable
 from moerun.store import ExpertStore
 
 WARM_UP_TOKENS = 8

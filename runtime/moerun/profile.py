@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from moepolicy import find_policy
 
+from moerun.errors import RunError
 from moerun.experts import attach
 from moerun.families import find_experts
 from moerun.forms import SlotForm
@@ -139,10 +140,14 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def measure(store: ExpertStore, settings: Settings, name: str) -> MachineProfile:
+def measure(
+    store: ExpertStore, settings: Settings, name: str, *, repeats: int = REPEATS
+) -> MachineProfile:
     """Profile ``store`` with the device, link and slots of ``settings``; takes some seconds."""
+    if repeats < 1:
+        raise RunError(f"repeats must be 1 or more, not {repeats}")
     with Profiler(store, settings) as profiler:
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             profiler.turn()
         return profiler.result(name)
 

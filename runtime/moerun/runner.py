@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from moepolicy import Context, PolicyError, PolicySpec
+from moepolicy import Context, PolicySpec
 from numpy.typing import NDArray
 
 from moerun.devices import format_bytes
@@ -17,8 +17,10 @@ from moerun.errors import RunError
 from moerun.forms import SlotForm
 from moerun.generate import Generation, Sampling, encode
 from moerun.links import DiskLink, Link, Throttle
+from moerun.links.disk import ColdRecords
 from moerun.model import load_offloaded
 from moerun.predict import GatePredictor, find_routers
+from moerun.servable import refuse_unservable
 from moerun.session import Session
 from moerun.store import ExpertStore
 
@@ -36,6 +38,7 @@ class Settings:
     device: torch.device = CPU
     streams: int = 1
     link_bytes_per_s: float | None = None  # a cap; None: as fast as it goes
+    cold: bool = False  # keep what is read out of the page cache
     horizon: int | None = None  # None: 1 if the policy looks at predictions, else 0
     calibration: str | None = None  # the trace that policies count experts in
 
@@ -127,21 +130,11 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     if device.type == "cuda":
         from moerun.links.cuda import CudaLink
 
+        if settings.cold:
+            raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
         return CudaLink(store, slots, device, streams=settings.streams, throttle=throttle)
-    return DiskLink(store, slots, streams=settings.streams, throttle=throttle)
-
-
-NOT_LIVE = {
-    "future": "the future of a recorded trace",
-    "cpu": "workers that compute experts where they are kept",
-}
-
-
-def refuse_unservable(policy: PolicySpec) -> None:
-    """PolicyError for a policy that needs what a live run does not have."""
-    for need, what in NOT_LIVE.items():
-        if need in policy.requires:
-            raise PolicyError(f"policy '{policy.label}' needs {what}: it runs in moesim, not live")
+    records = ColdRecords(store) if settings.cold else store
+    return DiskLink(records, slots, streams=settings.streams, throttle=throttle)
 
 
 def plan_context(store: ExpertStore, settings: Settings, slot_bytes: int) -> Context:

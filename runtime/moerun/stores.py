@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from moerun.source import Checkpoint
 from moerun.store import ExpertStore
 
 Report = Callable[[str], None]
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 def find_store(
@@ -68,27 +65,15 @@ def _name(model: str) -> str:
 
 def _store_name(model: str, checkpoint: Path, precision: str) -> str:
     name = _name(model).replace("/", "--")
-    return f"{name}-{fingerprint(checkpoint)[:16]}-{precision}-v{FORMAT_VERSION}"
+    return f"{name}-{_digest(checkpoint)[:16]}-{precision}-v{FORMAT_VERSION}"
 
 
-def fingerprint(checkpoint: Path) -> str:
-    """SHA-256 of a checkpoint's headers and of samples of its weights.
-
-    Two models of one architecture have the same headers; reading every byte to tell them apart
-    would take minutes where the samples take milliseconds.
-    """
+def _digest(checkpoint: Path) -> str:
     opened = Checkpoint(checkpoint)
     try:
-        digest = hashlib.sha256(opened.digest().encode())
+        return opened.digest()
     finally:
         opened.close()
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for i in range(_SAMPLES):
-                file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _reopen(place: Path) -> ExpertStore:
@@ -99,12 +84,7 @@ def _reopen(place: Path) -> ExpertStore:
 
 
 def _of_model(store: ExpertStore, checkpoint: Path) -> ExpertStore:
-    opened = Checkpoint(checkpoint)
-    try:
-        same = opened.digest() == store.index.source_digest
-    finally:
-        opened.close()
-    if not same:
+    if _digest(checkpoint) != store.index.source_digest:
         raise RunError(
             f"{store.path} is the store of another model ({store.index.model}), not of "
             f"{checkpoint}: give another --store, or --model {store.path} to run that one"

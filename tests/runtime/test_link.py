@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 import torch
+from moerun.checkpoints import resolve
 from moerun.errors import RunError
 from moerun.links import DiskLink, Throttle
+from moerun.links.disk import ColdRecords
+from moerun.pack import pack
 
 RECORD_BYTES = 4096
 N_KEYS = 12
@@ -160,7 +166,111 @@ def test_a_throttled_link_still_delivers(tmp_path: Path) -> None:
     assert link.statistics.busy_s >= 4 * RECORD_BYTES / 4e6
 
 
-def test_the_cuda_link_is_importable_without_a_gpu() -> None:
+def test_cold_records_do_not_stay_in_the_page_cache(tmp_path: Path) -> None:
+    store = pack(resolve("tiny"), tmp_path / "store")
+    os.sync()  # what is not written yet cannot be dropped
+    where = store.location(9)
+    buffer = torch.empty(store.record_bytes, dtype=torch.uint8)
+
+    def cached() -> bool:
+        with where.path.open("rb") as file:
+            try:
+                got = os.preadv(file.fileno(), [bytearray(4096)], where.offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                pytest.skip(f"this file system does not tell what it has cached: {error}")
+        return got == 4096
+
+    store.read_into(9, buffer)
+    if not cached():
+        pytest.skip("this file system keeps nothing in the page cache")
+    expected = buffer.clone()
+    ColdRecords(store).read_into(9, buffer.zero_())
+    assert torch.equal(buffer, expected)
+    assert not cached()
+
+
+class FakeCuda:
+    """CUDA's streams and events as a log of what was asked of them, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[str, str, str]] = []
+        self.registered: list[int] = []
+        names = itertools.count()
+
+        class Event:
+            def __init__(event) -> None:
+                event.name = f"event{next(names)}"
+
+            def record(event, stream: Stream) -> None:
+                self.log.append(("record", event.name, stream.name))
+
+            def synchronize(event) -> None:
+                self.log.append(("synchronize", event.name, ""))
+
+        class Stream:
+            def __init__(stream, device: object = None, name: str = "copies") -> None:
+                stream.name = name
+
+            def wait_event(stream, event: Event) -> None:
+                self.log.append(("wait", event.name, stream.name))
+
+        compute = Stream(name="compute")
+        self.cudaHostRegister = lambda *at: self.registered.append(at[1]) or 0
+        self.cudaHostUnregister = lambda *_: self.registered.clear()
+        for name, fake in (
+            ("Event", Event),
+            ("Stream", Stream),
+            ("stream", lambda *_: nullcontext()),
+            ("current_stream", lambda *_: compute),
+            ("synchronize", lambda *_: None),
+            ("cudart", lambda: self),
+        ):
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from moerun.links.cuda import CudaLink
 
-    assert CudaLink.__init__.__doc__
+    cuda = FakeCuda(monkeypatch)
+    records = FileRecords(tmp_path / "records")
+    slots = [LandingSlot(), LandingSlot()]
+    reports: Reports = SimpleQueue()
+    link = CudaLink(records, slots, torch.device("cpu"))
+    assert cuda.registered == [N_KEYS * RECORD_BYTES]
+    link.start(lambda key, error: reports.put((key, error)))
+    for key in (4, 9):
+        link.submit(key, 0)
+        assert reports.get(timeout=PATIENCE_S) == (key, None)
+        assert slots[0].landing is not None
+        assert bool((slots[0].landing == key + 1).all())
+        link.acquire(0)
+        link.release(0)
+    link.close()
+    copied, used = cuda.log[0][1], cuda.log[3][1]
+    assert cuda.log == [
+        ("record", copied, "copies"),
+        ("synchronize", copied, ""),
+        ("wait", copied, "compute"),
+        ("record", used, "compute"),
+        ("wait", used, "copies"),
+        ("record", copied, "copies"),
+        ("synchronize", copied, ""),
+        ("wait", copied, "compute"),
+        ("record", used, "compute"),
+    ]
+    assert cuda.registered == []
+
+
+def test_pinned_memory_that_is_not_given_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moerun.links.cuda import CudaLink
+
+    cuda = FakeCuda(monkeypatch)
+    cuda.cudaHostRegister = lambda *_: 2
+    with pytest.raises(RunError, match=r"pinned host memory.* \(CUDA error 2\)"):
+        CudaLink(FileRecords(tmp_path / "records"), [LandingSlot()], torch.device("cpu"))

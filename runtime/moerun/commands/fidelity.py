@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from moepolicy import find_policy
+from rich.console import Console
 
 from moerun.commands import options as opt
 from moerun.report import Format
@@ -40,6 +41,7 @@ def fidelity(
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
+    cold: opt.Cold = False,
     calibration: opt.Calibration = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
     max_new_tokens: opt.MaxNewTokens = 200,
@@ -68,22 +70,24 @@ def fidelity(
         device=device,
         streams=streams,
         link_gbps=link_gbps,
+        cold=cold,
         calibration=calibration,
     )
     sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
     found = opt.store(model, precision, store)
     from moerun.fidelity import compare
 
-    rows = compare(
-        found,
-        specs,
-        settings,
-        prompt,
-        sampling,
-        repeats=repeats,
-        machine=machine,
-        report=lambda text: typer.echo(text, err=True),
-    )
+    with Console(stderr=True).status("preparing") as status:
+        rows = compare(
+            found,
+            specs,
+            settings,
+            prompt,
+            sampling,
+            repeats=repeats,
+            machine=machine,
+            report=status.update,
+        )
     sys.stdout.write(_render(rows, format))
 
 
@@ -103,7 +107,6 @@ def _render(rows: list[Comparison], format: Format) -> str:
 
 
 def _table(rows: list[Comparison]) -> str:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(header_style="bold", title="live (measured) beside simulated (predicted)")

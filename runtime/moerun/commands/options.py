@@ -74,6 +74,14 @@ LinkGbps = Annotated[
         show_default=False,
     ),
 ]
+Cold = Annotated[
+    bool,
+    typer.Option(
+        "--cold",
+        help="Keep what is read out of the system's file cache, as if memory were too small for "
+        "the model.",
+    ),
+]
 Horizon = Annotated[
     int | None,
     typer.Option(
@@ -103,6 +111,7 @@ def settings(
     slots: int | None = None,
     memory: str | None = None,
     scope: str = "layer",
+    cold: bool = False,
     horizon: int | None = None,
     calibration: str | None = None,
     recording: bool = False,
@@ -124,6 +133,7 @@ def settings(
         device=find_device(device),
         streams=streams,
         link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9,
+        cold=cold,
         horizon=1 if horizon is None and recording else horizon,
         calibration=calibration,
     )

@@ -19,6 +19,10 @@ def profile(
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
+    cold: opt.Cold = False,
+    repeats: Annotated[
+        int, typer.Option(help="How often to measure; the profile holds the medians.")
+    ] = 5,
     name: Annotated[
         str | None,
         typer.Option(help="Of the profile. Default: the file's name.", show_default=False),
@@ -29,11 +33,18 @@ def profile(
     Writes a machine profile: link rate and latency, and what tokens, layers and experts cost. Run
     it while nothing else keeps the machine busy.
     """
-    settings = opt.settings(policy="lru", slots=slots, device=device, streams=streams, link_gbps=link_gbps)
+    settings = opt.settings(
+        policy="lru",
+        slots=slots,
+        device=device,
+        streams=streams,
+        link_gbps=link_gbps,
+        cold=cold,
+    )
     found = opt.store(model, precision, store)
     from moerun.profile import measure
 
-    measured = measure(found, settings, name or out.stem)
+    measured = measure(found, settings, name or out.stem, repeats=repeats)
     partial = out.with_name(f"{out.name}.tmp")
     partial.write_text(measured.to_toml(), encoding="utf-8")
     partial.replace(out)

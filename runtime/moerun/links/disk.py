@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 
+from moerun.errors import RunError
 from moerun.links.base import (
     Done,
     LinkStatistics,
@@ -15,6 +17,31 @@ from moerun.links.base import (
     Throttle,
     check_streams,
 )
+from moerun.store import ExpertStore
+
+
+class ColdRecords:
+    """A store whose records never stay in the page cache.
+
+    So a machine with memory to spare reads as one does whose memory is too small for the model.
+    """
+
+    def __init__(self, store: ExpertStore) -> None:
+        """Raises RunError where the system gives no say over its page cache."""
+        if not hasattr(os, "posix_fadvise"):
+            raise RunError("this system does not let a program read past its cache: leave --cold")
+        self.n_keys = store.n_keys
+        self.record_bytes = store.record_bytes
+        self._store = store
+
+    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+        self._store.read_into(key, buffer)
+        where = self._store.location(key)
+        fd = os.open(where.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, where.offset, where.nbytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 class DiskLink:

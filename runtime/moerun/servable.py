@@ -1,0 +1,21 @@
+"""Which policies a live run can serve."""
+
+from __future__ import annotations
+
+from moepolicy import PolicyError, PolicySpec
+
+NOT_LIVE = {
+    "future": "the future of a recorded trace",
+    "cpu": "workers that compute experts where they are kept",
+}
+
+
+def unserved(policy: PolicySpec) -> str | None:
+    """What the policy needs and a live run does not have; None where it can run."""
+    return next((what for need, what in NOT_LIVE.items() if need in policy.requires), None)
+
+
+def refuse_unservable(policy: PolicySpec) -> None:
+    """PolicyError for a policy that needs what a live run does not have."""
+    if (what := unserved(policy)) is not None:
+        raise PolicyError(f"policy '{policy.label}' needs {what}: it runs in moesim, not live")

@@ -1,0 +1,162 @@
+"""Experts in pinned host memory, copied to a GPU while it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import torch
+from moepolicy import find_policy
+from moerun.checkpoints import resolve
+from moerun.errors import RunError
+from moerun.experts import ResidentProvider
+from moerun.forms import SlotForm
+from moerun.generate import Sampling
+from moerun.model import load_offloaded
+from moerun.pack import pack
+from moerun.profile import measure
+from moerun.runner import Runner, Settings
+from moerun.store import ExpertStore
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
+PATIENCE_S = 60.0
+SPIN_CYCLES = 200_000_000  # some 0.1 s of a GPU's time
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.device_count() - 1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
+    return pack(resolve("tiny"), tmp_path_factory.mktemp("stores") / "tiny")
+
+
+class Served:
+    """A started link with plain slots."""
+
+    def __init__(self, store: ExpertStore, device: torch.device, slots: int, streams: int) -> None:
+        from moerun.links.cuda import CudaLink
+
+        form = SlotForm(store.index.shape, store.index.precision, device)
+        self.arena = torch.empty((slots, form.slot_bytes), dtype=torch.uint8, device=device)
+        self.link = CudaLink(store, [form.bind(m) for m in self.arena], device, streams=streams)
+        self.reports: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
+        self.link.start(lambda key, error: self.reports.put((key, error)))
+
+    def wait(self) -> int:
+        key, error = self.reports.get(timeout=PATIENCE_S)
+        assert error is None
+        return key
+
+
+@pytest.fixture(params=[1, 2, 3])
+def served(store: ExpertStore, device: torch.device, request: Any) -> Iterator[Served]:
+    made = Served(store, device, 4, request.param)
+    yield made
+    made.link.close()
+
+
+def record_of(store: ExpertStore, key: int) -> torch.Tensor:
+    record = torch.empty(store.record_bytes, dtype=torch.uint8)
+    store.read_into(key, record)
+    return record
+
+
+def test_every_record_arrives_whole(store: ExpertStore, served: Served) -> None:
+    for key in range(0, store.n_keys - 3, 4):
+        for slot in range(4):
+            served.link.submit(key + slot, slot)
+        assert sorted(served.wait() for _ in range(4)) == list(range(key, key + 4))
+        for slot in range(4):
+            served.link.acquire(slot)
+            found = served.arena[slot, : store.record_bytes].cpu()
+            served.link.release(slot)
+            assert torch.equal(found, record_of(store, key + slot))
+    assert served.link.statistics.copies == store.n_keys // 4 * 4
+
+
+def test_a_slot_is_not_overwritten_before_its_last_kernel_has_read_it(
+    store: ExpertStore, served: Served, device: torch.device
+) -> None:
+    served.link.submit(3, 0)
+    served.wait()
+    served.link.acquire(0)
+    kept = torch.empty(store.record_bytes, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        torch.cuda._sleep(SPIN_CYCLES)  # the read below is queued behind this
+        kept.copy_(served.arena[0, : store.record_bytes])
+    served.link.release(0)
+    served.link.submit(11, 0)
+    served.wait()
+    assert torch.equal(kept.cpu(), record_of(store, 3))
+    served.link.acquire(0)
+    assert torch.equal(served.arena[0, : store.record_bytes].cpu(), record_of(store, 11))
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    out = model(ids[:, :-3], use_cache=True)
+    found = [out.logits]
+    for i in range(ids.shape[1] - 3, ids.shape[1]):
+        out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 4, 8])
+@pytest.mark.parametrize("policy", ["lru", "lru-spec:staging=1", "lru-spec:n=3,staging=4"])
+def test_logits_do_not_depend_on_what_is_resident(
+    store: ExpertStore, device: torch.device, policy: str, slots: int
+) -> None:
+    resident, tokenizer = load_offloaded(store, device, ResidentProvider(store, device))
+    ids = tokenizer(PROSE, return_tensors="pt").input_ids.to(device)
+    expected = logits_of(resident, ids)
+    chosen = Settings(find_policy(policy), slots=slots, device=device, streams=2)
+    with Runner(store, chosen) as runner:
+        for _ in range(3):
+            assert torch.equal(logits_of(runner.model, ids), expected)
+        runner.session.settle()
+        runner.session.cache.check()
+
+
+def test_generation_on_a_slow_link_writes_the_same_text(
+    store: ExpertStore, device: torch.device
+) -> None:
+    texts = []
+    for slots, rate in ((8, None), (2, 1e9)):
+        chosen = Settings(
+            find_policy("lru-spec"), slots=slots, device=device, link_bytes_per_s=rate
+        )
+        with Runner(store, chosen) as runner:
+            texts.append(runner.generate(PROSE, Sampling(max_new_tokens=24)))
+            assert runner.session.totals.bytes_loaded > 0
+    assert texts[0] == texts[1] != ""
+
+
+def test_a_profile_of_the_gpu(store: ExpertStore, device: torch.device) -> None:
+    profile = measure(store, Settings(find_policy("lru"), device=device), "gpu", repeats=1)
+    assert profile.link.bytes_per_s > 0
+    assert profile.compute.layer_s > 0
+    assert str(device) in profile.description
+
+
+def test_more_slots_than_the_gpu_has_memory_for_are_refused(
+    store: ExpertStore, device: torch.device, tmp_path: Path
+) -> None:
+    from moerun.runner import make_link
+
+    form = SlotForm(store.index.shape, store.index.precision, device)
+    _, total = torch.cuda.mem_get_info(device)
+    with pytest.raises(RunError, match="does not have free: use fewer slots"):
+        make_link(
+            store, form, Settings(find_policy("lru"), device=device), total // form.slot_bytes + 1
+        )
