@@ -11,7 +11,7 @@ import gzip
 import lzma
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +21,16 @@ import torch
 import typer
 from moeroute import Trace, open_trace
 from moeroute.statistics import locality, popularity, read_routing, recall
+from moerun.predict import METHODS, find_routers
 from moetrace.corpus import Document, cut_windows
 from moetrace.model import Checkpoint, load
 from moetrace.record import Settings, record
 from tiny_corpus import Source, read_sources
 from torch import nn
 from torch.nn import functional
+
+TRACED_TOKENS = 12_000
+HEADINGS = " ".join(f"{h:>9}" for h in ("model", "gzip -9", "xz -9", "xz primed", "random"))
 
 
 def nats(checkpoint: Checkpoint, text: str) -> float:
@@ -53,8 +57,6 @@ def nats(checkpoint: Checkpoint, text: str) -> float:
 @contextmanager
 def random_experts(checkpoint: Checkpoint, seed: int) -> Iterator[None]:
     """Every gate's choice replaced by random experts, its weights kept."""
-    from moerun.predict import find_routers
-
     generator = torch.Generator().manual_seed(seed)
 
     def shuffle(_router: nn.Module, _arguments: Any, output: Any) -> Any:
@@ -93,33 +95,39 @@ def compression_line(name: str, checkpoint: Checkpoint, sources: list[Source]) -
     return f"{name:36} {int(totals[0]):>8,} " + " ".join(f"{b:>9.3f}" for b in bits)
 
 
-def record_text(checkpoint: Checkpoint, text: str, out: Path) -> Trace:
-    """A trace of a text, predictions three layers ahead."""
-    windows = cut_windows(
-        [Document("held-out", text)], checkpoint.tokenizer, checkpoint.context, 30_000
-    )
-    record(checkpoint, windows, Settings(horizon=3), out)
+def record_text(checkpoint: Checkpoint, text: str, out: Path, prediction: str) -> Trace:
+    """A trace of the first tokens of a text, with predictions three layers ahead."""
+    document = Document("held-out", text)
+    windows = cut_windows([document], checkpoint.tokenizer, checkpoint.context, TRACED_TOKENS)
+    record(checkpoint, windows, Settings(horizon=3, prediction=prediction), out)
     return open_trace(out)
 
 
-def routing_lines(name: str, trace: Trace) -> list[str]:
-    """Locality, balance and recall of one kind of text."""
+def routing_lines(trace: Trace) -> list[str]:
+    """Locality and balance of the routing, layer by layer and over all."""
     routing = read_routing(trace)
     repeats, chance = locality(routing), locality(routing.shuffled(0))
-    use, found = popularity(routing), recall(trace, [trace.meta.top_k])
-    per_layer = ", ".join(f"{value:.3f}" for value in repeats.by_layer[:, 0])
-    recalls = " / ".join(f"{value:.3f}" for value in found.mean[:, 0])
-    first = ", ".join(f"{value:.3f}" for value in found.by_layer[0, 0, 1:])
+    use = popularity(routing)
     return [
-        f"{name}: an expert was in the token before's pair {repeats.mean[0]:.3f}, "
-        f"shuffled {chance.mean[0]:.3f}",
-        f"{name}: the same by layer {per_layer}",
-        f"{name}: least normalised entropy of a layer's use {use.entropy.min():.3f}, "
-        f"hottest expert {use.hottest.max():.3f}",
-        f"{name}: recall@{trace.meta.top_k} 1 / 2 / 3 layers ahead ({trace.meta.prediction}) "
-        f"{recalls}",
-        f"{name}: one layer ahead, by layer {first}",
+        f"an expert was in the token before's pair: {repeats.mean[0]:.3f}, of the tokens "
+        f"shuffled {chance.mean[0]:.3f}; by layer {listed(repeats.by_layer[:, 0])}",
+        f"normalised entropy of use, by layer: {listed(use.entropy)}; the hottest expert of all "
+        f"layers {use.hottest.max():.3f}",
     ]
+
+
+def recall_line(trace: Trace) -> str:
+    """Recall of the predictions, as many fetched as are used."""
+    found = recall(trace, [trace.meta.top_k])
+    by_horizon = " / ".join(f"{value:.3f}" for value in found.mean[:, 0])
+    return (
+        f"recall@{trace.meta.top_k} 1 / 2 / 3 layers ahead by {trace.meta.prediction}: "
+        f"{by_horizon}; one ahead, by layer {listed(found.by_layer[0, 0, 1:])}"
+    )
+
+
+def listed(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 def difference_line(one: Trace, other: Trace) -> str:
@@ -139,9 +147,8 @@ def difference_line(one: Trace, other: Trace) -> str:
     between = distance(a, b)
     half = len(a) // 2
     within = distance(a[:half], a[half:])
-    layers = ", ".join(f"{d:.3f}" for d in between)
     return (
-        f"prose against code, total variation of expert use by layer: {layers}; "
+        f"prose against code, total variation of expert use by layer: {listed(between)}; "
         f"mean {np.mean(between):.3f} (two halves of the prose {np.mean(within):.3f})"
     )
 
@@ -158,22 +165,24 @@ def main(
     typer.echo(f"{'held-out bits per byte':36} {'bytes':>8} " + HEADINGS)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for source in sources:
-            start, end = source.held_out_from, source.n_bytes
-            label = f"{source.name[:20]} [{start}:{end}]"
+            label = f"{source.name[:20]} [{source.held_out_from}:{source.n_bytes}]"
             typer.echo(compression_line(label, checkpoint, [source]))
         traces = {}
         for kind, members in kinds.items():
-            if members:
-                typer.echo(compression_line(f"all {kind}", checkpoint, members))
-                held_out = max(members, key=lambda s: s.n_bytes).split()[1]
-                traces[kind] = record_text(checkpoint, held_out, Path(folder) / f"{kind}.parquet")
-                for line in routing_lines(kind, traces[kind]):
-                    typer.echo(line)
+            if not members:
+                continue
+            typer.echo(compression_line(f"all {kind}", checkpoint, members))
+            held_out = max(members, key=lambda source: source.n_bytes).split()[1]
+            for method in METHODS:
+                out = Path(folder) / f"{kind} {method}.parquet"
+                trace = record_text(checkpoint, held_out, out, method)
+                typer.echo(f"{kind}: {recall_line(trace)}")
+            for line in routing_lines(trace):
+                typer.echo(f"{kind}: {line}")
+            traces[kind] = trace
         if len(traces) == 2:
             typer.echo(difference_line(traces["prose"], traces["code"]))
 
-
-HEADINGS = " ".join(f"{h:>9}" for h in ("model", "gzip -9", "xz -9", "xz primed", "random"))
 
 if __name__ == "__main__":
     typer.run(main)

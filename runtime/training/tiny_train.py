@@ -160,7 +160,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
@@ -182,12 +182,14 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrix.dtype)
+    result: Tensor = x if wide else x.mT
+    return result.to(matrix.dtype)
 
 
 def build_optimizers(model: MixtralForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for what multiplies inside a layer; AdamW for embeddings, head, gates and norms."""
-    inner, rest = [], []
+    inner: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or any(part in name for part in ("embed", "lm_head", "gate.w"))
         (rest if plain else inner).append(parameter)
@@ -267,7 +269,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * rate_share(step, steps)
         entropy, balance, z = losses(model, draw_batch(streams, rows, context, seed, step))
-        (entropy + BALANCE_WEIGHT * balance + Z_WEIGHT * z).backward()
+        loss = entropy + BALANCE_WEIGHT * balance + Z_WEIGHT * z
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
