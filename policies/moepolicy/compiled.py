@@ -19,32 +19,46 @@ from moepolicy.policy import Policy
 
 PLAIN = (np.ndarray, np.generic, bool, int, float)
 
-_twins: dict[tuple[FunctionType, bool], Any] = {}
+_twins: dict[tuple[FunctionType, bool, frozenset[FunctionType]], Any] = {}
 
 
-def compiled(function: Callable[..., Any], *, entry: bool = True) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any],
+    *,
+    entry: bool = True,
+    omit: frozenset[FunctionType] = frozenset(),
+) -> Callable[..., Any]:
     """The compiled twin of a plain function, and of all it calls; made once, compiled on use.
 
     ``entry`` makes it callable from Python, which costs compile time that inner functions spare.
+    ``omit`` are functions that the caller knows will not be reached: leaving them out makes
+    compiling faster, and what is compiled too.
     """
     import numba
 
     assert isinstance(function, FunctionType)
-    if (function, entry) not in _twins:
+    twin_key = (function, entry, omit)
+    if twin_key not in _twins:
         namespace = dict(function.__globals__)
         twin = FunctionType(function.__code__, namespace, function.__name__)
         twin.__defaults__ = function.__defaults__
         # No reference counts: nothing is allocated in a replay, and counting costs 7 times more
-        # than the work itself.
+        # than the work itself. Inlined throughout: the state is a tuple of many words, which
+        # calls would copy (5 times slower).
         options = {"nogil": True, "error_model": "numpy", "_nrt": False}
         if not entry:
-            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-        _twins[function, entry] = numba.njit(twin, **options)
+            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+        _twins[twin_key] = numba.njit(twin, **options)
         for name in function.__code__.co_names:
             value = namespace.get(name)
             if isinstance(value, FunctionType) and not value.__module__.startswith("numpy"):
-                namespace[name] = compiled(value, entry=False)
-    return _twins[function, entry]  # type: ignore[no-any-return]
+                replaced = _never_reached if value in omit else value
+                namespace[name] = compiled(replaced, entry=False, omit=omit)
+    return _twins[twin_key]  # type: ignore[no-any-return]
+
+
+def _never_reached(*_: Any) -> int:
+    return 0
 
 
 class NotCompilable(TypeError):

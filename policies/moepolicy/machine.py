@@ -9,6 +9,9 @@ function of that sequence of calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -146,6 +149,16 @@ def end(cache: Cache, policy: Policy) -> None:
         elif not (cache.retaining and _retain(cache, policy, key)):
             _discard(cache, policy, key)
     cache.board[N_DEMAND] = 0
+
+
+def unreachable(cache: Cache) -> list[Callable[..., Any]]:
+    """The functions that no call for ``cache`` will come to, for those who compile it."""
+    without: list[Callable[..., Any]] = []
+    if not cache.prefetching:
+        without += [_disprove, _promote, _queue_prefetches, _prefetch_slot]
+    if not cache.retaining:
+        without.append(_retain)
+    return without
 
 
 def _note(cache: Cache, kind: int, key: int, other: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
@@ -22,13 +23,15 @@ from moesim.costs import Costs
 from moesim.engine import Clock, Segment, Simulation
 from moesim.workload import Workload
 
-# Compiling takes seconds; the interpreted loop does some ten thousand steps in each.
-WORTH_COMPILING = 60_000
+# Compiling takes seconds; the interpreted loop does some ten thousand steps in each. A policy is
+# compiled once so many of its steps have been asked for.
+WORTH_COMPILING = 100_000
 CHUNK = 1 << 15  # steps whose predictions are in memory together
 PREFIX = 256  # steps on which compiled code is held against its interpreted self
 
 _interpreted: dict[type[Policy], str] = {}  # policies that do not compile, and why
 _proven: set[type[Policy]] = set()
+_replayed: Counter[type[Policy]] = Counter()
 
 
 class Engine(StrEnum):
@@ -65,8 +68,8 @@ def run(
         )
         simulation = Simulation(workload, cache, costs(cache.arrays), timeline=timeline)
         return cache.arrays, simulation.run()
-    large = workload.n_steps >= WORTH_COMPILING or policy.policy in _proven
-    if large and _compiles(workload, policy, context, costs):
+    _replayed[policy.policy] += workload.n_steps
+    if _replayed[policy.policy] >= WORTH_COMPILING and _compiles(workload, policy, context, costs):
         return _replay(workload, policy, context, costs, timeline, compile=True)
     return _replay(workload, policy, context, costs, timeline, compile=False)
 
@@ -135,7 +138,9 @@ def _replay(
         workload.tokens,
         workload.decode,
     )
-    function = compiled(twin.replay) if compile else twin.replay
+    function = twin.replay
+    if compile:
+        function = compiled(twin.replay, omit=twin.unreachable(cache, costs, link))
     state = compiled_policy(built) if compile else built
     outcome = np.zeros(context.n_experts, np.int8)
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from moepolicy import machine
 from moepolicy.kinds import COMPUTE, HIT, LATE, MISS
 from moepolicy.machine import begin, consume, end, finish, start
 from moepolicy.state import (
@@ -91,6 +92,20 @@ def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
         cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
         segments=np.zeros((n_segments, 6), np.int64),
     )
+
+
+def unreachable(cache: Cache, costs: Costs, link: Link) -> frozenset[Any]:
+    """The functions that a run with these features will not come to."""
+    without = machine.unreachable(cache)
+    if not len(link.segments):
+        without.append(_draw)
+    if not costs.cpu_workers:
+        without.append(_run_on_cpu)
+    if not costs.read_ns:
+        without.append(_host_has)
+    if not cache.prefetching:
+        without.append(_want)
+    return frozenset(without)
 
 
 def replay(

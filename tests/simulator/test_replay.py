@@ -15,7 +15,7 @@ from moeroute import open_trace
 from moesim import Machine, engines, load_workload
 from moesim.costs import Sizes, costs_of
 from moesim.engines import Engine
-from support.machines import machine, machines
+from support.machines import full_machines, machine, machines
 from support.traces import traces, write_trace
 
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
@@ -56,9 +56,13 @@ def test_the_replay_is_simpy_to_the_nanosecond(
     assert outcome(workload, policy, on, slots, scope, "replay") == simpy
 
 
-@pytest.mark.parametrize("policy", ["lru", "lru-spec", "belady-bypass", "fiddler"])
-@given(traces(), machines, st.sampled_from(["layer", "global"]))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Compiling takes seconds for each policy and set of features: here every feature is on.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lru-spec", "belady-bypass")]
+
+
+@pytest.mark.parametrize("policy", ["fiddler", *SLOW])
+@given(traces(), full_machines, st.sampled_from(["layer", "global"]))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_compiling_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, policy: str, case: Any, on: Machine, scope: str
 ) -> None:
@@ -93,7 +97,6 @@ def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
     tokens = [(0, 1, [[e], [e]]) for e in (0, 1, 2, 0, 3)]
     path = write_trace(tmp_path / "t.parquet", tokens, 4)
     workload = load_workload(open_trace(path))
-    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
     spec = find_policy(f"{mine}:Mine")
     with pytest.raises(NotCompilable):
         compiled_policy(spec.build(workload.context(2, "layer")))
@@ -107,8 +110,9 @@ def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
         )
         return cache.board.tolist(), clock.total_ns
 
-    first, second = run(spec), run(spec)
-    assert first == second == run(find_policy("fifo"))
+    expected = run(find_policy("fifo"))
+    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+    assert run(spec) == run(spec) == expected
     assert capsys.readouterr().err.count("runs interpreted") == 1
 
 

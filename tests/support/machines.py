@@ -47,6 +47,17 @@ machines = st.builds(
     cpu=cpus,
 )
 
+full_machines = st.builds(
+    Machine,
+    name=st.just("test"),
+    description=st.just(""),
+    source=st.just("published"),
+    link=links,
+    compute=computes,
+    disk=disks,
+    cpu=cpus,
+)
+
 
 def machine(**changes: float) -> Machine:
     """1 byte a ns over the link, 5 ns a layer, 3 ns an expert, and the changes asked for."""
