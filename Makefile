@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  || { echo 'error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[run,dev]'
+	  -c constraints.txt -e '.[run,ray,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -32,10 +32,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from moesim import __version__
+from moesim.commands.sweep import sweep
 from moesim.engine import Segment
 from moesim.engines import Engine
 from moesim.errors import SimulationError
@@ -140,6 +141,9 @@ def compare(
         "moesim_version": __version__,
     }
     deliver(render(results, format, title, provenance), out)
+
+
+app.command()(sweep)
 
 
 @app.command("policies")

@@ -69,3 +69,14 @@ def traces(draw: st.DrawFn) -> tuple[Any, int, int]:
         draw(logits) if layer else [np.nan] * n_experts for _ in tokens for layer in range(n_layers)
     ]
     return (tokens, predicted), n_experts, draw(st.integers(0, n_experts))
+
+
+def random_trace(
+    path: Path, *, seed: int = 0, n_tokens: int = 30, n_layers: int = 2, n_experts: int = 4
+) -> Path:
+    """Decoded tokens routed at random, top-2."""
+    rng = np.random.default_rng(seed)
+    tokens = [
+        [rng.permutation(n_experts)[:2].tolist() for _ in range(n_layers)] for _ in range(n_tokens)
+    ]
+    return write_trace(path, decoded(*tokens), n_experts)

@@ -1,0 +1,1 @@
+"""Subcommands of `moesim` that fill a module of their own."""

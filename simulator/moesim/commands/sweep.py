@@ -1,0 +1,196 @@
+"""`moesim sweep`: every point of a grid, on all cores or a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moepolicy.console import FAILED, INTERRUPTED
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from moesim.engines import Engine
+from moesim.report import Format
+from moesim.sweep.drive import Report, Settings, run_sweep
+from moesim.sweep.grid import load_grid, make_grid, merge, parse_parameter
+from moesim.sweep.run import Watcher
+from moesim.sweep.summary import best, render
+
+SHOWN_FAILURES = 10
+LOG_EVERY_S = 60.0  # where stderr is no terminal
+
+
+def sweep(
+    out: Annotated[
+        str,
+        typer.Option(help="The result, one row a point: a Parquet file or a URL polars can write."),
+    ],
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="POLICY",
+            help="Policies, as for compare. Every axis can also come from --grid; what is given "
+            "here takes its place.",
+            show_default=False,
+        ),
+    ] = None,
+    grid: Annotated[Path | None, typer.Option(help="A TOML file with the axes.")] = None,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(help="A trace file, a sample's name, or a URL; may be repeated."),
+    ] = None,
+    slots: Annotated[
+        str | None, typer.Option(help="Experts cached per layer: 2,4,6. Default: quarters.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Instead of --slots: budgets for slots and staging: 4GiB,8GiB."),
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="layer, global or layer,global.")] = None,
+    machine: Annotated[
+        list[str] | None, typer.Option(help="Machines: t4,a100 or a profile; may be repeated.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Expert sizes by precision: 2bit,fp16.")
+    ] = None,
+    expert_bytes: Annotated[
+        str | None, typer.Option(help="Instead of --precision: expert sizes in bytes.")
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(help="Values of a policy's parameter: lru-spec:n=1,2,3; may be repeated."),
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="As for compare.")] = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            help="local: processes here; ray: a Ray of its own here; ray://host:port: a cluster's "
+            "client server; host:port: the cluster this machine is a node of."
+        ),
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers at a time. Default: all cores.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the points finished before, run the others.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw an unfinished sweep's points away.")
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for finished points until the end. Default: beside --out, or here if "
+            "that is a URL."
+        ),
+    ] = None,
+    format: Annotated[Format, typer.Option(help="How to print the best policies.")] = Format.table,
+) -> None:
+    """Simulate every combination of policies, cache sizes, scopes, machines, precisions, traces
+    and policy parameters.
+
+    Finished points survive whatever happens: the same command with --resume goes on from them,
+    also with another grid. The result does not depend on the number of workers.
+    """
+    flags = {
+        "policies": policies,
+        "traces": trace,
+        "slots": _split(slots),
+        "memory": _split(memory),
+        "scopes": _split(scope),
+        "machines": [name for text in machine or [] for name in _split(text) or []],
+        "precisions": _split(precision),
+        "expert_bytes": _split(expert_bytes),
+        "parameters": _parameters(param or []),
+        "engine": engine,
+    }
+    given = {name: value for name, value in flags.items() if value}
+    axes = make_grid(merge(load_grid(grid) if grid else {}, given))
+    settings = Settings(on, workers, resume, restart, state)
+    began = time.monotonic()
+    try:
+        with _Show() as show:
+            report = run_sweep(axes, out, settings, show.watcher)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    _conclude(report, out, format, time.monotonic() - began)
+    if report.failures:
+        raise typer.Exit(FAILED)
+
+
+class _Show:
+    """How far a sweep is, with the time left: a bar on a terminal, else a line a minute."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        columns = (
+            TextColumn("simulating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("on {task.fields[workers]} workers"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        live = self.console.is_terminal
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not live)
+        self.task = self.bar.add_task("", total=None, workers=0)
+        self.watcher = Watcher(advance=self._advance, say=self._say)
+        self._began = self._logged = time.monotonic()
+
+    def __enter__(self) -> _Show:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _advance(self, done: int, total: int, workers: int) -> None:
+        self.bar.update(self.task, completed=done, total=total, workers=workers)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._logged > LOG_EVERY_S:
+            self._logged = now
+            left_s = (now - self._began) / done * (total - done) if done else None
+            when = "" if left_s is None else f", {left_s / 60:.0f} min left"
+            self._say(f"{done} of {total} points on {workers} workers{when}")
+
+
+def _conclude(report: Report, out: str, format: Format, took_s: float) -> None:
+    """The best policies on stdout; on stderr what failed, and what there is now."""
+    say = partial(typer.echo, err=True)
+    if report.failures:
+        say(f"{len(report.failures)} of {len(report.rows)} points failed:")
+    for name, error in list(report.failures.items())[:SHOWN_FAILURES]:
+        say(f"  {name}: {error}")
+    if len(report.failures) > SHOWN_FAILURES:
+        say(f"  and {len(report.failures) - SHOWN_FAILURES} more: see column error")
+    earlier = f", {report.kept} finished before" if report.kept else ""
+    say(f"{out}: {len(report.rows)} points; {report.ran} run in {took_s:.1f} s{earlier}")
+    found = best(report.rows)
+    if found:
+        typer.echo(render(found, format), nl=False)
+
+
+def _split(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
+
+
+def _parameters(texts: list[str]) -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = {}
+    for text in texts:
+        policy, name, values = parse_parameter(text)
+        found.setdefault(policy, {}).setdefault(name, []).extend(values)
+    return found

@@ -1,0 +1,159 @@
+"""A sweep from its grid to its result file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import SimulationError
+from moesim.sweep.cluster import RayPool, ray_address
+from moesim.sweep.grid import Grid
+from moesim.sweep.journal import Journal
+from moesim.sweep.plan import make_plan, none_valid
+from moesim.sweep.pool import Pool, ProcessPool
+from moesim.sweep.results import is_url, read_finished, table, write
+from moesim.sweep.run import Sweep, Watcher
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a sweep is run; none of it changes the result.
+
+    on        "local", "ray", or a cluster's address
+    workers   at a time; None: a worker for every core
+    resume    keep what an earlier sweep finished, in ``state`` or the result itself
+    restart   throw away what an unfinished sweep left in ``state``
+    state     folder for finished points until the end; None: beside the result
+    """
+
+    on: str = LOCAL
+    workers: int | None = None
+    resume: bool = False
+    restart: bool = False
+    state: Path | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a sweep came to. ``rows`` are those written; ``failures`` names points and errors."""
+
+    rows: list[dict[str, Any]]
+    failures: dict[str, str]
+    kept: int
+    ran: int
+
+
+def run_sweep(
+    grid: Grid, out: str, settings: Settings | None = None, watcher: Watcher | None = None
+) -> Report:
+    """Simulate every point of ``grid`` and write them to ``out``, a file or URL polars can write.
+
+    Points that fail are rows with their error. Raises SimulationError, PolicyError or TraceError
+    where the sweep cannot be begun or finished; what was finished is kept then, and on a
+    KeyboardInterrupt, and used by ``resume``.
+    """
+    settings, watcher = settings or Settings(), watcher or Watcher()
+    if settings.on != LOCAL:
+        ray_address(settings.on)
+    plan = make_plan(grid)
+    _check_out(out)
+    earlier = read_finished(out) if settings.resume or is_url(out) else {}
+    with _journal(settings.state or _beside(out), settings) as journal:
+        if settings.resume:
+            for key, row in earlier.items():
+                journal.finished.setdefault(key, row)
+        sweep = Sweep(plan, journal, watcher)
+        kept = _kept(sweep, watcher)
+        todo = sweep.n_left
+        if todo:
+            with _keeping(sweep):
+                sweep.run(_pool(sweep, settings))
+        rows = sweep.rows()
+        if all(row["status"] == "failed" for row in rows):
+            if not journal.finished:
+                journal.remove()
+            raise none_valid(len(rows), [row["error"] for row in rows])
+        with _keeping(sweep):
+            write(table(rows), plan, out)
+        journal.remove()
+    failures = {plan.name(p): sweep.failed[p.key] for p in plan.points if p.key in sweep.failed}
+    return Report(rows, failures, kept=kept, ran=todo)
+
+
+def _check_out(out: str) -> None:
+    """What would only be found out after hours."""
+    if is_url(out):
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise SimulationError(f"{out} is a folder, not a file to write the result to")
+    if not path.absolute().parent.is_dir():
+        raise SimulationError(f"{out}: the folder {path.absolute().parent} does not exist")
+
+
+def _beside(out: str) -> Path:
+    """Where finished points lie: with the result, or here if that is far away."""
+    return Path((out.rsplit("/", 1)[-1] if is_url(out) else out) + ".partial")
+
+
+def _journal(folder: Path, settings: Settings) -> Journal:
+    """The journal to go on with. SimulationError where it is not said whether to."""
+    journal = Journal(folder)
+    if journal.finished and not settings.resume:
+        if not settings.restart:
+            n = len(journal.finished)
+            journal.close()
+            raise SimulationError(
+                f"{folder} holds {n} finished points of an unfinished sweep: --resume goes on "
+                "from them, --restart throws them away"
+            )
+        journal.clear()
+    return journal
+
+
+def _kept(sweep: Sweep, watcher: Watcher) -> int:
+    """How many of the grid's points are there already; those of no use are named."""
+    keys = {point.key for point in sweep.plan.points}
+    found = set(sweep.journal.finished)
+    if found - keys:
+        watcher.say(f"{len(found - keys)} finished points are not in this grid: not in its result")
+    return len(found & keys)
+
+
+def _pool(sweep: Sweep, settings: Settings) -> Pool:
+    job, journal = sweep.plan.job, sweep.journal
+    if settings.on != LOCAL:
+        return RayPool(job, settings.on, settings.workers, journal.folder / "ray.log")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPool(job, journal.scratch, min(settings.workers or cores or 1, sweep.n_left))
+
+
+@contextmanager
+def _keeping(sweep: Sweep) -> Iterator[None]:
+    """Say what is kept when a sweep does not reach its end."""
+    try:
+        yield
+    except (SimulationError, OSError) as error:
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise SimulationError(f"{where}{reason}; {_left(sweep)}") from error
+    except KeyboardInterrupt:
+        sweep.watcher.say(f"interrupted: {_left(sweep)}")
+        raise
+
+
+def _left(sweep: Sweep) -> str:
+    journal = sweep.journal
+    journal.drop_scratch()
+    done = len({point.key for point in sweep.plan.points} & set(journal.finished))
+    if not journal.finished:
+        journal.remove()
+        return "no point was finished"
+    total = done + sweep.n_left
+    return f"{done} of {total} points are kept in {journal.folder}: --resume goes on from them"

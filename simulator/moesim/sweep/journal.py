@@ -1,0 +1,95 @@
+"""Finished points on their way to the result: an append-only file that survives a kill.
+
+One line of JSON a point. A line cut short by a kill is dropped, and its point run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moesim.errors import SimulationError
+
+SYNC_S = 1.0  # at most so much work is lost to a power cut, and none to a kill
+
+
+class Journal:
+    """The finished points of one sweep, in a folder that no other sweep may use meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or begin. Raises SimulationError while another process has it open."""
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self._file = (folder / "points.jsonl").open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise SimulationError(f"{folder} is in use by another sweep") from None
+        self.finished = self._read()
+        self._synced_at = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def scratch(self) -> Path:
+        """Where this sweep may put what it can make again."""
+        return self.folder / "scratch"
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Keep a finished point: from here on a kill does not lose it."""
+        self._file.write(json.dumps([key, row]).encode() + b"\n")
+        self._file.flush()
+        self.finished[key] = row
+        if time.monotonic() - self._synced_at > SYNC_S:
+            os.fsync(self._file.fileno())
+            self._synced_at = time.monotonic()
+
+    def clear(self) -> None:
+        """Forget every point."""
+        self._file.truncate(0)
+        self.finished.clear()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def remove(self) -> None:
+        """The result is written: the journal and all beside it go."""
+        shutil.rmtree(self.folder)
+        self.close()
+
+    def drop_scratch(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        self._file.seek(0)
+        rows: dict[str, dict[str, Any]] = {}
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                key, row = json.loads(line)
+                rows[key] = row
+            except ValueError:
+                continue  # zeros after a power cut: that point is run again
+        self._file.truncate(whole)
+        return rows

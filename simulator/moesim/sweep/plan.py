@@ -1,0 +1,280 @@
+"""A grid laid out as points: what each simulates, under which key its result is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from moepolicy import PolicySpec
+from moeroute import Trace, TraceError, open_trace, prediction_column
+from moeroute.schema import TraceMeta
+
+from moesim import __version__
+from moesim.errors import SimulationError
+from moesim.profile import Machine, load_machine
+from moesim.simulate import expert_size
+from moesim.sweep.grid import Grid
+
+SHOWN = 3  # reasons in one message
+# What a policy may require of the steps, and the column of the trace that has it.
+COLUMNS = {"predictions": prediction_column(1), "logits": "router_logits"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trace of the grid: where it is, what it must be, what is read of it."""
+
+    path: str
+    digest: str
+    seed: int | None
+    predictions: bool
+    logits: bool
+
+
+@dataclass(frozen=True)
+class Point:
+    """One simulation. ``trace``, ``policy`` and ``machine`` number the plan's.
+
+    A cache has ``slots`` a layer or, where that is None, what ``memory_bytes`` holds. ``key``
+    names everything the result depends on; ``refused`` says why a point cannot run.
+    """
+
+    key: str
+    trace: int
+    policy: int
+    machine: int
+    scope: str
+    slots: int | None
+    memory_bytes: int | None
+    expert_bytes: int
+    precision: str | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A policy as it travels to workers: its spec, and its code where that is a file's."""
+
+    name: str
+    parameters: Mapping[str, int | float | str]
+    label: str
+    code: str | None
+    needs_future: bool
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.code is None else hashlib.sha256(self.code.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker must know to run any point."""
+
+    traces: tuple[Source, ...]
+    policies: tuple[NamedPolicy, ...]
+    machines: tuple[Machine, ...]
+    engine: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The points in the order of the result's rows, and what they share."""
+
+    grid: Grid
+    job: Job
+    points: tuple[Point, ...]
+    all_parameters: tuple[dict[str, Any], ...]  # of each policy, defaults included
+
+    def name(self, point: Point) -> str:
+        """A point as messages name it."""
+        job = self.job
+        size = f"slots={point.slots}"
+        if point.slots is None:
+            size = f"memory={point.memory_bytes}"
+        parts = [job.policies[point.policy].label, size, point.scope]
+        parts += [job.machines[point.machine].name, job.traces[point.trace].path]
+        if point.precision is not None:
+            parts.append(point.precision)
+        return " ".join(parts)
+
+    def labels(self, point: Point) -> dict[str, Any]:
+        """The columns that say what a row is of."""
+        source = self.job.traces[point.trace]
+        policy = self.job.policies[point.policy]
+        machine = self.job.machines[point.machine]
+        return {
+            "key": point.key,
+            "policy": policy.label,
+            "policy_name": policy.name,
+            "parameters": json.dumps(self.all_parameters[point.policy], sort_keys=True),
+            "policy_sha256": policy.digest,
+            "needs_future": policy.needs_future,
+            **({} if point.slots is None else {"slots": point.slots}),
+            "memory_bytes": point.memory_bytes,
+            "scope": point.scope,
+            "machine": machine.name,
+            "machine_source": machine.source,
+            "machine_sha256": machine_digest(machine),
+            "precision": point.precision,
+            "expert_bytes": point.expert_bytes or None,
+            "trace_path": source.path,
+            "trace_sha256": source.digest,
+            "trace_seed": source.seed,
+        }
+
+
+def make_plan(grid: Grid) -> Plan:
+    """Lay ``grid`` out. Raises SimulationError, PolicyError or TraceError, also if no point of it
+    can be simulated."""
+    specs = grid.specs()
+    if not specs:
+        raise SimulationError("the grid has no policies")
+    machines = [load_machine(name) for name in grid.machines]
+    traces = [open_trace(name) for name in grid.traces]
+    layout = _Layout(grid, specs, machines, traces)
+    points = [point for number in range(len(traces)) for point in layout.points(number)]
+    if all(point.refused for point in points):
+        raise none_valid(len(points), [point.refused or "" for point in points])
+    job = Job(
+        traces=tuple(layout.sources),
+        policies=tuple(layout.policies),
+        machines=tuple(machines),
+        engine=grid.engine.value,
+    )
+    return Plan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
+
+
+def none_valid(n_points: int, reasons: Iterable[str]) -> SimulationError:
+    """What to raise where every point of a grid has a reason not to be simulated."""
+    different = list(dict.fromkeys(reasons))
+    more = f"; and {len(different) - SHOWN} more reasons" if len(different) > SHOWN else ""
+    return SimulationError(
+        f"none of the grid's {n_points} points can be simulated: "
+        + "; ".join(different[:SHOWN])
+        + more
+    )
+
+
+class _Layout:
+    """Works out the points of one trace after the other."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        specs: list[PolicySpec],
+        machines: list[Machine],
+        traces: list[Trace],
+    ) -> None:
+        self.grid = grid
+        self.specs = specs
+        self.policies = [_travelling(spec) for spec in specs]
+        self.machines = [machine_digest(machine) for machine in machines]
+        self.traces = traces
+        wanted = {need for spec in specs for need in spec.requires}
+        self.sources = [
+            Source(
+                path=str(name),
+                digest=trace.digest,
+                seed=trace.meta.seed,
+                predictions="predictions" in wanted and trace.has(COLUMNS["predictions"]),
+                logits="logits" in wanted and trace.has(COLUMNS["logits"]),
+            )
+            for name, trace in zip(grid.traces, traces, strict=True)
+        ]
+
+    def points(self, number: int) -> list[Point]:
+        trace, grid = self.traces[number], self.grid
+        sizes: list[tuple[int | None, int | None]] = [(None, budget) for budget in grid.memory]
+        sizes = sizes or [(slots, None) for slots in grid.slots or _quarters(trace.meta)]
+        precisions: list[tuple[str | None, int | None]] = [(p, None) for p in grid.precisions]
+        precisions = precisions or [(None, size) for size in grid.expert_bytes or [None]]
+        axes = (grid.scopes, precisions, range(len(self.machines)), sizes, range(len(self.specs)))
+        return [
+            self._point(number, scope, precision, expert_bytes, machine, slots, budget, policy)
+            for scope, (precision, expert_bytes), machine, (slots, budget), policy in product(*axes)
+        ]
+
+    def _point(
+        self,
+        number: int,
+        scope: str,
+        precision: str | None,
+        expert_bytes: int | None,
+        machine: int,
+        slots: int | None,
+        budget: int | None,
+        policy: int,
+    ) -> Point:
+        trace, spec, refused, size = self.traces[number], self.specs[policy], None, 0
+        try:
+            for need, column in COLUMNS.items():
+                if need in spec.requires:
+                    trace.require(column, f"policy '{spec.label}'")
+            size = expert_size(trace.meta, precision=precision, expert_bytes=expert_bytes)
+            if precision is None and expert_bytes is None:
+                precision = next(iter(trace.meta.expert_bytes))
+        except (SimulationError, TraceError) as error:
+            refused = str(error)
+        source = self.sources[number]
+        what = {
+            "trace": source.digest,
+            "policy": self.policies[policy].label,
+            "code": self.policies[policy].digest,
+            "machine": self.machines[machine],
+            "scope": scope,
+            "slots": slots,
+            "memory_bytes": budget,
+            "expert_bytes": size,
+            "moesim": __version__,
+        }
+        if refused:
+            what |= {"precision": precision, "path": source.path}
+        return Point(
+            key=_digest(what)[:32],
+            trace=number,
+            policy=policy,
+            machine=machine,
+            scope=scope,
+            slots=slots,
+            expert_bytes=size,
+            precision=precision,
+            memory_bytes=budget,
+            refused=refused,
+        )
+
+
+def machine_digest(machine: Machine) -> str:
+    """SHA-256 of what a profile makes of time; its name and description do not count."""
+    constants = asdict(machine)
+    for name in ("name", "description", "source"):
+        del constants[name]
+    return _digest(constants)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _travelling(spec: PolicySpec) -> NamedPolicy:
+    path, mark, _ = spec.name.rpartition(".py:")
+    code = Path(f"{path}.py").read_text(encoding="utf-8") if mark else None
+    return NamedPolicy(spec.name, spec.parameters, spec.label, code, "future" in spec.requires)
+
+
+def _all_parameters(spec: PolicySpec) -> dict[str, Any]:
+    accepted = list(inspect.signature(spec.policy).parameters.values())[1:]
+    defaults = {p.name: p.default for p in accepted if p.default is not p.empty}
+    return {
+        name: value if isinstance(value, int | float | str) else repr(value)
+        for name, value in {**defaults, **spec.parameters}.items()
+    }
+
+
+def _quarters(meta: TraceMeta) -> list[int]:
+    return sorted({max(1, meta.n_experts * quarter // 4) for quarter in (1, 2, 3)})

@@ -1,0 +1,108 @@
+"""The result of a sweep: tidy Parquet, one row a point, with everything that produced it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from moesim.errors import SimulationError
+from moesim.files import written_whole
+from moesim.simulate import Result
+from moesim.sweep.plan import Plan
+from moesim.sweep.worker import versions
+
+if TYPE_CHECKING:
+    import polars as pl
+
+METADATA = "moesim-sweep"  # of the Parquet file's key-value metadata: the grid
+
+# What a row is of and what it was made with; the columns of `Result` follow.
+LABELS: dict[str, type] = {
+    "key": str,
+    "status": str,
+    "error": str,
+    "policy": str,
+    "policy_name": str,
+    "parameters": str,
+    "policy_sha256": str,
+    "needs_future": bool,
+    "slots": int,
+    "memory_bytes": int,
+    "scope": str,
+    "machine": str,
+    "machine_source": str,
+    "machine_sha256": str,
+    "precision": str,
+    "expert_bytes": int,
+    "trace_path": str,
+    "trace_sha256": str,
+    "trace_seed": int,
+    "engine": str,
+    **dict.fromkeys(versions(), str),
+}
+
+
+def is_url(path: str) -> bool:
+    """Whether ``path`` is in an object store or another place only polars can reach."""
+    return "://" in path
+
+
+def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """The rows as a frame with the same columns and types whatever they hold."""
+    import polars as pl
+
+    kinds = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
+    schema = {name: kinds[kind] for name, kind in columns().items()}
+    return pl.DataFrame(rows, schema=schema, orient="row", strict=True)
+
+
+def columns() -> dict[str, type]:
+    """Name and type of every column. A result that may be missing has the type it has if not."""
+    found = dict(LABELS)
+    for name, kind in get_type_hints(Result).items():
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        found.setdefault(name, next(one for one in kinds if one is not type(None)))
+    return found
+
+
+def write(frame: pl.DataFrame, plan: Plan, out: str) -> None:
+    """Write ``out`` whole or not at all. Raises SimulationError naming it."""
+    metadata = {METADATA: json.dumps(asdict(plan.grid))}
+    if is_url(out):
+        _naming(out, lambda: frame.write_parquet(out, metadata=metadata))
+        return
+    with written_whole(Path(out)) as partial:
+        _naming(out, lambda: frame.write_parquet(partial, metadata=metadata))
+
+
+def read_finished(out: str) -> dict[str, dict[str, Any]]:
+    """The points an earlier sweep wrote to ``out``, by key; none if there is no such file.
+
+    Raises SimulationError where ``out`` cannot be read or is something else.
+    """
+    import polars as pl
+
+    try:
+        frame = _naming(out, lambda: pl.read_parquet(out, glob=False))
+    except FileNotFoundError:
+        return {}
+    if not {"key", "status"} <= set(frame.columns):
+        raise SimulationError(f"{out} is not the result of a sweep: it has no column key")
+    done = frame.filter(pl.col("status") == "ok")
+    return {row["key"]: row for row in done.iter_rows(named=True)}
+
+
+def _naming(out: str, act: Any) -> Any:
+    """``act()``, its failures told as ones of ``out``; a missing file stays FileNotFoundError."""
+    from polars.exceptions import PolarsError
+
+    try:
+        return act()
+    except FileNotFoundError:
+        raise
+    except (PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SimulationError(f"{out}: cannot be read or written ({reason})") from error

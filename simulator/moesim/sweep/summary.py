@@ -1,0 +1,133 @@
+"""The best policy of each setting of a sweep, as a table for people or rows for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moesim.report import Format
+
+SETTING = ("trace_path", "scope", "precision", "expert_bytes", "machine", "memory_bytes")
+
+Row = dict[str, Any]
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """For each setting the policy with the most tokens/s, and the runner-up.
+
+    A policy that knows the future is no choice to make: ``clairvoyant_tokens_per_s`` shows what
+    the best of them reached. One that changes what the model computes is named only where there
+    is no other.
+    """
+    settings: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            # With a budget, the slots are what the policy's staging leaves of it.
+            slots = row["slots"] if row["memory_bytes"] is None else None
+            settings.setdefault((*(row[name] for name in SETTING), slots), []).append(row)
+    return [_best_of(group) for group in settings.values()]
+
+
+def _best_of(rows: list[Row]) -> Row:
+    ranked = sorted(rows, key=lambda row: -row["tokens_per_s"])
+    clairvoyant = [row for row in ranked if row["needs_future"]]
+    live = [row for row in ranked if not row["needs_future"]]
+    exact = [row for row in live if not row["lossy"]]
+    first, *others = exact or live or ranked
+    second = others[0] if others else None
+    return {
+        **{name: first[name] for name in SETTING},
+        "slots": first["slots"],
+        "policy": first["policy"],
+        "lossy": first["lossy"],
+        "tokens_per_s": first["tokens_per_s"],
+        "hit_ratio": first["hit_ratio"],
+        "loads": first["loads"],
+        "limit_loads": first["limit_loads"],
+        "second": second and second["policy"],
+        "second_tokens_per_s": second and second["tokens_per_s"],
+        "clairvoyant_tokens_per_s": clairvoyant[0]["tokens_per_s"] if clairvoyant else None,
+    }
+
+
+def render(rows: Sequence[Row], format: Format) -> str:
+    """What ``best`` found, in one format."""
+    if format is Format.json:
+        return json.dumps(list(rows), indent=1) + "\n"
+    if format is Format.csv:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+    return _table(rows)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Columns that are the same throughout go into the title."""
+    shown = {
+        "trace_path": "trace",
+        "machine": "machine",
+        "precision": "precision",
+        "scope": "cache per",
+        "memory_bytes": "memory",
+        "slots": "slots",
+    }
+    varied = [name for name in shown if len({row[name] for row in rows}) > 1 or name == "slots"]
+    fixed = [
+        f"{shown[name]} {_cell(name, rows[0][name])}"
+        for name in shown
+        if name not in varied and rows[0][name] is not None
+    ]
+    table = Table(header_style="bold")
+    for name in varied:
+        right = name in ("slots", "memory_bytes")
+        table.add_column(shown[name], justify="right" if right else "left")
+    for name in ("best policy", "tokens/s", "hit %", "x limit", "second", "by %", "clairvoyant"):
+        left = name in ("best policy", "second")
+        table.add_column(name, justify="left" if left else "right")
+    for row in rows:
+        table.add_row(*(_cell(name, row[name]) for name in varied), *_scores(row))
+    console = Console(file=io.StringIO(), width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    stream = console.file
+    assert isinstance(stream, io.StringIO)
+    title = f"Best simulated tokens/s: {', '.join(fixed)}.\n"
+    note = "* changes what the model computes\n" if any(row["lossy"] for row in rows) else ""
+    return title + stream.getvalue() + note
+
+
+def _scores(row: Row) -> list[str]:
+    lead = ""
+    if row["second"]:
+        lead = f"{100 * (row['tokens_per_s'] / row['second_tokens_per_s'] - 1):.1f}"
+    limit, beyond = row["limit_loads"], row["clairvoyant_tokens_per_s"]
+    return [
+        _short(row["policy"]) + ("*" if row["lossy"] else ""),
+        f"{row['tokens_per_s']:.2f}",
+        f"{100 * row['hit_ratio']:.1f}",
+        f"{row['loads'] / limit:.2f}" if limit else "",
+        _short(row["second"] or ""),
+        lead,
+        "" if beyond is None else f"{beyond:.2f}",
+    ]
+
+
+def _short(policy: str) -> str:
+    """A policy from a file without the file's folder."""
+    path, mark, rest = policy.rpartition(".py:")
+    return f"{Path(path).name}{mark}{rest}"
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value / 2**30:.2f} GiB" if name == "memory_bytes" else str(value)

@@ -1,0 +1,180 @@
+"""What a worker does with a point, in a process of this machine or on a node of a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moepolicy import PolicyError, PolicySpec, find_policy
+from moeroute import TraceError, open_trace
+
+from moesim import __version__
+from moesim.engines import Engine
+from moesim.errors import SimulationError
+from moesim.simulate import simulate
+from moesim.sweep.plan import Job, NamedPolicy, Point, Source
+from moesim.sweep.scratch import shared_workload
+from moesim.workload import Workload, load_workload
+
+PACKAGES = ("numpy", "numba", "polars", "simpy")
+EXPECTED = (PolicyError, SimulationError, TraceError, OSError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A point's row, or the error it failed with; ``notes`` is what was said meanwhile."""
+
+    row: dict[str, Any] | None
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Worker:
+    """Runs points one at a time. Holds one workload, and a class for every policy it has met."""
+
+    def __init__(self, job: Job, scratch: Path) -> None:
+        self.job = job
+        self.scratch = scratch
+        self._held: tuple[int, Workload | str] | None = None
+        self._classes: dict[str, PolicySpec] = {}
+
+    def run(self, point: Point) -> Outcome:
+        """Simulate ``point``; whatever goes wrong with it becomes its error."""
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                row = self._simulate(point)
+        except EXPECTED as error:
+            return Outcome(None, " ".join(str(error).split()), _lines(said))
+        except Exception as error:
+            return Outcome(None, f"{_where(error)}: {error!r}", _lines(said))
+        return Outcome(row, None, _lines(said))
+
+    def _simulate(self, point: Point) -> dict[str, Any]:
+        workload = self._workload(point.trace)
+        policy = self._policy(point.policy)
+        slots = point.slots
+        if slots is None:
+            assert point.memory_bytes is not None
+            slots = slots_in(point.memory_bytes, point.expert_bytes, policy, workload, point.scope)
+        result = simulate(
+            workload,
+            policy,
+            self.job.machines[point.machine],
+            slots=slots,
+            scope=point.scope,
+            expert_bytes=point.expert_bytes,
+            engine=Engine(self.job.engine),
+        )
+        return result.row() | {"engine": self.job.engine} | versions()
+
+    def _policy(self, number: int) -> PolicySpec:
+        policy = self.job.policies[number]
+        if policy.name not in self._classes:
+            with _source_file(policy) as name:
+                self._classes[policy.name] = find_policy(name)
+        return PolicySpec(policy.name, self._classes[policy.name].policy, dict(policy.parameters))
+
+    def _workload(self, number: int) -> Workload:
+        """The workload of a trace; a trace that cannot be read is not tried for every point."""
+        if self._held is None or self._held[0] != number:
+            self._held = None  # or two of them would be in memory
+            self._held = (number, self._load(self.job.traces[number]))
+        workload = self._held[1]
+        if isinstance(workload, str):
+            raise SimulationError(workload)
+        return workload
+
+    def _load(self, source: Source) -> Workload | str:
+        name = f"{source.digest[:16]}-{source.predictions:d}{source.logits:d}"
+        try:
+            return shared_workload(self.scratch, name, lambda: read_source(source))
+        except EXPECTED as error:
+            return str(error)
+
+
+def slots_in(
+    memory_bytes: int, expert_bytes: int, policy: PolicySpec, workload: Workload, scope: str
+) -> int:
+    """Slots a layer that fit a budget beside the policy's staging buffers.
+
+    Raises SimulationError where not even those fit.
+    """
+    meta = workload.meta
+    # Staging may depend on the parameters and the trace, so a policy is made to ask it.
+    staging = policy.build(workload.context(0, scope)).staging
+    if memory_bytes < staging * expert_bytes:
+        raise SimulationError(
+            f"{memory_bytes:,} bytes are too small for the {staging} staging buffers of policy "
+            f"'{policy.label}' with experts of {expert_bytes:,} bytes: the least that works is "
+            f"{staging * expert_bytes:,}, and each slot in all {meta.n_layers} layers takes "
+            f"{meta.n_layers * expert_bytes:,} more"
+        )
+    free = memory_bytes // expert_bytes - staging
+    return min(free // meta.n_layers, meta.n_experts)
+
+
+def read_source(source: Source) -> Workload:
+    """Load a trace. SimulationError if it is not the one that the sweep was planned with."""
+    trace = open_trace(source.path)
+    # The digest of a remote trace means fetching all of it once more, and every node sees the
+    # same object.
+    if isinstance(trace.path, Path) and trace.digest != source.digest:
+        raise SimulationError(
+            f"{source.path} on {platform.node()} is not the trace the sweep began with: its "
+            f"digest is {trace.digest[:12]}, not {source.digest[:12]}"
+        )
+    return load_workload(trace, logits=source.logits, predictions=source.predictions)
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Columns that say what a row was computed with."""
+    found: dict[str, str | None] = {"moesim_version": __version__}
+    found["python_version"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            found[f"{package}_version"] = version(package)
+        except PackageNotFoundError:
+            found[f"{package}_version"] = None
+    return found
+
+
+@contextlib.contextmanager
+def _source_file(policy: NamedPolicy) -> Iterator[str]:
+    """The spec to find a policy by. One that came from a file may be far from that file."""
+    if policy.code is None:
+        yield policy.name
+        return
+    path, _, cls = policy.name.rpartition(":")
+    file = Path(path)
+    if file.is_file() and file.read_text(encoding="utf-8") == policy.code:
+        yield policy.name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, file.name)
+        copy.write_text(policy.code, encoding="utf-8")
+        yield f"{copy}:{cls}"
+
+
+def _lines(text: io.StringIO) -> tuple[str, ...]:
+    return tuple(line for line in text.getvalue().splitlines() if line.strip())
+
+
+def _where(error: BaseException) -> str:
+    """The place an unexpected error came from, for a message of one line."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return "somewhere"
+    code = frame.tb_frame.f_code
+    return f"{code.co_filename}:{frame.tb_lineno}"
