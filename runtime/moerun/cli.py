@@ -17,11 +17,7 @@ from moerun.errors import RunError
 from moerun.report import Format
 from moerun.servable import unserved
 
-app = typer.Typer(
-    help="Run mixture-of-experts models with most of their experts on disk or in host memory.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -76,8 +72,11 @@ def generate(
 
     Without a command: continue a prompt. The text streams to stdout; tokens/s, hits, loads, stall
     and memory follow on stderr.
+
+    Try: moerun --policy lru-spec --slots 3 --prompt "Once upon a time"
     """
     if context.invoked_subcommand is not None:
+        _refuse_misplaced(context, context.invoked_subcommand)
         return
     from moerun.commands.run import run
 
@@ -99,6 +98,17 @@ def generate(
     found = opt.store(model, precision, store)
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
+
+
+def _refuse_misplaced(context: typer.Context, command: str) -> None:
+    """An option in front of a command would do nothing."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(
+                f"{option} stands before '{command}', which does not see it: put it behind"
+            )
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -161,9 +161,9 @@ class Session:
         gate = to_host(top_k_index, top_k_weights, *self._noted.pop(layer, (None, None)))
         for observe in self.gate_observers:
             observe(layer, gate)
-        hits, absent = self._begin(layer, gate)
         first = layer * self.context.n_experts
         try:
+            hits, absent = self._begin(layer, gate)
             for key in hits:
                 yield key - first, self._acquire(key)
                 self._release(key)
@@ -269,9 +269,13 @@ class Session:
 
     def _pump(self) -> None:
         """Start copies while the link has a stream free. The lock is held."""
-        while self._under_way < self.link.streams and not self._failure:
+        while (
+            self._under_way < self.link.streams
+            and not self._failure
+            and self.cache.queued() is not None
+        ):
             copy = self.cache.start()
-            if copy is None:
+            if copy is None:  # a demand waits for a staging buffer
                 return
             self._under_way += 1
             self.link.submit(copy.key, copy.slot)

@@ -199,6 +199,7 @@ def test_mistakes_get_one_line_and_exit_code_1(
         ("--nonsense",),
         ("nonsense",),
         ("profile",),
+        ("--slots", "2", "policies"),
     ],
 )
 def test_wrong_usage_exits_with_2(moerun: Call, arguments: tuple[str, ...]) -> None:

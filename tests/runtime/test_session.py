@@ -239,6 +239,19 @@ def test_with_prefetching_the_journal_and_the_trace_repeat_the_live_run(
     assert totals.requests == totals.hits + totals.late + totals.misses
 
 
+def test_a_prediction_is_on_the_row_of_the_layer_it_is_for() -> None:
+    n_layers, n_experts, horizon = 4, 6, 3
+    (prompt,) = random_passes(3, n_layers, n_experts, 2, horizon, [5])
+    rows = rows_of([prompt], horizon)
+    for ahead in range(1, horizon + 1):
+        found = rows.predicted[ahead - 1].reshape(5, n_layers, n_experts)
+        assert np.isnan(found[:, :ahead]).all()
+        for layer in range(ahead, n_layers):
+            made = prompt.gates[layer - ahead].predicted
+            assert made is not None
+            assert np.array_equal(found[:, layer], made[ahead - 1])
+
+
 def test_a_journal_of_another_trace_is_refused(tmp_path: Path) -> None:
     context = Context(2, 4, 2, 1)
     passes = random_passes(1, 2, 4, 2, 0, [0] * 6)

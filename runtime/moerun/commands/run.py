@@ -39,6 +39,7 @@ def run(
             generation.run(runner.encode(prompt), sampling)
         except KeyboardInterrupt:
             interrupted = True
+            generation.timings.end()  # hands on the text it still holds back
         except BaseException:
             if recording:
                 recording.discard()

@@ -103,11 +103,6 @@ class Throttle:
             self._free_s = flows_s + n_bytes / self.bytes_per_s
             return self._free_s
 
-    @staticmethod
-    def wait(deadline_s: float) -> None:
-        while (left_s := deadline_s - time.perf_counter()) > 0:
-            time.sleep(left_s)
-
 
 class LinkThreads:
     """One thread a stream, each taking jobs from one queue until it is closed."""
@@ -134,6 +129,7 @@ class LinkThreads:
             for i in range(streams)
         ]
         self._done: Done | None = None
+        self._closing = False
 
     def start(self, done: Done) -> None:
         self._done = done
@@ -144,12 +140,17 @@ class LinkThreads:
         self._jobs.put(Job(key, slot, time.perf_counter()))
 
     def close(self) -> None:
+        self._closing = True  # nobody waits for a capped copy any more
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
         self._threads = []
+
+    def _sleep_until(self, deadline_s: float) -> None:
+        while not self._closing and (left_s := deadline_s - time.perf_counter()) > 0:
+            time.sleep(min(left_s, _PATIENCE_S))
 
     def _work(self, stream: int) -> None:
         ended_s = reported_s = 0.0
@@ -171,7 +172,7 @@ class LinkThreads:
         ended_s = time.perf_counter()
         if self._throttle:
             deadline_s = self._throttle.deadline_s(begin_s, self._record_bytes)
-            Throttle.wait(deadline_s)
+            self._sleep_until(deadline_s)
             ended_s = max(ended_s, deadline_s)
         with self._lock:
             self._statistics.copies += 1
@@ -179,6 +180,9 @@ class LinkThreads:
             self._statistics.busy_s += ended_s - begin_s
         self._done(job.key, None)
         return ended_s
+
+
+_PATIENCE_S = 0.05  # how long closing may wait for a thread that holds a copy back
 
 
 def check_streams(streams: int) -> int:
