@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow bench lint format clean
 
 help:
 	@echo 'make demo       record routing of the bundled model, compare policies on it, run live'
 	@echo 'make test       lint, types and the fast tests'
 	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make bench      the speed of simulator and recorder on this machine'
 	@echo 'make install    only make $(VENV) with everything in it'
 
 install: $(INSTALLED)
@@ -43,3 +44,7 @@ format: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/simulator_speed.py
+	$(BIN)/python benchmarks/record_overhead.py
