@@ -1,4 +1,4 @@
-"""Finding a checkpoint: the bundled model by name, a local folder, or one of the Hugging Face hub."""
+"""Finding a checkpoint: the bundled model by name, a local folder, or one of the hub."""
 
 from __future__ import annotations
 
