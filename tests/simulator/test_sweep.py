@@ -17,6 +17,7 @@ from moesim import SimulationError, load_machine, simulate, workload_for
 from moesim.sweep import Grid, Settings, run_sweep
 from moesim.sweep.run import Watcher
 from polars.testing import assert_frame_equal
+from support.object_store import object_store
 from support.traces import random_trace
 
 POLICIES = Path(__file__).parents[1] / "support" / "sweep_policies.py"
@@ -286,3 +287,45 @@ def test_a_mistake_is_one_clear_line(
 def test_the_library_says_the_same(tmp_path: Path) -> None:
     with pytest.raises(SimulationError, match="the grid has no policies"):
         run_sweep(Grid(()), str(tmp_path / "r.parquet"))
+
+
+def test_traces_and_results_in_an_object_store(
+    tmp_path: Path, trace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    axes = ["--slots", "1,2", "--machine", "t4"]
+    out = "s3://results/deep/r.parquet"
+    with object_store() as store:
+        store.objects["/traces/t.parquet"] = Path(trace).read_bytes()
+        for name, value in store.environment().items():
+            monkeypatch.setenv(name, value)
+        sweep("lru", "--trace", "s3://traces/t.parquet", *axes, "--out", out)
+        assert not Path("r.parquet.partial").exists()
+        again = sweep(
+            "lru", "lfu", "--trace", "s3://traces/t.parquet", *axes, "--out", out, "--resume"
+        )
+        assert "2 run in" in again.stderr
+        assert "2 finished before" in again.stderr
+        there = pl.read_parquet(store.objects["/results/deep/r.parquet"])
+        absent = sweep("lru", "--trace", "s3://traces/absent.parquet", "--out", out, code=1)
+        assert absent.stderr == "error: s3://traces/absent.parquet: there is no such trace\n"
+    sweep("lru", "lfu", "--trace", trace, *axes, "--out", "here.parquet")
+    told = ["key", "trace_path", "trace_sha256"]  # the place, and what its digest is of
+    assert_frame_equal(there.drop(told), pl.read_parquet("here.parquet").drop(told))
+
+
+def test_a_result_that_cannot_be_written_costs_no_point(
+    tmp_path: Path, trace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    axes = ["lru", "--trace", trace, "--slots", "1,2"]
+    with object_store() as store:
+        for name, value in store.environment().items():
+            monkeypatch.setenv(name, value)
+        store.refusing = True
+        done = sweep(*axes, "--out", "s3://results/r.parquet", code=1)
+    assert "error: s3://results/r.parquet: cannot be read or written" in done.stderr
+    assert "2 of 2 points are kept in r.parquet.partial: --resume goes on" in done.stderr
+    again = sweep(*axes, "--out", "r.parquet", "--resume")
+    assert "0 run in" in again.stderr
+    assert len(pl.read_parquet("r.parquet")) == 2

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 _MAGIC = b"PAR1"
 
+Place = Path | str  # a file, or a URL that polars can read
+
+
+def is_url(path: Place) -> bool:
+    """Whether ``path`` is a URL: s3://, gs://, hf://, https:// and what else polars knows."""
+    return isinstance(path, str) and "://" in path
+
 
 def column_type(name: str, meta: TraceMeta) -> pl.DataType:
     """The polars type of column `name` in a trace of `meta`."""
@@ -109,13 +116,14 @@ def join_parts(parts: list[Path], path: Path, metadata: dict[str, str]) -> None:
         )
 
 
-def scan(path: Path) -> pl.LazyFrame:
-    """A lazy frame over one trace file. Raises TraceError if it is not a whole Parquet file."""
+def scan(place: Place) -> pl.LazyFrame:
+    """A lazy frame over one trace. Raises TraceError if it is not a whole Parquet file."""
     import polars as pl
 
-    check_whole(path)
-    with naming_errors(path):
-        frame = pl.scan_parquet(path, glob=False)
+    if isinstance(place, Path):
+        check_whole(place)
+    with naming_errors(place):
+        frame = pl.scan_parquet(place, glob=False)
         frame.collect_schema()
     return frame
 
@@ -145,12 +153,16 @@ def partial_folder(path: Path) -> Path:
 
 
 @contextmanager
-def naming_errors(path: Path) -> Iterator[None]:
+def naming_errors(path: Place) -> Iterator[None]:
     """Turn polars' errors, and system errors that name no file, into TraceError with `path`."""
     from polars.exceptions import PolarsError
 
     try:
         yield
+    except FileNotFoundError as error:
+        if error.filename is not None:
+            raise
+        raise TraceError(f"{path}: there is no such trace") from error
     except (PolarsError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise

@@ -12,7 +12,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from moeroute.check import RowChecker, check_names
-from moeroute.parquet import array_from_series, column_type, naming_errors, scan
+from moeroute.parquet import (
+    Place,
+    array_from_series,
+    column_type,
+    is_url,
+    naming_errors,
+    scan,
+)
 from moeroute.schema import (
     META_KEY,
     Rows,
@@ -32,11 +39,14 @@ def sample_names() -> list[str]:
     return sorted(path.stem for path in SAMPLES.glob("*.parquet"))
 
 
-def find_trace(path_or_name: str | Path) -> Path:
-    """The file a path or a sample's name stands for. Raises TraceError, listing the samples.
+def find_trace(path_or_name: str | Path) -> Place:
+    """The file a path or a sample's name stands for; a URL as it is.
 
-    A bare sample name means the sample; write ./tiny for a file of that name.
+    A bare sample name means the sample; write ./tiny for a file of that name. Raises TraceError,
+    listing the samples.
     """
+    if is_url(path_or_name):
+        return path_or_name
     text = str(path_or_name)
     names = sample_names()
     if text in names:
@@ -53,17 +63,19 @@ def find_trace(path_or_name: str | Path) -> Path:
 
 
 def open_trace(path_or_name: str | Path) -> Trace:
-    """Open a trace by its file or a sample's name; reads the metadata only.
+    """Open a trace by its file, its URL or a sample's name; reads the metadata only.
 
-    Raises TraceError if the file is missing, truncated, not a trace, or lacks required columns.
+    A URL is read by polars: s3://, gs://, hf:// and others, with what the environment says about
+    endpoints and credentials. Raises TraceError if the file is missing, truncated, not a trace, or
+    lacks required columns.
     """
     return Trace(find_trace(path_or_name))
 
 
 class Trace:
-    """One trace file. Columns are read when asked for and not kept."""
+    """One trace. Columns are read when asked for and not kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self._frame = scan(path)
         self.meta = _read_meta(path)
@@ -82,7 +94,9 @@ class Trace:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the file, as sha256sum prints it."""
+        """SHA-256 of the file, as sha256sum prints it; of a trace at a URL, of what it holds."""
+        if not isinstance(self.path, Path):
+            return self._digest_contents()
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -159,6 +173,15 @@ class Trace:
         if not self.n_rows:
             raise TraceError(f"{self.path}: has no rows")
 
+    def _digest_contents(self) -> str:
+        """SHA-256 of the metadata and every column: polars does not hand out a file's bytes."""
+        columns = {name: hashlib.sha256() for name in self.columns}
+        for rows in self.batches():
+            for name, column in rows.columns().items():
+                columns[name].update(column.tobytes())
+        parts = [self.meta.to_json(), *(f"{name} {d.hexdigest()}" for name, d in columns.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def _check_columns(self) -> tuple[str, ...]:
         """The trace's columns in the schema's order; unknown ones are left alone."""
         schema = self._frame.collect_schema()
@@ -174,7 +197,7 @@ class Trace:
         return tuple(name for name in column_names(self.meta.horizon) if name in schema)
 
 
-def _read_meta(path: Path) -> TraceMeta:
+def _read_meta(path: Place) -> TraceMeta:
     import polars as pl
 
     with naming_errors(path):

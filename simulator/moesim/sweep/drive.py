@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeroute.parquet import is_url
+
 from moesim.errors import SimulationError
 from moesim.sweep.cluster import RayPool, ray_address
 from moesim.sweep.grid import Grid
 from moesim.sweep.journal import Journal
 from moesim.sweep.plan import make_plan, none_valid
 from moesim.sweep.pool import Pool, ProcessPool
-from moesim.sweep.results import is_url, read_finished, table, write
+from moesim.sweep.results import read_finished, table, write
 from moesim.sweep.run import Sweep, Watcher
 
 LOCAL = "local"

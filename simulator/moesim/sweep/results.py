@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from moeroute.parquet import is_url
 
 from moesim.errors import SimulationError
 from moesim.files import written_whole
@@ -45,11 +49,6 @@ LABELS: dict[str, type] = {
 }
 
 
-def is_url(path: str) -> bool:
-    """Whether ``path`` is in an object store or another place only polars can reach."""
-    return "://" in path
-
-
 def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
     """The rows as a frame with the same columns and types whatever they hold."""
     import polars as pl
@@ -71,11 +70,12 @@ def columns() -> dict[str, type]:
 def write(frame: pl.DataFrame, plan: Plan, out: str) -> None:
     """Write ``out`` whole or not at all. Raises SimulationError naming it."""
     metadata = {METADATA: json.dumps(asdict(plan.grid))}
-    if is_url(out):
-        _naming(out, lambda: frame.write_parquet(out, metadata=metadata))
-        return
-    with written_whole(Path(out)) as partial:
-        _naming(out, lambda: frame.write_parquet(partial, metadata=metadata))
+    with _naming(out):
+        if is_url(out):
+            frame.write_parquet(out, metadata=metadata)
+            return
+        with written_whole(Path(out)) as partial:
+            frame.write_parquet(partial, metadata=metadata)
 
 
 def read_finished(out: str) -> dict[str, dict[str, Any]]:
@@ -85,24 +85,24 @@ def read_finished(out: str) -> dict[str, dict[str, Any]]:
     """
     import polars as pl
 
-    try:
-        frame = _naming(out, lambda: pl.read_parquet(out, glob=False))
-    except FileNotFoundError:
-        return {}
+    with _naming(out):
+        try:
+            frame = pl.read_parquet(out, glob=False)
+        except FileNotFoundError:
+            return {}
     if not {"key", "status"} <= set(frame.columns):
         raise SimulationError(f"{out} is not the result of a sweep: it has no column key")
     done = frame.filter(pl.col("status") == "ok")
     return {row["key"]: row for row in done.iter_rows(named=True)}
 
 
-def _naming(out: str, act: Any) -> Any:
-    """``act()``, its failures told as ones of ``out``; a missing file stays FileNotFoundError."""
+@contextmanager
+def _naming(out: str) -> Iterator[None]:
+    """Failures to read or write are told as ones of ``out``."""
     from polars.exceptions import PolarsError
 
     try:
-        return act()
-    except FileNotFoundError:
-        raise
+        yield
     except (PolarsError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SimulationError(f"{out}: cannot be read or written ({reason})") from error
