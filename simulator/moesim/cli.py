@@ -14,6 +14,7 @@ from rich.progress import track
 
 from moesim import __version__
 from moesim.commands.sweep import sweep
+from moesim.commands.table2 import table2
 from moesim.engine import Segment
 from moesim.engines import Engine
 from moesim.errors import SimulationError
@@ -144,6 +145,7 @@ def compare(
 
 
 app.command()(sweep)
+app.command()(table2)
 
 
 @app.command("policies")

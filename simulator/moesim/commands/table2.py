@@ -1,0 +1,67 @@
+"""`moesim table2`: the base paper's Table 2, fitted on one half and predicted on the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moepolicy import find_policy
+from moeroute import open_trace
+
+from moesim import __version__
+from moesim.report import Format, deliver
+from moesim.simulate import workload_for
+from moesim.table2.render import render
+from moesim.table2.reproduce import find_reading, reproduce
+
+TRACE = "mixtral-like"
+PAPER = "arXiv 2312.17238, Table 2"
+OURS = ("lru", "lru-spec:n=1", "lru-spec", "clairvoyant")
+
+
+def table2(
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="POLICY...",
+            help=f"Policies for this project's engine beside it. Default: {' '.join(OURS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    trace: Annotated[
+        str, typer.Option(help="A trace of Mixtral-8x7B with next-gate predictions.")
+    ] = TRACE,
+    tokens: Annotated[
+        int | None, typer.Option(help="Only the trace's first tokens.", show_default=False)
+    ] = None,
+    reading: Annotated[
+        str,
+        typer.Option(help="How the measured engines are understood; all are fitted and listed."),
+    ] = "released",
+    format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """Reproduce the base paper's Table 2: two constants a card, fitted on the 2-bit cells, and
+    the 3-bit cells predicted.
+
+    Prints every cell as published and as simulated, the constants beside the data sheets', what
+    stays unexplained, and what this project's engine would reach on the same cards.
+    """
+    find_reading(reading)
+    specs = [find_policy(name) for name in policies or OURS]
+    opened = open_trace(trace)
+    workload = workload_for(opened, [find_policy("lru-spec"), *specs])
+    if tokens is not None:
+        workload = workload.head(tokens)
+    found = reproduce(workload, specs, reading=reading)
+    title = f"{PAPER}, on {opened.title}, {workload.n_decoded:,} decoded tokens."
+    provenance = {
+        "kind": "simulated",
+        "table": PAPER,
+        "trace_sha256": opened.digest,
+        "trace_seed": opened.meta.seed,
+        "tokens": workload.n_decoded,
+        "moesim_version": __version__,
+    }
+    deliver(render(found, workload, format, title, provenance), out)

@@ -1,0 +1,137 @@
+"""What the fit leaves unexplained, in words that follow from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moesim.profile import load_machine
+from moesim.table2.published import CARDS, FITTED, PREDICTED, Algorithm, Card, published
+from moesim.table2.reproduce import Account, Cell, Reproduction
+from moesim.workload import Workload
+
+FAR = 0.10  # a predicted cell's error that is worth naming
+
+
+def reading_s(workload: Workload, card: Card) -> float:
+    """Seconds in which the card's memory delivers a layer's weights, by its data sheet."""
+    meta = workload.meta
+    n_bytes = (meta.layer_bytes or 0) + meta.top_k * meta.expert_bytes[FITTED]
+    return n_bytes / load_machine(card.machine).compute.memory_bytes_per_s
+
+
+def unexplained(found: Reproduction, workload: Workload) -> list[str]:
+    """Sentences, the most telling first."""
+    account = found.account
+    return [
+        *_far_cells(account),
+        *_excluded(account),
+        *_steeper_than_bytes(found),
+        *_links(found),
+        *_implied_loads(found),
+        *_compute(account, workload),
+    ]
+
+
+def _far_cells(account: Account) -> list[str]:
+    predicted = [cell for cell in account.cells if cell.role == "predicted"]
+    far = sorted((c for c in predicted if abs(c.error) > FAR), key=lambda c: -abs(c.error))
+    by_row = ", ".join(
+        f"{algorithm} {_mean_error(predicted, algorithm):+.1%}" for algorithm in Algorithm
+    )
+    if not far:
+        first = f"All {len(predicted)} predicted cells are within {FAR:.0%}."
+    else:
+        names = ", ".join(f"{c.gpu} {c.algorithm} {c.error:+.1%}" for c in far)
+        first = (
+            f"{len(far)} of {len(predicted)} predicted cells are off by over {FAR:.0%}: {names}."
+        )
+    return [f"{first} Mean error of each row: {by_row}."]
+
+
+def _mean_error(cells: Sequence[Cell], algorithm: Algorithm) -> float:
+    return float(np.mean([cell.error for cell in cells if cell.algorithm is algorithm]))
+
+
+def _excluded(account: Account) -> list[str]:
+    return [
+        f"{c.gpu} {c.precision} {c.algorithm} is left out of every error: {c.published:g} is "
+        f"printed, where the same card's {FITTED} cell is "
+        f"{published(FITTED, c.algorithm, _card(c.gpu)):g}; the prediction is {c.simulated:.3f}."
+        for c in account.cells
+        if c.role == "excluded"
+    ]
+
+
+def _card(name: str) -> Card:
+    return next(card for card in CARDS if card.name == name)
+
+
+def _steeper_than_bytes(found: Reproduction) -> list[str]:
+    """Rows that slowed from the fitted to the predicted precision by more than their bytes."""
+    growth = found.expert_bytes[PREDICTED] / found.expert_bytes[FITTED]
+    steeper = []
+    for cell in found.account.cells:
+        if cell.role == "predicted":
+            card = _card(cell.gpu)
+            slower = published(FITTED, cell.algorithm, card) / cell.published
+            if slower > growth:
+                steeper.append(f"{cell.gpu} {cell.algorithm} {slower - 1:.1%}")
+    if not steeper:
+        return []
+    return [
+        f"From {FITTED} to {PREDICTED} an expert grows by {growth - 1:.1%}, and no time that goes "
+        "with bytes by more; the paper's own rows slowed by more here: " + ", ".join(steeper) + ". "
+        "What dequantising costs at another width is not in the fitted column: it is taken to be "
+        "equal."
+    ]
+
+
+def _links(found: Reproduction) -> list[str]:
+    """Links that would have to be faster than they can, and the reading that fits best."""
+    sentences = []
+    beyond = []
+    for card in CARDS:
+        rate = found.account.fits[card.name].asked_link_bytes_per_s
+        if rate > card.link_bytes_per_s:
+            beyond.append(f"{card.name} {rate / 1e9:.1f} of {card.link_bytes_per_s / 1e9:.1f} GB/s")
+    if beyond:
+        sentences.append(
+            "Left free, the fit asks for links faster than their kind: "
+            + ", ".join(beyond)
+            + ". So the measured engine did not move all that this reading says, or not all of it "
+            "in turn with compute."
+        )
+    best = min(found.others, key=lambda account: account.misfit)
+    if best.reading != found.account.reading:
+        sentences.append(
+            f"The reading '{best.reading.name}' ({best.reading.summary}) comes nearest to the "
+            f"fitted cells: misfit {best.misfit:.1%} against {found.account.misfit:.1%}; left free "
+            f"it asks for at most {best.asked_link_share:.0%} of what a link carries, and its "
+            f"predictions' median error is {best.median_error('predicted'):.1%}."
+        )
+    return sentences
+
+
+def _implied_loads(found: Reproduction) -> list[str]:
+    each = ", ".join(
+        f"{card.name} {found.implied_loads[card.name][0]:.1f} (trace, {card.slots} slots: "
+        f"{found.implied_loads[card.name][1]:.1f})"
+        for card in CARDS
+    )
+    return [
+        "If victims are written back and nothing overlaps, the two rows without a cache fix both "
+        f"constants, and '{Algorithm.lru}' then tells its loads a token: {each}."
+    ]
+
+
+def _compute(account: Account, workload: Workload) -> list[str]:
+    times = [account.fits[card.name].constants.layer_s for card in CARDS]
+    over = [t / reading_s(workload, card) for t, card in zip(times, CARDS, strict=True)]
+    return [
+        f"A layer's compute is fitted at {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f} ms, "
+        f"{min(over):.0f} to {max(over):.0f} times as long as the card's memory takes to deliver "
+        "its weights; the table cannot say how much of it is experts, attention, launches or "
+        "waiting for the host."
+    ]
