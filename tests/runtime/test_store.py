@@ -92,10 +92,10 @@ def test_the_index_comes_back_as_it_was_written(packed: Path) -> None:
 
 def test_bytes_of_layer_and_token_follow_from_the_dims(packed: Path) -> None:
     index = read_index(packed)
-    hidden, kv, experts, vocabulary = 128, 64, 8, 2048
+    hidden, kv, experts, vocabulary = 128, 64, 8, 4096
     attention = 2 * hidden * hidden + 2 * hidden * kv
     assert index.layer_bytes == 2 * (attention + experts * hidden + 2 * hidden)
-    assert index.token_bytes == 2 * hidden * (1 + vocabulary)  # tied: the head is the embedding
+    assert index.token_bytes == 2 * hidden * (1 + vocabulary)
 
 
 def test_a_flipped_byte_is_found_when_the_record_is_first_read(copied: Path) -> None:
