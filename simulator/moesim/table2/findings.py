@@ -26,6 +26,7 @@ def unexplained(found: Reproduction, workload: Workload) -> list[str]:
     account = found.account
     return [
         *_far_cells(account),
+        *_without_a_model(found),
         *_excluded(account),
         *_steeper_than_bytes(found),
         *_links(found),
@@ -48,6 +49,18 @@ def _far_cells(account: Account) -> list[str]:
             f"{len(far)} of {len(predicted)} predicted cells are off by over {FAR:.0%}: {names}."
         )
     return [f"{first} Mean error of each row: {by_row}."]
+
+
+def _without_a_model(found: Reproduction) -> list[str]:
+    account = found.account
+    plain, scaled = (found.median_error_unmodelled(scaled=how) for how in (False, True))
+    return [
+        f"With no model at all, the {FITTED} cells taken for the {PREDICTED} ones have a median "
+        f"error of {plain:.1%}, and divided by the experts' growth {scaled:.1%}. This model's is "
+        f"{account.median_error('predicted'):.1%}, where the fit itself leaves "
+        f"{account.median_error('fitted'):.1%}; its slow-down from {FITTED} to {PREDICTED}, set "
+        f"free of that, is off by {account.median_slowdown_error():.1%}."
+    ]
 
 
 def _mean_error(cells: Sequence[Cell], algorithm: Algorithm) -> float:

@@ -21,6 +21,7 @@ from moesim.table2.published import (
     FITTED,
     MISPRINTS,
     PRECISIONS,
+    PREDICTED,
     Algorithm,
     Card,
     published,
@@ -69,6 +70,17 @@ class Account:
     def median_error(self, role: str) -> float:
         return float(np.median(self.errors(role)))
 
+    def median_slowdown_error(self) -> float:
+        """How far off the change from the fitted to the predicted cells is, whatever the fit
+        left of either."""
+        fitted = {(c.gpu, c.algorithm): c.error for c in self.cells if c.role == "fitted"}
+        off = [
+            abs((1 + cell.error) / (1 + fitted[cell.gpu, cell.algorithm]) - 1)
+            for cell in self.cells
+            if cell.role == "predicted"
+        ]
+        return float(np.median(off))
+
     @property
     def misfit(self) -> float:
         """Root mean square of the fitted cells' logarithmic errors."""
@@ -95,6 +107,19 @@ class Reproduction:
     implied_loads: dict[str, tuple[float, float]]
     reach: list[Reach]
     expert_bytes: dict[str, int]
+
+    def median_error_unmodelled(self, *, scaled: bool) -> float:
+        """Of taking each predicted cell to be the fitted one, or that ``scaled`` by the bytes."""
+        growth = self.expert_bytes[PREDICTED] / self.expert_bytes[FITTED] if scaled else 1.0
+        before = {
+            (c.gpu, c.algorithm): c.published for c in self.account.cells if c.role == "fitted"
+        }
+        off = [
+            abs(before[cell.gpu, cell.algorithm] / growth / cell.published - 1)
+            for cell in self.account.cells
+            if cell.role == "predicted"
+        ]
+        return float(np.median(off))
 
 
 def find_reading(name: str) -> Reading:
