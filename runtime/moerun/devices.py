@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 import resource
 import sys
@@ -33,6 +35,31 @@ def find_device(name: str) -> torch.device:
     if index >= torch.cuda.device_count():
         raise RunError(f"device '{name}' is not there: {torch.cuda.device_count()} GPUs are")
     return torch.device("cuda", index)
+
+
+def use_threads(asked: int | None) -> None:
+    """Let compute on the CPU use so many threads; None leaves a core to the link.
+
+    Threads that wait for each other at every operation lose far more than a core's worth when one
+    of them has to share.
+    """
+    if asked is None:
+        # sched_getaffinity knows of containers and taskset; not every system has it.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        asked = max(1, min(torch.get_num_threads(), (cores or 1) - 1))
+    if asked < 1:
+        raise RunError(f"threads must be 1 or more, not {asked}")
+    torch.set_num_threads(asked)
+
+
+def calm_collector() -> None:
+    """Leave everything loaded until now out of Python's garbage collections.
+
+    The model libraries make so many objects that one full collection stops decoding for a third
+    of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def parse_bytes(text: str) -> int:

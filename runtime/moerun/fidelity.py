@@ -18,6 +18,7 @@ from typing import Any
 
 from moepolicy import PolicySpec
 
+from moerun.devices import calm_collector
 from moerun.errors import RunError
 from moerun.generate import Generated, Sampling
 from moerun.profile import Profiler
@@ -112,6 +113,7 @@ def run_live(
         ids = runner.encode(prompt)
         runner.generation().run(ids, replace(sampling, max_new_tokens=WARM_UP_TOKENS))
         runner.session.settle()
+        calm_collector()
         recording = LiveRecording(runner, trace, None, sampling.seed)
         recording.recorder.begin_sequence()
         try:

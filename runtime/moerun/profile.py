@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from moepolicy import find_policy
 
+from moerun.devices import calm_collector
 from moerun.errors import RunError
 from moerun.experts import attach
 from moerun.families import find_experts
@@ -30,11 +31,20 @@ from moerun.runner import Runner, Settings, make_link
 from moerun.session import Session
 from moerun.store import ExpertStore
 
-DECODED_TOKENS = 64
+DECODING_S = 2.0  # what one run aims at
+DECODED_TOKENS = (16, 256)  # but not fewer or more
 PROMPT_TOKENS = 128
 LINK_COPIES = 64
 REPEATS = 5
-TEXT = "The experts of a layer wait on a slow link until the gate has chosen two of them. "
+TEXT = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the "
+    "age of foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the "
+    "season of Light, it was the season of Darkness, it was the spring of hope, it was the winter "
+    "of despair, we had everything before us, we had nothing before us, we were all going direct "
+    "to Heaven, we were all going direct the other way - in short, the period was so far like the "
+    "present period, that some of its noisiest authorities insisted on its being received, for "
+    "good or for evil, in the superlative degree of comparison only."
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,8 @@ class ComputeCost:
     token_s          once a forward pass: embedding, head, sampling, the loop around them
     layer_s          a layer outside its experts: attention, norms, gate, policy, locks
     layer_token_s    each further token of a batch in such a layer
-    prefetch_s       more in a layer where the policy predicts and fetches ahead
+    prefetch_s       more in a layer where the policy predicts and fetches ahead: the gates it
+                     asks, and what its copies take from compute
     expert_s         one expert's compute for one token
     expert_token_s   each further token in it
     """
@@ -168,6 +179,7 @@ class Profiler:
             self._stack = stack.pop_all()
         self._plain.run()  # the first one warms up
         self._guessing.run()
+        calm_collector()
 
     def __enter__(self) -> Self:
         return self
@@ -177,8 +189,11 @@ class Profiler:
 
     def turn(self) -> None:
         """Measure everything once."""
-        cost, with_guesses = self._plain.run(), self._guessing.run()
-        extra_s = max(with_guesses.layer_s - cost.layer_s, 0.0)
+        cost, guessing = self._plain.run(), self._guessing.run()
+        # Experts computed beside a prefetch are slower, too: that is the prefetching's to bear.
+        experts = self._store.index.top_k
+        extra_s = guessing.layer_s - cost.layer_s + experts * (guessing.expert_s - cost.expert_s)
+        extra_s = max(extra_s, 0.0)
         self._costs.append(replace(cost, prefetch_s=extra_s))
         self._links.append(measure_link(self._store, self._settings))
 
@@ -207,8 +222,9 @@ class _Bench:
         self.watch = Stopwatch(self.runner.session, settings.device)
         attach([module for _, module in find_experts(self.runner.model)], self.watch)
         limit = context_tokens(self.runner.model) or (1 << 30)
-        self.prompt_tokens = min(PROMPT_TOKENS, limit // 2)
-        self.decoded_tokens = min(DECODED_TOKENS, limit - self.prompt_tokens - 1)
+        self.prompt = self.runner.encode(TEXT)[:, : min(PROMPT_TOKENS, limit // 2)]
+        self._room = limit - self.prompt.shape[1] - 1
+        self._tokens = min(DECODED_TOKENS[0], self._room)
 
     def __enter__(self) -> Self:
         return self
@@ -217,11 +233,13 @@ class _Bench:
         self.runner.close()
 
     def run(self) -> ComputeCost:
-        """One prompt and its decoding."""
+        """One prompt and its decoding; the first, short one says how long the next may be."""
         self.watch.steps.clear()
-        ids = self.runner.encode(TEXT * (self.prompt_tokens // 8))[:, : self.prompt_tokens]
-        sampling = Sampling(max_new_tokens=self.decoded_tokens + 1, stop=False)
-        self.runner.generation().run(ids, sampling)
+        sampling = Sampling(max_new_tokens=self._tokens + 1, stop=False)
+        generated = self.runner.generation().run(self.prompt, sampling)
+        least, most = DECODED_TOKENS
+        aim = round(DECODING_S * generated.tokens_per_s)
+        self._tokens = min(max(aim, least), most, self._room)
         return costs(self.watch.steps)
 
 

@@ -170,6 +170,7 @@ def test_policies_are_listed(moerun: Call) -> None:
         (("--memory", "lots"), "'lots' is no amount of memory"),
         (("--precision", "1bit"), "there is no precision '1bit'"),
         (("--streams", "9"), "streams must be 1, 2 or 3, not 9"),
+        (("--threads", "0"), "threads must be 1 or more, not 0"),
         (("--link-gbps", "0"), "link-gbps must be above 0"),
         (("--temperature", "-1"), "temperature must be 0 or more"),
         (("--top-p", "2"), "top-p must be above 0 and at most 1"),

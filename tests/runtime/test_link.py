@@ -114,6 +114,32 @@ def test_a_failed_read_is_reported_and_the_link_goes_on(tmp_path: Path) -> None:
     assert link.statistics.copies == 1
 
 
+class ThreadCountingSlot(DerivingSlot):
+    def arrive(self, record: torch.Tensor) -> None:
+        self.total = torch.get_num_threads()
+
+
+def test_the_links_threads_leave_the_cores_to_compute(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        slot = ThreadCountingSlot()
+        reports: Reports = SimpleQueue()
+        link = DiskLink(FileRecords(tmp_path / "records"), [slot])
+        link.start(lambda key, error: reports.put((key, error)))
+        link.submit(0, 0)
+        reports.get(timeout=PATIENCE_S)
+        link.close()
+        assert slot.total == 1
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [*later, torch.get_num_threads()] == [3, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_closing_ends_the_threads_after_the_copies_under_way(tmp_path: Path) -> None:
     reports: Reports = SimpleQueue()
     link = DiskLink(FileRecords(tmp_path / "records"), [LandingSlot()], streams=2)

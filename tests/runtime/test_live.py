@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -367,6 +369,22 @@ def test_a_damaged_record_stops_the_run_and_names_it(tiny: ExpertStore, tmp_path
         pytest.raises(RunError, match=rf"expert 5 of layer 0 .*{where.path.name}"),
     ):
         runner.generate(PROSE + CODE, Sampling(max_new_tokens=50))
+
+
+def test_a_closed_runner_frees_its_slots_at_once(tiny: ExpertStore) -> None:
+    with Runner(tiny, Settings(find_policy("lru-spec"), slots=2)) as runner:
+        runner.generate(PROSE, Sampling(max_new_tokens=3))  # imports keep their first caller
+    gc.collect()
+    gc.disable()
+    try:
+        runner = Runner(tiny, Settings(find_policy("lru-spec"), slots=2))
+        runner.generate(PROSE, Sampling(max_new_tokens=3))
+        slot = weakref.ref(runner.session.link.slots[0])
+        runner.close()
+        del runner
+        assert slot() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_sets_the_slots(tiny: ExpertStore) -> None:

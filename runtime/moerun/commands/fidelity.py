@@ -42,6 +42,7 @@ def fidelity(
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
     cold: opt.Cold = False,
+    threads: opt.Threads = None,
     calibration: opt.Calibration = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
     max_new_tokens: opt.MaxNewTokens = 200,
@@ -71,6 +72,7 @@ def fidelity(
         streams=streams,
         link_gbps=link_gbps,
         cold=cold,
+        threads=threads,
         calibration=calibration,
     )
     sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)

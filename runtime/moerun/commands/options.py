@@ -74,6 +74,14 @@ LinkGbps = Annotated[
         show_default=False,
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads that compute on the CPU. Default: one less than there are cores, which is "
+        "the link's.",
+        show_default=False,
+    ),
+]
 Cold = Annotated[
     bool,
     typer.Option(
@@ -112,6 +120,7 @@ def settings(
     memory: str | None = None,
     scope: str = "layer",
     cold: bool = False,
+    threads: int | None = None,
     horizon: int | None = None,
     calibration: str | None = None,
     recording: bool = False,
@@ -122,9 +131,10 @@ def settings(
         raise typer.BadParameter("give --slots or --memory, not both")
     if horizon is not None and horizon < 0:
         raise RunError(f"horizon must be 0 or more, not {horizon}")
-    from moerun.devices import find_device, parse_bytes
+    from moerun.devices import find_device, parse_bytes, use_threads
     from moerun.runner import Settings
 
+    use_threads(threads)
     return Settings(
         policy=spec,
         slots=slots,

@@ -20,6 +20,7 @@ def profile(
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
     cold: opt.Cold = False,
+    threads: opt.Threads = None,
     repeats: Annotated[
         int, typer.Option(help="How often to measure; the profile holds the medians.")
     ] = 5,
@@ -40,6 +41,7 @@ def profile(
         streams=streams,
         link_gbps=link_gbps,
         cold=cold,
+        threads=threads,
     )
     found = opt.store(model, precision, store)
     from moerun.profile import measure

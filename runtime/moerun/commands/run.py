@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from moerun.devices import calm_collector
 from moerun.generate import Sampling
 from moerun.record import LiveRecording
 from moerun.report import Format, provenance, render, report_of
@@ -28,6 +29,7 @@ def run(
     """
     streaming = format is Format.table
     with Runner(store, settings) as runner:
+        calm_collector()
         recording = (
             LiveRecording(runner, trace, journal, sampling.seed) if trace or journal else None
         )

@@ -104,37 +104,60 @@ class Throttle:
             return self._free_s
 
 
-class LinkThreads:
-    """One thread a stream, each taking jobs from one queue until it is closed."""
+class ThreadedLink:
+    """The part that links share: a thread a stream, each taking jobs from one queue."""
 
     def __init__(
         self,
-        streams: int,
-        copy: Callable[[int, int, int], None],
-        statistics: LinkStatistics,
+        slots: Sequence[Slot],
         *,
         record_bytes: int,
+        streams: int,
         throttle: Throttle | None,
+        scratch_device: torch.device,
     ) -> None:
-        """``copy(stream, key, slot)`` returns when the record is there, or raises."""
-        self._copy = copy
-        self._statistics = statistics
+        """Raises RunError for streams out of range."""
+        if not 1 <= streams <= 3:
+            raise RunError(f"streams must be 1, 2 or 3, not {streams}")
+        self.slots = slots
+        self.streams = streams
+        self.statistics = LinkStatistics()
+        scratch_bytes = record_bytes if slots and slots[0].landing is None else 0
+        self._scratch = [
+            torch.empty(scratch_bytes, dtype=torch.uint8, device=scratch_device)
+            for _ in range(streams)
+        ]
         self._record_bytes = record_bytes
         self._throttle = throttle
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._threads = [
-            # A daemon: a caller that dies without closing must not hang at exit.
-            threading.Thread(target=self._work, args=(i,), name=f"link-{i}", daemon=True)
-            for i in range(streams)
-        ]
+        self._threads: list[threading.Thread] = []
         self._done: Done | None = None
         self._closing = False
+        self._ready = threading.Barrier(streams + 1)
+
+    def copy(self, stream: int, key: int, slot: int) -> None:
+        """Bring the record and make the slot computable; returns when it is, or raises."""
+        raise NotImplementedError
+
+    def landing(self, stream: int, slot: int) -> torch.Tensor:
+        """Where a record for ``slot`` is to land: in the slot, or in the stream's own memory."""
+        landing = self.slots[slot].landing
+        return self._scratch[stream] if landing is None else landing
 
     def start(self, done: Done) -> None:
         self._done = done
+        compute_threads = torch.get_num_threads()
+        self._threads = [
+            # A daemon: a caller that dies without closing must not hang at exit.
+            threading.Thread(target=self._work, args=(i,), name=f"link-{i}", daemon=True)
+            for i in range(self.streams)
+        ]
         for thread in self._threads:
             thread.start()
+        self._ready.wait()
+        # Setting it in one thread makes it the default of all that are yet to come.
+        torch.set_num_threads(compute_threads)
 
     def submit(self, key: int, slot: int) -> None:
         self._jobs.put(Job(key, slot, time.perf_counter()))
@@ -144,15 +167,21 @@ class LinkThreads:
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            if thread.ident is not None and thread is not threading.current_thread():
+            if thread is not threading.current_thread():
                 thread.join()
         self._threads = []
+        self._done = None  # so that a session and its slots go when their last user does
 
     def _sleep_until(self, deadline_s: float) -> None:
         while not self._closing and (left_s := deadline_s - time.perf_counter()) > 0:
             time.sleep(min(left_s, _PATIENCE_S))
 
     def _work(self, stream: int) -> None:
+        # Deriving a slot from its record must not crowd out compute. A thread takes over the
+        # count when it first asks for it.
+        torch.set_num_threads(1)
+        torch.get_num_threads()
+        self._ready.wait()
         ended_s = reported_s = 0.0
         while (job := self._jobs.get()) is not None:
             # What is asked for while the copy before it is being reported follows without a gap,
@@ -165,7 +194,7 @@ class LinkThreads:
         """Copy, wait for the cap, report; returns when the copy ended."""
         assert self._done is not None
         try:
-            self._copy(stream, job.key, job.slot)
+            self.copy(stream, job.key, job.slot)
         except Exception as error:
             self._done(job.key, error)
             return time.perf_counter()
@@ -175,17 +204,11 @@ class LinkThreads:
             self._sleep_until(deadline_s)
             ended_s = max(ended_s, deadline_s)
         with self._lock:
-            self._statistics.copies += 1
-            self._statistics.bytes_copied += self._record_bytes
-            self._statistics.busy_s += ended_s - begin_s
+            self.statistics.copies += 1
+            self.statistics.bytes_copied += self._record_bytes
+            self.statistics.busy_s += ended_s - begin_s
         self._done(job.key, None)
         return ended_s
 
 
 _PATIENCE_S = 0.05  # how long closing may wait for a thread that holds a copy back
-
-
-def check_streams(streams: int) -> int:
-    if not 1 <= streams <= 3:
-        raise RunError(f"streams must be 1, 2 or 3, not {streams}")
-    return streams

@@ -8,18 +8,10 @@ from typing import Any
 import torch
 
 from moerun.errors import RunError
-from moerun.links.base import (
-    Done,
-    LinkStatistics,
-    LinkThreads,
-    Records,
-    Slot,
-    Throttle,
-    check_streams,
-)
+from moerun.links.base import Records, Slot, ThreadedLink, Throttle
 
 
-class CudaLink:
+class CudaLink(ThreadedLink):
     """Copies records from a pinned host arena, which holds them all, into slots on the device.
 
     Each slot has two events. ``copied`` is recorded behind its copy, and the compute stream waits
@@ -37,38 +29,21 @@ class CudaLink:
         throttle: Throttle | None = None,
     ) -> None:
         """Loads every record of the store into pinned memory; RunError where it does not fit."""
-        self.streams = check_streams(streams)
-        self.statistics = LinkStatistics()
+        super().__init__(
+            slots,
+            record_bytes=store.record_bytes,
+            streams=streams,
+            throttle=throttle,
+            scratch_device=device,
+        )
         self.device = device
         self._host: torch.Tensor | None = _pinned_copy(store)
-        self.slots = slots
-        self._scratch = [
-            torch.empty(
-                store.record_bytes if slots[0].landing is None else 0,
-                dtype=torch.uint8,
-                device=device,
-            )
-            for _ in range(streams)
-        ]
         self._copied = [_event() for _ in slots]
         self._used: list[torch.cuda.Event | None] = [None] * len(slots)
-        self._streams = [
+        self._lanes = [
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for _ in range(streams)
         ]
-        self._threads = LinkThreads(
-            streams,
-            self._copy,
-            self.statistics,
-            record_bytes=store.record_bytes,
-            throttle=throttle,
-        )
-
-    def start(self, done: Done) -> None:
-        self._threads.start(done)
-
-    def submit(self, key: int, slot: int) -> None:
-        self._threads.submit(key, slot)
 
     def acquire(self, slot: int) -> None:
         torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
@@ -78,25 +53,24 @@ class CudaLink:
         event.record(torch.cuda.current_stream(self.device))
         self._used[slot] = event
 
-    def close(self) -> None:
-        self._threads.close()
-        if self._host is not None:
-            torch.cuda.synchronize(self.device)
-            _unpin(self._host)
-            self._host = None
-
-    def _copy(self, stream: int, key: int, slot: int) -> None:
+    def copy(self, stream: int, key: int, slot: int) -> None:
         assert self._host is not None
-        lane = self._streams[stream]
+        lane = self._lanes[stream]
         if (used := self._used[slot]) is not None:
             lane.wait_event(used)
         with torch.cuda.stream(lane):
-            landing = self.slots[slot].landing
-            record = self._scratch[stream] if landing is None else landing
+            record = self.landing(stream, slot)
             record.copy_(self._host[key], non_blocking=True)
             self.slots[slot].arrive(record)
         self._copied[slot].record(lane)
         self._copied[slot].synchronize()
+
+    def close(self) -> None:
+        super().close()
+        if self._host is not None:
+            torch.cuda.synchronize(self.device)
+            _unpin(self._host)
+            self._host = None
 
 
 def _pinned_copy(store: Records) -> torch.Tensor:

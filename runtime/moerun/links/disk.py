@@ -8,15 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from moerun.errors import RunError
-from moerun.links.base import (
-    Done,
-    LinkStatistics,
-    LinkThreads,
-    Records,
-    Slot,
-    Throttle,
-    check_streams,
-)
+from moerun.links.base import Records, Slot, ThreadedLink, Throttle
 from moerun.store import ExpertStore
 
 
@@ -44,7 +36,7 @@ class ColdRecords:
             os.close(fd)
 
 
-class DiskLink:
+class DiskLink(ThreadedLink):
     """Reads records from the store's files into slots in host memory.
 
     Reading releases the interpreter lock, so it overlaps with compute. A read that fails is
@@ -59,27 +51,14 @@ class DiskLink:
         streams: int = 1,
         throttle: Throttle | None = None,
     ) -> None:
-        self.streams = check_streams(streams)
-        self.statistics = LinkStatistics()
-        self._store = store
-        self.slots = slots
-        self._scratch = [
-            torch.empty(store.record_bytes if slots[0].landing is None else 0, dtype=torch.uint8)
-            for _ in range(streams)
-        ]
-        self._threads = LinkThreads(
-            streams,
-            self._read,
-            self.statistics,
+        super().__init__(
+            slots,
             record_bytes=store.record_bytes,
+            streams=streams,
             throttle=throttle,
+            scratch_device=torch.device("cpu"),
         )
-
-    def start(self, done: Done) -> None:
-        self._threads.start(done)
-
-    def submit(self, key: int, slot: int) -> None:
-        self._threads.submit(key, slot)
+        self._store = store
 
     def acquire(self, slot: int) -> None:
         """Nothing to do: compute on the CPU runs when it is called."""
@@ -87,11 +66,7 @@ class DiskLink:
     def release(self, slot: int) -> None:
         """Nothing to do: compute on the CPU is over when its call returns."""
 
-    def close(self) -> None:
-        self._threads.close()
-
-    def _read(self, stream: int, key: int, slot: int) -> None:
-        landing = self.slots[slot].landing
-        record = self._scratch[stream] if landing is None else landing
+    def copy(self, stream: int, key: int, slot: int) -> None:
+        record = self.landing(stream, slot)
         self._store.read_into(key, record)
         self.slots[slot].arrive(record)
