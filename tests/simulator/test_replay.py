@@ -57,10 +57,8 @@ def test_the_replay_is_simpy_to_the_nanosecond(
 
 
 # Compiling takes seconds for each policy and set of features: here every feature is on.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lru-spec", "belady-bypass")]
-
-
-@pytest.mark.parametrize("policy", ["fiddler", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass", "fiddler"])
 @given(traces(), full_machines, st.sampled_from(["layer", "global"]))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_compiling_changes_nothing(
@@ -72,6 +70,17 @@ def test_compiling_changes_nothing(
         patch.setattr(engines, "WORTH_COMPILING", 0)
         assert outcome(workload, policy, on, slots, scope, "replay") == interpreted
     assert find_policy(policy).policy not in engines._interpreted
+
+
+def test_a_policy_is_compiled_once_it_pays_and_decides_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workload = load_workload(open_trace("tiny")).head(200)
+    on = machine(latency_s=3e-9)
+    interpreted = outcome(workload, "lru", on, 3, "layer", "replay")
+    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+    assert outcome(workload, "lru", on, 3, "layer", "replay") == interpreted
+    assert find_policy("lru").policy in engines._proven
 
 
 def test_every_built_in_policy_is_compilable() -> None:
