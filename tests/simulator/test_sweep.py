@@ -240,9 +240,26 @@ def test_a_trace_that_changes_meanwhile_is_noticed(tmp_path: Path, trace: str) -
 
     plan = make_plan(Grid(("lru",), (trace,), (1, 2)))
     random_trace(Path(trace), seed=7)
-    worker = Worker(plan.job, tmp_path / "scratch")
+    worker = Worker(plan.job, tmp_path / "scratch", "node-3")
     for point in plan.points:
-        assert "is not the trace the sweep began with" in str(worker.run(point).error)
+        error = str(worker.run(point).error)
+        assert error.startswith(f"on node node-3: {trace} is not the trace the sweep began with")
+    Path(trace).unlink()
+    error = str(Worker(plan.job, tmp_path / "scratch", "node-3").run(plan.points[0]).error)
+    assert error == f"on node node-3: {trace}: there is no such trace"
+
+
+def test_a_trace_is_found_from_another_folder(
+    tmp_path: Path, trace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesim.sweep.plan import make_plan
+    from moesim.sweep.worker import Worker
+
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(Grid(("lru",), (Path(trace).name,), (1,)))
+    assert plan.labels(plan.points[0])["trace_path"] == Path(trace).name
+    monkeypatch.chdir("/")
+    assert Worker(plan.job, tmp_path / "scratch").run(plan.points[0]).error is None
 
 
 def test_a_policy_file_travels_with_the_job(tmp_path: Path, trace: str) -> None:

@@ -196,6 +196,23 @@ def test_finished_points_are_not_run_again_whatever_else_the_grid_has(
     assert sorted(pool.numbers()) == list(range(1, len(plan.points), 2))
 
 
+def test_points_that_come_to_the_same_are_run_once(tmp_path: Path) -> None:
+    names = []
+    for name in ("one", "other"):
+        profile = tmp_path / f"{name}.toml"
+        profile.write_text(f"name = '{name}'\n[link]\nbytes_per_s = 1e9\n")
+        names.append(str(profile))
+    trace = str(random_trace(tmp_path / "t.parquet"))
+    plan = make_plan(Grid(("lru",), (trace,), (1,), machines=tuple(names)))
+    pool = Scripted(plan)
+    with Journal(tmp_path / "j") as journal:
+        sweep = Sweep(plan, journal)
+        sweep.run(pool)
+        rows = sweep.rows()
+    assert pool.numbers() == [0]
+    assert [row["machine"] for row in rows] == ["one", "other"]
+
+
 def test_the_result_has_the_same_columns_whatever_happened(tmp_path: Path, plan: Plan) -> None:
     with Journal(tmp_path / "j") as journal:
         sweep = Sweep(plan, journal)

@@ -44,7 +44,13 @@ def sweep(
             show_default=False,
         ),
     ] = None,
-    grid: Annotated[Path | None, typer.Option(help="A TOML file with the axes.")] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file with the axes: policies, traces, slots or memory, scopes, machines, "
+            "precisions or expert_bytes, engine, and tables [parameters.POLICY] of values."
+        ),
+    ] = None,
     trace: Annotated[
         list[str] | None,
         typer.Option(help="A trace file, a sample's name, or a URL; may be repeated."),

@@ -7,20 +7,24 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import moepolicy
 from moepolicy import PolicySpec
-from moeroute import Trace, TraceError, open_trace, prediction_column
+from moeroute import Trace, TraceError, open_trace, prediction_column, sample_names
 from moeroute.schema import TraceMeta
 
-from moesim import __version__
+import moesim
 from moesim.errors import SimulationError
 from moesim.profile import Machine, load_machine
 from moesim.simulate import expert_size
 from moesim.sweep.grid import Grid
 
+# Parts of moesim that decide nothing about a simulation.
+ASIDE = ("commands", "sweep", "table2", "cli.py", "report.py", "timeline.py")
 SHOWN = 3  # reasons in one message
 # What a policy may require of the steps, and the column of the trace that has it.
 COLUMNS = {"predictions": prediction_column(1), "logits": "router_logits"}
@@ -28,9 +32,10 @@ COLUMNS = {"predictions": prediction_column(1), "logits": "router_logits"}
 
 @dataclass(frozen=True)
 class Source:
-    """A trace of the grid: where it is, what it must be, what is read of it."""
+    """A trace of the grid: its name there, where it is, what it must be, what is read of it."""
 
     path: str
+    place: str
     digest: str
     seed: int | None
     predictions: bool
@@ -59,17 +64,17 @@ class Point:
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """A policy as it travels to workers: its spec, and its code where that is a file's."""
+    """A policy as it travels to workers: its spec, and its code where that is a file's.
+
+    ``digest`` is of the file that its class is in.
+    """
 
     name: str
     parameters: Mapping[str, int | float | str]
     label: str
     code: str | None
+    digest: str | None
     needs_future: bool
-
-    @property
-    def digest(self) -> str | None:
-        return None if self.code is None else hashlib.sha256(self.code.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,8 @@ class _Layout:
         wanted = {need for spec in specs for need in spec.requires}
         self.sources = [
             Source(
-                path=str(name),
+                path=name,
+                place=_place(name, trace),
                 digest=trace.digest,
                 seed=trace.meta.seed,
                 predictions="predictions" in wanted and trace.has(COLUMNS["predictions"]),
@@ -231,7 +237,7 @@ class _Layout:
             "slots": slots,
             "memory_bytes": budget,
             "expert_bytes": size,
-            "moesim": __version__,
+            "moesim": code_digest(),
         }
         if refused:
             what |= {"precision": precision, "path": source.path}
@@ -249,6 +255,20 @@ class _Layout:
         )
 
 
+@cache
+def code_digest() -> str:
+    """SHA-256 of the simulator's and the policies' own code: what else a result depends on."""
+    digest = hashlib.sha256()
+    for package in (moepolicy, moesim):
+        root = Path(str(package.__file__)).parent
+        for file in sorted(root.rglob("*.py")):
+            inner = file.relative_to(root)
+            if inner.parts[0] not in ASIDE:
+                digest.update(f"{package.__name__}/{inner.as_posix()}\n".encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def machine_digest(machine: Machine) -> str:
     """SHA-256 of what a profile makes of time; its name and description do not count."""
     constants = asdict(machine)
@@ -261,10 +281,25 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _place(name: str, trace: Trace) -> str:
+    """Where a worker finds a trace, whatever its folder: every node has the samples by name."""
+    if isinstance(trace.path, str) or name in sample_names():
+        return name
+    return str(trace.path.absolute())
+
+
 def _travelling(spec: PolicySpec) -> NamedPolicy:
     path, mark, _ = spec.name.rpartition(".py:")
-    code = Path(f"{path}.py").read_text(encoding="utf-8") if mark else None
-    return NamedPolicy(spec.name, spec.parameters, spec.label, code, "future" in spec.requires)
+    file = f"{path}.py" if mark else inspect.getsourcefile(spec.policy)
+    text = Path(file).read_text(encoding="utf-8") if file else None
+    return NamedPolicy(
+        name=spec.name,
+        parameters=spec.parameters,
+        label=spec.label,
+        code=text if mark else None,
+        digest=text and hashlib.sha256(text.encode()).hexdigest(),
+        needs_future="future" in spec.requires,
+    )
 
 
 def _all_parameters(spec: PolicySpec) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from moesim import __version__
 from moesim.sweep.cluster import Connected, Gone
-from moesim.sweep.plan import Job, Point
+from moesim.sweep.plan import Job, Point, code_digest
 from moesim.sweep.pool import HOPELESS, Finished, Lost, Ready, one_thread
-from moesim.sweep.worker import Outcome, Worker, versions
+from moesim.sweep.worker import Outcome, Worker
 
 REACH_S = 5.0
 GONE_S = 15.0  # a cluster that cannot be reached for so long is given up
@@ -40,11 +39,12 @@ class NodeWorker:
 
     def __init__(self, job: Job, token: str) -> None:
         one_thread()
-        self.worker = Worker(job, node_scratch(token))
+        self.node = socket.gethostname()
+        self.worker = Worker(job, node_scratch(token), self.node)
 
-    def hello(self) -> tuple[str, str | None]:
-        """The node's name and moesim's version there."""
-        return socket.gethostname(), versions()["moesim_version"]
+    def hello(self) -> tuple[str, str]:
+        """The node's name, and which code of moesim it has."""
+        return self.node, code_digest()
 
     def run(self, point: Point) -> Outcome:
         return self.worker.run(point)
@@ -219,8 +219,8 @@ class _Driver:
             self.send(Finished(worker, number, answer))
             return
         actor.name, theirs = answer
-        if theirs != __version__:
-            self.send(Gone(f"has moesim {theirs} on {actor.name}, not {__version__} as here"))
+        if theirs != code_digest():
+            self.send(Gone(f"has another moesim on {actor.name} than there is here"))
             os._exit(1)
         actor.ready = True
         self._stillborn = 0

@@ -20,7 +20,7 @@ from moesim import __version__
 from moesim.engines import Engine
 from moesim.errors import SimulationError
 from moesim.simulate import simulate
-from moesim.sweep.plan import Job, NamedPolicy, Point, Source
+from moesim.sweep.plan import Job, NamedPolicy, Point, Source, code_digest
 from moesim.sweep.scratch import shared_workload
 from moesim.workload import Workload, load_workload
 
@@ -38,11 +38,15 @@ class Outcome:
 
 
 class Worker:
-    """Runs points one at a time. Holds one workload, and a class for every policy it has met."""
+    """Runs points one at a time. Holds one workload, and a class for every policy it has met.
 
-    def __init__(self, job: Job, scratch: Path) -> None:
+    ``node`` is the name to complain of where a trace is not to be had.
+    """
+
+    def __init__(self, job: Job, scratch: Path, node: str | None = None) -> None:
         self.job = job
         self.scratch = scratch
+        self.node = node
         self._held: tuple[int, Workload | str] | None = None
         self._classes: dict[str, PolicySpec] = {}
 
@@ -98,7 +102,7 @@ class Worker:
         try:
             return shared_workload(self.scratch, name, lambda: read_source(source))
         except EXPECTED as error:
-            return str(error)
+            return f"on node {self.node}: {error}" if self.node else str(error)
 
 
 def slots_in(
@@ -124,13 +128,13 @@ def slots_in(
 
 def read_source(source: Source) -> Workload:
     """Load a trace. SimulationError if it is not the one that the sweep was planned with."""
-    trace = open_trace(source.path)
+    trace = open_trace(source.place)
     # The digest of a remote trace means fetching all of it once more, and every node sees the
     # same object.
     if isinstance(trace.path, Path) and trace.digest != source.digest:
         raise SimulationError(
-            f"{source.path} on {platform.node()} is not the trace the sweep began with: its "
-            f"digest is {trace.digest[:12]}, not {source.digest[:12]}"
+            f"{source.place} is not the trace the sweep began with: its digest is"
+            f" {trace.digest[:12]}, not {source.digest[:12]}"
         )
     return load_workload(trace, logits=source.logits, predictions=source.predictions)
 
@@ -138,7 +142,7 @@ def read_source(source: Source) -> Workload:
 @cache
 def versions() -> dict[str, str | None]:
     """Columns that say what a row was computed with."""
-    found: dict[str, str | None] = {"moesim_version": __version__}
+    found: dict[str, str | None] = {"moesim_version": __version__, "moesim_sha256": code_digest()}
     found["python_version"] = platform.python_version()
     for package in PACKAGES:
         try:
