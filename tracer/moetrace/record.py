@@ -76,7 +76,9 @@ def describe_recording(
         if settings.generate
         else "teacher-forced",
         "sequence_length": str(settings.length(checkpoint.context)),
-        "prompt_tokens": str(settings.prompt_tokens or 0),
+        "prompt_tokens": "all not generated"
+        if settings.generate
+        else str(settings.prompt_tokens or 0),
         "run_as": f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}",
     }
     return TraceMeta(
