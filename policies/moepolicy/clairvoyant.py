@@ -9,6 +9,10 @@ from moepolicy.policy import NO_USE, Context, Policy, PolicyError
 from moepolicy.selection import highest
 from moepolicy.steps import Step
 
+UNKNOWN = -2
+DEPTH_A = 1
+DEPTH_B = 2
+
 
 def next_use(keys: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """The step that next uses each demanded key; ``NO_USE`` where none does.
@@ -23,18 +27,32 @@ def next_use(keys: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.
     return following
 
 
+def first_use(
+    demands: NDArray[np.int32], offsets: NDArray[np.int64], n_keys: int
+) -> NDArray[np.int64]:
+    """int64[n_keys]: the step that first uses each key; ``NO_USE`` where none does."""
+    keys, at = np.unique(demands, return_index=True)
+    first = np.full(n_keys, NO_USE, np.int64)
+    first[keys] = np.searchsorted(offsets, at, side="right") - 1
+    return first
+
+
+def _future(context: Context, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The trace's next uses and offsets. PolicyError where there is no trace."""
+    if context.next_use is None or context.offsets is None:
+        raise PolicyError(
+            f"policy '{name}' needs the future of a recorded trace: it runs in moesim, not live"
+        )
+    return context.next_use, context.offsets
+
+
 class Belady(Policy):
     """Evict the expert whose next use is farthest (Belady's MIN over whole steps, no bypass)."""
 
     requires = frozenset({"future"})
 
     def __init__(self, context: Context) -> None:
-        if context.next_use is None or context.offsets is None:
-            raise PolicyError(
-                "policy 'belady' needs the future of a recorded trace: it runs in moesim, not live"
-            )
-        self.next_use = context.next_use
-        self.offsets = context.offsets
+        self.next_use, self.offsets = _future(context, "belady")
         self.due = np.full(context.n_layers * context.n_experts, NO_USE, np.int64)
 
     def on_step(self, step: Step) -> None:
@@ -56,44 +74,184 @@ class BeladyBypass(Policy):
     requires = frozenset({"future"})
 
     def __init__(self, context: Context) -> None:
-        if context.next_use is None or context.offsets is None:
-            raise PolicyError(
-                "policy 'belady-bypass' needs the future of a recorded trace: it runs in moesim, "
-                "not live"
-            )
+        self.next_use, self.offsets = _future(context, "belady-bypass")
         n_keys = context.n_layers * context.n_experts
-        self.staging = int(np.diff(context.offsets).max())
-        self.next_use = context.next_use
-        self.offsets = context.offsets
+        self.staging = int(np.diff(self.offsets).max())
         self.due = np.full(n_keys, NO_USE, np.int64)
-        self.cached = np.zeros(n_keys, np.bool_)
-        self.wanted = np.zeros(context.n_experts, np.int32)
-        self.n_wanted = np.zeros(1, np.int64)
+        self.held = np.zeros(n_keys, np.bool_)
+        self.wanted = np.zeros(n_keys, np.int32)
+        self.now = np.zeros(2, np.int64)  # the step in progress, and how many it wants
 
     def on_step(self, step: Step) -> None:
+        self.foresee(step)
+
+    def foresee(self, step: Step) -> None:
+        """Learn when the step's experts are used next."""
         first = self.offsets[step.number]
-        self.n_wanted[0] = len(step.experts)
+        self.now[0] = step.number
+        self.now[1] = len(step.experts)
         for rank in range(len(step.experts)):
             key = step.experts[rank]
             self.wanted[rank] = key
             self.due[key] = self.next_use[first + rank]
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
-        self.cached[key] = True
+        self.held[key] = True
 
     def on_evict(self, key: int) -> None:
-        self.cached[key] = False
+        self.held[key] = False
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        return self.displaced(incoming, candidates)
+
+    def displaced(self, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """Who makes room for one of the step's experts; -1 where it is itself the farthest."""
         farthest = highest(self.due, candidates)
         if self.due[incoming] >= self.due[farthest]:
             return -1
-        for rank in range(self.n_wanted[0]):
+        for rank in range(self.now[1]):
             key = self.wanted[rank]
-            if self.cached[key] and self.due[key] > self.due[farthest]:
+            if self.held[key] and self.due[key] > self.due[farthest]:
                 return -1  # that one goes instead, once its pin has dropped: see retain
         return farthest
 
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
         farthest = highest(self.due, candidates)
         return farthest if self.due[key] < self.due[farthest] else -1
+
+
+class Clairvoyant(BeladyBypass):
+    """Fetch ahead, knowing the future: always what is missing soonest, for what is needed latest.
+
+    Cao et al.'s "aggressive" (1995): a copy starts whenever the link is free and some resident
+    is needed later than what it brings. With ``delay`` d their "delay(d)": the victim is who
+    would be needed latest d steps on, and a copy waits until that one's uses before are over. A
+    demanded expert is kept as Belady with bypass keeps it.
+    """
+
+    stage_prefetches = False
+
+    def __init__(self, context: Context, delay: int = 0) -> None:
+        super().__init__(context)
+        if context.demands is None:
+            raise PolicyError("policy 'clairvoyant' needs a trace's demands in its context")
+        if delay < 0:
+            raise PolicyError(f"clairvoyant: delay must be 0 steps or more, not {delay}")
+        self.delay = delay
+        self.demands = context.demands
+        n_keys, n_domains = context.n_keys, context.n_layers
+        if context.scope == "global":
+            n_domains = 1
+        self.width = n_keys // n_domains  # keys of a domain
+        self.slots = min(context.slots, context.n_experts) * context.n_layers // n_domains
+        self.due = first_use(self.demands, self.offsets, n_keys)
+        self.wanted_at = np.full(n_keys, -1, np.int64)
+        self.n_held = np.zeros(n_domains, np.int64)
+        self.started = np.zeros(1, np.int64)  # prefetches since they were last asked for
+        self.soonest = np.full(n_domains, UNKNOWN, np.int64)  # a domain's missing key due first
+        self.offer = np.zeros(n_domains, np.int64)  # its next one to name, -1: none
+        self.offered = np.zeros(n_domains, np.int64)  # how many were named
+
+    def on_step(self, step: Step) -> None:
+        self.foresee(step)
+        for rank in range(len(step.experts)):
+            key = step.experts[rank]
+            self.wanted_at[key] = step.number
+            if self.soonest[key // self.width] == key:
+                self.soonest[key // self.width] = UNKNOWN
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        domain = key // self.width
+        self.held[key] = True
+        self.n_held[domain] += 1
+        if speculative:
+            self.started[0] += 1
+        if self.soonest[domain] == key:
+            self.soonest[domain] = UNKNOWN
+
+    def on_evict(self, key: int) -> None:
+        domain = key // self.width
+        self.held[key] = False
+        self.n_held[domain] -= 1
+        self.soonest[domain] = UNKNOWN
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        if self.wanted_at[incoming] == self.now[0]:
+            return self.displaced(incoming, candidates)
+        due = self.due[incoming]
+        horizon = min(self.now[0] + 1 + self.delay, due)
+        best = candidates[0]
+        latest = self.use_from(best, horizon)
+        for i in range(1, len(candidates)):
+            use = self.use_from(candidates[i], horizon)
+            if use > latest:
+                best, latest = candidates[i], use
+        return int(best) if self.due[best] > due else -1
+
+    def use_from(self, key: int, step: int) -> int:
+        """The first use of ``key`` at ``step`` or later."""
+        use = self.due[key]
+        while use < step:
+            i = self.offsets[use]
+            while self.demands[i] != key:
+                i += 1
+            use = self.next_use[i]
+        return int(use)
+
+    def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
+        # As many as the link will take before it is asked again, if it goes on like this.
+        room = min(self.started[0] * DEPTH_A + DEPTH_B, len(keys))
+        self.started[0] = 0
+        for domain in range(len(self.soonest)):
+            self.offered[domain] = 0
+            if self.soonest[domain] == UNKNOWN:
+                self.soonest[domain] = self.missing_after(domain, -1)
+            self.offer[domain] = self.soonest[domain]
+        n = 0
+        while n < room:
+            domain = self.most_urgent()
+            if domain < 0:
+                break
+            key = self.offer[domain]
+            if self.finds_room(domain, key):
+                keys[n] = key
+                n += 1
+                self.offered[domain] += 1
+                self.offer[domain] = self.missing_after(domain, key)
+            else:
+                self.offer[domain] = -1
+        return n
+
+    def most_urgent(self) -> int:
+        """The domain whose next offer is due first; -1 where no domain has one."""
+        best = -1
+        for domain in range(len(self.offer)):
+            key = self.offer[domain]
+            if key >= 0 and (best < 0 or self.due[key] < self.due[self.offer[best]]):
+                best = domain
+        return best
+
+    def missing_after(self, domain: int, key: int) -> int:
+        """The missing key of ``domain`` that is due next after ``key`` (-1: first); -1 if none."""
+        best = -1
+        soonest = NO_USE
+        first = domain * self.width
+        for other in range(first, first + self.width):
+            due = self.due[other]
+            absent = not self.held[other] and self.wanted_at[other] != self.now[0]
+            behind = key < 0 or due > self.due[key] or (due == self.due[key] and other > key)
+            if due < soonest and absent and behind:
+                best = other
+                soonest = due
+        return best
+
+    def finds_room(self, domain: int, key: int) -> bool:
+        """Whether a slot is free, or a resident due later, after those already offered."""
+        room = self.slots - self.n_held[domain] - self.offered[domain]
+        first = domain * self.width
+        for other in range(first, first + self.width):
+            if room > 0:
+                break
+            if self.held[other] and self.due[other] > self.due[key]:
+                room += 1
+        return bool(room > 0)

@@ -22,8 +22,9 @@ class Context(NamedTuple):
 
     slots is per layer; a global cache holds ``slots * n_layers`` experts together. ``counts``
     [n_layers, n_experts] is how often each expert was used in a calibration trace.
-    ``next_use`` and ``offsets`` are the future: entry ``offsets[step] + rank`` is the index of
-    the step that next uses that step's ``rank``-th expert (``NO_USE``: never).
+    ``next_use``, ``offsets`` and ``demands`` are the future: entry ``offsets[step] + rank`` is the
+    index of the step that next uses that step's ``rank``-th expert (``NO_USE``: never), and its
+    key.
     """
 
     n_layers: int
@@ -34,6 +35,7 @@ class Context(NamedTuple):
     counts: NDArray[np.int64] | None = None
     next_use: NDArray[np.int64] | None = None
     offsets: NDArray[np.int64] | None = None
+    demands: NDArray[np.int32] | None = None
 
     @property
     def n_keys(self) -> int:

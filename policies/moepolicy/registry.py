@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moepolicy.clairvoyant import Belady, BeladyBypass
+from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
 from moepolicy.console import nearest
 from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
 from moepolicy.policy import Context, Policy, PolicyError
@@ -29,6 +29,7 @@ BUILT_IN: dict[str, type[Policy]] = {
     "fiddler": Fiddler,
     "belady": Belady,
     "belady-bypass": BeladyBypass,
+    "clairvoyant": Clairvoyant,
     "lru-spec": LruSpec,
 }
 

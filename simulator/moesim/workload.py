@@ -114,6 +114,7 @@ class Workload:
             counts=self.counts,
             next_use=self.next_use,
             offsets=self.offsets,
+            demands=self.keys,
         )
 
     def step(self, number: int, *, detail: bool = True) -> Step:

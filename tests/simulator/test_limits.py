@@ -80,23 +80,23 @@ def test_the_limit_is_what_exhaustive_search_finds(
     assert found == fewest(demands, scope, slots, bypass=bypass)
 
 
-@given(demands_of(2, N_EXPERTS), scopes, slots_of_each, st.integers(1, 4))
+@given(demands_of(2, N_EXPERTS), scopes, slots_of_each, st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=100, deadline=None)
 def test_a_window_begins_with_the_best_content_there_is(
-    demands: Demands, scope: str, slots: int, length: int
+    demands: Demands, scope: str, slots: int, stride: int, count: int
 ) -> None:
     workload = workload_of(demands)
-    counts = windows(workload, *domains(workload, slots, scope), length)
-    assert len(counts) == -(-len(demands) // length)
-    n_layers = workload.meta.n_layers
-    for i, (loads, fills) in enumerate(counts.tolist()):
-        window = demands[i * length : (i + 1) * length]
-        # A layer that the window skips still has its slots in a global cache.
-        capacity = slots if scope == "layer" else slots * n_layers
-        if scope == "layer":
-            assert loads - fills == fewest(window, scope, slots, bypass=True, warm=True)
-        else:
-            assert loads - fills == _fewest(window, capacity, True, True)
+    counts = windows(workload, *domains(workload, slots, scope), stride, count=count)
+    assert len(counts) == -(-len(demands) // stride)
+    # A layer that the window skips still has its slots in a global cache.
+    n_layers = workload.meta.n_layers if scope == "global" else 1
+    for start, row in enumerate(counts.tolist()):
+        for i, (loads, fills) in enumerate(row):
+            window = demands[start * stride : (start + i + 1) * stride]
+            if scope == "global":
+                assert loads - fills == _fewest(window, slots * n_layers, True, True)
+            else:
+                assert loads - fills == fewest(window, scope, slots, bypass=True, warm=True)
 
 
 def loads_of(policy: str, workload: Workload, slots: int, scope: str) -> int:

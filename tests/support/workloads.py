@@ -15,17 +15,21 @@ def make_workload(
     n_experts: int,
     *,
     tokens: Sequence[int] | None = None,
+    guesses: int | None = None,
 ) -> Workload:
     """One step for each (layer, experts in router order); a pass begins where layers start over.
 
-    ``tokens`` are those each step serves; a step of several is a prompt's. Experts are of 10
-    bytes.
+    ``tokens`` are those each step serves; a step of several is a prompt's. ``guesses`` seeds
+    random predictions of the next layer. Experts are of 10 bytes.
     """
     served = np.array([1] * len(demands) if tokens is None else tokens, np.int32)
     widths = [len(experts) for _, experts in demands]
     layer = np.array([layer for layer, _ in demands], np.int32)
     pass_of = np.cumsum(np.diff(layer, prepend=-1) <= 0)
     keys = [layer * n_experts + expert for layer, experts in demands for expert in experts]
+    predicted = np.full((int(pass_of[-1] + 1) * n_layers, n_experts), np.nan, np.float16)
+    if guesses is not None:
+        predicted[:] = np.random.default_rng(guesses).random(predicted.shape)
     return Workload(
         meta=TraceMeta(
             source="recorded",
@@ -45,7 +49,7 @@ def make_workload(
         tokens=served,
         decode=served == 1,
         rows=np.stack([pass_of, pass_of + 1], axis=1).astype(np.int64) * n_layers,
-        row_layer=np.empty(0, np.int32),
+        row_layer=np.tile(np.arange(n_layers, dtype=np.int32), int(pass_of[-1]) + 1),
         logits=None,
-        predicted=(),
+        predicted=() if guesses is None else (predicted,),
     )

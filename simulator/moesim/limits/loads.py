@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -26,14 +26,14 @@ def remembered(
     """
     found: dict[tuple[object, ...], Found] = {}
 
-    @wraps(function)
-    def ask(workload: Workload, *given: Given.args, **named: Given.kwargs) -> Found:
+    def ask(workload: Workload, /, *given: Given.args, **named: Given.kwargs) -> Found:
         key = (id(workload), *given, *sorted(named.items()))
         if key not in found:
             found[key] = function(workload, *given, **named)
             weakref.finalize(workload, found.pop, key, None)
         return found[key]
 
+    update_wrapper(ask, function)
     return ask
 
 
@@ -49,7 +49,7 @@ def min_loads(workload: Workload, slots: int, scope: str, *, bypass: bool = True
     ``slots`` is per layer; scope "global" pools them. SimulationError for another scope.
     """
     counts = windows(workload, *domains(workload, slots, scope), workload.n_steps, bypass=bypass)
-    return int(counts[0, 0])
+    return int(counts[0, 0, 0])
 
 
 def domains(workload: Workload, slots: int, scope: str) -> tuple[NDArray[np.int32], int, int]:
@@ -67,22 +67,22 @@ def windows(
     domain_of: NDArray[np.int32],
     n_domains: int,
     capacity: int,
-    window: int,
+    stride: int,
     *,
+    count: int = 1,
     bypass: bool = True,
 ) -> NDArray[np.int64]:
-    """int64[windows, 2]: loads of each ``window`` steps from empty caches, and those of them
-    that the best initial content would have spared."""
+    """int64[starts, count, 2]: from every ``stride`` steps, for windows of 1, 2, ... ``count``
+    strides, the loads from empty caches and those of them that the best content would spare."""
     from moesim.limits.kernels import window_loads
 
     return window_loads(
-        workload.keys,
         workload.next_use,
         workload.offsets,
         domain_of,
         n_domains,
         capacity,
-        workload.n_keys,
-        window,
+        stride,
+        count,
         bypass,
     )

@@ -4,8 +4,9 @@ Cut a run at any step boundaries. Between two of them compute does its work one 
 other; and every expert that the window's steps need and that had not set out before crosses the
 link whole, and is then computed. However well the slots were filled beforehand, those are at
 least the loads of a clairvoyant cache that began with the best content. So a window lasts as
-long as the busier of compute, link and disk, and the run as long as any windows' sum. Each window
-of 16 * 2^i steps counts for itself or for its two halves, whichever is more.
+long as the busier of compute, link and disk, and the run as long as the windows of any cut
+together. The cut that gives most is found among windows that start at every unit (a token) and
+end up to 32 units on, the same in steps of 8 units, and longer ones that double.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from moesim.costs import Costs, Sizes, costs_of
@@ -21,31 +23,38 @@ from moesim.limits.loads import domains, remembered, windows
 from moesim.profile import Machine
 from moesim.workload import Workload
 
-UNIT = 16  # steps of the shortest window but one: single steps are counted without a cache
-LONGEST = 1 << 18  # steps; of longer windows only the whole run still adds anything
-BLOCK = UNIT << 14  # steps whose costs are in memory together
+REACH = 32
+FINE = (1, 8)  # units between the starts of windows that reach up to REACH times as far
+# Of longer traces only the doubling windows: the fine ones cost three times as much.
+FINE_UNITS = 1 << 17
 
 Counts = NDArray[np.int64]
 
 
-class _Windows(NamedTuple):
-    """What compute has to do in each of some windows."""
+class _Work(NamedTuple):
+    """What compute has to do in each of some stretches of the run, windows or single steps."""
 
     compute_ns: Counts
     requests: Counts
-    shortest_ns: Counts  # of the window's experts
-    longest_ns: Counts
-    cpu_ns: Counts  # of its experts the one that a CPU worker computes soonest
+    longest_ns: Counts  # of the stretch's experts
 
-    def merged(self, n: int) -> _Windows:
-        """Windows of ``n`` of these each."""
+    def merged(self, n: int) -> _Work:
+        """Stretches of ``n`` of these each."""
         at = np.arange(0, len(self.requests), n)
-        return _Windows(
+        return _Work(
             np.add.reduceat(self.compute_ns, at),
             np.add.reduceat(self.requests, at),
-            np.minimum.reduceat(self.shortest_ns, at),
             np.maximum.reduceat(self.longest_ns, at),
-            np.minimum.reduceat(self.cpu_ns, at),
+        )
+
+    def growing(self, count: int) -> _Work:
+        """[n, count]: from each of these, windows of 1, 2, ... ``count`` of them."""
+        ahead = (sliding_window_view(np.pad(c, (0, count - 1)), count) for c in self)
+        compute_ns, requests, longest_ns = ahead
+        return _Work(
+            np.cumsum(compute_ns, axis=1),
+            np.cumsum(requests, axis=1),
+            np.maximum.accumulate(longest_ns, axis=1),
         )
 
 
@@ -65,78 +74,80 @@ def min_time_ns(
     prefetches go to slots. Where the machine has CPU workers, any expert may be computed there.
     Of a link that writes victims back only the way in is counted.
     """
+    from moesim.limits.kernels import longest_path
+
     costs = costs_of(workload, machine, sizes, predicting=False)
     _, n_domains, capacity = domains(workload, slots, scope)
     host = costs.host_experts + n_domains * capacity
     loads = net_loads(workload, capacity, scope == "layer")
-    reads = net_loads(workload, host, False) if costs.read_ns else None
-    work, least = _units(workload, costs, capacity, host, buffers)
-    for level, count in enumerate(loads):
-        if level:
-            work = work.merged(2)
-            least = np.add.reduceat(least, np.arange(0, len(least), 2))
-        if len(count):
-            missing = np.zeros_like(count) if reads is None else reads[level]
-            least = np.maximum(least, _bound(work, count, missing, costs, buffers, cold=True))
-    return int(least[0])
+    reads = net_loads(workload, host, False) if costs.read_ns else loads
+    work, single = _units(workload, costs, capacity, host, buffers)
+    bounds = []
+    for (stride, count), copies, fetched in zip(_scales(workload), loads, reads, strict=True):
+        window = work.merged(stride).growing(count)
+        bounds.append(_bound(window, copies, fetched, costs, buffers, cold=True).ravel())
+    strides, counts = np.array(_scales(workload), np.int64).reshape(-1, 2).T
+    return int(longest_path(single, np.concatenate(bounds), strides, counts))
+
+
+def _scales(workload: Workload) -> list[tuple[int, int]]:
+    """(stride, count): windows of 1, 2, ... count strides from each multiple of the stride."""
+    n_units = -(-workload.n_steps // workload.meta.n_layers)
+    scales = [(stride, REACH) for stride in FINE] if n_units <= FINE_UNITS else []
+    stride = FINE[-1] * REACH if scales else 1
+    while stride < n_units:
+        stride *= 2
+        scales.append((stride, 1))
+    return scales
 
 
 @remembered
 def net_loads(workload: Workload, capacity: int, per_layer: bool) -> list[NDArray[np.int32]]:
-    """The fewest loads of each window of UNIT, 2 UNIT, ... steps, up to one window of them all.
+    """The fewest loads of each window, an array [starts, count] for each of the scales.
 
-    The first window begins with empty caches, the others with the best content there is. Empty
-    arrays stand for lengths that are not worth counting.
+    Windows at the start of the run begin with empty caches, the others with the best content.
     """
-    layers = workload.meta.n_layers
+    n_layers = workload.meta.n_layers
     domain_of = workload.layer if per_layer else np.zeros(workload.n_steps, np.int32)
+    n_domains = n_layers if per_layer else 1
     found = []
-    window = UNIT
-    while True:
-        whole = window >= workload.n_steps
-        if whole or window <= LONGEST:
-            count = windows(workload, domain_of, layers if per_layer else 1, capacity, window)
-            net = (count[:, 0] - count[:, 1]).astype(np.int32)
-            net[0] = count[0, 0]
-            found.append(net)
-        else:
-            found.append(np.empty(0, np.int32))
-        if whole:
-            return found
-        window *= 2
+    for stride, count in _scales(workload):
+        counted = windows(workload, domain_of, n_domains, capacity, stride * n_layers, count=count)
+        net = counted[:, :, 0] - counted[:, :, 1]
+        net[0] = counted[0, :, 0]
+        found.append(net.astype(np.int32))
+    return found
 
 
 def _units(
     workload: Workload, costs: Costs, capacity: int, host: int, buffers: int
-) -> tuple[_Windows, Counts]:
-    """The windows of UNIT steps, and the least time of each as a sum over its single steps."""
+) -> tuple[_Work, Counts]:
+    """What each unit (as many steps as layers) has to do, and the least time of its single
+    steps together: of a prompt's step wider than the cache, say."""
+    unit = workload.meta.n_layers
+    block = unit * max(1, (1 << 18) // unit)  # steps whose costs are in memory together
     parts, sums = [], []
-    for first in range(0, workload.n_steps, BLOCK):
-        offsets = workload.offsets[first : min(first + BLOCK, workload.n_steps) + 1]
-        demand = slice(offsets[0], offsets[-1])
-        at = offsets[:-1] - offsets[0]
-        expert_ns, width = costs.expert_ns[demand], np.diff(offsets)
-        steps = _Windows(
+    for first in range(0, workload.n_steps, block):
+        offsets = workload.offsets[first : first + block + 1]
+        at, width = offsets[:-1] - offsets[0], np.diff(offsets)
+        expert_ns = costs.expert_ns[offsets[0] : offsets[-1]]
+        steps = _Work(
             costs.layer_ns[first : first + len(at)] + np.add.reduceat(expert_ns, at),
             width,
-            np.minimum.reduceat(expert_ns, at),
             np.maximum.reduceat(expert_ns, at),
-            np.minimum.reduceat(costs.cpu_ns[demand], at),
         )
         loads, reads = np.maximum(width - capacity, 0), np.maximum(width - host, 0)
         if first == 0:
             loads[0] = reads[0] = width[0]
-        if not costs.read_ns:
-            reads[:] = 0
         least = _bound(steps, loads, reads, costs, buffers, cold=first == 0)
-        sums.append(np.add.reduceat(least, np.arange(0, len(at), UNIT)))
-        parts.append(steps.merged(UNIT))
+        sums.append(np.add.reduceat(least, np.arange(0, len(at), unit)))
+        parts.append(steps.merged(unit))
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return _Windows(*columns), np.concatenate(sums)
+    return _Work(*columns), np.concatenate(sums)
 
 
 def _bound(
-    work: _Windows,
+    work: _Work,
     loads: NDArray[np.integer],
     reads: NDArray[np.integer],
     costs: Costs,
@@ -144,31 +155,28 @@ def _bound(
     *,
     cold: bool,
 ) -> Counts:
-    """The least ns of each window on its own. ``cold``: the first is the start of the run, when
+    """The least ns of each window on its own. ``cold``: the first are the start of the run, when
     nothing can have been prefetched and nothing is until its first gate has spoken."""
-    copies, fetched = loads.astype(np.int64), reads.astype(np.int64)
-    kept = np.full(len(copies), buffers)
-    delay = np.zeros(len(copies), np.int64)
+    kept = np.full(loads.shape, buffers)
+    delay = np.full(loads.shape, costs.expert_ns.min())  # what arrives last is computed after
     if cold:
-        kept[0], delay[0] = 0, costs.layer_ns[0]
-    copies, fetched = np.maximum(copies - kept, 0), np.maximum(fetched - kept, 0)
+        kept[0] = 0
+        delay[0] += costs.layer_ns[0]
+    copies, fetched = np.maximum(loads - kept, 0), np.maximum(reads - kept, 0)
 
     def beside(on_cpu: Counts) -> Counts:
         """Compute, link and disk, when ``on_cpu`` of the requests are computed elsewhere."""
-        moved = (
-            delay
-            + work.shortest_ns
-            + np.maximum(
-                _link_ns(np.maximum(copies - on_cpu, 0), costs),
-                _disk_ns(np.maximum(fetched - on_cpu, 0), costs),
-            )
-        )
-        moved[copies <= on_cpu] = 0
-        return np.maximum(work.compute_ns - on_cpu * work.longest_ns, moved)
+        copied = np.maximum(copies - on_cpu, 0)
+        busy = _link_ns(copied, costs)
+        if costs.read_ns:
+            busy = np.maximum(busy, _disk_ns(np.maximum(fetched - on_cpu, 0), costs))
+        busy = np.where(copied > 0, busy + delay, 0)
+        return np.maximum(work.compute_ns - on_cpu * work.longest_ns, busy)
 
     if not costs.cpu_workers:
         return beside(np.zeros_like(copies))
-    return _balanced(beside, work, costs.cpu_workers)
+    fastest_ns = int(costs.cpu_ns.min())
+    return _balanced(beside, lambda n: -(-n * fastest_ns // costs.cpu_workers), work.requests)
 
 
 def _link_ns(copies: Counts, costs: Costs) -> Counts:
@@ -181,21 +189,18 @@ def _link_ns(copies: Counts, costs: Costs) -> Counts:
 
 def _disk_ns(reads: Counts, costs: Costs) -> Counts:
     """The same, of copies that are read from the disk first, one at a time."""
-    one = np.ones_like(reads)
-    return np.where(reads > 0, reads * costs.read_ns + _link_ns(one, costs), 0)
+    return np.where(reads > 0, reads * costs.read_ns + _link_ns(np.ones_like(reads), costs), 0)
 
 
-def _balanced(beside: Callable[[Counts], Counts], work: _Windows, workers: int) -> Counts:
+def _balanced(
+    beside: Callable[[Counts], Counts], cpu_ns: Callable[[Counts], Counts], requests: Counts
+) -> Counts:
     """The least over every share of the requests that CPU workers might take.
 
-    More on the CPU is never more for the rest, so the least lies where the two are equal: the
-    first share at which the CPU takes as long as the rest, or the one before it.
+    More on the CPU is never more for the rest, so the least lies where the two meet: at the
+    first share at which the CPU takes as long as the rest, or at the one before it.
     """
-
-    def cpu_ns(share: Counts) -> Counts:
-        return -(-share * work.cpu_ns // workers)
-
-    low, high = np.zeros_like(work.requests), work.requests.copy()
+    low, high = np.zeros_like(requests), requests.copy()
     while np.any(low < high):
         middle = (low + high) // 2
         enough = cpu_ns(middle) >= beside(middle)
