@@ -5,6 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 mkdir -p demo
 
+# The bundled model is so small that sharing its work among threads costs more than it brings.
+export OMP_NUM_THREADS=1
+
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 
