@@ -16,11 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from moepolicy import PolicySpec
 
 from moerun.devices import calm_collector
 from moerun.errors import RunError
-from moerun.generate import Generated, Sampling
+from moerun.generate import Generated, Sampling, encode
+from moerun.model import load_tokenizer
 from moerun.profile import Profiler
 from moerun.record import LiveRecording
 from moerun.runner import Runner, Settings
@@ -78,7 +80,15 @@ def compare(
         refuse_unservable(policy)
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:
         folder = Path(name)
-        profiler = None if machine else stack.enter_context(Profiler(store, settings))
+        profiler = None
+        if machine is None:
+            profiler = Profiler(
+                store,
+                settings,
+                prompt_tokens=_prompt_tokens(store, prompt),
+                decoded_tokens=sampling.max_new_tokens,
+            )
+            stack.enter_context(profiler)
         runs: list[list[Generated]] = [[] for _ in policies]
         for repeat in range(repeats):
             if profiler:
@@ -99,6 +109,10 @@ def compare(
             for i, policy in enumerate(policies)
         ]
     return [_comparison(*row) for row in zip(policies, runs, rows, strict=True)]
+
+
+def _prompt_tokens(store: ExpertStore, prompt: str) -> int:
+    return encode(load_tokenizer(store.path), prompt, torch.device("cpu")).shape[1]
 
 
 def _trace(folder: Path, policy: int) -> Path:

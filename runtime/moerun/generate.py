@@ -153,6 +153,8 @@ class Generation:
 
 def encode(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tensor:
     """The prompt's token ids, int64[1, tokens]. Raises RunError when there are none."""
+    if tokenizer is None:
+        raise RunError("the model has no tokenizer: it cannot take text")
     ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise RunError("the prompt is empty")

@@ -31,19 +31,19 @@ from moerun.runner import Runner, Settings, make_link
 from moerun.session import Session
 from moerun.store import ExpertStore
 
-DECODING_S = 2.0  # what one run aims at
-DECODED_TOKENS = (16, 256)  # but not fewer or more
-PROMPT_TOKENS = 128
+DECODING_S = 2.0  # what one run aims at, where it is not told how long to decode
+DECODED_TOKENS = (16, 192)  # but not fewer or more
+PROMPT_TOKENS = 64
 LINK_COPIES = 64
 REPEATS = 5
 TEXT = (
-    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the "
-    "age of foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the "
-    "season of Light, it was the season of Darkness, it was the spring of hope, it was the winter "
-    "of despair, we had everything before us, we had nothing before us, we were all going direct "
-    "to Heaven, we were all going direct the other way - in short, the period was so far like the "
-    "present period, that some of its noisiest authorities insisted on its being received, for "
-    "good or for evil, in the superlative degree of comparison only."
+    "Call me Ishmael. Some years ago - never mind how long precisely - having little or no money "
+    "in my purse, and nothing particular to interest me on shore, I thought I would sail about a "
+    "little and see the watery part of the world. It is a way I have of driving off the spleen, "
+    "and regulating the circulation. Whenever I find myself growing grim about the mouth; whenever "
+    "it is a damp, drizzly November in my soul; whenever I find myself involuntarily pausing "
+    "before coffin warehouses, and bringing up the rear of every funeral I meet; then, I account "
+    "it high time to get to sea as soon as I can."
 )
 
 
@@ -166,14 +166,29 @@ def measure(
 class Profiler:
     """Measures in turns, between which other things may be measured: machines change their pace."""
 
-    def __init__(self, store: ExpertStore, settings: Settings) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        settings: Settings,
+        *,
+        prompt_tokens: int = PROMPT_TOKENS,
+        decoded_tokens: int | None = None,
+    ) -> None:
+        """Attention costs more the longer the text: measure at the lengths that will be run."""
         self._store = store
         self._settings = settings
         self._costs: list[ComputeCost] = []
         self._links: list[LinkCost] = []
         with ExitStack() as stack:
             self._plain, self._guessing = (
-                stack.enter_context(_Bench(store, replace(settings, policy=find_policy(policy))))
+                stack.enter_context(
+                    _Bench(
+                        store,
+                        replace(settings, policy=find_policy(policy)),
+                        prompt_tokens,
+                        decoded_tokens,
+                    )
+                )
                 for policy in ("lru", "lru-spec")
             )
             self._stack = stack.pop_all()
@@ -217,13 +232,22 @@ class Profiler:
 class _Bench:
     """A model to be run and timed again and again."""
 
-    def __init__(self, store: ExpertStore, settings: Settings) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        settings: Settings,
+        prompt_tokens: int,
+        decoded_tokens: int | None,
+    ) -> None:
         self.runner = Runner(store, settings)
         self.watch = Stopwatch(self.runner.session, settings.device)
         attach([module for _, module in find_experts(self.runner.model)], self.watch)
         limit = context_tokens(self.runner.model) or (1 << 30)
-        self.prompt = self.runner.encode(TEXT)[:, : min(PROMPT_TOKENS, limit // 2)]
-        self._room = limit - self.prompt.shape[1] - 1
+        prompt_tokens = max(2, min(prompt_tokens, limit // 2))
+        text = self.runner.encode(TEXT)
+        self.prompt = text.repeat(1, -(-prompt_tokens // text.shape[1]))[:, :prompt_tokens]
+        self._room = limit - prompt_tokens - 1
+        self._asked = decoded_tokens
         self._tokens = min(DECODED_TOKENS[0], self._room)
 
     def __enter__(self) -> Self:
@@ -238,8 +262,8 @@ class _Bench:
         sampling = Sampling(max_new_tokens=self._tokens + 1, stop=False)
         generated = self.runner.generation().run(self.prompt, sampling)
         least, most = DECODED_TOKENS
-        aim = round(DECODING_S * generated.tokens_per_s)
-        self._tokens = min(max(aim, least), most, self._room)
+        aim = min(max(round(DECODING_S * generated.tokens_per_s), least), most)
+        self._tokens = min(self._asked or aim, self._room)
         return costs(self.watch.steps)
 
 

@@ -89,8 +89,6 @@ class Runner:
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Token ids, int64[1, tokens], on the model's device."""
-        if self.tokenizer is None:
-            raise RunError(f"{self.store.path} has no tokenizer: it cannot take text")
         return encode(self.tokenizer, prompt, self.settings.device)
 
     def generation(self, on_text: Callable[[str], None] | None = None) -> Generation:
