@@ -17,7 +17,7 @@ from moesim.table2.reproduce import find_reading, reproduce
 
 TRACE = "mixtral-like"
 PAPER = "arXiv 2312.17238, Table 2"
-OURS = ("lru", "lru-spec:n=1", "lru-spec", "clairvoyant")
+OURS = ("lru", "lru-spec:n=1", "lru-spec")
 
 
 def table2(
