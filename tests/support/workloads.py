@@ -15,12 +15,12 @@ def make_workload(
     n_experts: int,
     *,
     tokens: Sequence[int] | None = None,
-    guesses: int | None = None,
+    foreseen: bool = False,
 ) -> Workload:
     """One step for each (layer, experts in router order); a pass begins where layers start over.
 
-    ``tokens`` are those each step serves; a step of several is a prompt's. ``guesses`` seeds
-    random predictions of the next layer. Experts are of 10 bytes.
+    ``tokens`` are those each step serves; a step of several is a prompt's. With
+    ``foreseen`` the gate predictions one layer ahead are right. Experts are of 10 bytes.
     """
     served = np.array([1] * len(demands) if tokens is None else tokens, np.int32)
     widths = [len(experts) for _, experts in demands]
@@ -28,8 +28,9 @@ def make_workload(
     pass_of = np.cumsum(np.diff(layer, prepend=-1) <= 0)
     keys = [layer * n_experts + expert for layer, experts in demands for expert in experts]
     predicted = np.full((int(pass_of[-1] + 1) * n_layers, n_experts), np.nan, np.float16)
-    if guesses is not None:
-        predicted[:] = np.random.default_rng(guesses).random(predicted.shape)
+    for i, (at, experts) in enumerate(demands):
+        predicted[pass_of[i] * n_layers + at] = 0
+        predicted[pass_of[i] * n_layers + at, list(experts)] = 1
     return Workload(
         meta=TraceMeta(
             source="recorded",
@@ -51,5 +52,5 @@ def make_workload(
         rows=np.stack([pass_of, pass_of + 1], axis=1).astype(np.int64) * n_layers,
         row_layer=np.tile(np.arange(n_layers, dtype=np.int32), int(pass_of[-1]) + 1),
         logits=None,
-        predicted=() if guesses is None else (predicted,),
+        predicted=(predicted,) if foreseen else (),
     )

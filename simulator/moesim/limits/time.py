@@ -1,12 +1,14 @@
 """The least time a trace can take on a machine, whatever is fetched when, knowing the future.
 
 Cut a run at any step boundaries. Between two of them compute does its work one thing after the
-other; and every expert that the window's steps need and that had not set out before crosses the
-link whole, and is then computed. However well the slots were filled beforehand, those are at
-least the loads of a clairvoyant cache that began with the best content. So a window lasts as
-long as the busier of compute, link and disk, and the run as long as the windows of any cut
-together. The cut that gives most is found among windows that start at every unit (a token) and
-end up to 32 units on, the same in steps of 8 units, and longer ones that double.
+other. And when the gate of the window's first step speaks, the slots hold only so much, arrived
+or under way; whatever else the window's steps need crosses the link whole after that, and is then
+computed. However well the slots were filled beforehand, those are at least the loads of a
+clairvoyant cache that began with the best content. So a window lasts as long as the busier of
+compute, link and disk, and the run as long as the windows of any cut together.
+
+The cut that gives most is found among windows that start at every unit (a token) and end up to
+32 units on, the same in strides of 8 units, and longer ones that double.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def min_time_ns(
     bounds = []
     for (stride, count), copies, fetched in zip(_scales(workload), loads, reads, strict=True):
         window = work.merged(stride).growing(count)
-        bounds.append(_bound(window, copies, fetched, costs, buffers, cold=True).ravel())
+        leads = costs.layer_ns[:: stride * workload.meta.n_layers, None]
+        bounds.append(_bound(window, leads, copies, fetched, costs, buffers, cold=True).ravel())
     strides, counts = np.array(_scales(workload), np.int64).reshape(-1, 2).T
     return int(longest_path(single, np.concatenate(bounds), strides, counts))
 
@@ -131,15 +134,16 @@ def _units(
         offsets = workload.offsets[first : first + block + 1]
         at, width = offsets[:-1] - offsets[0], np.diff(offsets)
         expert_ns = costs.expert_ns[offsets[0] : offsets[-1]]
+        leads = costs.layer_ns[first : first + len(at)]
         steps = _Work(
-            costs.layer_ns[first : first + len(at)] + np.add.reduceat(expert_ns, at),
+            leads + np.add.reduceat(expert_ns, at),
             width,
             np.maximum.reduceat(expert_ns, at),
         )
         loads, reads = np.maximum(width - capacity, 0), np.maximum(width - host, 0)
         if first == 0:
             loads[0] = reads[0] = width[0]
-        least = _bound(steps, loads, reads, costs, buffers, cold=first == 0)
+        least = _bound(steps, leads, loads, reads, costs, buffers, cold=first == 0)
         sums.append(np.add.reduceat(least, np.arange(0, len(at), unit)))
         parts.append(steps.merged(unit))
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -148,6 +152,7 @@ def _units(
 
 def _bound(
     work: _Work,
+    leads: Counts,
     loads: NDArray[np.integer],
     reads: NDArray[np.integer],
     costs: Costs,
@@ -155,13 +160,12 @@ def _bound(
     *,
     cold: bool,
 ) -> Counts:
-    """The least ns of each window on its own. ``cold``: the first are the start of the run, when
-    nothing can have been prefetched and nothing is until its first gate has spoken."""
+    """The least ns of each window on its own. ``leads`` is how long its first gate takes to
+    speak; ``cold``: the first are the start of the run, when nothing has been prefetched."""
     kept = np.full(loads.shape, buffers)
-    delay = np.full(loads.shape, costs.expert_ns.min())  # what arrives last is computed after
     if cold:
         kept[0] = 0
-        delay[0] += costs.layer_ns[0]
+    around = leads + costs.expert_ns.min()  # what arrives last is computed afterwards
     copies, fetched = np.maximum(loads - kept, 0), np.maximum(reads - kept, 0)
 
     def beside(on_cpu: Counts) -> Counts:
@@ -170,7 +174,7 @@ def _bound(
         busy = _link_ns(copied, costs)
         if costs.read_ns:
             busy = np.maximum(busy, _disk_ns(np.maximum(fetched - on_cpu, 0), costs))
-        busy = np.where(copied > 0, busy + delay, 0)
+        busy = np.where(copied > 0, busy + around, 0)
         return np.maximum(work.compute_ns - on_cpu * work.longest_ns, busy)
 
     if not costs.cpu_workers:
