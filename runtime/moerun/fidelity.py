@@ -82,20 +82,15 @@ def compare(
         folder = Path(name)
         profiler = None
         if machine is None:
-            profiler = Profiler(
-                store,
-                settings,
-                prompt_tokens=_prompt_tokens(store, prompt),
-                decoded_tokens=sampling.max_new_tokens,
-            )
-            stack.enter_context(profiler)
+            lengths = _prompt_tokens(store, prompt), sampling.max_new_tokens
+            profiler = stack.enter_context(Profiler(store, settings, lengths=lengths))
         runs: list[list[Generated]] = [[] for _ in policies]
-        for repeat in range(repeats):
+        for repeat in range(1, repeats + 1):
             if profiler:
-                tell(f"measuring this machine, {repeat + 1} of {repeats}")
+                tell(f"measuring this machine, {repeat} of {repeats}")
                 profiler.turn()
             for i, policy in enumerate(policies):
-                tell(f"live run {repeat + 1} of {repeats}: {policy.label}")
+                tell(f"live run {repeat} of {repeats}: {policy.label}")
                 chosen = replace(settings, policy=policy)
                 runs[i].append(run_live(store, chosen, prompt, sampling, _trace(folder, i)))
         if profiler:
@@ -103,20 +98,32 @@ def compare(
             machine.write_text(profiler.result(machine.stem).to_toml(), encoding="utf-8")
         assert machine is not None
         tell("simulating")
-        slots = settings.slots if settings.slots is not None else store.n_experts // 2
-        rows = [
-            simulate(_trace(folder, i), policy.label, slots, settings.scope, machine)
-            for i, policy in enumerate(policies)
-        ]
-    return [_comparison(*row) for row in zip(policies, runs, rows, strict=True)]
+        return _beside_simulated(policies, runs, folder, settings, machine, store.n_experts // 2)
 
 
-def _prompt_tokens(store: ExpertStore, prompt: str) -> int:
-    return encode(load_tokenizer(store.path), prompt, torch.device("cpu")).shape[1]
+def _beside_simulated(
+    policies: Sequence[PolicySpec],
+    runs: list[list[Generated]],
+    folder: Path,
+    settings: Settings,
+    machine: Path,
+    default_slots: int,
+) -> list[Comparison]:
+    slots = default_slots if settings.slots is None else settings.slots
+    return [
+        _comparison(
+            policy, live, simulate(_trace(folder, i), policy.label, slots, settings.scope, machine)
+        )
+        for i, (policy, live) in enumerate(zip(policies, runs, strict=True))
+    ]
 
 
 def _trace(folder: Path, policy: int) -> Path:
     return folder / f"{policy}.parquet"
+
+
+def _prompt_tokens(store: ExpertStore, prompt: str) -> int:
+    return encode(load_tokenizer(store.path), prompt, torch.device("cpu")).shape[1]
 
 
 def run_live(

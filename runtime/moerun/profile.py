@@ -171,10 +171,12 @@ class Profiler:
         store: ExpertStore,
         settings: Settings,
         *,
-        prompt_tokens: int = PROMPT_TOKENS,
-        decoded_tokens: int | None = None,
+        lengths: tuple[int, int | None] = (PROMPT_TOKENS, None),
     ) -> None:
-        """Attention costs more the longer the text: measure at the lengths that will be run."""
+        """``lengths``: tokens to read and to decode (None: as many as take some seconds).
+
+        Attention costs more the longer the text: measure at the lengths that will be run.
+        """
         self._store = store
         self._settings = settings
         self._costs: list[ComputeCost] = []
@@ -182,12 +184,7 @@ class Profiler:
         with ExitStack() as stack:
             self._plain, self._guessing = (
                 stack.enter_context(
-                    _Bench(
-                        store,
-                        replace(settings, policy=find_policy(policy)),
-                        prompt_tokens,
-                        decoded_tokens,
-                    )
+                    _Bench(store, replace(settings, policy=find_policy(policy)), *lengths)
                 )
                 for policy in ("lru", "lru-spec")
             )

@@ -191,6 +191,12 @@ def test_mistakes_get_one_line_and_exit_code_1(
     assert says in error_line(moerun(*prompt, *arguments))
 
 
+def test_a_refused_prompt_leaves_no_recording(moerun: Call, tmp_path: Path) -> None:
+    for prompt in ("", "word " * 600):
+        error_line(moerun("--prompt", prompt, "--record", tmp_path / "t.parquet"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 from moerun.devices import calm_collector
-from moerun.generate import Sampling
+from moerun.generate import Generation, Sampling
 from moerun.record import LiveRecording
 from moerun.report import Format, provenance, render, report_of
 from moerun.runner import Runner, Settings
@@ -30,31 +32,43 @@ def run(
     streaming = format is Format.table
     with Runner(store, settings) as runner:
         calm_collector()
-        recording = (
-            LiveRecording(runner, trace, journal, sampling.seed) if trace or journal else None
-        )
-        if recording:
-            recording.recorder.begin_sequence()
+        prompt_ids = runner.encode(prompt)
+        recorded = trace is not None or journal is not None
+        recording = LiveRecording(runner, trace, journal, sampling.seed) if recorded else None
         generation = runner.generation(_stream if streaming else None)
-        interrupted = False
         try:
-            generation.run(runner.encode(prompt), sampling)
-        except KeyboardInterrupt:
-            interrupted = True
-            generation.timings.end()  # hands on the text it still holds back
-        except BaseException:
-            if recording:
-                recording.discard()
-            raise
-        if recording:
-            recording.finish()
+            interrupted = _answer(generation, prompt_ids, sampling, recording)
+        finally:
+            if streaming:
+                _stream("\n")
         report = report_of(runner, generation.outcome(), interrupted=interrupted)
         text = runner.tokenizer.decode(generation.timings.token_ids, skip_special_tokens=True)
-    if streaming:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
     out = sys.stderr if streaming else sys.stdout
     out.write(render(report, format, text, provenance(sampling)))
+    return interrupted
+
+
+def _answer(
+    generation: Generation,
+    prompt_ids: torch.Tensor,
+    sampling: Sampling,
+    recording: LiveRecording | None,
+) -> bool:
+    """Generate and write the recording; True when the user interrupted it."""
+    interrupted = False
+    if recording:
+        recording.recorder.begin_sequence()
+    try:
+        generation.run(prompt_ids, sampling)
+    except KeyboardInterrupt:
+        interrupted = True
+        generation.timings.end()  # hands on the text it still holds back
+    except BaseException:
+        if recording:
+            recording.discard()
+        raise
+    if recording:
+        recording.finish()
     return interrupted
 
 
