@@ -20,7 +20,7 @@ run moetrace record "${corpus[@]}" --model tiny --max-tokens 8192 --horizon 3 --
 run moetrace stats demo/python.parquet
 
 say '2. Simulate policies on that trace: whose choice of experts costs the fewest copies?'
-run moesim compare lru lfu fifo random static lru-spec belady --trace demo/python.parquet --slots 2,4,6
+run moesim compare lru lfu fifo random static lru-spec belady --trace demo/python.parquet --slots 2,4,6 --machine cpu-disk
 
 say '3. Generate text with half of the experts in memory, under the base paper'"'"'s policy'
 run moerun --policy lru-spec --slots 4 --link-gbps 0.5 --max-new-tokens 120 --prompt 'The house was quiet, and the prince said to her'
