@@ -189,7 +189,7 @@ def test_a_throttled_link_still_delivers(tmp_path: Path) -> None:
     assert [reports.get(timeout=PATIENCE_S) for _ in slots] == [(key, None) for key in range(4)]
     link.close()
     # A capped copy occupies the link for no less than its bytes at the cap take.
-    assert link.statistics.busy_s >= 4 * RECORD_BYTES / 4e6
+    assert link.statistics.busy_s >= 0.999 * 4 * RECORD_BYTES / 4e6
 
 
 def test_cold_records_do_not_stay_in_the_page_cache(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from moepolicy import Context, ExpertCache, Kind, find_policy, replay_journal
+from moepolicy import Context, ExpertCache, Kind, find_policy, policy_names, replay_journal
 from moeroute import DECODE, PROMPT, Trace, open_trace
 from moerun import runner as runner_module
 from moerun.checkpoints import resolve
@@ -26,6 +26,7 @@ from moerun.generate import Sampling
 from moerun.pack import pack
 from moerun.record import EventLog, LiveRecording
 from moerun.runner import Runner, Settings
+from moerun.servable import unserved
 from moerun.store import ExpertStore
 from moesim.profile import Compute, Link, Machine
 from moesim.simulate import simulate
@@ -36,7 +37,11 @@ from transformers import AutoModelForCausalLM
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 CODE = "def main(arguments):\n    for name in sorted(arguments):\n"
-LOSSLESS = ("lru", "lfu", "fifo", "random:seed=7", "static")
+LOSSLESS = sorted(
+    name
+    for name in policy_names()
+    if not find_policy(name).policy.lossy and not unserved(find_policy(name))
+)
 N_EXPERTS = 8
 a_machine = Machine("m", "", "measured", Link(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5))
 few = settings(
