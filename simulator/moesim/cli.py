@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from moesim import __version__
+from moesim.commands.curve import curve
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
 from moesim.engine import Segment
@@ -144,6 +145,7 @@ def compare(
     deliver(render(results, format, title, provenance), out)
 
 
+app.command()(curve)
 app.command()(sweep)
 app.command()(table2)
 

@@ -1,0 +1,98 @@
+"""`moesim curve`: hit ratios for every cache size at once, from one pass over the trace."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from moeroute import open_trace
+from rich.console import Console
+from rich.table import Table
+
+from moesim import __version__
+from moesim.curves import LIMIT, hit_curve, shuffled
+from moesim.report import Format, deliver
+from moesim.workload import load_workload
+
+
+def curve(
+    policies: Annotated[
+        list[str],
+        typer.Argument(metavar="POLICY...", help="Any of lru, lfu, belady, belady-bypass."),
+    ],
+    trace: Annotated[
+        str, typer.Option(help="A trace file, or the name of a sample: tiny, mixtral-like.")
+    ] = "tiny",
+    scope: Annotated[
+        str, typer.Option(help="One cache a layer, or one for all: layer, global.")
+    ] = "layer",
+    seed: Annotated[int, typer.Option(help="Of the shuffled copy of the trace.", min=0)] = 0,
+    format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """Print the hit ratio of every cache size, from one pass over the trace.
+
+    Beside each stands the hit ratio on the same tokens in random order: what is above it is owed
+    to locality, not to some experts being popular. The limit is the highest hit ratio that a
+    policy without prefetching could have, knowing the future.
+    """
+    opened = open_trace(trace)
+    workload = load_workload(opened)
+    mixed = shuffled(workload, seed)
+    curves = {
+        name: [hit_curve(of, name, scope) for of in (workload, mixed)]
+        for name in dict.fromkeys([*policies, LIMIT])
+    }
+    rows: list[dict[str, Any]] = [
+        {
+            "policy": policy,
+            "slots": slots,
+            "scope": scope,
+            "hit_ratio": float(curves[policy][0][slots]),
+            "shuffled_hit_ratio": float(curves[policy][1][slots]),
+            "limit_hit_ratio": float(curves[LIMIT][0][slots]),
+            "shuffled_limit_hit_ratio": float(curves[LIMIT][1][slots]),
+            "seed": seed,
+            "kind": "simulated",
+            "trace": workload.title,
+            "trace_sha256": opened.digest,
+            "moesim_version": __version__,
+        }
+        for policy in policies
+        for slots in range(1, workload.meta.n_experts + 1)
+    ]
+    title = f"Hit ratio in %, cache per {scope}. {opened.title}; shuffled with seed {seed}."
+    deliver(_render(rows, format, title), out)
+
+
+def _render(rows: list[dict[str, Any]], format: Format, title: str) -> str:
+    if format is Format.table:
+        return _table(rows, title)
+    if format is Format.json:
+        return json.dumps(rows, indent=1) + "\n"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> str:
+    table = Table(header_style="bold")
+    table.add_column("slots a layer", justify="right")
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    for name in [*policies, "limit"]:
+        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("shuffled", justify="right", style="dim", no_wrap=True)
+    for slots in sorted({row["slots"] for row in rows}):
+        here = [row for row in rows if row["slots"] == slots]
+        ratios = [row[name] for row in here for name in ("hit_ratio", "shuffled_hit_ratio")]
+        ratios += [here[0]["limit_hit_ratio"], here[0]["shuffled_limit_hit_ratio"]]
+        table.add_row(str(slots), *(f"{100 * ratio:.1f}" for ratio in ratios))
+    stream = io.StringIO()
+    Console(file=stream, width=max(100, 24 * (len(policies) + 2))).print(table)
+    return f"{title}\n{stream.getvalue()}"
