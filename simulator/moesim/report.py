@@ -51,13 +51,13 @@ def deliver(text: str, out: Path | None) -> None:
 
 def _table(results: Sequence[Result], title: str) -> str:
     table = Table(header_style="bold")
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy", overflow="fold")  # a long spec folds before a number is cut
     for name in ("slots", "hit %", "late %", "loads", "x limit", "useless", "stall %", "tokens/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for i, result in enumerate(results):
         last_of_group = i + 1 < len(results) and results[i + 1].slots != result.slots
         table.add_row(*_cells(result), end_section=last_of_group)
-    width = None if sys.stdout.isatty() else 100
+    width = None if sys.stdout.isatty() else 120
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     stream = console.file
