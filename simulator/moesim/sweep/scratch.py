@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import pickle
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 from moesim.workload import Workload
@@ -34,8 +35,10 @@ def shared_workload(folder: Path, name: str, load: Callable[[], Workload]) -> Wo
 
 def _save(workload: Workload, arrays: Path, skeleton: Path) -> None:
     """The skeleton comes last: where it is, the arrays are whole."""
-    # Derived once here, or every worker would hold its own.
-    _ = workload.next_use, workload.counts, workload.n_decoded, workload.n_prompt
+    # What is derived is derived once, here, or every worker would hold its own.
+    for name, value in vars(Workload).items():
+        if isinstance(value, cached_property):
+            getattr(workload, name)
     buffers: list[pickle.PickleBuffer] = []
     text = pickle.dumps(workload, protocol=5, buffer_callback=buffers.append)
     extents = []
