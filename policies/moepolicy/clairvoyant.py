@@ -11,17 +11,30 @@ from moepolicy.steps import Step
 
 UNKNOWN = -2  # a domain's soonest missing key has to be looked for again
 
+BLOCK = 1 << 20  # steps whose next uses are found together
+
 
 def next_use(keys: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """The step that next uses each demanded key; ``NO_USE`` where none does.
 
     ``keys[offsets[s]:offsets[s + 1]]`` is step ``s``'s demand, each key once.
     """
-    steps = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    order = np.lexsort((steps, keys))
     following = np.full(len(keys), NO_USE, np.int64)
-    same = keys[order[1:]] == keys[order[:-1]]
-    following[order[:-1][same]] = steps[order[1:][same]]
+    later = np.full(int(keys.max(initial=-1)) + 1, NO_USE, np.int64)
+    # From the end, a block at a time: sorting all of a long trace at once takes its memory
+    # several times over.
+    for last in range(len(offsets) - 1, 0, -BLOCK):
+        first = max(0, last - BLOCK)
+        block = slice(offsets[first], offsets[last])
+        demanded = keys[block]
+        steps = np.repeat(np.arange(first, last), np.diff(offsets[first : last + 1]))
+        order = np.lexsort((steps, demanded))
+        same = demanded[order[1:]] == demanded[order[:-1]]
+        found = later[demanded]
+        found[order[:-1][same]] = steps[order[1:][same]]
+        following[block] = found
+        firsts = order[np.append(True, ~same)] if len(order) else order
+        later[demanded[firsts]] = steps[firsts]
     return following
 
 

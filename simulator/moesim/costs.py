@@ -30,9 +30,13 @@ class Costs(NamedTuple):
     that returns its victim first (``write_back``) has twice as many.
     """
 
-    layer_ns: NDArray[np.int64]  # [steps] up to the gate's choice, the pass's share included
-    expert_ns: NDArray[np.int64]  # [demanded keys] on the compute stream
-    cpu_ns: NDArray[np.int64]  # [demanded keys] on a CPU worker
+    tokens: NDArray[np.int32]  # [steps] the workload's own
+    routed: NDArray[np.int32]  # [demanded keys] the workload's own
+    begins_pass: NDArray[np.bool_]  # [steps]
+    pass_ns: int  # of a forward pass outside its layers
+    layer_ns: NDArray[np.int64]  # [tokens of a step] up to the gate's choice
+    expert_ns: NDArray[np.int64]  # [tokens routed to a key] on the compute stream
+    cpu_ns: NDArray[np.int64]  # [tokens routed to a key] on a CPU worker
     latency_ns: int
     piece_ns: int
     last_piece_ns: int
@@ -43,6 +47,17 @@ class Costs(NamedTuple):
     read_ns: int  # an expert from disk to host memory; 0: no disk
     host_experts: int
     cpu_workers: int
+
+    def gate_ns(self, steps: slice) -> NDArray[np.int64]:
+        """[steps] until the gate's choice is known, the pass's share included."""
+        found: NDArray[np.int64] = self.layer_ns[self.tokens[steps]]
+        found[self.begins_pass[steps]] += self.pass_ns
+        return found
+
+    def compute_ns(self, demands: slice) -> NDArray[np.int64]:
+        """[demanded keys] on the compute stream."""
+        found: NDArray[np.int64] = self.expert_ns[self.routed[demands]]
+        return found
 
 
 def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: bool) -> Costs:
@@ -55,20 +70,20 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
         )
     n_pieces = -(-sizes.expert_bytes // chunk) if chunk else 1
     last = sizes.expert_bytes - (n_pieces - 1) * chunk
-    per_token = np.unique(workload.routed, return_inverse=True)
+    # Tables by the number of tokens, not a duration a step: a workload can have 10^8 of them.
+    tokens, routed = _counts(workload.tokens), _counts(workload.routed)
+    expert = sizes.expert_bytes, sizes.expert_params
     return Costs(
-        layer_ns=_layer_times(workload, machine, sizes, predicting=predicting),
-        expert_ns=_spread(
-            per_token,
-            [machine.expert_ns(n, sizes.expert_bytes, sizes.expert_params) for n in per_token[0]],
+        tokens=workload.tokens,
+        routed=workload.routed,
+        begins_pass=workload.begins_pass,
+        pass_ns=machine.pass_ns(sizes.token_bytes),
+        layer_ns=np.array(
+            [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens],
+            np.int64,
         ),
-        cpu_ns=_spread(
-            per_token,
-            [
-                machine.cpu_expert_ns(n, sizes.expert_bytes, sizes.expert_params)
-                for n in per_token[0]
-            ],
-        ),
+        expert_ns=np.array([machine.expert_ns(n, *expert) for n in routed], np.int64),
+        cpu_ns=np.array([machine.cpu_expert_ns(n, *expert) for n in routed], np.int64),
         latency_ns=machine.latency_ns,
         piece_ns=machine.copy_ns(chunk or sizes.expert_bytes),
         last_piece_ns=machine.copy_ns(last),
@@ -82,22 +97,8 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
     )
 
 
-def _spread(
-    distinct: tuple[NDArray[np.int32], NDArray[np.int64]], values: list[int]
-) -> NDArray[np.int64]:
-    """``values`` of the distinct counts, put where the counts are."""
-    return np.array(values, np.int64)[distinct[1]]
-
-
-def _layer_times(
-    workload: Workload, machine: Machine, sizes: Sizes, *, predicting: bool
-) -> NDArray[np.int64]:
-    """ns of each step before its gate's choice is known; a pass's first layer carries the pass."""
-    tokens = np.unique(workload.tokens, return_inverse=True)
-    times = _spread(
-        tokens,
-        [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens[0].tolist()],
-    )
-    first_of_pass = np.diff(workload.rows[:, 0], prepend=-1) != 0
-    times[first_of_pass] += machine.pass_ns(sizes.token_bytes)
-    return times
+def _counts(column: NDArray[np.int32]) -> list[int]:
+    """0, 1, 2 ... to the greatest of ``column``; the least stands for those below it, so that no
+    table has an entry that no step can take."""
+    least, most = int(column.min()), int(column.max())
+    return [max(least, n) for n in range(most + 1)]

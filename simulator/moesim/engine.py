@@ -231,12 +231,12 @@ class Simulation:
         return self.clock
 
     def _compute(self) -> Process:
-        layer_ns = self.costs.layer_ns.tolist()
+        gate_ns = self.costs.gate_ns(slice(None)).tolist()
         decode = self.workload.decode.tolist()
         layers = self.workload.layer.tolist()
         for number in range(self.workload.n_steps):
             began = self.env.now
-            yield At(self.env, layer_ns[number], COMPUTE)
+            yield At(self.env, gate_ns[number], COMPUTE)
             self.clock.add(COMPUTE_LANE, 0, began, self.env.now, -1 - layers[number], 1)
             yield from self._expert_step(number)
             if decode[number]:
@@ -281,7 +281,7 @@ class Simulation:
 
     def _run_expert(self, key: int, at: int) -> Process:
         began = self.env.now
-        yield At(self.env, int(self.costs.expert_ns[at]), COMPUTE)
+        yield At(self.env, int(self.costs.expert_ns[self.costs.routed[at]]), COMPUTE)
         self.clock.add(COMPUTE_LANE, 0, began, self.env.now, key, 1)
         self.cache.consume(key)
         self.link.kick()
@@ -292,7 +292,7 @@ class Simulation:
         for at in tasks:
             worker = int(np.argmin(free_at))
             began = free_at[worker]
-            free_at[worker] += int(self.costs.cpu_ns[at])
+            free_at[worker] += int(self.costs.cpu_ns[self.costs.routed[at]])
             key = int(self.workload.keys[at])
             self.clock.add(CPU_LANE, worker, began, free_at[worker], key, 1)
         return max(free_at, default=0) if tasks else 0

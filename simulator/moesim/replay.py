@@ -124,7 +124,10 @@ def replay(
     clock = link.clock
     for number in range(steps[0], steps[1]):
         began = clock[NOW]
-        _advance(cache, policy, costs, link, began + costs.layer_ns[number])
+        until_gate = costs.layer_ns[costs.tokens[number]]
+        if costs.begins_pass[number]:
+            until_gate += costs.pass_ns
+        _advance(cache, policy, costs, link, began + until_gate)
         layer = work.layer[number]
         _draw(link, COMPUTE_LANE, 0, began, clock[NOW], -1 - layer, 1)
         at, until = work.offsets[number], work.offsets[number + 1]
@@ -187,7 +190,7 @@ def _expert_step(
 
 def _run_expert(cache: Cache, policy: Any, costs: Costs, link: Link, key: int, at: int) -> None:
     began = link.clock[NOW]
-    _advance(cache, policy, costs, link, began + costs.expert_ns[at])
+    _advance(cache, policy, costs, link, began + costs.expert_ns[costs.routed[at]])
     _draw(link, COMPUTE_LANE, 0, began, link.clock[NOW], key, 1)
     consume(cache, key)
 
@@ -205,7 +208,7 @@ def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[
                 if free_at[other] < free_at[worker]:
                     worker = other
             began = free_at[worker]
-            free_at[worker] = began + costs.cpu_ns[at + rank]
+            free_at[worker] = began + costs.cpu_ns[costs.routed[at + rank]]
             joins_at = max(joins_at, free_at[worker])
             _draw(link, CPU_LANE, worker, began, free_at[worker], step.experts[rank], 1)
     return joins_at

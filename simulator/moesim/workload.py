@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from moesim.errors import SimulationError
 
+BLOCK = 1 << 20  # rows that are made into steps together
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -91,6 +93,11 @@ class Workload:
     def _count_tokens(self, chosen: NDArray[np.bool_]) -> int:
         per_layer = np.bincount(self.layer[chosen], weights=self.tokens[chosen], minlength=1)
         return int(per_layer.max())
+
+    @cached_property
+    def begins_pass(self) -> NDArray[np.bool_]:
+        """bool[S]: whether the step is the first of its forward pass."""
+        return np.append(True, _changes(self.rows[:, 0]))
 
     @cached_property
     def next_use(self) -> NDArray[np.int64]:
@@ -195,15 +202,16 @@ def load_workload(trace: Trace, *, logits: bool = False, predictions: bool = Fal
     if len(columns["layer"]) == 0:
         raise SimulationError(f"{trace.path}: the trace has no rows")
     _check_range(trace, columns)
-    weights = _weights(trace, columns["experts"])
-    steps = _Steps(columns, weights, trace.meta.n_experts)
+    row_layer = columns["layer"].astype(np.int32)
+    columns["weights"] = _weights(trace, columns["experts"])
+    steps = _Steps(columns, trace.meta.n_experts)
     predicted = [prediction_column(j + 1) for j in range(trace.meta.horizon)] if predictions else []
     return Workload(
         meta=trace.meta,
         title=trace.title,
         digest=trace.digest,
         **steps.arrays(),
-        row_layer=columns["layer"].astype(np.int32),
+        row_layer=row_layer,
         logits=trace.array("router_logits") if logits else None,
         predicted=tuple(trace.array(name) for name in predicted),
     )
@@ -227,33 +235,45 @@ def _weights(trace: Trace, experts: NDArray[Any]) -> NDArray[np.float32]:
     return np.full(experts.shape, 1.0 / experts.shape[1], np.float32)
 
 
+def _changes(column: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a value differs from the one before it; one entry fewer than ``column``."""
+    changed: NDArray[np.bool_] = column[1:] != column[:-1]
+    return changed
+
+
 class _Steps:
     """Cuts a trace's rows into stretches of decoded tokens and prompts, and each into steps."""
 
-    def __init__(
-        self, columns: dict[str, NDArray[Any]], weights: NDArray[np.float32], n_experts: int
-    ) -> None:
-        self.layer = columns["layer"].astype(np.int32)
-        self.experts = columns["experts"].astype(np.int32)
-        self.weights = weights
+    def __init__(self, columns: dict[str, NDArray[Any]], n_experts: int) -> None:
+        """Takes ``columns`` away as it goes: a long trace fills the memory twice otherwise."""
+        self.layer = columns.pop("layer").astype(np.int32)
+        self.experts = columns.pop("experts").astype(np.int32)
+        self.weights = columns.pop("weights")
         self.n_experts = n_experts
         self.parts: list[dict[str, NDArray[Any]]] = []
-        sequence, decode = columns["sequence"], columns["phase"] == DECODE
-        token = np.flatnonzero(
-            np.diff(sequence, prepend=sequence[:1]) | np.diff(columns["position"], prepend=-1)
-        )
-        self.token_starts = np.append(token, len(sequence)).astype(np.int64)
-        change = (np.diff(decode) != 0) | ((np.diff(sequence) != 0) & ~decode[1:])
-        edges = [0, *(np.flatnonzero(change) + 1).tolist(), len(sequence)]
+        decode = columns.pop("phase") == DECODE
+        new_sequence = _changes(columns.pop("sequence"))
+        new_token = np.append(True, new_sequence | _changes(columns.pop("position")))
+        self.token_starts = np.append(np.flatnonzero(new_token), len(decode))
+        change = (decode[1:] != decode[:-1]) | (new_sequence & ~decode[1:])
+        edges = [0, *(np.flatnonzero(change) + 1).tolist(), len(decode)]
         for first, last in pairwise(edges):
-            (self._decoded if decode[first] else self._prompt)(first, last)
+            if not decode[first]:
+                self._prompt(first, last)
+                continue
+            for start in range(first, last, BLOCK):
+                self._decoded(start, min(start + BLOCK, last))
 
     def arrays(self) -> dict[str, Any]:
+        """The workload's arrays; each part's is let go as soon as it is joined."""
+        del self.layer, self.experts, self.weights, self.token_starts
         joined = {
-            name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]
+            name: np.concatenate([part.pop(name) for part in self.parts])
+            for name in list(self.parts[0])
         }
         counts = joined.pop("n_keys")
-        joined["offsets"] = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        joined["offsets"] = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=joined["offsets"][1:])
         return joined
 
     def _decoded(self, first: int, last: int) -> None:
@@ -269,7 +289,7 @@ class _Steps:
                 "keys": (experts + layer[:, None] * self.n_experts).astype(np.int32).ravel(),
                 "weights": np.take_along_axis(weights, order, axis=1).ravel(),
                 "routed": np.ones(n * top_k, np.int32),
-                "n_keys": np.full(n, top_k, np.int64),
+                "n_keys": np.full(n, top_k, np.int32),
                 "layer": layer,
                 "tokens": np.ones(n, np.int32),
                 "decode": np.ones(n, np.bool_),
@@ -291,7 +311,7 @@ class _Steps:
                     "keys": (experts + layer * self.n_experts).astype(np.int32),
                     "weights": weights,
                     "routed": uses[experts].astype(np.int32),
-                    "n_keys": np.array([len(experts)], np.int64),
+                    "n_keys": np.array([len(experts)], np.int32),
                     "layer": np.array([layer], np.int32),
                     "tokens": np.array([len(at)], np.int32),
                     "decode": np.zeros(1, np.bool_),

@@ -114,7 +114,7 @@ def test_time_adds_up_and_the_journal_reproduces_the_run(
     result = replay(workload, policy, on, slots, observers=(events.append,), journal=journal)
     calls = len(workload.keys)
     costs = costs_of(workload, on, Sizes(10, 5, 0, 0), predicting=policy.startswith("lru-spec"))
-    busy = int(costs.layer_ns.sum() + costs.expert_ns.sum())
+    busy = int(costs.gate_ns(slice(None)).sum() + costs.compute_ns(slice(None)).sum())
     assert result.time_s == pytest.approx(busy * NS + result.stall_s)
     assert result.requests == calls
     assert result.loads - result.prefetches == result.misses

@@ -87,7 +87,7 @@ def min_time_ns(
     bounds = []
     for (stride, count), copies, fetched in zip(_scales(workload), loads, reads, strict=True):
         window = work.merged(stride).growing(count)
-        leads = costs.layer_ns[:: stride * workload.meta.n_layers, None]
+        leads = costs.gate_ns(slice(None, None, stride * workload.meta.n_layers))[:, None]
         bounds.append(_bound(window, leads, copies, fetched, costs, buffers, cold=True).ravel())
     strides, counts = np.array(_scales(workload), np.int64).reshape(-1, 2).T
     return int(longest_path(single, np.concatenate(bounds), strides, counts))
@@ -133,8 +133,8 @@ def _units(
     for first in range(0, workload.n_steps, block):
         offsets = workload.offsets[first : first + block + 1]
         at, width = offsets[:-1] - offsets[0], np.diff(offsets)
-        expert_ns = costs.expert_ns[offsets[0] : offsets[-1]]
-        leads = costs.layer_ns[first : first + len(at)]
+        expert_ns = costs.compute_ns(slice(offsets[0], offsets[-1]))
+        leads = costs.gate_ns(slice(first, first + len(at)))
         steps = _Work(
             leads + np.add.reduceat(expert_ns, at),
             width,
