@@ -11,7 +11,7 @@ from moepolicy.steps import Step
 
 UNKNOWN = -2  # a domain's soonest missing key has to be looked for again
 
-BLOCK = 1 << 20  # steps whose next uses are found together
+BLOCK = 1 << 20  # steps or demands looked at together
 
 
 def next_use(keys: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -42,9 +42,13 @@ def first_use(
     demands: NDArray[np.int32], offsets: NDArray[np.int64], n_keys: int
 ) -> NDArray[np.int64]:
     """int64[n_keys]: the step that first uses each key; ``NO_USE`` where none does."""
-    keys, at = np.unique(demands, return_index=True)
     first = np.full(n_keys, NO_USE, np.int64)
-    first[keys] = np.searchsorted(offsets, at, side="right") - 1
+    for start in range(0, len(demands), BLOCK):
+        keys, at = np.unique(demands[start : start + BLOCK], return_index=True)
+        steps = np.searchsorted(offsets, start + at, side="right") - 1
+        first[keys] = np.minimum(first[keys], steps)
+        if not np.any(first == NO_USE):
+            break
     return first
 
 

@@ -58,6 +58,20 @@ def test_the_next_use_is_the_next_step_with_the_key(
             assert loaded.next_use[loaded.offsets[step] + rank] == next(later, NO_USE)
 
 
+def test_the_first_use_is_the_first_step_with_the_key(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clairvoyant, "BLOCK", 5)
+    loaded = load_workload(open_trace(trace))
+    n_keys = loaded.n_keys + 1  # one that nothing ever uses
+    found = clairvoyant.first_use(loaded.keys, loaded.offsets, n_keys)
+    expected = [NO_USE] * n_keys
+    for step in reversed(range(loaded.n_steps)):
+        for key in loaded.keys[loaded.offsets[step] : loaded.offsets[step + 1]].tolist():
+            expected[key] = step
+    assert found.tolist() == expected
+
+
 def test_a_pass_begins_with_each_token_and_each_prompt(trace: Path) -> None:
     loaded = load_workload(open_trace(trace))
     assert int(loaded.begins_pass.sum()) == 3 * (1 + 7)
