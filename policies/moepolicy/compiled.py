@@ -15,50 +15,90 @@ from typing import Any
 
 import numpy as np
 
+from moepolicy.codecache import is_kept, keep
+from moepolicy.fingerprint import fingerprint
 from moepolicy.policy import Policy
 
 PLAIN = (np.ndarray, np.generic, bool, int, float)
 
-_twins: dict[tuple[FunctionType, bool, frozenset[FunctionType]], Any] = {}
+# No reference counts: nothing is allocated in a replay, and counting costs 7 times more than the
+# work itself.
+OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+# Inlined throughout: the state is a tuple of many words, which calls would copy (5 times slower).
+INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+
+_entries: dict[str, Any] = {}
+_twins: dict[tuple[FunctionType, frozenset[FunctionType]], Any] = {}
 
 
 def compiled(
-    function: Callable[..., Any],
-    *,
-    entry: bool = True,
-    omit: frozenset[FunctionType] = frozenset(),
+    function: Callable[..., Any], state: Any, *, omit: frozenset[FunctionType] = frozenset()
 ) -> Callable[..., Any]:
-    """The compiled twin of a plain function, and of all it calls; made once, compiled on use.
+    """The compiled twin of a plain function, and of all it calls, for one policy's ``state``.
 
-    ``entry`` makes it callable from Python, which costs compile time that inner functions spare.
-    ``omit`` are functions that the caller knows will not be reached: leaving them out makes
-    compiling faster, and what is compiled too.
+    ``state`` is what ``compiled_policy`` gives. ``omit`` are functions that the caller knows will
+    not be reached: leaving them out makes compiling faster, and what is compiled too. Compiling
+    takes place on the first call, unless an earlier run has left the code on disk.
     """
     import numba
 
+    name = _file_name(function, state, omit)
+    if name not in _entries:
+        assert isinstance(function, FunctionType)
+        _entries[name] = numba.njit(_twin(function, omit), **OPTIONS)
+        keep(_entries[name], name)
+    return _entries[name]  # type: ignore[no-any-return]
+
+
+def is_compiled(
+    function: Callable[..., Any], state: Any, *, omit: frozenset[FunctionType] = frozenset()
+) -> bool:
+    """Whether an earlier run has left what ``compiled`` makes on disk."""
+    return is_kept(_file_name(function, state, omit))
+
+
+def _file_name(function: Callable[..., Any], state: Any, omit: frozenset[FunctionType]) -> str:
     assert isinstance(function, FunctionType)
-    twin_key = (function, entry, omit)
-    if twin_key not in _twins:
-        namespace = dict(function.__globals__)
-        twin = FunctionType(function.__code__, namespace, function.__name__)
-        twin.__defaults__ = function.__defaults__
-        # No reference counts: nothing is allocated in a replay, and counting costs 7 times more
-        # than the work itself. Inlined throughout: the state is a tuple of many words, which
-        # calls would copy (5 times slower).
-        options = {"nogil": True, "error_model": "numpy", "_nrt": False}
-        if not entry:
-            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
-        _twins[twin_key] = numba.njit(twin, **options)
-        for name in function.__code__.co_names:
-            value = namespace.get(name)
-            if isinstance(value, FunctionType) and not value.__module__.startswith("numpy"):
-                replaced = _never_reached if value in omit else value
-                namespace[name] = compiled(replaced, entry=False, omit=omit)
-    return _twins[twin_key]  # type: ignore[no-any-return]
+    classes = _policy_classes(state)
+    return f"{function.__name__}-{classes[0].__name__}-{fingerprint(function, classes, omit)}"
+
+
+def _inner(function: FunctionType, omit: frozenset[FunctionType]) -> Any:
+    """The compiled twin of a function that only compiled code calls."""
+    import numba
+
+    if (function, omit) not in _twins:
+        _twins[function, omit] = numba.njit(_twin(function, omit), **INNER)
+    return _twins[function, omit]
+
+
+def _twin(function: FunctionType, omit: frozenset[FunctionType]) -> FunctionType:
+    namespace = {name: _wide(value) for name, value in function.__globals__.items()}
+    namespace["int"] = np.int64
+    for name in function.__code__.co_names:
+        value = namespace.get(name)
+        if isinstance(value, FunctionType) and not value.__module__.startswith("numpy"):
+            namespace[name] = _inner(NEVER_REACHED if value in omit else value, omit)
+    twin = FunctionType(function.__code__, namespace, function.__name__)
+    twin.__defaults__ = function.__defaults__
+    return twin
+
+
+def _wide(value: Any) -> Any:
+    """One integer type throughout: numba compiles a function for each combination it meets, and
+    to numba a constant is a type of its own, as is what ``int`` makes of an int32."""
+    return np.int64(value) if type(value) is int else value
+
+
+NOTHING = 0
 
 
 def _never_reached(*_: Any) -> int:
-    return 0
+    return NOTHING
+
+
+assert isinstance(_never_reached, FunctionType)
+NEVER_REACHED: FunctionType = _never_reached
 
 
 class NotCompilable(TypeError):
@@ -84,11 +124,21 @@ def compiled_policy(policy: Policy) -> Any:
     return _state_class(cls, tuple(values))(**values)
 
 
+def _policy_classes(state: Any) -> tuple[type[Policy], ...]:
+    """The classes of a policy and of those it is made of."""
+    parts = [value for value in state if hasattr(type(value), "policy_class")]
+    return (type(state).policy_class, *(cls for part in parts for cls in _policy_classes(part)))
+
+
 @cache
 def _state_class(cls: Any, fields: tuple[str, ...]) -> Any:
     """The named tuple that stands for a policy's ``self`` in compiled code."""
     state = namedtuple(cls.__name__, fields)  # type: ignore[misc]
     state.policy_class = cls  # type: ignore[attr-defined]
+    # Code on disk refers to the class by name.
+    state.__qualname__ = "_".join((cls.__module__, cls.__qualname__, *fields)).replace(".", "_")
+    state.__module__ = __name__
+    globals()[state.__qualname__] = state
     for name in dir(cls):
         if not name.startswith("__") and isinstance(getattr(cls, name), FunctionType):
             _resolve_method(name)
@@ -105,7 +155,7 @@ def _resolve_method(name: str) -> None:
         cls = getattr(state.instance_class, "policy_class", None)
         if cls is None:
             return None
-        method = compiled(getattr(cls, name), entry=False)
+        method = _inner(getattr(cls, name), frozenset())
 
         def call(state: Any, *args: Any) -> Any:
             return method(state, *args)

@@ -30,30 +30,38 @@ from moepolicy.kinds import (
     SPECULATE,
     USELESS,
 )
+from moepolicy.places import (
+    domain_of,
+    free_buffer,
+    gather_candidates,
+    hold,
+    join_queue,
+    leave_queue,
+    note,
+    pop_free,
+    remove,
+    stage,
+    unstage,
+)
 from moepolicy.policy import Policy
 from moepolicy.state import (
     ABSENT,
     BACKLOG,
     CANDIDATES,
     CONSUMED,
-    COUNTERS,
     DEMAND,
     EVICTED,
     FIRST,
     GUESSED,
     HELD,
-    LAST,
     LOADING,
     N_DEMAND,
-    N_EVENTS,
     N_FREE,
     N_HELD,
-    NEXT,
+    NOTHING,
     PINNED,
     PLACE,
     PREFETCH,
-    PREVIOUS,
-    QUEUE,
     QUEUED,
     RESIDENT,
     STAGED,
@@ -78,7 +86,7 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     cache.board[N_DEMAND] = n
     policy.on_step(step)
     for rank in range(n):
-        key = step.experts[rank]
+        key = int(step.experts[rank])
         cache.scratch[WANTED, rank] = key
         cache.keys[key, PINNED] = 1
         cache.keys[key, STAMP] = step.number * (cache.n_experts + 1) + n - rank
@@ -87,12 +95,12 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     for rank in range(n):
         outcome[rank] = _request(cache, policy, step, rank)
     for rank in range(n - 1, -1, -1):
-        key = step.experts[rank]
+        key = int(step.experts[rank])
         if outcome[rank] == HIT or outcome[rank] == LATE:
             policy.on_hit(key, cache.keys[key, STAMP])
     if cache.prefetching:
         for rank in range(n):
-            key = step.experts[rank]
+            key = int(step.experts[rank])
             if cache.keys[key, STAGED]:
                 _promote(cache, policy, key)
         _queue_prefetches(cache, policy, step)
@@ -110,13 +118,13 @@ def start(cache: Cache, policy: Policy) -> int:
         return _start_demand(cache, policy, key)
     key = int(cache.board[FIRST + PREFETCH])
     while key >= 0:
-        _leave_queue(cache, key)
+        leave_queue(cache, key)
         slot = _prefetch_slot(cache, policy, key)
         if slot >= 0:
             cache.keys[key, UNUSED] = 1
             _load(cache, policy, key, slot, SPECULATE)
             return key
-        _note(cache, DROP, key, -1)
+        note(cache, DROP, key, NOTHING)
         key = int(cache.board[FIRST + PREFETCH])
     return -1
 
@@ -138,7 +146,7 @@ def consume(cache: Cache, key: int) -> None:
 def end(cache: Cache, policy: Policy) -> None:
     """All of the step's experts are computed: pins drop, bypassed experts go."""
     for rank in range(cache.board[N_DEMAND]):
-        key = cache.scratch[WANTED, rank]
+        key = int(cache.scratch[WANTED, rank])
         cache.keys[key, PINNED] = 0
         cache.keys[key, CONSUMED] = 0
     i = 0
@@ -161,22 +169,9 @@ def unreachable(cache: Cache) -> list[Callable[..., Any]]:
     return without
 
 
-def _note(cache: Cache, kind: int, key: int, other: int) -> None:
-    cache.board[COUNTERS + kind] += 1
-    if cache.events.shape[0]:
-        i = cache.board[N_EVENTS]
-        if i == cache.events.shape[0]:
-            raise IndexError("the event buffer is full")
-        cache.events[i, 0] = kind
-        cache.events[i, 1] = cache.board[STEP]
-        cache.events[i, 2] = key
-        cache.events[i, 3] = other
-        cache.board[N_EVENTS] = i + 1
-
-
 def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     """Tell hit from late from miss, and deal with a miss; a prefetch found useful is used now."""
-    key = step.experts[rank]
+    key = int(step.experts[rank])
     row = cache.keys[key]
     if row[STATUS] == RESIDENT:
         kind = HIT
@@ -186,14 +181,14 @@ def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     else:
         kind = MISS
         if row[STATUS] == QUEUED:
-            _leave_queue(cache, key)
+            leave_queue(cache, key)
         if cache.choosing and policy.on_miss(step, rank) == COMPUTE:
-            _note(cache, MISS, key, -1)
+            note(cache, MISS, key, NOTHING)
             kind = COMPUTE
         else:
-            _join_queue(cache, key, DEMAND)
+            join_queue(cache, key, DEMAND)
     row[UNUSED] = 0
-    _note(cache, kind, key, -1)
+    note(cache, kind, key, NOTHING)
     return kind
 
 
@@ -204,8 +199,8 @@ def _disprove(cache: Cache, policy: Policy, layer: int) -> None:
         for key in range(first, first + cache.n_experts):
             row = cache.keys[key]
             if row[STATUS] == QUEUED and not row[PINNED]:
-                _leave_queue(cache, key)
-                _note(cache, CANCEL, key, -1)
+                leave_queue(cache, key)
+                note(cache, CANCEL, key, NOTHING)
     i = 0
     while i < cache.staging[N_HELD]:
         key = int(cache.staging[HELD + i])
@@ -227,8 +222,8 @@ def _queue_prefetches(cache: Cache, policy: Policy, step: Step) -> None:
         if key < 0 or key >= cache.keys.shape[0]:
             raise ValueError("prefetch named a key that does not exist")
         if cache.keys[key, STATUS] == ABSENT:
-            _join_queue(cache, key, PREFETCH)
-            _note(cache, QUEUE_PREFETCH, key, -1)
+            join_queue(cache, key, PREFETCH)
+            note(cache, QUEUE_PREFETCH, key, NOTHING)
 
 
 def _start_demand(cache: Cache, policy: Policy, key: int) -> int:
@@ -239,13 +234,13 @@ def _start_demand(cache: Cache, policy: Policy, key: int) -> int:
         if slot < 0:
             # Decided once: asking the policy again later would make it depend on the clock.
             row[TRANSIENT] = 1
-            _note(cache, BYPASS, key, -1)
+            note(cache, BYPASS, key, NOTHING)
     if row[TRANSIENT]:
         slot = _claim_buffer(cache, policy)
         if slot < 0:
             return -1
-        _stage(cache, key)
-    _leave_queue(cache, key)
+        stage(cache, key)
+    leave_queue(cache, key)
     _load(cache, policy, key, slot, LOAD)
     return key
 
@@ -255,7 +250,7 @@ def _load(cache: Cache, policy: Policy, key: int, slot: int, kind: int) -> None:
     row[STATUS] = LOADING
     row[PLACE] = slot
     cache.board[BACKLOG] += 1
-    _note(cache, kind, key, slot)
+    note(cache, kind, key, slot)
     if kind == LOAD:
         policy.on_load(key, False, cache.keys[key, STAMP])
     else:
@@ -268,18 +263,18 @@ def _prefetch_slot(cache: Cache, policy: Policy, key: int) -> int:
         return _claim_slot(cache, policy, key)
     if cache.staging[N_FREE] == 0:
         return -1
-    _stage(cache, key)
-    return _pop_free(cache.staging, cache.staging_buffers)
+    stage(cache, key)
+    return pop_free(cache.staging, cache.staging_buffers)
 
 
 def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
     """A cache slot for ``key``, which becomes a resident: a free one, or a victim's; else -1."""
-    domain = _domain(cache, key)
+    domain = domain_of(cache, key)
     held = cache.domains[domain]
     if held[N_FREE]:
-        slot = _pop_free(held, cache.slots)
+        slot = pop_free(held, cache.slots)
     else:
-        n = _gather_candidates(cache, domain)
+        n = gather_candidates(cache, domain)
         if n == 0:
             return -1
         candidates = cache.scratch[CANDIDATES, :n]
@@ -287,7 +282,7 @@ def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
         slot = _take_from(cache, policy, policy.victim(layer, key, candidates), key)
         if slot < 0:
             return -1
-    _hold(held, key)
+    hold(held, key)
     return slot
 
 
@@ -298,13 +293,18 @@ def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
     if victim >= cache.keys.shape[0]:
         raise ValueError("victim named a key that does not exist")
     row = cache.keys[victim]
-    domain = _domain(cache, victim)
-    if row[STATUS] != RESIDENT or row[PINNED] or row[STAGED] or domain != _domain(cache, incoming):
+    domain = domain_of(cache, victim)
+    if (
+        row[STATUS] != RESIDENT
+        or row[PINNED]
+        or row[STAGED]
+        or domain != domain_of(cache, incoming)
+    ):
         raise ValueError("victim named a key that was not among the candidates")
     slot = int(row[PLACE])
-    _note(cache, EVICT, victim, incoming)
+    note(cache, EVICT, victim, incoming)
     cache.board[EVICTED] = victim
-    _remove(cache.domains[domain], victim)
+    remove(cache.domains[domain], victim)
     _leave_device(cache, policy, victim)
     return slot
 
@@ -332,7 +332,7 @@ def _claim_buffer(cache: Cache, policy: Policy) -> int:
                 break
     if cache.staging[N_FREE] == 0:
         return -1
-    return _pop_free(cache.staging, cache.staging_buffers)
+    return pop_free(cache.staging, cache.staging_buffers)
 
 
 def _promote(cache: Cache, policy: Policy, key: int) -> None:
@@ -340,15 +340,15 @@ def _promote(cache: Cache, policy: Policy, key: int) -> None:
     slot = _claim_slot(cache, policy, key)
     if slot < 0:
         cache.keys[key, TRANSIENT] = 1
-        _note(cache, BYPASS, key, -1)
+        note(cache, BYPASS, key, NOTHING)
     else:
         _exchange(cache, key, slot)
 
 
 def _retain(cache: Cache, policy: Policy, key: int) -> bool:
     """Ask whether a bypassed expert takes a slot after all, now that the pins have dropped."""
-    domain = _domain(cache, key)
-    n = _gather_candidates(cache, domain)
+    domain = domain_of(cache, key)
+    n = gather_candidates(cache, domain)
     if n == 0:
         return False
     candidates = cache.scratch[CANDIDATES, :n]
@@ -356,25 +356,25 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
     slot = _take_from(cache, policy, policy.retain(layer, key, candidates), key)
     if slot < 0:
         return False
-    _hold(cache.domains[domain], key)
+    hold(cache.domains[domain], key)
     _exchange(cache, key, slot)
     return True
 
 
 def _exchange(cache: Cache, key: int, slot: int) -> None:
     """``key`` stays where it lies: its buffer joins the cache, ``slot`` becomes a buffer."""
-    _unstage(cache, key)
+    unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0
-    _free_buffer(cache, slot)
-    _note(cache, PROMOTE, key, slot)
+    free_buffer(cache, slot)
+    note(cache, PROMOTE, key, slot)
 
 
 def _discard(cache: Cache, policy: Policy, key: int) -> None:
     """``key`` leaves its staging buffer."""
     slot = int(cache.keys[key, PLACE])
-    _unstage(cache, key)
+    unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0
-    _free_buffer(cache, slot)
+    free_buffer(cache, slot)
     _leave_device(cache, policy, key)
 
 
@@ -384,94 +384,5 @@ def _leave_device(cache: Cache, policy: Policy, key: int) -> None:
     row[PLACE] = -1
     if row[UNUSED]:
         row[UNUSED] = 0
-        _note(cache, USELESS, key, -1)
+        note(cache, USELESS, key, NOTHING)
     policy.on_evict(key)
-
-
-def _domain(cache: Cache, key: int) -> int:
-    return key // cache.n_experts if cache.per_layer else 0
-
-
-def _gather_candidates(cache: Cache, domain: int) -> int:
-    """Write the domain's keys that may go (resident, not pinned), ascending; returns how many."""
-    n = 0
-    held = cache.domains[domain]
-    for i in range(HELD, HELD + held[N_HELD]):
-        key = held[i]
-        if cache.keys[key, STATUS] == RESIDENT and not cache.keys[key, PINNED]:
-            cache.scratch[CANDIDATES, n] = key
-            n += 1
-    return n
-
-
-def _hold(held: NDArray[np.int64], key: int) -> None:
-    """Add ``key`` to a domain's keys, which ascend."""
-    i = HELD + held[N_HELD]
-    while i > HELD and held[i - 1] > key:
-        held[i] = held[i - 1]
-        i -= 1
-    held[i] = key
-    held[N_HELD] += 1
-
-
-def _remove(held: NDArray[np.int64], key: int) -> None:
-    """Take ``key`` from a domain's or the staging buffers' keys, keeping the order."""
-    last = HELD + held[N_HELD] - 1
-    i = HELD
-    while held[i] != key:
-        i += 1
-    for j in range(i, last):
-        held[j] = held[j + 1]
-    held[N_HELD] -= 1
-
-
-def _pop_free(held: NDArray[np.int64], capacity: int) -> int:
-    """An unused slot of a domain or of staging, of which there is one."""
-    held[N_FREE] -= 1
-    return int(held[HELD + capacity + held[N_FREE]])
-
-
-def _stage(cache: Cache, key: int) -> None:
-    cache.staging[HELD + cache.staging[N_HELD]] = key
-    cache.staging[N_HELD] += 1
-    cache.keys[key, STAGED] = 1
-
-
-def _unstage(cache: Cache, key: int) -> None:
-    _remove(cache.staging, key)
-    cache.keys[key, STAGED] = 0
-
-
-def _free_buffer(cache: Cache, slot: int) -> None:
-    cache.staging[HELD + cache.staging_buffers + cache.staging[N_FREE]] = slot
-    cache.staging[N_FREE] += 1
-
-
-def _join_queue(cache: Cache, key: int, queue: int) -> None:
-    row = cache.keys[key]
-    last = cache.board[LAST + queue]
-    row[STATUS] = QUEUED
-    row[QUEUE] = queue
-    cache.board[BACKLOG] += 1
-    row[PREVIOUS] = last
-    row[NEXT] = -1
-    if last >= 0:
-        cache.keys[last, NEXT] = key
-    else:
-        cache.board[FIRST + queue] = key
-    cache.board[LAST + queue] = key
-
-
-def _leave_queue(cache: Cache, key: int) -> None:
-    row = cache.keys[key]
-    queue = row[QUEUE]
-    cache.board[BACKLOG] -= 1
-    if row[PREVIOUS] >= 0:
-        cache.keys[row[PREVIOUS], NEXT] = row[NEXT]
-    else:
-        cache.board[FIRST + queue] = row[NEXT]
-    if row[NEXT] >= 0:
-        cache.keys[row[NEXT], PREVIOUS] = row[PREVIOUS]
-    else:
-        cache.board[LAST + queue] = row[PREVIOUS]
-    row[STATUS] = ABSENT

@@ -42,6 +42,7 @@ HELD = 2
 STEP = 0  # number of the step in progress
 N_DEMAND = 1  # keys of the step in progress; 0 between steps
 N_EVENTS = 2
+NOTHING = -1
 FIRST = 3  # first key of each queue, -1 when empty
 LAST = 5  # and the last
 BACKLOG = 7  # copies queued or under way

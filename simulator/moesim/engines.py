@@ -23,9 +23,10 @@ from moesim.costs import Costs
 from moesim.engine import Clock, Segment, Simulation
 from moesim.workload import Workload
 
-# Compiling takes seconds; the interpreted loop does some ten thousand steps in each. A policy is
-# compiled once so many of its steps have been asked for.
+# Compiling takes seconds, loading what an earlier run compiled one; the interpreted loop does some
+# ten thousand steps in each. Code is used once so many of a policy's steps have been asked for.
 WORTH_COMPILING = 100_000
+WORTH_LOADING = 20_000
 CHUNK = 1 << 15  # steps whose predictions are in memory together
 PREFIX = 256  # steps on which compiled code is held against its interpreted self
 
@@ -138,10 +139,11 @@ def _replay(
         workload.tokens,
         workload.decode,
     )
-    function = twin.replay
+    function: Callable[..., Any] = twin.replay
+    state: Any = built
     if compile:
-        function = compiled(twin.replay, omit=twin.unreachable(cache, costs, link))
-    state = compiled_policy(built) if compile else built
+        state = compiled_policy(built)
+        function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
     outcome = np.zeros(context.n_experts, np.int8)
     try:
         for first in range(0, n_steps, CHUNK):

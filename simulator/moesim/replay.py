@@ -31,6 +31,7 @@ from moesim.costs import Costs
 from moesim.engine import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
 
 NEVER = np.iinfo(np.int64).max
+DONE = -1  # an expert's outcome once it is computed
 
 # Entries of Link.clock.
 NOW = 0
@@ -163,36 +164,29 @@ def _expert_step(
     begin(cache, policy, step, outcome)
     n = len(step.experts)
     joins_at = _run_on_cpu(costs, link, step, at, outcome)
-    awaited = 0
+    remaining = n
     for rank in range(n):
         if outcome[rank] == LATE:
             _want(link, step.experts[rank])
-        if outcome[rank] == LATE or outcome[rank] == MISS:
-            awaited += 1
-    for rank in range(n):
-        if outcome[rank] == HIT:
-            _run_expert(cache, policy, costs, link, step.experts[rank], at + rank)
-    while awaited > 0:
-        rank = _first_arrived(cache, link, step, outcome)
-        if rank < 0:
-            since = clock[NOW]
-            _await_arrival(cache, policy, costs, link)
-            clock[STALL_NS] += clock[NOW] - since
+        if outcome[rank] == COMPUTE:
+            remaining -= 1
+    # One place for time to pass in, as compiled code has all that can happen then in each.
+    while remaining > 0 or joins_at > clock[NOW]:
+        began = clock[NOW]
+        rank = _next_ready(cache, link, step, outcome)
+        if rank >= 0:
+            until = began + costs.expert_ns[costs.routed[at + rank]]
         else:
-            awaited -= 1
-            outcome[rank] = HIT
-            _run_expert(cache, policy, costs, link, step.experts[rank], at + rank)
-    if joins_at > clock[NOW]:
-        clock[STALL_NS] += joins_at - clock[NOW]
-        _advance(cache, policy, costs, link, joins_at)
+            until = NEVER if remaining > 0 else joins_at
+        _advance(cache, policy, costs, link, until)
+        if rank < 0:
+            clock[STALL_NS] += clock[NOW] - began
+        else:
+            _draw(link, COMPUTE_LANE, 0, began, clock[NOW], step.experts[rank], 1)
+            consume(cache, step.experts[rank])
+            outcome[rank] = DONE
+            remaining -= 1
     end(cache, policy)
-
-
-def _run_expert(cache: Cache, policy: Any, costs: Costs, link: Link, key: int, at: int) -> None:
-    began = link.clock[NOW]
-    _advance(cache, policy, costs, link, began + costs.expert_ns[costs.routed[at]])
-    _draw(link, COMPUTE_LANE, 0, began, link.clock[NOW], key, 1)
-    consume(cache, key)
 
 
 def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[np.int8]) -> int:
@@ -214,10 +208,13 @@ def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[
     return joins_at
 
 
-def _first_arrived(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
-    """The rank of the awaited expert that arrived first; -1 while none has."""
+def _next_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
+    """The rank of the next expert to compute: hits in router order, then whichever of the awaited
+    arrived first; -1 while none is there."""
     first = -1
     for rank in range(len(step.experts)):
+        if outcome[rank] == HIT:
+            return rank
         if outcome[rank] == LATE or outcome[rank] == MISS:
             key = step.experts[rank]
             if cache.keys[key, STATUS] == RESIDENT and (
@@ -228,27 +225,21 @@ def _first_arrived(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int
 
 
 def _advance(cache: Cache, policy: Any, costs: Costs, link: Link, until: int) -> None:
-    """Let the link work while compute is busy until then. What ends at ``until`` itself is
-    complete on return, and dispatched on only after the decisions of that instant."""
+    """Let the link work while compute is busy until then, or waits for an arrival if that is
+    NEVER. What ends at ``until`` itself is complete on return, and dispatched on only after the
+    decisions of that instant."""
     clock = link.clock
+    arrived = clock[ARRIVED]
     while until > clock[NOW]:
         if clock[N_COPIES] or cache.board[BACKLOG]:
             _dispatch(cache, policy, costs, link)
-        clock[NOW] = min(until, _next_event(link))
-        _complete(cache, policy, link)
-
-
-def _await_arrival(cache: Cache, policy: Any, costs: Costs, link: Link) -> None:
-    """Let the link work until the next expert arrives."""
-    clock = link.clock
-    arrived = clock[ARRIVED]
-    while clock[ARRIVED] == arrived:
-        _dispatch(cache, policy, costs, link)
-        upcoming = _next_event(link)
+        upcoming = min(until, _next_event(link))
         if upcoming == NEVER:
             raise RuntimeError("the simulated machine is stuck: nothing will arrive")
         clock[NOW] = upcoming
         _complete(cache, policy, link)
+        if until == NEVER and clock[ARRIVED] > arrived:
+            return
 
 
 def _next_event(link: Link) -> int:
