@@ -4,7 +4,8 @@ The same policy object, driven by the same functions, decides in the simulator (
 the live runtime (`moerun`).
 """
 
-from moepolicy.cache import Call, Event, ExpertCache, Journal, Transfer, replay_journal
+from moepolicy.cache import Event, ExpertCache, Journal, Transfer, replay_journal
+from moepolicy.calls import Call
 from moepolicy.clairvoyant import next_use
 from moepolicy.composite import Composite
 from moepolicy.kinds import Kind

@@ -6,15 +6,13 @@ journal of calls from which ``replay_journal`` reproduces a run without any cloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import IntEnum
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy import machine
+from moepolicy.calls import Call, Calls, CompiledCalls
 from moepolicy.kinds import Kind
 from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.state import (
@@ -53,18 +51,6 @@ class Event(NamedTuple):
     other: int
 
 
-class Call(IntEnum):
-    """The calls that drive the state machine; a journal is a list of (call, key).
-
-    The key of a BEGIN is the step's number, that of a START or END -1."""
-
-    BEGIN = 0
-    START = 1
-    FINISH = 2
-    CONSUME = 3
-    END = 4
-
-
 Journal = list[tuple[int, int]]
 Observer = Callable[[Event], None]
 
@@ -91,14 +77,21 @@ class ExpertCache:
         name: str | None = None,
         observers: Sequence[Observer] = (),
         journal: Journal | None = None,
+        compile: bool = False,
+        horizon: int = 0,
     ) -> None:
+        """``compile`` has the calls compiled together with the policy, which must lend itself to
+        it (see `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most."""
         self.policy = policy
         self.name = name or type(policy).__name__
         self.observers = list(observers)
         self.journal = journal
-        n_keys = context.n_layers * context.n_experts
         # No call decides more than a few things about each key.
-        self.arrays: Cache = new_cache(context, policy, n_events=6 * n_keys + 64)
+        n_events = 6 * context.n_keys + 64 if observers else 0
+        self.arrays: Cache = new_cache(context, policy, n_events=n_events)
+        self._calls = (
+            CompiledCalls(self.arrays, policy, horizon) if compile else Calls(self.arrays, policy)
+        )
         self._outcome = np.zeros(context.n_experts, np.int8)
 
     @property
@@ -110,14 +103,24 @@ class ExpertCache:
         """Pin a step's demand; returns HIT, LATE, MISS or COMPUTE for each of its keys."""
         outcome = self._outcome[: len(step.experts)]
         step = step._replace(backlog=int(self.arrays.board[BACKLOG]))
-        with self._call(Call.BEGIN, step.number):
-            machine.begin(self.arrays, self.policy, step, outcome)
+        self._log(Call.BEGIN, step.number)
+        try:
+            self._calls.begin(step, outcome)
+        except Exception as error:
+            raise self._failed(error) from error
+        finally:
+            self._publish()
         return outcome
 
     def start(self) -> Transfer | None:
         """The copy that starts now, its slot already emptied; None when none can."""
-        with self._call(Call.START, -1):
-            key = machine.start(self.arrays, self.policy)
+        self._log(Call.START, -1)
+        try:
+            key = self._calls.start()
+        except Exception as error:
+            raise self._failed(error) from error
+        finally:
+            self._publish()
         if key < 0:
             return None
         row = self.arrays.keys[key]
@@ -126,18 +129,28 @@ class ExpertCache:
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
-        with self._call(Call.FINISH, key):
-            machine.finish(self.arrays, self.policy, key)
+        self._log(Call.FINISH, key)
+        try:
+            self._calls.finish(key)
+        except Exception as error:
+            raise self._failed(error) from error
+        finally:
+            self._publish()
 
     def consume(self, key: int) -> None:
         """The step's compute has finished with ``key``."""
-        with self._call(Call.CONSUME, key):
-            machine.consume(self.arrays, key)
+        self._log(Call.CONSUME, key)
+        self._calls.consume(key)
 
     def end(self) -> None:
         """All of the step's experts have been computed."""
-        with self._call(Call.END, -1):
-            machine.end(self.arrays, self.policy)
+        self._log(Call.END, -1)
+        try:
+            self._calls.end()
+        except Exception as error:
+            raise self._failed(error) from error
+        finally:
+            self._publish()
 
     def slot_of(self, key: int) -> int:
         """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
@@ -160,20 +173,18 @@ class ExpertCache:
         """AssertionError if an invariant of the state machine does not hold."""
         check(self.arrays)
 
-    @contextmanager
-    def _call(self, call: Call, key: int) -> Iterator[None]:
+    def _log(self, call: Call, key: int) -> None:
         if self.journal is not None:
             self.journal.append((int(call), key))
-        try:
-            yield
-        except Exception as error:
-            raise PolicyError(f"policy '{self.name}' failed: {error}") from error
-        finally:
-            self._publish()
+
+    def _failed(self, error: Exception) -> PolicyError:
+        return PolicyError(f"policy '{self.name}' failed: {error}")
 
     def _publish(self) -> None:
+        if not self.observers:
+            return
         n = self.arrays.board[N_EVENTS]
-        if self.observers and n:
+        if n:
             for kind, step, key, other in self.arrays.events[:n].tolist():
                 event = Event(Kind(kind), step, key, other)
                 for observe in self.observers:

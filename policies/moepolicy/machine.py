@@ -9,7 +9,6 @@ function of that sequence of calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -159,14 +158,14 @@ def end(cache: Cache, policy: Policy) -> None:
     cache.board[N_DEMAND] = 0
 
 
-def unreachable(cache: Cache) -> list[Callable[..., Any]]:
+def unreachable(cache: Cache) -> frozenset[Any]:
     """The functions that no call for ``cache`` will come to, for those who compile it."""
-    without: list[Callable[..., Any]] = []
+    without: set[Any] = set()
     if not cache.prefetching:
-        without += [_disprove, _promote, _queue_prefetches, _prefetch_slot]
+        without |= {_disprove, _promote, _queue_prefetches, _prefetch_slot}
     if not cache.retaining:
-        without.append(_retain)
-    return without
+        without.add(_retain)
+    return frozenset(without)
 
 
 def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:

@@ -11,9 +11,10 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import simpy
 from moepolicy import ExpertCache, Kind, Transfer
+from moepolicy.kinds import COMPUTE as ON_CPU
+from moepolicy.kinds import HIT, LATE, MISS
 
 from moesim.costs import Costs
 from moesim.workload import Workload
@@ -132,7 +133,9 @@ class SimulatedLink:
 
     def kick(self, _: simpy.Event | None = None) -> None:
         """Something changed: dispatch once this instant's decisions are made."""
-        if not self._dispatching and (self._copies or self.cache.queued() is not None):
+        if not self._dispatching and (
+            self.cache.queued() is not None or (self._copies and not self._bus_busy)
+        ):
             self._dispatching = True
             At(self.env, 0, DISPATCH).callbacks.append(self._dispatch)
 
@@ -213,18 +216,27 @@ class Simulation:
     """One policy's cache on one machine, driven through a workload."""
 
     def __init__(
-        self, workload: Workload, cache: ExpertCache, costs: Costs, *, timeline: bool = False
+        self,
+        workload: Workload,
+        cache: ExpertCache,
+        costs: Costs,
+        *,
+        timeline: bool = False,
+        n_steps: int | None = None,
     ) -> None:
+        """``n_steps`` ends the run after so many; None: after all."""
         self.workload = workload
+        self.n_steps = workload.n_steps if n_steps is None else min(n_steps, workload.n_steps)
         self.cache = cache
         self.costs = costs
         self.env = Nanoseconds(initial_time=0)
         self.clock = Clock(segments=[] if timeline else None)
         self.link = SimulatedLink(self.env, costs, cache, self.clock)
         self._detail = cache.arrays.prefetching
+        self._expert_ns = costs.expert_ns.tolist()
 
     def run(self) -> Clock:
-        """Replay every step; returns where the time went."""
+        """Replay the steps; returns where the time went."""
         done = self.env.process(self._compute())
         self.env.run(until=done)
         self.clock.total_ns = self.env.now
@@ -234,7 +246,7 @@ class Simulation:
         gate_ns = self.costs.gate_ns(slice(None)).tolist()
         decode = self.workload.decode.tolist()
         layers = self.workload.layer.tolist()
-        for number in range(self.workload.n_steps):
+        for number in range(self.n_steps):
             began = self.env.now
             yield At(self.env, gate_ns[number], COMPUTE)
             self.clock.add(COMPUTE_LANE, 0, began, self.env.now, -1 - layers[number], 1)
@@ -246,53 +258,49 @@ class Simulation:
 
     def _expert_step(self, number: int) -> Process:
         """Decide, compute what is here in router order, then what arrives as it arrives."""
-        cache, link = self.cache, self.link
+        cache, link, costs = self.cache, self.link, self.costs
         step = self.workload.step(number, detail=self._detail)
-        outcome = cache.begin(step).tolist()
-        first = int(self.workload.offsets[number])
-        at = {key: first + rank for rank, key in enumerate(step.experts.tolist())}
-        by_outcome = dict(zip(at, outcome, strict=True))
-        for key, kind in by_outcome.items():
-            if kind == Kind.LATE:
+        keys = step.experts.tolist()
+        outcome = dict(zip(keys, cache.begin(step).tolist(), strict=True))
+        at = int(self.workload.offsets[number])
+        routed = dict(zip(keys, costs.routed[at : at + len(keys)].tolist(), strict=True))
+        for key, kind in outcome.items():
+            if kind == LATE:
                 link.want(key)
         link.kick()
         link.arrived.clear()  # guesses that landed before they were wanted are plain hits now
-        joins_at = self._run_on_cpu(
-            [at[k] for k, kind in by_outcome.items() if kind == Kind.COMPUTE]
-        )
-        for key, kind in by_outcome.items():
-            if kind == Kind.HIT:
-                yield from self._run_expert(key, at[key])
-        awaited = {k for k, kind in by_outcome.items() if kind in (Kind.LATE, Kind.MISS)}
-        while awaited:
-            key = next((k for k in link.arrived if k in awaited), -1)
-            if key < 0:
-                since = self.env.now
+        joins_at = self._run_on_cpu(outcome, routed)
+        ready = [key for key in keys if outcome[key] == HIT]
+        awaited = {key for key in keys if outcome[key] in (LATE, MISS)}
+        while ready or awaited:
+            began = self.env.now
+            if not ready:
+                ready = [key for key in link.arrived if key in awaited][:1]
+                awaited.difference_update(ready)
+            if not ready:
                 yield link.arrival()
-                self.clock.stall_ns += self.env.now - since
+                self.clock.stall_ns += self.env.now - began
                 continue
-            awaited.remove(key)
-            yield from self._run_expert(key, at[key])
+            key = ready.pop(0)
+            yield At(self.env, self._expert_ns[routed[key]], COMPUTE)
+            self.clock.add(COMPUTE_LANE, 0, began, self.env.now, key, 1)
+            cache.consume(key)
+            link.kick()
         if joins_at > self.env.now:
             self.clock.stall_ns += joins_at - self.env.now
             yield At(self.env, joins_at - self.env.now, COMPUTE)
         cache.end()
         link.kick()
 
-    def _run_expert(self, key: int, at: int) -> Process:
-        began = self.env.now
-        yield At(self.env, int(self.costs.expert_ns[self.costs.routed[at]]), COMPUTE)
-        self.clock.add(COMPUTE_LANE, 0, began, self.env.now, key, 1)
-        self.cache.consume(key)
-        self.link.kick()
-
-    def _run_on_cpu(self, tasks: list[int]) -> int:
+    def _run_on_cpu(self, outcome: dict[int, int], routed: dict[int, int]) -> int:
         """Share the step's CPU experts among the workers; returns when the last is done."""
         free_at = [self.env.now] * self.costs.cpu_workers
-        for at in tasks:
-            worker = int(np.argmin(free_at))
-            began = free_at[worker]
-            free_at[worker] += int(self.costs.cpu_ns[self.costs.routed[at]])
-            key = int(self.workload.keys[at])
-            self.clock.add(CPU_LANE, worker, began, free_at[worker], key, 1)
-        return max(free_at, default=0) if tasks else 0
+        joins_at = 0
+        for key, kind in outcome.items():
+            if kind == ON_CPU:
+                worker = free_at.index(min(free_at))
+                began = free_at[worker]
+                free_at[worker] += int(self.costs.cpu_ns[routed[key]])
+                joins_at = max(joins_at, free_at[worker])
+                self.clock.add(CPU_LANE, worker, began, free_at[worker], key, 1)
+        return joins_at

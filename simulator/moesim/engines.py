@@ -9,18 +9,20 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from moepolicy import Context, ExpertCache, Policy, PolicyError, PolicySpec
 from moepolicy.cache import Journal, Observer
-from moepolicy.compiled import NotCompilable, compiled, compiled_policy
+from moepolicy.calls import calls_are_compiled
+from moepolicy.compiled import NotCompilable, compiled, compiled_policy, is_compiled
 from moepolicy.state import Cache, new_cache
 
 from moesim import replay as twin
 from moesim.costs import Costs
-from moesim.engine import Clock, Segment, Simulation
+from moesim.engine import Clock, Simulation
 from moesim.workload import Workload
 
 # Compiling takes seconds, loading what an earlier run compiled one; the interpreted loop does some
@@ -30,15 +32,16 @@ WORTH_LOADING = 20_000
 CHUNK = 1 << 15  # steps whose predictions are in memory together
 PREFIX = 256  # steps on which compiled code is held against its interpreted self
 
-_interpreted: dict[type[Policy], str] = {}  # policies that do not compile, and why
-_proven: set[type[Policy]] = set()
-_replayed: Counter[type[Policy]] = Counter()
-
 
 class Engine(StrEnum):
     auto = "auto"
     simpy = "simpy"
     replay = "replay"
+
+
+_interpreted: dict[type[Policy], str] = {}  # policies that do not compile, and why
+_proven: set[tuple[Engine, type[Policy]]] = set()
+_asked: Counter[tuple[Engine, type[Policy]]] = Counter()
 
 
 def run(
@@ -59,35 +62,56 @@ def run(
     """
     if engine is Engine.auto:
         engine = Engine.simpy if observers or journal is not None else Engine.replay
-    if engine is Engine.simpy:
-        cache = ExpertCache(
-            context,
-            policy.build(context),
-            name=policy.label,
-            observers=observers,
-            journal=journal,
-        )
-        simulation = Simulation(workload, cache, costs(cache.arrays), timeline=timeline)
-        return cache.arrays, simulation.run()
-    _replayed[policy.policy] += workload.n_steps
-    if _replayed[policy.policy] >= WORTH_COMPILING and _compiles(workload, policy, context, costs):
-        return _replay(workload, policy, context, costs, timeline, compile=True)
-    return _replay(workload, policy, context, costs, timeline, compile=False)
+    kind = _Simulation if engine is Engine.simpy else _Replay
+    job = kind(workload, policy, context, costs, timeline, observers, journal)
+    _asked[engine, policy.policy] += workload.n_steps
+    return job.run(compile=_worth_compiling(job) and _compiles(job))
 
 
-def _compiles(
-    workload: Workload, policy: PolicySpec, context: Context, costs: Callable[[Cache], Costs]
-) -> bool:
-    """Whether a policy's class compiles and does the same compiled, on a prefix of the trace."""
-    if policy.policy in _interpreted:
+@dataclass
+class _Job:
+    """One run, yet to be made ready. Interpreted or compiled, whole or in part."""
+
+    workload: Workload
+    policy: PolicySpec
+    context: Context
+    costs: Callable[[Cache], Costs]
+    timeline: bool = False
+    observers: tuple[Observer, ...] = ()
+    journal: Journal | None = None
+    engine: ClassVar[Engine]
+
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+        """The first ``n_steps`` steps (None: all of them); NotCompilable or numba's own errors
+        where that was asked for and the policy is beyond it."""
+        raise NotImplementedError
+
+    def is_compiled(self) -> bool:
+        """Whether the code that ``compile`` asks for lies on disk."""
+        raise NotImplementedError
+
+
+def _worth_compiling(job: _Job) -> bool:
+    """Whether enough steps have been asked for to pay for code."""
+    asked = _asked[job.engine, job.policy.policy]
+    if job.policy.policy in _interpreted:
         return False
-    if policy.policy in _proven:
+    if asked >= WORTH_COMPILING:
         return True
     try:
-        states = [
-            _replay(workload, policy, context, costs, False, compile=how, until=PREFIX)
-            for how in (False, True)
-        ]
+        return asked >= WORTH_LOADING and job.is_compiled()
+    except NotCompilable:
+        return False
+
+
+def _compiles(job: _Job) -> bool:
+    """Whether a policy's class compiles and does the same compiled, on a prefix of the trace."""
+    policy = job.policy
+    if (job.engine, policy.policy) in _proven:
+        return True
+    trial = replace(job, timeline=False, observers=(), journal=None)
+    try:
+        states = [trial.run(compile=how, n_steps=PREFIX) for how in (False, True)]
         same = all(
             np.array_equal(one, other)
             for one, other in zip(*(_comparable(*state) for state in states), strict=True)
@@ -106,7 +130,7 @@ def _compiles(
             file=sys.stderr,
         )
         return False
-    _proven.add(policy.policy)
+    _proven.add((job.engine, policy.policy))
     return True
 
 
@@ -114,56 +138,69 @@ def _comparable(cache: Cache, clock: Clock) -> list[Any]:
     return [cache.keys, cache.domains, cache.staging, cache.board, clock.total_ns, clock.stall_ns]
 
 
-def _replay(
-    workload: Workload,
-    policy: PolicySpec,
-    context: Context,
-    costs_of: Callable[[Cache], Costs],
-    timeline: bool,
-    *,
-    compile: bool,
-    until: int | None = None,
-) -> tuple[Cache, Clock]:
+class _Simulation(_Job):
+    """SimPy keeps the clocks; the calls of the state machine may be compiled."""
+
+    engine = Engine.simpy
+
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+        cache = ExpertCache(
+            self.context,
+            self.policy.build(self.context),
+            name=self.policy.label,
+            observers=self.observers,
+            journal=self.journal,
+            compile=compile,
+            horizon=len(self.workload.predicted),
+        )
+        costs = self.costs(cache.arrays)
+        simulation = Simulation(
+            self.workload, cache, costs, timeline=self.timeline, n_steps=n_steps
+        )
+        return cache.arrays, simulation.run()
+
+    def is_compiled(self) -> bool:
+        built = self.policy.build(self.context)
+        return calls_are_compiled(new_cache(self.context, built), built)
+
+
+class _Replay(_Job):
     """The loop over the machine's clocks, a chunk of steps at a time."""
-    built = policy.build(context)
-    cache = new_cache(context, built)
-    costs = costs_of(cache)
-    n_steps = workload.n_steps if until is None else min(until, workload.n_steps)
-    n_segments = _most_segments(workload, costs, n_steps) if timeline else 0
-    link = twin.new_link(costs, workload.n_keys, n_segments)
-    work = twin.Work(
-        workload.keys,
-        workload.weights,
-        workload.offsets,
-        workload.layer,
-        workload.tokens,
-        workload.decode,
-    )
-    function: Callable[..., Any] = twin.replay
-    state: Any = built
-    if compile:
-        state = compiled_policy(built)
-        function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
-    outcome = np.zeros(context.n_experts, np.int8)
-    try:
-        for first in range(0, n_steps, CHUNK):
-            last = min(first + CHUNK, n_steps)
-            logits, predicted = workload.details(first, last, predictions=cache.prefetching)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                function(cache, state, work, costs, link, (first, last), logits, predicted, outcome)
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise PolicyError(f"policy '{policy.label}' failed: {error}") from error
-    clock = link.clock
-    n = int(clock[twin.N_SEGMENTS])
-    return cache, Clock(
-        total_ns=int(clock[twin.NOW]),
-        decode_ns=int(clock[twin.DECODE_NS]),
-        prompt_ns=int(clock[twin.PROMPT_NS]),
-        stall_ns=int(clock[twin.STALL_NS]),
-        link_busy_ns=int(clock[twin.LINK_BUSY_NS]),
-        segments=[Segment(*row) for row in link.segments[:n].tolist()] if timeline else None,
-    )
+
+    engine = Engine.replay
+
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+        n_steps = self.workload.n_steps if n_steps is None else min(n_steps, self.workload.n_steps)
+        policy, cache, costs, link = self._parts(n_steps)
+        function: Callable[..., Any] = twin.replay
+        state: Any = policy
+        if compile:
+            state = compiled_policy(policy)
+            function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
+        work = twin.work_of(self.workload)
+        outcome = np.zeros(self.context.n_experts, np.int8)
+        try:
+            for first in range(0, n_steps, CHUNK):
+                steps = first, min(first + CHUNK, n_steps)
+                details = self.workload.details(*steps, predictions=cache.prefetching)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    function(cache, state, work, costs, link, steps, *details, outcome)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise PolicyError(f"policy '{self.policy.label}' failed: {error}") from error
+        return cache, twin.clock_of(link)
+
+    def is_compiled(self) -> bool:
+        policy, cache, costs, link = self._parts(0)
+        state = compiled_policy(policy)
+        return is_compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
+
+    def _parts(self, n_steps: int) -> tuple[Policy, Cache, Costs, twin.Link]:
+        policy = self.policy.build(self.context)
+        cache = new_cache(self.context, policy)
+        costs = self.costs(cache)
+        n_segments = _most_segments(self.workload, costs, n_steps) if self.timeline else 0
+        return policy, cache, costs, twin.new_link(costs, self.workload.n_keys, n_segments)
 
 
 def _most_segments(workload: Workload, costs: Costs, n_steps: int) -> int:

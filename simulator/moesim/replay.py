@@ -28,7 +28,8 @@ from moepolicy.steps import Step
 from numpy.typing import NDArray
 
 from moesim.costs import Costs
-from moesim.engine import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
+from moesim.engine import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, Clock, Segment
+from moesim.workload import Workload
 
 NEVER = np.iinfo(np.int64).max
 DONE = -1  # an expert's outcome once it is computed
@@ -95,18 +96,43 @@ def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
     )
 
 
+def work_of(workload: Workload) -> Work:
+    return Work(
+        workload.keys,
+        workload.weights,
+        workload.offsets,
+        workload.layer,
+        workload.tokens,
+        workload.decode,
+    )
+
+
+def clock_of(link: Link) -> Clock:
+    """Where the time went until now."""
+    clock = link.clock
+    segments = link.segments[: clock[N_SEGMENTS]].tolist()
+    return Clock(
+        total_ns=int(clock[NOW]),
+        decode_ns=int(clock[DECODE_NS]),
+        prompt_ns=int(clock[PROMPT_NS]),
+        stall_ns=int(clock[STALL_NS]),
+        link_busy_ns=int(clock[LINK_BUSY_NS]),
+        segments=[Segment(*row) for row in segments] if len(link.segments) else None,
+    )
+
+
 def unreachable(cache: Cache, costs: Costs, link: Link) -> frozenset[Any]:
     """The functions that a run with these features will not come to."""
-    without = machine.unreachable(cache)
+    without: set[Any] = set()
     if not len(link.segments):
-        without.append(_draw)
+        without.add(_draw)
     if not costs.cpu_workers:
-        without.append(_run_on_cpu)
+        without.add(_run_on_cpu)
     if not costs.read_ns:
-        without.append(_host_has)
+        without.add(_host_has)
     if not cache.prefetching:
-        without.append(_want)
-    return frozenset(without)
+        without.add(_want)
+    return machine.unreachable(cache) | without
 
 
 def replay(

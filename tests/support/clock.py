@@ -57,6 +57,7 @@ def drive(
     seed: int = 0,
     streams: int = 1,
     check: bool = False,
+    compile: bool = False,
 ) -> tuple[ExpertCache, Recording]:
     """Run ``steps``; a generator seeded with ``seed`` plays the clock.
 
@@ -69,6 +70,8 @@ def drive(
         name=policy,
         observers=[seen.events.append],
         journal=seen.journal,
+        compile=compile,
+        horizon=max(len(step.predicted) for step in steps),
     )
     flying: list[int] = []
     for step in steps:

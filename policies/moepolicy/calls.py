@@ -1,0 +1,187 @@
+"""The calls that drive the state machine, interpreted or compiled, for those who hold its clock.
+
+A compiled function would unpack the arrays of cache and policy at every call, which takes longer
+than the call itself. A compiled generator keeps them: a call fills a mailbox and resumes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy import machine
+from moepolicy.compiled import compiled, compiled_policy, is_compiled
+from moepolicy.machine import begin, consume, end, finish, start
+from moepolicy.policy import Policy
+from moepolicy.state import Cache
+from moepolicy.steps import Step
+
+
+class Call(IntEnum):
+    """The calls that drive the state machine; a journal is a list of (call, key).
+
+    The key of a BEGIN is the step's number, that of a START or END -1."""
+
+    BEGIN = 0
+    START = 1
+    FINISH = 2
+    CONSUME = 3
+    END = 4
+
+
+class Calls:
+    """The state machine of one cache and policy, as Python runs it."""
+
+    def __init__(self, cache: Cache, policy: Policy) -> None:
+        self.cache = cache
+        self.policy = policy
+
+    def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
+        begin(self.cache, self.policy, step, outcome)
+
+    def start(self) -> int:
+        return start(self.cache, self.policy)
+
+    def finish(self, key: int) -> None:
+        finish(self.cache, self.policy, key)
+
+    def consume(self, key: int) -> None:
+        consume(self.cache, key)
+
+    def end(self) -> None:
+        end(self.cache, self.policy)
+
+
+# Entries of Mail.slip: the call and what it is about, then the rest of a step.
+CALL = 0
+ABOUT = 1  # the step's number or a key; on return what the call gave
+LAYER = 2
+N_DEMAND = 3
+TOKENS = 4
+LINK_BACKLOG = 5
+N_LOGITS = 6
+HORIZON = 7
+SLIP_ENTRIES = 8
+
+BEGIN, START, FINISH, CONSUME = (
+    int(Call.BEGIN),
+    int(Call.START),
+    int(Call.FINISH),
+    int(Call.CONSUME),
+)
+
+
+class Mail(NamedTuple):
+    """What passes between Python and the compiled generator."""
+
+    slip: NDArray[np.int64]  # [SLIP_ENTRIES]
+    experts: NDArray[np.int32]  # [n_experts] a step's arrays, in their first entries
+    weights: NDArray[np.float32]  # [n_experts]
+    logits: NDArray[np.float32]  # [n_experts]
+    predicted: NDArray[np.float32]  # [horizon, n_experts]
+    outcome: NDArray[np.int8]  # [n_experts]
+
+
+def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, None]:
+    """Serve one call after another, for ever; a call that raises ends it."""
+    slip = mail.slip
+    while True:
+        yield 0
+        call = slip[CALL]
+        if call == BEGIN:
+            n = slip[N_DEMAND]
+            step = Step(
+                slip[ABOUT],
+                slip[LAYER],
+                mail.experts[:n],
+                mail.weights[:n],
+                mail.logits[: slip[N_LOGITS]],
+                mail.predicted[: slip[HORIZON]],
+                slip[TOKENS],
+                slip[LINK_BACKLOG],
+            )
+            begin(cache, policy, step, mail.outcome)
+        elif call == START:
+            slip[ABOUT] = start(cache, policy)
+        elif call == FINISH:
+            finish(cache, policy, slip[ABOUT])
+        elif call == CONSUME:
+            consume(cache, slip[ABOUT])
+        else:
+            end(cache, policy)
+
+
+class CompiledCalls(Calls):
+    """The same calls compiled together with the policy; the state stays in the same arrays."""
+
+    def __init__(self, cache: Cache, policy: Policy, horizon: int) -> None:
+        """``horizon`` is the most rows of predictions a step has. Raises NotCompilable, or
+        numba's own errors, where the policy is beyond compiling."""
+        super().__init__(cache, policy)
+        n = cache.n_experts
+        self._mail = Mail(
+            slip=np.zeros(SLIP_ENTRIES, np.int64),
+            experts=np.zeros(n, np.int32),
+            weights=np.zeros(n, np.float32),
+            logits=np.zeros(n, np.float32),
+            predicted=np.zeros((horizon, n), np.float32),
+            outcome=np.zeros(n, np.int8),
+        )
+        # The generator refers to these arrays and counts no references: they must outlive it.
+        self._state = compiled_policy(policy)
+        serve = compiled(answer_mail, self._state, omit=machine.unreachable(cache))
+        self._resume = serve(cache, self._state, self._mail).__next__
+        self._resume()
+
+    def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
+        mail = self._mail
+        n = len(step.experts)
+        mail.experts[:n] = step.experts
+        mail.weights[:n] = step.weights
+        n_logits, horizon = len(step.logits), len(step.predicted)
+        if n_logits:
+            mail.logits[:] = step.logits
+        if horizon:
+            mail.predicted[:horizon] = step.predicted
+        mail.slip[:] = (
+            BEGIN,
+            step.number,
+            step.layer,
+            n,
+            step.tokens,
+            step.backlog,
+            n_logits,
+            horizon,
+        )
+        self._resume()
+        outcome[:] = mail.outcome[:n]
+
+    def start(self) -> int:
+        slip = self._mail.slip
+        slip[CALL] = START
+        self._resume()
+        return int(slip[ABOUT])
+
+    def finish(self, key: int) -> None:
+        self._call(FINISH, key)
+
+    def consume(self, key: int) -> None:
+        self._call(CONSUME, key)
+
+    def end(self) -> None:
+        self._call(int(Call.END), -1)
+
+    def _call(self, call: int, about: int) -> None:
+        slip = self._mail.slip
+        slip[CALL] = call
+        slip[ABOUT] = about
+        self._resume()
+
+
+def calls_are_compiled(cache: Cache, policy: Policy) -> bool:
+    """Whether an earlier run has left these calls compiled on disk."""
+    return is_compiled(answer_mail, compiled_policy(policy), omit=machine.unreachable(cache))

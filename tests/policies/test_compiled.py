@@ -1,0 +1,109 @@
+"""Compiled calls decide what interpreted ones do; code on disk is never stale and never missed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moepolicy import Context, PolicyError, compiled, find_policy
+from moepolicy.compiled import compiled_policy
+from moepolicy.fingerprint import fingerprint
+from support.clock import context_for, drive, make_steps, scenarios
+
+CONTEXT = Context(n_layers=2, n_experts=4, top_k=1, slots=2)
+STEP = 3
+
+
+def advance(policy: Any, counts: Any) -> None:
+    counts[0] += STEP
+    policy.on_load(0, False, counts[0])
+
+
+@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass"])
+@given(scenario=scenarios(), seed=st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_compiled_calls_decide_what_interpreted_ones_do(
+    policy: str, scenario: dict[str, Any], seed: int
+) -> None:
+    steps, context = scenario["steps"], scenario["context"]
+    _, expected = drive(policy, context, steps, seed=seed, streams=scenario["streams"])
+    cache, got = drive(policy, context, steps, seed=seed, streams=scenario["streams"], compile=True)
+    cache.check()
+    assert got.events == expected.events
+    assert got.journal == expected.journal
+
+
+def test_a_policy_that_raises_is_named_compiled_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from moepolicy import Policy\n"
+        "class Mine(Policy):\n"
+        "    def __init__(self, context):\n"
+        "        pass\n"
+        "    def victim(self, layer, incoming, candidates):\n"
+        "        return 10_000\n"
+    )
+    spec = f"{path}:Mine"
+    steps = make_steps([(0, [e]) for e in (0, 1, 2, 3)], 4)
+    context = context_for(steps, 1, 4, 1, 1, "layer")
+    with pytest.raises(PolicyError, match="a key that does not exist"):
+        drive(spec, context, steps, compile=True)
+
+
+def run_afresh(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Any, Any]:
+    """As a new process would: nothing compiled in memory."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
+    monkeypatch.setattr(compiled, "_entries", {})
+    policy = find_policy("fifo").build(CONTEXT)
+    state = compiled_policy(policy)
+    counts = np.zeros(1, np.int64)
+    function = compiled.compiled(advance, state)
+    function(state, counts)
+    assert counts[0] == STEP
+    assert vars(policy)["loaded"][0] == STEP
+    return function, state
+
+
+def test_code_is_loaded_by_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    function, state = run_afresh(monkeypatch, tmp_path)
+    assert not function.stats.cache_hits
+    assert compiled.is_compiled(advance, state)
+    function, _ = run_afresh(monkeypatch, tmp_path)
+    assert function.stats.cache_hits
+
+
+def test_a_damaged_file_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run_afresh(monkeypatch, tmp_path)
+    (code,) = tmp_path.glob("*.nbc")
+    code.write_bytes(code.read_bytes()[:100])
+    function, _ = run_afresh(monkeypatch, tmp_path)
+    assert not function.stats.cache_hits
+    function, _ = run_afresh(monkeypatch, tmp_path)
+    assert function.stats.cache_hits
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    function, _ = run_afresh(monkeypatch, tmp_path / "file" / "cache")
+    assert not function.stats.cache_hits
+
+
+def test_any_change_of_the_code_changes_its_fingerprint() -> None:
+    def with_globals(**changed: Any) -> str:
+        function = FunctionType(advance.__code__, {**globals(), **changed}, "advance")
+        return fingerprint(function, (find_policy("fifo").policy,), frozenset())
+
+    assert with_globals() == with_globals(unrelated=1)
+    assert with_globals() != with_globals(STEP=4)
+    lru = find_policy("lru").policy
+    assert isinstance(advance, FunctionType)
+    assert with_globals() != fingerprint(advance, (lru,), frozenset())
