@@ -79,16 +79,20 @@ class ExpertCache:
         journal: Journal | None = None,
         compile: bool = False,
         horizon: int = 0,
+        max_slots: int | None = None,
     ) -> None:
-        """``compile`` has the calls compiled together with the policy, which must lend itself to
-        it (see `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most."""
+        """With ``max_slots`` (a layer) the cache can be resized up to that. ``compile`` has the
+        calls compiled together with the policy, which must lend itself to it (see
+        `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most."""
         self.policy = policy
         self.name = name or type(policy).__name__
         self.observers = list(observers)
         self.journal = journal
         # No call decides more than a few things about each key.
         n_events = 6 * context.n_keys + 64 if observers else 0
-        self.arrays: Cache = new_cache(context, policy, n_events=n_events)
+        self.arrays: Cache = new_cache(context, policy, n_events=n_events, max_slots=max_slots)
+        most = context.slots if max_slots is None else max(context.slots, max_slots)
+        self.max_slots = min(most, context.n_experts)
         self._calls = (
             CompiledCalls(self.arrays, policy, horizon) if compile else Calls(self.arrays, policy)
         )
@@ -96,8 +100,17 @@ class ExpertCache:
 
     @property
     def n_slots(self) -> int:
-        """Slots over cache and staging together: the records a device arena must hold."""
-        return len(self.arrays.domains) * self.arrays.slots + self.arrays.staging_buffers
+        """Slots over cache and staging together: the records a device arena must hold now.
+
+        They are numbered from 0 until the first resize.
+        """
+        arrays = self.arrays
+        most = len(arrays.domains) * arrays.slots + arrays.staging_buffers
+        return most - int(arrays.spare[0])
+
+    def spare_slots(self) -> frozenset[int]:
+        """The slots that the cache could have and has not: nothing lies in them or is to come."""
+        return frozenset(self.arrays.spare[1 : 1 + self.arrays.spare[0]].tolist())
 
     def begin(self, step: Step) -> NDArray[np.int8]:
         """Pin a step's demand; returns HIT, LATE, MISS or COMPUTE for each of its keys."""
@@ -147,6 +160,23 @@ class ExpertCache:
         self._log(Call.END, -1)
         try:
             self._calls.end()
+        except Exception as error:
+            raise self._failed(error) from error
+        finally:
+            self._publish()
+
+    def resize(self, slots: int) -> None:
+        """The cache is to have ``slots`` slots a layer, as soon as what it loses can go.
+
+        Raises PolicyError beyond ``max_slots``.
+        """
+        if not (self.arrays.resizable and 0 <= slots <= self.max_slots):
+            raise PolicyError(
+                f"a cache made for {self.max_slots} slots a layer cannot have {slots}"
+            )
+        self._log(Call.RESIZE, slots)
+        try:
+            self._calls.resize(slots)
         except Exception as error:
             raise self._failed(error) from error
         finally:
@@ -213,5 +243,7 @@ def replay_journal(cache: ExpertCache, steps: Iterable[Step], journal: Journal) 
             cache.finish(key)
         elif call == Call.CONSUME:
             cache.consume(key)
+        elif call == Call.RESIZE:
+            cache.resize(key)
         else:
             cache.end()

@@ -38,6 +38,10 @@ class Composite(Policy):
         self.eviction.on_evict(key)
         self.prefetcher.on_evict(key)
 
+    def on_resize(self, slots: int) -> None:
+        self.eviction.on_resize(slots)
+        self.prefetcher.on_resize(slots)
+
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         return self.eviction.victim(layer, incoming, candidates)
 

@@ -3,8 +3,8 @@
 Plain functions over NumPy arrays, so that numba can compile them as they stand. They know
 nothing of time: a driver (SimPy, the fast replay, the live runtime) calls ``begin`` and ``end``
 around each expert step, ``start`` whenever its link could take a copy, ``finish`` when a copy has
-arrived and ``consume`` when an expert's compute is done. The decisions are a deterministic
-function of that sequence of calls.
+arrived, ``consume`` when an expert's compute is done, and ``resize`` (`moepolicy.resize`) when the
+cache is to have another size. The decisions are a deterministic function of that sequence of calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from moepolicy.kinds import (
     CANCEL,
     COMPUTE,
     DROP,
-    EVICT,
     HIT,
     LATE,
     LOAD,
@@ -27,7 +26,6 @@ from moepolicy.kinds import (
     PROMOTE,
     QUEUE_PREFETCH,
     SPECULATE,
-    USELESS,
 )
 from moepolicy.places import (
     domain_of,
@@ -38,11 +36,11 @@ from moepolicy.places import (
     leave_queue,
     note,
     pop_free,
-    remove,
     stage,
     unstage,
 )
 from moepolicy.policy import Policy
+from moepolicy.resize import leave_device, resize, take_from, trim
 from moepolicy.state import (
     ABSENT,
     BACKLOG,
@@ -135,6 +133,8 @@ def finish(cache: Cache, policy: Policy, key: int) -> None:
     cache.board[BACKLOG] -= 1
     if row[TRANSIENT] and not row[PINNED]:
         _discard(cache, policy, key)
+    if cache.resizable:
+        trim(cache, policy)
 
 
 def consume(cache: Cache, key: int) -> None:
@@ -148,6 +148,8 @@ def end(cache: Cache, policy: Policy) -> None:
         key = int(cache.scratch[WANTED, rank])
         cache.keys[key, PINNED] = 0
         cache.keys[key, CONSUMED] = 0
+    if cache.resizable:
+        trim(cache, policy)
     i = 0
     while i < cache.staging[N_HELD]:
         key = int(cache.staging[HELD + i])
@@ -165,6 +167,8 @@ def unreachable(cache: Cache) -> frozenset[Any]:
         without |= {_disprove, _promote, _queue_prefetches, _prefetch_slot}
     if not cache.retaining:
         without.add(_retain)
+    if not cache.resizable:
+        without |= {resize, trim}
     return frozenset(without)
 
 
@@ -278,33 +282,10 @@ def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
             return -1
         candidates = cache.scratch[CANDIDATES, :n]
         layer = key // cache.n_experts
-        slot = _take_from(cache, policy, policy.victim(layer, key, candidates), key)
+        slot = take_from(cache, policy, policy.victim(layer, key, candidates), domain, key)
         if slot < 0:
             return -1
     hold(held, key)
-    return slot
-
-
-def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
-    """Evict ``victim`` for ``incoming`` and return its slot; -1 where the policy declined."""
-    if victim < 0:
-        return -1
-    if victim >= cache.keys.shape[0]:
-        raise ValueError("victim named a key that does not exist")
-    row = cache.keys[victim]
-    domain = domain_of(cache, victim)
-    if (
-        row[STATUS] != RESIDENT
-        or row[PINNED]
-        or row[STAGED]
-        or domain != domain_of(cache, incoming)
-    ):
-        raise ValueError("victim named a key that was not among the candidates")
-    slot = int(row[PLACE])
-    note(cache, EVICT, victim, incoming)
-    cache.board[EVICTED] = victim
-    remove(cache.domains[domain], victim)
-    _leave_device(cache, policy, victim)
     return slot
 
 
@@ -352,7 +333,7 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
         return False
     candidates = cache.scratch[CANDIDATES, :n]
     layer = key // cache.n_experts
-    slot = _take_from(cache, policy, policy.retain(layer, key, candidates), key)
+    slot = take_from(cache, policy, policy.retain(layer, key, candidates), domain, key)
     if slot < 0:
         return False
     hold(cache.domains[domain], key)
@@ -374,14 +355,4 @@ def _discard(cache: Cache, policy: Policy, key: int) -> None:
     unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0
     free_buffer(cache, slot)
-    _leave_device(cache, policy, key)
-
-
-def _leave_device(cache: Cache, policy: Policy, key: int) -> None:
-    row = cache.keys[key]
-    row[STATUS] = ABSENT
-    row[PLACE] = -1
-    if row[UNUSED]:
-        row[UNUSED] = 0
-        note(cache, USELESS, key, NOTHING)
-    policy.on_evict(key)
+    leave_device(cache, policy, key)

@@ -80,11 +80,15 @@ class Policy:
     def on_evict(self, key: int) -> None:
         """``key`` has left the device."""
 
+    def on_resize(self, slots: int) -> None:
+        """The cache is to have ``slots`` slots a layer now, as the context said until now."""
+
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         """Which of ``candidates`` (ascending keys, never empty) makes room for ``incoming``.
 
         -1 declines: a missing expert is then used from a staging buffer and not kept, a
-        prefetch is dropped. The array is only valid during the call.
+        prefetch is dropped. The array is only valid during the call. Where the cache must shrink,
+        ``incoming`` is one of the candidates itself, and goes if the policy declines.
         """
         raise NotImplementedError
 

@@ -58,10 +58,12 @@ def drive(
     streams: int = 1,
     check: bool = False,
     compile: bool = False,
+    resizes: bool = False,
 ) -> tuple[ExpertCache, Recording]:
     """Run ``steps``; a generator seeded with ``seed`` plays the clock.
 
-    Fails if the machine ever stops with work left to do.
+    ``resizes`` changes the cache's size at moments of the generator's choice. Fails if the machine
+    ever stops with work left to do.
     """
     clock, seen = random.Random(seed), Recording()
     cache = ExpertCache(
@@ -72,16 +74,21 @@ def drive(
         journal=seen.journal,
         compile=compile,
         horizon=max(len(step.predicted) for step in steps),
+        max_slots=context.n_experts if resizes else None,
     )
     flying: list[int] = []
     for step in steps:
         for key in clock.sample(flying, clock.randint(0, len(flying))):
             flying.remove(key)
             cache.finish(key)
+        if resizes:
+            _maybe_resize(cache, clock)
         cache.begin(step)
         left = set(step.experts.tolist())
         while left:
             _one_move(cache, clock, flying, left, streams)
+            if resizes:
+                _maybe_resize(cache, clock)
             if check:
                 cache.check()
         cache.end()
@@ -89,6 +96,11 @@ def drive(
             cache.check()
         assert not any(cache.arrays.keys[step.experts, 1]), "a pin outlived its step"
     return cache, seen
+
+
+def _maybe_resize(cache: ExpertCache, clock: random.Random) -> None:
+    if clock.random() < 0.3:
+        cache.resize(clock.randint(0, cache.max_slots))
 
 
 def _one_move(
