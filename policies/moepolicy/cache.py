@@ -84,6 +84,7 @@ class ExpertCache:
         """With ``max_slots`` (a layer) the cache can be resized up to that. ``compile`` has the
         calls compiled together with the policy, which must lend itself to it (see
         `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most."""
+        self.context = context
         self.policy = policy
         self.name = name or type(policy).__name__
         self.observers = list(observers)

@@ -33,6 +33,8 @@ def generate(
     policy: opt.Policy = "lru",
     slots: opt.Slots = None,
     memory: opt.Memory = None,
+    memory_file: opt.MemoryFile = None,
+    context_tokens: opt.ContextTokens = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
     store: opt.Store = None,
@@ -61,6 +63,10 @@ def generate(
             "they repeat the run exactly."
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Print what would take how much memory, and load nothing."),
+    ] = False,
     format: Annotated[
         Format,
         typer.Option(
@@ -79,13 +85,16 @@ def generate(
     if context.invoked_subcommand is not None:
         _refuse_misplaced(context, context.invoked_subcommand)
         return
-    from moerun.commands.run import run
+    from moerun.commands.run import run, show_plan
 
-    text = _prompt(prompt, prompt_file)
+    unprompted = plan and prompt is None and prompt_file is None
+    text = None if unprompted else _prompt(prompt, prompt_file)
     settings = opt.settings(
         policy=policy,
         slots=slots,
         memory=memory,
+        memory_file=memory_file,
+        context=context_tokens,
         scope=scope,
         device=device,
         streams=streams,
@@ -98,6 +107,9 @@ def generate(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed)
     found = opt.store(model, precision, store)
+    if text is None or plan:
+        show_plan(found, settings, sampling, text, format)
+        return
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
 

@@ -115,9 +115,15 @@ class Generation:
         tokenizer: Any,
         session: Session,
         on_text: Callable[[str], None] | None = None,
+        *,
+        context_tokens: int | None = None,
     ) -> None:
-        """``on_text`` is given the new text piece by piece as it becomes certain."""
+        """``on_text`` is given the new text piece by piece as it becomes certain.
+
+        ``context_tokens`` is what memory was planned for; None: whatever the model takes.
+        """
         self.model = model
+        self.context_tokens = context_tokens
         self.session = session
         self.timings = Timings(tokenizer, on_text)
         self.prompt_tokens = 0
@@ -126,7 +132,7 @@ class Generation:
     def run(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Generated:
         """Answer prompt_ids [1, tokens]. Raises RunError when the model cannot take them."""
         sampling.check()
-        room = check_length(self.model, prompt_ids.shape[1])
+        room = check_length(self.model, prompt_ids.shape[1], self.context_tokens)
         new_tokens = min(sampling.max_new_tokens, room)
         self.prompt_tokens = prompt_ids.shape[1]
         set_seed(sampling.seed)
@@ -167,9 +173,16 @@ def context_tokens(model: Any) -> int | None:
     return int(limit) if limit else None
 
 
-def check_length(model: Any, prompt_tokens: int) -> int:
+def check_length(model: Any, prompt_tokens: int, planned_tokens: int | None = None) -> int:
     """How many tokens may follow the prompt; RunError when the prompt itself is too long."""
     limit = context_tokens(model)
+    if planned_tokens is not None and planned_tokens < (limit or planned_tokens + 1):
+        if prompt_tokens >= planned_tokens:
+            raise RunError(
+                f"the prompt has {prompt_tokens} tokens and memory was planned for a context of "
+                f"{planned_tokens}: shorten it, or give a larger --context"
+            )
+        return planned_tokens - prompt_tokens
     if limit is None:
         return 1 << 30
     if prompt_tokens >= limit:

@@ -57,6 +57,9 @@ class Report:
     tokens_per_s: float
     prompt_tokens_per_s: float
     arena_bytes: int
+    memory_budget_bytes: int | None
+    memory_planned_bytes: int
+    memory_peak_bytes: int
     peak_host_bytes: int
     peak_device_bytes: int | None
     lossy: bool
@@ -84,6 +87,9 @@ def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False
         tokens_per_s=round(generated.tokens_per_s, 3),
         prompt_tokens_per_s=round(generated.prompt_tokens_per_s, 3),
         arena_bytes=runner.arena_bytes,
+        memory_budget_bytes=runner.plan.budget_bytes,
+        memory_planned_bytes=runner.plan.total_bytes,
+        memory_peak_bytes=runner.peak_bytes,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(settings.device),
         lossy=settings.policy.policy.lossy,
@@ -143,7 +149,8 @@ def _table(report: Report) -> str:
         "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
         f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses",
         "stall": f"{report.stall_s:.2f} s of {report.time_s:.2f} s waiting for experts",
-        "memory": f"{format_bytes(report.arena_bytes)} expert slots; peak "
+        "memory": _against_budget(report)
+        + f"{format_bytes(report.arena_bytes)} expert slots; peak "
         f"{format_bytes(report.peak_host_bytes)} of host memory"
         + (
             f", {format_bytes(report.peak_device_bytes)} on {report.device}"
@@ -154,6 +161,17 @@ def _table(report: Report) -> str:
         + (" (interrupted)" if report.interrupted else ""),
     }
     return "".join(f"{name:8}  {line}\n" for name, line in lines.items())
+
+
+def _against_budget(report: Report) -> str:
+    from moerun.devices import format_bytes
+
+    if report.memory_budget_bytes is None:
+        return ""
+    return (
+        f"{format_bytes(report.memory_peak_bytes)} taken of "
+        f"{format_bytes(report.memory_budget_bytes)}; "
+    )
 
 
 def _share(count: int, of: int) -> str:

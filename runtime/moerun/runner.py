@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,21 @@ import torch
 from moepolicy import Context, PolicySpec
 from numpy.typing import NDArray
 
-from moerun.devices import format_bytes
+from moerun.arena import Arena, new_slot
+from moerun.budget import BudgetWatch
+from moerun.devices import (
+    format_bytes,
+    free_bytes,
+    peak_device_bytes,
+    peak_host_bytes,
+    who_holds,
+)
 from moerun.errors import RunError
 from moerun.forms import SlotForm
 from moerun.generate import Generation, Sampling, encode
 from moerun.links import DiskLink, Link, Throttle
 from moerun.links.disk import ColdRecords
+from moerun.memory import MemoryPlan, baseline_bytes, needs_of
 from moerun.model import load_offloaded
 from moerun.predict import GatePredictor, find_routers
 from moerun.servable import refuse_unservable
@@ -29,11 +39,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a store is to be run. ``slots`` is per layer; ``memory_bytes`` sets it instead."""
+    """How a store is to be run. ``slots`` is per layer; ``memory_bytes``, for all of the device's
+    memory that the run may take, sets it instead."""
 
     policy: PolicySpec
     slots: int | None = None
     memory_bytes: int | None = None
+    context_tokens: int | None = None  # to plan memory for; None: some thousand
+    prompt_tokens: int | None = None  # the longest prompt; None: all of the context
+    memory_file: Path | None = None  # in which the budget may be changed
     scope: str = "layer"
     device: torch.device = CPU
     streams: int = 1
@@ -52,16 +66,26 @@ class Settings:
 class Runner:
     """A model served by a session. A context manager; ``close`` ends its threads and hooks."""
 
-    def __init__(self, store: ExpertStore, settings: Settings) -> None:
-        """Raises RunError or PolicyError before anything big is loaded where it cannot run."""
+    def __init__(
+        self,
+        store: ExpertStore,
+        settings: Settings,
+        *,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Raises RunError or PolicyError before anything big is loaded where it cannot run.
+
+        ``report`` is told, from another thread, what became of a change of ``memory_file``.
+        """
         refuse_unservable(settings.policy)
         self.store = store
         self.settings = settings
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
-        self.context = plan_context(store, settings, self.form.slot_bytes)
+        self.plan = plan_memory(store, settings, self.form.slot_bytes)
+        self._baseline_bytes = baseline_bytes(store)
         self._hooks: list[Any] = []
         self.session = Session(
-            self.context,
+            plan_context(store, settings, self.plan.slots),
             settings.policy,
             partial(make_link, store, self.form, settings),
             record_bytes=store.record_bytes,
@@ -72,6 +96,7 @@ class Runner:
                 GatePredictor(self.model, settings.predicts) if settings.predicts else None
             )
             self._listen()
+            self._watch = self._watch_budget(report)
         except BaseException:
             self.session.close()
             raise
@@ -83,6 +108,46 @@ class Runner:
         self.close()
 
     @property
+    def context(self) -> Context:
+        """The cache as it is to be now."""
+        return self.session.context
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest text that memory was planned for; None where no budget was given."""
+        return None if self.plan.budget_bytes is None else self.plan.needs.context_tokens
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of the device's memory this run has held, as a budget counts it."""
+        on_device = peak_device_bytes(self.settings.device)
+        if on_device is not None:
+            return on_device
+        return max(peak_host_bytes() - self._baseline_bytes, 0)
+
+    def set_slots(self, slots: int) -> None:
+        """Cache so many experts a layer from now on; any thread may say so, at any time.
+
+        Nothing that is generated changes by it. What the step in progress uses stays until its
+        end. Raises PolicyError beyond a layer's experts, RunError where memory for more is not
+        there; all is then as it was.
+        """
+        self.session.resize(slots)
+        self.plan = replace(self.plan, slots=slots)
+
+    def set_memory(self, budget_bytes: int) -> None:
+        """Have another budget from now on (see ``set_slots``): the slots follow from it.
+
+        Raises RunError, changing nothing, for a budget too small for what is not slots or larger
+        than the memory there is.
+        """
+        plan = self.plan.within(budget_bytes)
+        more_bytes = plan.slots_bytes - self.plan.slots_bytes
+        require_free(more_bytes, budget_bytes, self.settings.device)
+        self.session.resize(plan.slots)
+        self.plan = plan
+
+    @property
     def arena_bytes(self) -> int:
         """Device memory of all slots, staging included."""
         return self.session.cache.n_slots * self.form.slot_bytes
@@ -92,7 +157,9 @@ class Runner:
         return encode(self.tokenizer, prompt, self.settings.device)
 
     def generation(self, on_text: Callable[[str], None] | None = None) -> Generation:
-        return Generation(self.model, self.tokenizer, self.session, on_text)
+        return Generation(
+            self.model, self.tokenizer, self.session, on_text, context_tokens=self.context_tokens
+        )
 
     def generate(self, prompt: str, sampling: Sampling) -> str:
         """The text that follows ``prompt``."""
@@ -101,11 +168,19 @@ class Runner:
         return text
 
     def close(self) -> None:
+        if self._watch:
+            self._watch.close()
         for hook in self._hooks:
             hook.remove()
         if self.predictor:
             self.predictor.close()
         self.session.close()
+
+    def _watch_budget(self, report: Callable[[str], None] | None) -> BudgetWatch | None:
+        if (path := self.settings.memory_file) is None:
+            return None
+        device = self.settings.device
+        return BudgetWatch(path, device, self.set_memory, report or (lambda _: None))
 
     def _listen(self) -> None:
         """Give the session what each layer's gate and the later layers' gates say."""
@@ -124,7 +199,7 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     if rate is not None and not 0 < rate < float("inf"):
         raise RunError(f"link-gbps must be above 0, not {rate / 1e9:g}")
     throttle = Throttle(rate) if rate else None
-    slots = [form.bind(memory) for memory in _arena(n_slots, form.slot_bytes, device)]
+    slots = Arena(partial(new_slot, form, device), n_slots)
     if device.type == "cuda":
         from moerun.links.cuda import CudaLink
 
@@ -135,32 +210,57 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     return DiskLink(records, slots, streams=settings.streams, throttle=throttle)
 
 
-def plan_context(store: ExpertStore, settings: Settings, slot_bytes: int) -> Context:
-    """The cache's size, from slots or a memory budget. RunError where the budget is too small."""
+def plan_memory(store: ExpertStore, settings: Settings, slot_bytes: int) -> MemoryPlan:
+    """How the run's memory is spent. RunError where a budget is too small, or is not there."""
+    # Staging may depend on the parameters, so a policy is made to ask it.
+    staging = settings.policy.build(plan_context(store, settings, 0)).staging
+    plan = MemoryPlan(
+        needs=needs_of(
+            store,
+            settings.device,
+            context_tokens=settings.context_tokens,
+            prompt_tokens=settings.prompt_tokens,
+            horizon=settings.predicts,
+            streams=settings.streams,
+        ),
+        budget_bytes=None,
+        slots=settings.slots if settings.slots is not None else store.n_experts // 2,
+        n_layers=store.n_layers,
+        n_experts=store.n_experts,
+        staging=staging,
+        slot_bytes=slot_bytes,
+    )
+    if settings.memory_bytes is None:
+        return plan
+    plan = plan.within(settings.memory_bytes)
+    require_free(plan.total_bytes, settings.memory_bytes, settings.device)
+    return plan
+
+
+def require_free(n_bytes: int, budget_bytes: int, device: torch.device) -> None:
+    """RunError where a device does not have what a budget is about to take."""
+    free = free_bytes(device)
+    if n_bytes > free:
+        raise RunError(
+            f"of the {format_bytes(budget_bytes)} asked for, {format_bytes(n_bytes)} are needed "
+            f"now and {device} has {format_bytes(free)} free{who_holds(device)}: give less "
+            "--memory (or 'auto'), or end what else uses it"
+        )
+
+
+def plan_context(store: ExpertStore, settings: Settings, slots: int) -> Context:
+    """The cache that a policy is made for."""
     counts = None
     if "counts" in settings.policy.requires:
         counts = calibration_counts(store, settings)
-    context = Context(
+    return Context(
         n_layers=store.n_layers,
         n_experts=store.n_experts,
         top_k=store.index.top_k,
-        slots=settings.slots if settings.slots is not None else store.n_experts // 2,
+        slots=slots,
         scope=settings.scope,
         counts=counts,
     )
-    if settings.memory_bytes is None:
-        return context
-    # Staging may depend on the parameters, so a policy is made to ask it.
-    staging = settings.policy.build(context._replace(slots=0)).staging
-    if settings.memory_bytes < staging * slot_bytes:
-        raise RunError(
-            f"{format_bytes(settings.memory_bytes)} is too small for the {staging} staging "
-            f"buffers of policy '{settings.policy.label}': the least that works is "
-            f"{format_bytes(staging * slot_bytes)}, and each slot in all {store.n_layers} layers "
-            f"takes {format_bytes(store.n_layers * slot_bytes)} more"
-        )
-    free = settings.memory_bytes // slot_bytes - staging
-    return context._replace(slots=min(free // store.n_layers, store.n_experts))
 
 
 def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int64]:
@@ -180,13 +280,3 @@ def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int
     keys = columns["layer"].astype(np.int64)[:, None] * meta.n_experts + columns["experts"]
     counts = np.bincount(keys.ravel(), minlength=store.n_keys)
     return counts.reshape(store.n_layers, store.n_experts)
-
-
-def _arena(n_slots: int, slot_bytes: int, device: torch.device) -> torch.Tensor:
-    try:
-        return torch.empty((n_slots, slot_bytes), dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError) as error:
-        raise RunError(
-            f"{n_slots} expert slots take {format_bytes(n_slots * slot_bytes)}, which {device} "
-            "does not have free: use fewer slots or a lower precision"
-        ) from error

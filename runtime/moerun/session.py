@@ -104,6 +104,7 @@ class Session:
         self.gate_observers: list[GateObserver] = []
         self.cache = self._new_cache(journal, observers)
         self.link = make_link(self.cache.n_slots)
+        self._in_memory = frozenset(range(self.cache.n_slots))
         self.lock = threading.Condition()  # held for every call of the cache
         self._under_way = 0
         self._awaited: set[int] = set()
@@ -177,6 +178,26 @@ class Session:
             raise
         with self.lock:
             self.cache.end()
+            self._free_memory()
+            self._pump()
+
+    def resize(self, slots: int) -> None:
+        """Have ``slots`` slots a layer from now on; any thread may say so at any time.
+
+        What the step in progress uses stays until its end, and its memory with it. Raises
+        PolicyError beyond a layer's experts, RunError where memory for more is not there; the
+        cache is then as it was.
+        """
+        with self.lock:
+            before = self.context.slots
+            self.cache.resize(slots)
+            try:
+                self._fit_memory()
+            except RunError:
+                self.cache.resize(before)
+                self._fit_memory()
+                raise
+            self.context = self.context._replace(slots=slots)
             self._pump()
 
     def reset(self, *, journal: Journal | None = None, observers: Sequence[Observer] = ()) -> None:
@@ -185,6 +206,7 @@ class Session:
             while self._under_way:
                 self.lock.wait()
             self.cache = self._new_cache(journal, observers)
+            self._fit_memory()
             self._failure = None
             self._awaited.clear()
             self._arrived.clear()
@@ -207,8 +229,28 @@ class Session:
     def _new_cache(self, journal: Journal | None, observers: Sequence[Observer]) -> ExpertCache:
         policy = self.policy.build(self.context)
         return ExpertCache(
-            self.context, policy, name=self.policy.label, observers=observers, journal=journal
+            self.context,
+            policy,
+            name=self.policy.label,
+            observers=observers,
+            journal=journal,
+            max_slots=self.context.n_experts,
         )
+
+    def _fit_memory(self) -> None:
+        """Give memory to the slots the cache has, and no others. The lock is held."""
+        spare = self.cache.spare_slots()
+        wanted = frozenset(range(self.cache.n_slots + len(spare))) - spare
+        withdrawn, granted = self._in_memory - wanted, wanted - self._in_memory
+        self._in_memory &= wanted
+        if withdrawn or granted:
+            self.link.resize(sorted(withdrawn), sorted(granted))
+        self._in_memory = wanted
+
+    def _free_memory(self) -> None:
+        """Free what the cache could give up only now. The lock is held."""
+        if self.cache.n_slots < len(self._in_memory):
+            self._fit_memory()
 
     def _begin(self, layer: int, gate: Gate) -> tuple[list[int], int]:
         """Open the step: the keys that are here, in router order, and how many are not."""
@@ -289,6 +331,7 @@ class Session:
                     raise error
                 if self._failure is None:
                     self.cache.finish(key)
+                    self._free_memory()
                     if key in self._awaited:
                         self._awaited.discard(key)
                         self._arrived.append(key)

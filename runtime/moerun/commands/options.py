@@ -46,7 +46,25 @@ Slots = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Instead of --slots: memory for expert slots and staging, as 9GiB or 500MB.",
+        help="Instead of --slots: all the memory the run may take of the device, as 9GiB or "
+        "500MB; auto: most of what is free.",
+        show_default=False,
+    ),
+]
+MemoryFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Instead of --memory: a file that holds it. Change the file, and the run follows "
+        "while it generates.",
+        show_default=False,
+    ),
+]
+ContextTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        help="Tokens that --memory has room for, prompt and answer. Default: what the prompt and "
+        "--max-new-tokens need; where no prompt is known, 2048 or the model's.",
         show_default=False,
     ),
 ]
@@ -118,6 +136,8 @@ def settings(
     link_gbps: float | None,
     slots: int | None = None,
     memory: str | None = None,
+    memory_file: Path | None = None,
+    context: int | None = None,
     scope: str = "layer",
     cold: bool = False,
     threads: int | None = None,
@@ -127,20 +147,33 @@ def settings(
 ) -> Settings:
     """What the options say; RunError, PolicyError or wrong usage where they make no sense."""
     spec = find_policy(policy)
-    if slots is not None and memory is not None:
-        raise typer.BadParameter("give --slots or --memory, not both")
+    given = {"--slots": slots, "--memory": memory, "--memory-file": memory_file}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"give {' or '.join(chosen)}, not both")
+    if context is not None and context < 2:
+        raise RunError(f"context must be 2 or more tokens, not {context}")
+    if context is not None and chosen in ([], ["--slots"]):
+        raise typer.BadParameter("--context is what --memory plans for: give that, too")
     if horizon is not None and horizon < 0:
         raise RunError(f"horizon must be 0 or more, not {horizon}")
-    from moerun.devices import find_device, parse_bytes, use_threads
+    from moerun.budget import parse_budget, read_budget
+    from moerun.devices import find_device, use_threads
     from moerun.runner import Settings
 
     use_threads(threads)
+    found = find_device(device)
+    budget = None if memory is None else parse_budget(memory, found)
+    if memory_file is not None:
+        budget = read_budget(memory_file, found)
     return Settings(
         policy=spec,
         slots=slots,
-        memory_bytes=None if memory is None else parse_bytes(memory),
+        memory_bytes=budget,
+        memory_file=memory_file,
+        context_tokens=context,
         scope=scope,
-        device=find_device(device),
+        device=found,
         streams=streams,
         link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9,
         cold=cold,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from moerun.arena import Arena
 from moerun.errors import RunError
 
 Done = Callable[[int, Exception | None], None]
@@ -72,6 +73,12 @@ class Link(Protocol):
 
     def release(self, slot: int) -> None:
         """The compute issued up to now was the last to read ``slot``'s present content."""
+
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        """Free the memory of some slots, then give some theirs. Raises RunError if there is none.
+
+        Nothing travels to those that go, and no compute to come reads them.
+        """
 
     def close(self) -> None:
         """End the threads, after the copies under way. Harmless when repeated."""
@@ -161,6 +168,10 @@ class ThreadedLink:
 
     def submit(self, key: int, slot: int) -> None:
         self._jobs.put(Job(key, slot, time.perf_counter()))
+
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        assert isinstance(self.slots, Arena), "these slots were made to stay"
+        self.slots.resize(withdrawn, granted)
 
     def close(self) -> None:
         self._closing = True  # nobody waits for a capped copy any more

@@ -65,6 +65,21 @@ class CudaLink(ThreadedLink):
         self._copied[slot].record(lane)
         self._copied[slot].synchronize()
 
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        for slot in withdrawn:
+            if (used := self._used[slot]) is not None:
+                used.synchronize()
+        try:
+            super().resize(withdrawn, granted)
+        finally:
+            if withdrawn:
+                torch.cuda.empty_cache()  # or torch would keep it from other programs
+        for slot in granted:
+            self._copied += [_event() for _ in range(slot + 1 - len(self._copied))]
+            self._used += [None] * (slot + 1 - len(self._used))
+            # Kernels issued earlier may still use what this memory was before.
+            self.release(slot)
+
     def close(self) -> None:
         super().close()
         if self._host is not None:
