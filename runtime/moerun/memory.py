@@ -68,7 +68,7 @@ class MemoryPlan:
         """The same run in another budget; RunError where that is too small for any."""
         if budget_bytes < self.least_bytes:
             raise RunError(
-                f"{format_bytes(budget_bytes)} of memory are too few: the least that works is "
+                f"{format_bytes(budget_bytes)} of memory is too little: the least that works is "
                 f"{exact(self.least_bytes)} (weights besides the experts "
                 f"{format_bytes(self.needs.weights_bytes)}, cache of {self.needs.context_tokens:,} "
                 f"tokens {format_bytes(self.needs.kv_cache_bytes)}, workspace "

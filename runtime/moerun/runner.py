@@ -25,8 +25,8 @@ from moerun.devices import (
 from moerun.errors import RunError
 from moerun.forms import SlotForm
 from moerun.generate import Generation, Sampling, encode
-from moerun.links import DiskLink, Link, Throttle
-from moerun.links.disk import ColdRecords
+from moerun.links import DirectRecords, DiskLink, HostTier, Link, Records, Throttle
+from moerun.links.host import host_tier
 from moerun.memory import MemoryPlan, baseline_bytes, needs_of
 from moerun.model import load_offloaded
 from moerun.predict import GatePredictor, find_routers
@@ -52,6 +52,7 @@ class Settings:
     device: torch.device = CPU
     streams: int = 1
     link_bytes_per_s: float | None = None  # a cap; None: as fast as it goes
+    host_bytes: int | None = None  # of the cache between disk and device; None: room for all
     cold: bool = False  # keep what is read out of the page cache
     horizon: int | None = None  # None: 1 if the policy looks at predictions, else 0
     calibration: str | None = None  # the trace that policies count experts in
@@ -205,9 +206,22 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
 
         if settings.cold:
             raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
-        return CudaLink(store, slots, device, streams=settings.streams, throttle=throttle)
-    records = ColdRecords(store) if settings.cold else store
+        tier = make_tier(store, settings)
+        return CudaLink(tier, slots, device, streams=settings.streams, throttle=throttle)
+    records: Records = DirectRecords(store) if settings.cold else store
+    if settings.host_bytes is not None:
+        records = make_tier(store, settings)
     return DiskLink(records, slots, streams=settings.streams, throttle=throttle)
+
+
+def make_tier(store: ExpertStore, settings: Settings) -> HostTier:
+    """Host memory for all records, or for as many as it may hold. Raises RunError."""
+    all_fit = (
+        settings.host_bytes is None or settings.host_bytes >= store.n_keys * store.record_bytes
+    )
+    # What is read only once may stay in the file cache, for the next start.
+    records = store if all_fit else DirectRecords(store)
+    return host_tier(records, settings.host_bytes, settings.streams)
 
 
 def plan_memory(store: ExpertStore, settings: Settings, slot_bytes: int) -> MemoryPlan:

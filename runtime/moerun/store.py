@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from moerun.errors import RunError
 from moerun.index import DENSE_FILE, StoreIndex, read_index
 from moerun.layout import RecordLayout
 from moerun.tensorfile import TensorFile, memory_of, read_at
+
+Read = Callable[[Path, int, torch.Tensor], int]
+"""Fills a buffer from a file's offset; returns the bytes read. Raises OSError."""
 
 
 class Location(NamedTuple):
@@ -82,19 +86,29 @@ class ExpertStore:
         records = self.index.layers[layer]
         return Location(self.path / records.file, records.offsets[expert], self.record_bytes)
 
-    def read_into(self, key: int, buffer: torch.Tensor, *, verify: bool | None = None) -> None:
+    def read_into(
+        self,
+        key: int,
+        buffer: torch.Tensor,
+        *,
+        verify: bool | None = None,
+        read: Read | None = None,
+    ) -> None:
         """Read a record into `buffer`, contiguous uint8[record_bytes] in host memory.
 
         The interpreter's lock is released meanwhile. `verify` compares the CRC-32; None does it
-        the first time this store reads the record. Raises RunError that names the file, layer and
-        expert when it cannot be read or is not what was packed.
+        the first time this store reads the record. `read` is another way to read. Raises RunError
+        that names the file, layer and expert when it cannot be read or is not what was packed.
         """
         if buffer.dtype != torch.uint8 or buffer.nbytes != self.record_bytes:
             raise AssertionError(f"{buffer.dtype}[{buffer.nbytes}] for {self.record_bytes} bytes")
         layer, expert = self._split(key)
         where = self.location(key)
         try:
-            got = read_at(self._fd(layer), where.offset, buffer)
+            if read is None:
+                got = read_at(self._fd(layer), where.offset, buffer)
+            else:
+                got = read(where.path, where.offset, buffer)
         except OSError as error:
             raise self._damaged(key, f"could not be read ({error.strerror})") from error
         if got != where.nbytes:

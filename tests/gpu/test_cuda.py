@@ -15,6 +15,7 @@ from moerun.errors import RunError
 from moerun.experts import ResidentProvider
 from moerun.forms import SlotForm
 from moerun.generate import Sampling
+from moerun.links import HostTier
 from moerun.model import load_offloaded
 from moerun.pack import pack
 from moerun.profile import measure
@@ -48,7 +49,9 @@ class Served:
 
         form = SlotForm(store.index.shape, store.index.precision, device)
         self.arena = torch.empty((slots, form.slot_bytes), dtype=torch.uint8, device=device)
-        self.link = CudaLink(store, [form.bind(m) for m in self.arena], device, streams=streams)
+        slots_of = [form.bind(memory) for memory in self.arena]
+        tier = HostTier(store, store.n_keys)
+        self.link = CudaLink(tier, slots_of, device, streams=streams)
         self.reports: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self.link.start(lambda key, error: self.reports.put((key, error)))
 

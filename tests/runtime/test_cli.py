@@ -166,7 +166,7 @@ def test_policies_are_listed(moerun: Call) -> None:
         (("--device", "cuda:7"), "device 'cuda:7' is not there"),
         (("--slots", "-1"), "slots must be 0 or more, not -1"),
         (("--scope", "model"), "unknown scope 'model'"),
-        (("--memory", "100KiB"), "100.00 KiB is too small for the 1 staging buffers"),
+        (("--memory", "100KiB"), "100.00 KiB of memory is too little: the least that works is"),
         (("--memory", "lots"), "'lots' is no amount of memory"),
         (("--precision", "1bit"), "there is no precision '1bit'"),
         (("--streams", "9"), "streams must be 1, 2 or 3, not 9"),

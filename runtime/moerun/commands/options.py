@@ -59,6 +59,15 @@ MemoryFile = Annotated[
         show_default=False,
     ),
 ]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Host memory for experts between disk and device, as 16GiB: the others are read from "
+        "disk when they are wanted. Default on a GPU: all of them are in host memory; on the CPU "
+        "experts go from disk to their slots.",
+        show_default=False,
+    ),
+]
 ContextTokens = Annotated[
     int | None,
     typer.Option(
@@ -137,6 +146,7 @@ def settings(
     slots: int | None = None,
     memory: str | None = None,
     memory_file: Path | None = None,
+    host_memory: str | None = None,
     context: int | None = None,
     scope: str = "layer",
     cold: bool = False,
@@ -158,7 +168,7 @@ def settings(
     if horizon is not None and horizon < 0:
         raise RunError(f"horizon must be 0 or more, not {horizon}")
     from moerun.budget import parse_budget, read_budget
-    from moerun.devices import find_device, use_threads
+    from moerun.devices import find_device, parse_bytes, use_threads
     from moerun.runner import Settings
 
     use_threads(threads)
@@ -171,6 +181,7 @@ def settings(
         slots=slots,
         memory_bytes=budget,
         memory_file=memory_file,
+        host_bytes=None if host_memory is None else parse_bytes(host_memory),
         context_tokens=context,
         scope=scope,
         device=found,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from moerun.arena import Arena
+from moerun.arena import Arena, device_memory
 from moerun.errors import RunError
 
 Done = Callable[[int, Exception | None], None]
@@ -131,8 +131,7 @@ class ThreadedLink:
         self.statistics = LinkStatistics()
         scratch_bytes = record_bytes if slots and slots[0].landing is None else 0
         self._scratch = [
-            torch.empty(scratch_bytes, dtype=torch.uint8, device=scratch_device)
-            for _ in range(streams)
+            device_memory(max(scratch_bytes, 1), scratch_device) for _ in range(streams)
         ]
         self._record_bytes = record_bytes
         self._throttle = throttle

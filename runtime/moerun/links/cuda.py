@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from moerun.devices import format_bytes
 from moerun.errors import RunError
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle
+from moerun.links.base import Slot, ThreadedLink, Throttle
+from moerun.links.host import HostTier
 
 
 class CudaLink(ThreadedLink):
-    """Copies records from a pinned host arena, which holds them all, into slots on the device.
+    """Copies records from pinned host memory, which holds all or some, into slots on the device.
 
     Each slot has two events. ``copied`` is recorded behind its copy, and the compute stream waits
     for it before it reads the slot; ``used`` is recorded behind its last kernel, and the next copy
@@ -21,23 +23,26 @@ class CudaLink(ThreadedLink):
 
     def __init__(
         self,
-        store: Records,
+        tier: HostTier,
         slots: Sequence[Slot],
         device: torch.device,
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
     ) -> None:
-        """Loads every record of the store into pinned memory; RunError where it does not fit."""
+        """Pins the tier's memory, and fills it where all records fit. Raises RunError."""
         super().__init__(
             slots,
-            record_bytes=store.record_bytes,
+            record_bytes=tier.record_bytes,
             streams=streams,
             throttle=throttle,
             scratch_device=device,
         )
         self.device = device
-        self._host: torch.Tensor | None = _pinned_copy(store)
+        if tier.n_records == tier.n_keys:
+            tier.fill()
+        _pin(tier)
+        self._tier: HostTier | None = tier
         self._copied = [_event() for _ in slots]
         self._used: list[torch.cuda.Event | None] = [None] * len(slots)
         self._lanes = [
@@ -54,16 +59,20 @@ class CudaLink(ThreadedLink):
         self._used[slot] = event
 
     def copy(self, stream: int, key: int, slot: int) -> None:
-        assert self._host is not None
+        assert self._tier is not None
         lane = self._lanes[stream]
         if (used := self._used[slot]) is not None:
             lane.wait_event(used)
-        with torch.cuda.stream(lane):
-            record = self.landing(stream, slot)
-            record.copy_(self._host[key], non_blocking=True)
-            self.slots[slot].arrive(record)
-        self._copied[slot].record(lane)
-        self._copied[slot].synchronize()
+        held = self._tier.hold(key)
+        try:
+            with torch.cuda.stream(lane):
+                record = self.landing(stream, slot)
+                record.copy_(held, non_blocking=True)
+                self.slots[slot].arrive(record)
+            self._copied[slot].record(lane)
+            self._copied[slot].synchronize()
+        finally:
+            self._tier.drop(key)
 
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
         for slot in withdrawn:
@@ -82,27 +91,24 @@ class CudaLink(ThreadedLink):
 
     def close(self) -> None:
         super().close()
-        if self._host is not None:
+        if self._tier is not None:
             torch.cuda.synchronize(self.device)
-            _unpin(self._host)
-            self._host = None
+            _unpin(self._tier.memory)
+            self._tier.close()
+            self._tier = None
 
 
-def _pinned_copy(store: Records) -> torch.Tensor:
-    """All records in page-locked host memory: uint8[n_keys, record_bytes]."""
-    n_bytes = store.n_keys * store.record_bytes
-    try:
-        # Registered rather than allocated pinned: torch's pinned allocator rounds up to a power
-        # of two, which for all experts of a model can be as much again.
-        host = torch.empty((store.n_keys, store.record_bytes), dtype=torch.uint8)
-        for key in range(store.n_keys):
-            store.read_into(key, host[key])
-        status = int(_runtime().cudaHostRegister(host.data_ptr(), n_bytes, 0))
-    except (RuntimeError, MemoryError) as error:
-        raise RunError(_no_host_memory(n_bytes)) from error
+def _pin(tier: HostTier) -> None:
+    """Page-lock a tier's memory."""
+    # Registered rather than allocated pinned: torch's pinned allocator rounds up to a power of
+    # two, which for all experts of a model can be as much again.
+    status = int(_runtime().cudaHostRegister(tier.memory.data_ptr(), tier.memory.nbytes, 0))
     if status != 0:
-        raise RunError(f"{_no_host_memory(n_bytes)} (CUDA error {status})")
-    return host
+        raise RunError(
+            f"the experts take {format_bytes(tier.memory.nbytes)} of pinned host memory, which "
+            f"this machine does not give (CUDA error {status}): keep only some there "
+            "(--host-memory), or choose a lower precision"
+        )
 
 
 def _unpin(host: torch.Tensor) -> None:
@@ -115,10 +121,3 @@ def _runtime() -> Any:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def _no_host_memory(n_bytes: int) -> str:
-    return (
-        f"the experts take {n_bytes / 2**30:.2f} GiB of pinned host memory, which this machine "
-        "does not give: choose a lower precision"
-    )
