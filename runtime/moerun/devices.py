@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,6 +103,18 @@ def who_holds(device: torch.device) -> str:
         f" ({format_bytes(free)} of {format_bytes(total)} are; other programs and CUDA itself "
         f"hold {format_bytes(others)})"
     )
+
+
+@contextmanager
+def naming_lack_of_memory(device: torch.device, doing: str) -> Iterator[None]:
+    """Turns a GPU's out-of-memory error into a RunError that says who holds its memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{device} ran out of memory while {doing}{who_holds(device)}: use fewer slots or less "
+            "--memory, or end what else uses it"
+        ) from error
 
 
 def _proc(file: str, name: str) -> int | None:

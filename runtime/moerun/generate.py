@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
+from moerun.devices import naming_lack_of_memory
 from moerun.errors import RunError
 from moerun.session import Session, Totals
 
@@ -136,7 +137,8 @@ class Generation:
         new_tokens = min(sampling.max_new_tokens, room)
         self.prompt_tokens = prompt_ids.shape[1]
         set_seed(sampling.seed)
-        with torch.inference_mode():
+        out_of_memory = naming_lack_of_memory(prompt_ids.device, "generating")
+        with torch.inference_mode(), out_of_memory:
             self.model.generate(
                 prompt_ids,
                 attention_mask=torch.ones_like(prompt_ids),

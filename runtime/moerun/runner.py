@@ -18,6 +18,7 @@ from moerun.budget import BudgetWatch
 from moerun.devices import (
     format_bytes,
     free_bytes,
+    naming_lack_of_memory,
     peak_device_bytes,
     peak_host_bytes,
     who_holds,
@@ -84,6 +85,8 @@ class Runner:
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
         self.plan = plan_memory(store, settings, self.form.slot_bytes)
         self._baseline_bytes = baseline_bytes(store)
+        if settings.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(settings.device)
         self._hooks: list[Any] = []
         self.session = Session(
             plan_context(store, settings, self.plan.slots),
@@ -92,7 +95,8 @@ class Runner:
             record_bytes=store.record_bytes,
         )
         try:
-            self.model, self.tokenizer = load_offloaded(store, settings.device, self.session)
+            with naming_lack_of_memory(settings.device, "loading the weights"):
+                self.model, self.tokenizer = load_offloaded(store, settings.device, self.session)
             self.predictor = (
                 GatePredictor(self.model, settings.predicts) if settings.predicts else None
             )
