@@ -54,6 +54,7 @@ class Settings:
     streams: int = 1
     link_bytes_per_s: float | None = None  # a cap; None: as fast as it goes
     host_bytes: int | None = None  # of the cache between disk and device; None: room for all
+    chunk_bytes: int = 0  # experts travel in pieces of this; 0: whole
     cold: bool = False  # keep what is read out of the page cache
     horizon: int | None = None  # None: 1 if the policy looks at predictions, else 0
     calibration: str | None = None  # the trace that policies count experts in
@@ -211,21 +212,34 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
         if settings.cold:
             raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
         tier = make_tier(store, settings)
-        return CudaLink(tier, slots, device, streams=settings.streams, throttle=throttle)
+        return CudaLink(
+            tier,
+            slots,
+            device,
+            streams=settings.streams,
+            throttle=throttle,
+            chunk_bytes=settings.chunk_bytes,
+        )
     records: Records = DirectRecords(store) if settings.cold else store
     if settings.host_bytes is not None:
         records = make_tier(store, settings)
-    return DiskLink(records, slots, streams=settings.streams, throttle=throttle)
+    return DiskLink(
+        records,
+        slots,
+        streams=settings.streams,
+        throttle=throttle,
+        chunk_bytes=settings.chunk_bytes,
+    )
 
 
 def make_tier(store: ExpertStore, settings: Settings) -> HostTier:
     """Host memory for all records, or for as many as it may hold. Raises RunError."""
-    all_fit = (
-        settings.host_bytes is None or settings.host_bytes >= store.n_keys * store.record_bytes
-    )
-    # What is read only once may stay in the file cache, for the next start.
-    records = store if all_fit else DirectRecords(store)
-    return host_tier(records, settings.host_bytes, settings.streams)
+    host_bytes, all_bytes = settings.host_bytes, store.n_keys * store.record_bytes
+    if host_bytes is None or host_bytes >= all_bytes:
+        # What is read only once may stay in the file cache, for the next start.
+        return host_tier(store, None)
+    copies = settings.streams * (2 if settings.chunk_bytes else 1)
+    return host_tier(DirectRecords(store), host_bytes, copies)
 
 
 def plan_memory(store: ExpertStore, settings: Settings, slot_bytes: int) -> MemoryPlan:

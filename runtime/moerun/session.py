@@ -107,6 +107,7 @@ class Session:
         self._in_memory = frozenset(range(self.cache.n_slots))
         self.lock = threading.Condition()  # held for every call of the cache
         self._under_way = 0
+        self._guessed: set[int] = set()  # of those, prefetches with streams of their own
         self._awaited: set[int] = set()
         self._arrived: deque[int] = deque()
         self._failure: Exception | None = None
@@ -278,6 +279,8 @@ class Session:
                 )
             hits = [key for key, kind in zip(keys.tolist(), outcome, strict=True) if kind == HIT]
             self._awaited = set(keys.tolist()).difference(hits)
+            for key in self._awaited & self._guessed:
+                self.link.want(key)
             absent = len(self._awaited)
             self._pump()
         return hits, absent
@@ -312,20 +315,30 @@ class Session:
     def _pump(self) -> None:
         """Start copies while the link has a stream free. The lock is held."""
         while (
-            self._under_way < self.link.streams
-            and not self._failure
-            and self.cache.queued() is not None
+            not self._failure
+            and (kind := self.cache.queued()) is not None
+            and self._streams_taken(kind) < self.link.streams
         ):
             copy = self.cache.start()
             if copy is None:  # a demand waits for a staging buffer
                 return
             self._under_way += 1
-            self.link.submit(copy.key, copy.slot)
+            if self.link.chunked and copy.speculative:
+                self._guessed.add(copy.key)
+            self.link.submit(copy.key, copy.slot, demand=not copy.speculative)
+
+    def _streams_taken(self, kind: Kind) -> int:
+        """Of the streams that take what is to be copied next."""
+        if not self.link.chunked:
+            return self._under_way
+        guesses = len(self._guessed)
+        return guesses if kind is Kind.SPECULATE else self._under_way - guesses
 
     def _on_copied(self, key: int, error: Exception | None) -> None:
         """A copy ended; called by the link's threads."""
         with self.lock:
             self._under_way -= 1
+            self._guessed.discard(key)
             try:
                 if error is not None:
                     raise error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,22 +93,27 @@ class ExpertStore:
         *,
         verify: bool | None = None,
         read: Read | None = None,
+        pieces: Callable[[int], Iterator[slice]] | None = None,
     ) -> None:
         """Read a record into `buffer`, contiguous uint8[record_bytes] in host memory.
 
         The interpreter's lock is released meanwhile. `verify` compares the CRC-32; None does it
-        the first time this store reads the record. `read` is another way to read. Raises RunError
-        that names the file, layer and expert when it cannot be read or is not what was packed.
+        the first time this store reads the record. `read` is another way to read,
+        `pieces(record_bytes)` the pieces to do it in. Raises RunError that names the file, layer
+        and expert when it cannot be read or is not what was packed.
         """
         if buffer.dtype != torch.uint8 or buffer.nbytes != self.record_bytes:
             raise AssertionError(f"{buffer.dtype}[{buffer.nbytes}] for {self.record_bytes} bytes")
         layer, expert = self._split(key)
         where = self.location(key)
         try:
-            if read is None:
-                got = read_at(self._fd(layer), where.offset, buffer)
-            else:
-                got = read(where.path, where.offset, buffer)
+            got = 0
+            for piece in pieces(where.nbytes) if pieces else (slice(0, where.nbytes),):
+                at, part = where.offset + piece.start, buffer[piece]
+                if read is None:
+                    got += read_at(self._fd(layer), at, part)
+                else:
+                    got += read(where.path, at, part)
         except OSError as error:
             raise self._damaged(key, f"could not be read ({error.strerror})") from error
         if got != where.nbytes:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from moerun.arena import Arena
 from moerun.errors import RunError
 from moerun.links import Done, LinkStatistics, Records
+from moerun.links.turns import Pieces
 
 RECORD_BYTES = 4096
 
@@ -24,10 +26,11 @@ class MemoryRecords:
         self.n_keys = n_keys
         self.broken = broken
 
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
         if key in self.broken:
             raise RunError(f"expert {key} in store.safetensors: checksum mismatch")
-        buffer.view(torch.int32).fill_(key)
+        for piece in pieces(RECORD_BYTES) if pieces else (slice(None),):
+            buffer[piece].view(torch.int32).fill_(key)
 
 
 class MemorySlot:
@@ -43,6 +46,7 @@ class ShuffledLink:
 
     def __init__(self, records: Records, slots: Sequence[Any], streams: int, seed: int) -> None:
         self.streams = streams
+        self.chunked = False
         self.statistics = LinkStatistics()
         self.slots = slots
         self._records = records
@@ -56,11 +60,17 @@ class ShuffledLink:
         self._done = done
         self._thread.start()
 
-    def submit(self, key: int, slot: int) -> None:
+    def submit(self, key: int, slot: int, *, demand: bool = True) -> None:
         with self._wake:
             self._jobs.append((key, slot))
             assert len(self._jobs) <= self.streams
             self._wake.notify()
+
+    def want(self, key: int) -> None: ...
+
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        assert isinstance(self.slots, Arena)
+        self.slots.resize(withdrawn, granted)
 
     def acquire(self, slot: int) -> None: ...
 

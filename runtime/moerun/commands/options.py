@@ -93,6 +93,14 @@ Store = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
 Streams = Annotated[int, typer.Option(help="Copies under way at once: 1 to 3.")]
+Chunk = Annotated[
+    str | None,
+    typer.Option(
+        help="Let experts travel in pieces of this size, as 4MiB: what is wanted overtakes a "
+        "prefetch between two of them. Default: whole.",
+        show_default=False,
+    ),
+]
 LinkGbps = Annotated[
     float | None,
     typer.Option(
@@ -147,6 +155,7 @@ def settings(
     memory: str | None = None,
     memory_file: Path | None = None,
     host_memory: str | None = None,
+    chunk: str | None = None,
     context: int | None = None,
     scope: str = "layer",
     cold: bool = False,
@@ -182,6 +191,7 @@ def settings(
         memory_bytes=budget,
         memory_file=memory_file,
         host_bytes=None if host_memory is None else parse_bytes(host_memory),
+        chunk_bytes=0 if chunk is None else parse_bytes(chunk),
         context_tokens=context,
         scope=scope,
         device=found,

@@ -11,6 +11,7 @@ from moerun.devices import format_bytes
 from moerun.errors import RunError
 from moerun.links.base import Slot, ThreadedLink, Throttle
 from moerun.links.host import HostTier
+from moerun.links.turns import Job
 
 
 class CudaLink(ThreadedLink):
@@ -29,6 +30,7 @@ class CudaLink(ThreadedLink):
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        chunk_bytes: int = 0,
     ) -> None:
         """Pins the tier's memory, and fills it where all records fit. Raises RunError."""
         super().__init__(
@@ -37,6 +39,7 @@ class CudaLink(ThreadedLink):
             streams=streams,
             throttle=throttle,
             scratch_device=device,
+            chunk_bytes=chunk_bytes,
         )
         self.device = device
         if tier.n_records == tier.n_keys:
@@ -47,7 +50,7 @@ class CudaLink(ThreadedLink):
         self._used: list[torch.cuda.Event | None] = [None] * len(slots)
         self._lanes = [
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for _ in range(streams)
+            for _ in self._scratch
         ]
 
     def acquire(self, slot: int) -> None:
@@ -58,21 +61,25 @@ class CudaLink(ThreadedLink):
         event.record(torch.cuda.current_stream(self.device))
         self._used[slot] = event
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
+    def copy(self, stream: int, job: Job) -> None:
         assert self._tier is not None
-        lane = self._lanes[stream]
+        lane, slot = self._lanes[stream], job.slot
         if (used := self._used[slot]) is not None:
             lane.wait_event(used)
-        held = self._tier.hold(key)
+        held = self._tier.hold(job.key)
         try:
             with torch.cuda.stream(lane):
                 record = self.landing(stream, slot)
-                record.copy_(held, non_blocking=True)
+                for piece in self.pieces(job, len(held)):
+                    record[piece].copy_(held[piece], non_blocking=True)
+                    if self.chunked:  # the bus is handed on when the piece has crossed it
+                        self._copied[slot].record(lane)
+                        self._copied[slot].synchronize()
                 self.slots[slot].arrive(record)
             self._copied[slot].record(lane)
             self._copied[slot].synchronize()
         finally:
-            self._tier.drop(key)
+            self._tier.drop(job.key)
 
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
         for slot in withdrawn:

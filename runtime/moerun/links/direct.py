@@ -17,6 +17,7 @@ import torch
 
 from moerun.errors import RunError
 from moerun.layout import RECORD_ALIGN
+from moerun.links.turns import Pieces
 from moerun.store import ExpertStore
 from moerun.tensorfile import read_at
 
@@ -38,9 +39,9 @@ class DirectRecords:
         self._fds: dict[Path, tuple[int, bool]] = {}
         self._lock = threading.Lock()
 
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
         """Fill ``buffer``, uint8[record_bytes]; the errors name expert and file."""
-        self._store.read_into(key, buffer, read=self._read)
+        self._store.read_into(key, buffer, read=self._read, pieces=pieces)
 
     def close(self) -> None:
         """Close the files. Harmless when repeated."""

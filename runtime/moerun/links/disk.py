@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from moerun.links.base import Records, Slot, ThreadedLink, Throttle
 from moerun.links.direct import DirectRecords
 from moerun.links.host import HostTier
+from moerun.links.turns import Job
 
 
 class DiskLink(ThreadedLink):
@@ -25,6 +27,7 @@ class DiskLink(ThreadedLink):
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        chunk_bytes: int = 0,
     ) -> None:
         super().__init__(
             slots,
@@ -32,6 +35,7 @@ class DiskLink(ThreadedLink):
             streams=streams,
             throttle=throttle,
             scratch_device=torch.device("cpu"),
+            chunk_bytes=chunk_bytes,
         )
         self._records = store
 
@@ -46,7 +50,10 @@ class DiskLink(ThreadedLink):
         if isinstance(self._records, DirectRecords | HostTier):  # a store is its opener's
             self._records.close()
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
-        record = self.landing(stream, slot)
-        self._records.read_into(key, record)
-        self.slots[slot].arrive(record)
+    def copy(self, stream: int, job: Job) -> None:
+        record = self.landing(stream, job.slot)
+        if self.chunked:
+            self._records.read_into(job.key, record, pieces=partial(self.pieces, job))
+        else:
+            self._records.read_into(job.key, record)
+        self.slots[job.slot].arrive(record)

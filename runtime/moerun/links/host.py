@@ -13,6 +13,7 @@ from moerun.devices import format_bytes, free_bytes
 from moerun.errors import RunError
 from moerun.links.base import Records
 from moerun.links.direct import DirectRecords
+from moerun.links.turns import Pieces
 
 
 @dataclass
@@ -83,11 +84,12 @@ class HostTier:
             self._entries[key].holders -= 1
             self._changed.notify_all()
 
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
         """Copy a record out: so a link that takes records from a store takes them from here."""
         record = self.hold(key)
         try:
-            buffer.copy_(record)
+            for piece in pieces(len(record)) if pieces else (slice(None),):
+                buffer[piece].copy_(record[piece])
         finally:
             self.drop(key)
 
@@ -115,17 +117,17 @@ class HostTier:
         return None if victim is None else self._entries.pop(victim).place
 
 
-def host_tier(records: Records, host_bytes: int | None, streams: int) -> HostTier:
-    """A tier of ``host_bytes``, or with room for all. Each copy under way holds a record.
+def host_tier(records: Records, host_bytes: int | None, copies: int = 1) -> HostTier:
+    """A tier of ``host_bytes``, or with room for all. Each of ``copies`` under way holds a record.
 
     Raises RunError where that is too little, or more than there is.
     """
     record_bytes = records.record_bytes
     n_records = records.n_keys if host_bytes is None else host_bytes // record_bytes
-    if n_records < streams:
+    if n_records < copies:
         raise RunError(
             f"{format_bytes(host_bytes or 0)} of host memory hold {n_records} experts of "
-            f"{format_bytes(record_bytes)}: give --host-memory {streams * record_bytes} (bytes) "
+            f"{format_bytes(record_bytes)}: give --host-memory {copies * record_bytes} (bytes) "
             "or more"
         )
     return HostTier(records, n_records)
