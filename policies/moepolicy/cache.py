@@ -20,6 +20,7 @@ from moepolicy.state import (
     COUNTERS,
     DEMAND,
     EVICTED,
+    EXCESS,
     FIRST,
     N_DEMAND,
     N_EVENTS,
@@ -108,6 +109,11 @@ class ExpertCache:
         arrays = self.arrays
         most = len(arrays.domains) * arrays.slots + arrays.staging_buffers
         return most - int(arrays.spare[0])
+
+    @property
+    def shrinking(self) -> bool:
+        """Whether slots are still to go, as soon as what lies in them can."""
+        return bool(self.arrays.board[EXCESS])
 
     def spare_slots(self) -> frozenset[int]:
         """The slots that the cache could have and has not: nothing lies in them or is to come."""

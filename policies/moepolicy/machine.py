@@ -48,6 +48,7 @@ from moepolicy.state import (
     CONSUMED,
     DEMAND,
     EVICTED,
+    EXCESS,
     FIRST,
     GUESSED,
     HELD,
@@ -133,7 +134,7 @@ def finish(cache: Cache, policy: Policy, key: int) -> None:
     cache.board[BACKLOG] -= 1
     if row[TRANSIENT] and not row[PINNED]:
         _discard(cache, policy, key)
-    if cache.resizable:
+    if cache.board[EXCESS] > 0:
         trim(cache, policy)
 
 
@@ -148,7 +149,7 @@ def end(cache: Cache, policy: Policy) -> None:
         key = int(cache.scratch[WANTED, rank])
         cache.keys[key, PINNED] = 0
         cache.keys[key, CONSUMED] = 0
-    if cache.resizable:
+    if cache.board[EXCESS] > 0:
         trim(cache, policy)
     i = 0
     while i < cache.staging[N_HELD]:

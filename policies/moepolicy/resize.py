@@ -56,8 +56,6 @@ def resize(cache: Cache, policy: Policy, slots: int) -> None:
 
 def trim(cache: Cache, policy: Policy) -> None:
     """Withdraw the slots beyond the limit, as far as what lies in them can go now."""
-    if cache.board[EXCESS] == 0:
-        return
     for domain in range(cache.domains.shape[0]):
         held = cache.domains[domain]
         while held[N_HELD] + held[N_FREE] > cache.board[LIMIT]:

@@ -105,6 +105,7 @@ class Session:
         self.cache = self._new_cache(journal, observers)
         self.link = make_link(self.cache.n_slots)
         self._in_memory = frozenset(range(self.cache.n_slots))
+        self._shrinking = False  # slots are to go as soon as they can
         self.lock = threading.Condition()  # held for every call of the cache
         self._under_way = 0
         self._guessed: set[int] = set()  # of those, prefetches with streams of their own
@@ -179,7 +180,8 @@ class Session:
             raise
         with self.lock:
             self.cache.end()
-            self._free_memory()
+            if self._shrinking:
+                self._fit_memory()
             self._pump()
 
     def resize(self, slots: int) -> None:
@@ -247,11 +249,7 @@ class Session:
         if withdrawn or granted:
             self.link.resize(sorted(withdrawn), sorted(granted))
         self._in_memory = wanted
-
-    def _free_memory(self) -> None:
-        """Free what the cache could give up only now. The lock is held."""
-        if self.cache.n_slots < len(self._in_memory):
-            self._fit_memory()
+        self._shrinking = self.cache.shrinking
 
     def _begin(self, layer: int, gate: Gate) -> tuple[list[int], int]:
         """Open the step: the keys that are here, in router order, and how many are not."""
@@ -344,7 +342,8 @@ class Session:
                     raise error
                 if self._failure is None:
                     self.cache.finish(key)
-                    self._free_memory()
+                    if self._shrinking:
+                        self._fit_memory()
                     if key in self._awaited:
                         self._awaited.discard(key)
                         self._arrived.append(key)
