@@ -56,6 +56,7 @@ class Report:
     stall_s: float
     tokens_per_s: float
     prompt_tokens_per_s: float
+    disk_reads: int | None  # of loads, where host memory holds some experts and the disk all
     arena_bytes: int
     memory_budget_bytes: int | None
     memory_planned_bytes: int
@@ -86,6 +87,7 @@ def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False
         time_s=round(generated.prompt_s + generated.decode_s, 6),
         tokens_per_s=round(generated.tokens_per_s, 3),
         prompt_tokens_per_s=round(generated.prompt_tokens_per_s, 3),
+        disk_reads=None if runner.host_tier is None else runner.host_tier.reads,
         arena_bytes=runner.arena_bytes,
         memory_budget_bytes=runner.plan.budget_bytes,
         memory_planned_bytes=runner.plan.total_bytes,
@@ -147,7 +149,8 @@ def _table(report: Report) -> str:
         "experts": f"{report.requests:,} wanted: {_share(report.hits, requests)} hits, "
         f"{_share(report.late, requests)} late, {_share(report.misses, requests)} misses",
         "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
-        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses",
+        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses"
+        + ("" if report.disk_reads is None else f"; {report.disk_reads:,} read from disk"),
         "stall": f"{report.stall_s:.2f} s of {report.time_s:.2f} s waiting for experts",
         "memory": _against_budget(report)
         + f"{format_bytes(report.arena_bytes)} expert slots; peak "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,6 +89,7 @@ class Runner:
         self._baseline_bytes = baseline_bytes(store)
         if settings.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(settings.device)
+        self._sizing = threading.Lock()
         self._hooks: list[Any] = []
         self.session = Session(
             plan_context(store, settings, self.plan.slots),
@@ -124,6 +126,12 @@ class Runner:
         return None if self.plan.budget_bytes is None else self.plan.needs.context_tokens
 
     @property
+    def host_tier(self) -> HostTier | None:
+        """The cache between disk and device, where there is one that does not hold everything."""
+        tier = getattr(self.session.link, "tier", None)
+        return tier if isinstance(tier, HostTier) and tier.n_records < tier.n_keys else None
+
+    @property
     def peak_bytes(self) -> int:
         """The most of the device's memory this run has held, as a budget counts it."""
         on_device = peak_device_bytes(self.settings.device)
@@ -138,8 +146,9 @@ class Runner:
         end. Raises PolicyError beyond a layer's experts, RunError where memory for more is not
         there; all is then as it was.
         """
-        self.session.resize(slots)
-        self.plan = replace(self.plan, slots=slots)
+        with self._sizing:
+            self.session.resize(slots)
+            self.plan = replace(self.plan, slots=slots)
 
     def set_memory(self, budget_bytes: int) -> None:
         """Have another budget from now on (see ``set_slots``): the slots follow from it.
@@ -147,11 +156,12 @@ class Runner:
         Raises RunError, changing nothing, for a budget too small for what is not slots or larger
         than the memory there is.
         """
-        plan = self.plan.within(budget_bytes)
-        more_bytes = plan.slots_bytes - self.plan.slots_bytes
-        require_free(more_bytes, budget_bytes, self.settings.device)
-        self.session.resize(plan.slots)
-        self.plan = plan
+        with self._sizing:
+            plan = self.plan.within(budget_bytes)
+            more_bytes = plan.slots_bytes - self.plan.slots_bytes
+            require_free(more_bytes, budget_bytes, self.settings.device)
+            self.session.resize(plan.slots)
+            self.plan = plan
 
     @property
     def arena_bytes(self) -> int:

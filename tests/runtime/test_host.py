@@ -17,7 +17,7 @@ from moeroute import open_trace
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
 from moerun.generate import Sampling
-from moerun.links import DiskLink, HostTier
+from moerun.links import HostTier
 from moerun.pack import pack
 from moerun.record import LiveRecording
 from moerun.runner import Runner, Settings
@@ -116,10 +116,8 @@ def test_a_live_run_reads_from_disk_what_the_simulated_one_does(
         recording.recorder.begin_sequence()
         assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == expected
         recording.finish()
-        assert isinstance(runner.session.link, DiskLink)
-        tier = runner.session.link._records
-        assert isinstance(tier, HostTier)
-        reads, loads = tier.reads, runner.session.totals.loads
+        assert runner.host_tier is not None
+        reads, loads = runner.host_tier.reads, runner.session.totals.loads
     machine = Machine(
         "m", "", "measured", Link(1e9), Compute(layer_s=1e-4), Disk(1e9, host_bytes=host_bytes)
     )

@@ -111,6 +111,20 @@ def test_memory_that_is_not_free_is_refused_before_loading(
         Runner(tiny, Settings(find_policy("lru"), memory_bytes=1 << 40))
 
 
+def test_gpu_memory_that_others_hold_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    for name, n_bytes in (("memory_reserved", 100 * MIB), ("memory_allocated", 60 * MIB)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, n_bytes=n_bytes: n_bytes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500 * MIB, 8000 * MIB))
+    runner_module.require_free(540 * MIB, 1 << 40, gpu)
+    holds = (
+        r"cuda:0 has 540\.00 MiB free \(500\.00 MiB of 7\.81 GiB are; other programs and CUDA "
+        r"itself hold 7\.23 GiB\)"
+    )
+    with pytest.raises(RunError, match=holds):
+        runner_module.require_free(541 * MIB, 1 << 40, gpu)
+
+
 def test_auto_takes_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     from moerun import budget
 

@@ -45,7 +45,7 @@ class CudaLink(ThreadedLink):
         if tier.n_records == tier.n_keys:
             tier.fill()
         _pin(tier)
-        self._tier: HostTier | None = tier
+        self.tier: HostTier | None = tier
         self._copied = [_event() for _ in slots]
         self._used: list[torch.cuda.Event | None] = [None] * len(slots)
         self._lanes = [
@@ -62,11 +62,11 @@ class CudaLink(ThreadedLink):
         self._used[slot] = event
 
     def copy(self, stream: int, job: Job) -> None:
-        assert self._tier is not None
+        assert self.tier is not None
         lane, slot = self._lanes[stream], job.slot
         if (used := self._used[slot]) is not None:
             lane.wait_event(used)
-        held = self._tier.hold(job.key)
+        held = self.tier.hold(job.key)
         try:
             with torch.cuda.stream(lane):
                 record = self.landing(stream, slot)
@@ -79,7 +79,7 @@ class CudaLink(ThreadedLink):
             self._copied[slot].record(lane)
             self._copied[slot].synchronize()
         finally:
-            self._tier.drop(job.key)
+            self.tier.drop(job.key)
 
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
         for slot in withdrawn:
@@ -98,11 +98,11 @@ class CudaLink(ThreadedLink):
 
     def close(self) -> None:
         super().close()
-        if self._tier is not None:
+        if self.tier is not None:
             torch.cuda.synchronize(self.device)
-            _unpin(self._tier.memory)
-            self._tier.close()
-            self._tier = None
+            _unpin(self.tier.memory)
+            self.tier.close()
+            self.tier = None
 
 
 def _pin(tier: HostTier) -> None:

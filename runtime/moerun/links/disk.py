@@ -38,6 +38,7 @@ class DiskLink(ThreadedLink):
             chunk_bytes=chunk_bytes,
         )
         self._records = store
+        self.tier = store if isinstance(store, HostTier) else None
 
     def acquire(self, slot: int) -> None:
         """Nothing to do: compute on the CPU runs when it is called."""
