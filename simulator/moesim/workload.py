@@ -146,29 +146,30 @@ class Workload:
         Where there are none to look at, one row that stands for every step.
         """
         logits, predicted = NO_LOGITS[None], NO_PREDICTIONS[None]
+        n, n_experts = last - first, self.meta.n_experts
         if self.logits is not None:
-            logits = self._column(self.logits, first, last, 0)
+            logits = np.empty((n, n_experts), np.float32)
+            self._fill(logits, self.logits, first, 0)
         if predictions and self.predicted:
-            ahead = [
-                self._column(column, first, last, j)
-                for j, column in enumerate(self.predicted, start=1)
-            ]
-            predicted = np.stack(ahead, axis=1)
+            predicted = np.empty((n, len(self.predicted), n_experts), np.float32)
+            for j, column in enumerate(self.predicted):
+                self._fill(predicted[:, j], column, first, j + 1)
         return logits, predicted
 
-    def _column(
-        self, column: NDArray[np.float16], first: int, last: int, ahead: int
-    ) -> NDArray[np.float32]:
-        """A gate column's row for each of the steps, ``ahead`` layers further on; NaN past them."""
-        rows, layer = self.rows[first:last], self.layer[first:last] + ahead
-        found = np.full((last - first, column.shape[1]), np.nan, np.float32)
-        single = rows[:, 1] - rows[:, 0] == self.meta.n_layers
-        inside = layer < self.meta.n_layers
-        plain = single & inside
-        found[plain] = column[rows[plain, 0] + layer[plain]]
-        for i in np.flatnonzero(~single & inside).tolist():
+    def _fill(
+        self, found: NDArray[np.float32], column: NDArray[np.float16], first: int, ahead: int
+    ) -> None:
+        """Write a gate column's row for each step from ``first`` on into ``found``, ``ahead``
+        layers further on; NaN past them."""
+        steps = slice(first, first + len(found))
+        rows, layer = self.rows[steps], self.layer[steps] + ahead
+        outside = layer >= self.meta.n_layers
+        wanted = rows[:, 0] + layer
+        found[:] = column.take(wanted, axis=0, mode="clip")
+        found[outside] = np.nan
+        batches = (rows[:, 1] - rows[:, 0] != self.meta.n_layers) & ~outside
+        for i in np.flatnonzero(batches).tolist():
             found[i] = self._pooled(column, first + i, int(layer[i]))
-        return found
 
     def _pooled(
         self, column: NDArray[np.float16] | None, number: int, layer: int
