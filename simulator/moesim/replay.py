@@ -196,10 +196,13 @@ def _expert_step(
             _want(link, step.experts[rank])
         if outcome[rank] == COMPUTE:
             remaining -= 1
+    hits = 0  # the ranks among which all hits are computed
     # One place for time to pass in, as compiled code has all that can happen then in each.
     while remaining > 0 or joins_at > clock[NOW]:
         began = clock[NOW]
-        rank = _next_ready(cache, link, step, outcome)
+        while hits < n and outcome[hits] != HIT:
+            hits += 1
+        rank = hits if hits < n else _first_arrived(cache, link, step, outcome)
         if rank >= 0:
             until = began + costs.expert_ns[costs.routed[at + rank]]
         else:
@@ -234,13 +237,10 @@ def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[
     return joins_at
 
 
-def _next_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
-    """The rank of the next expert to compute: hits in router order, then whichever of the awaited
-    arrived first; -1 while none is there."""
+def _first_arrived(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
+    """The rank of the awaited expert that arrived first; -1 while none has."""
     first = -1
     for rank in range(len(step.experts)):
-        if outcome[rank] == HIT:
-            return rank
         if outcome[rank] == LATE or outcome[rank] == MISS:
             key = step.experts[rank]
             if cache.keys[key, STATUS] == RESIDENT and (
