@@ -44,12 +44,9 @@ def generate(
     horizon: opt.Horizon = None,
     calibration: opt.Calibration = None,
     max_new_tokens: opt.MaxNewTokens = 100,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; above 0 samples.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
-    ] = 1.0,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = 1.0,
+    stop: opt.Stop = None,
     seed: opt.Seed = 0,
     record: Annotated[
         Path | None, typer.Option(help="Write the trace of this run to a Parquet file.")
@@ -96,7 +93,7 @@ def generate(
         calibration=calibration,
         recording=record is not None,
     )
-    sampling = opt.sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
     found = opt.store(model, precision, store)
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
