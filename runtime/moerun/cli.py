@@ -10,6 +10,7 @@ import typer
 from moepolicy import PolicyError, console, find_policy, policy_names
 
 from moerun.commands import options as opt
+from moerun.commands.chat import chat
 from moerun.commands.fidelity import fidelity
 from moerun.commands.pack import pack
 from moerun.commands.profile import profile
@@ -125,6 +126,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return sys.stdin.read()
 
 
+app.command()(chat)
 app.command()(pack)
 app.command()(profile)
 app.command()(fidelity)
