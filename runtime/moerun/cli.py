@@ -14,6 +14,7 @@ from moerun.commands.chat import chat
 from moerun.commands.fidelity import fidelity
 from moerun.commands.pack import pack
 from moerun.commands.profile import profile
+from moerun.commands.serve import serve
 from moerun.errors import RunError
 from moerun.report import Format
 from moerun.servable import unserved
@@ -127,6 +128,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 app.command()(chat)
+app.command()(serve)
 app.command()(pack)
 app.command()(profile)
 app.command()(fidelity)
