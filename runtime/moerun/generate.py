@@ -143,11 +143,13 @@ class Cancelled(Exception):
 class Ends(StoppingCriteria):  # type: ignore[misc]
     """Ends a generation of one sequence when ``ends`` says so of the newest token."""
 
-    def __init__(self, ends: Callable[[int], bool]) -> None:
+    def __init__(self, ends: Callable[[int], bool], device: torch.device) -> None:
         self._ends = ends
+        self._answers = torch.tensor([False, True], device=device)  # copied there but once
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.tensor([self._ends(int(input_ids[0, -1]))], device=input_ids.device)
+        ends = self._ends(int(input_ids[0, -1]))
+        return self._answers[int(ends) : int(ends) + 1]
 
 
 class Generation:
@@ -200,7 +202,7 @@ class Generation:
                     attention_mask=torch.ones_like(prompt_ids),
                     generation_config=config,
                     streamer=self._timings,
-                    stopping_criteria=StoppingCriteriaList([Ends(self._take)]),
+                    stopping_criteria=StoppingCriteriaList([Ends(self._take, prompt_ids.device)]),
                 )
         except Cancelled:
             pass

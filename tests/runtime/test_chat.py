@@ -174,7 +174,7 @@ def test_history_makes_later_answers(
     assert errors.count("tokens/s,") == 3
 
 
-def test_answers_draw_differently_and_repeat_with_the_seed(
+def test_answers_repeat_with_the_seed(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"temperature": 1.2, "seed": 5}

@@ -218,6 +218,11 @@ def test_a_refused_prompt_leaves_no_recording(moerun: Call, tmp_path: Path) -> N
         ("nonsense",),
         ("profile",),
         ("--slots", "2", "policies"),
+        ("--slots", "2", "serve"),
+        ("serve", "--port", "70000"),
+        ("serve", "--queue", "-1"),
+        ("serve", "--api-key", ""),
+        ("chat", "tiny", "--slots", "2", "--memory", "1GiB"),
     ],
 )
 def test_wrong_usage_exits_with_2(moerun: Call, arguments: tuple[str, ...]) -> None:

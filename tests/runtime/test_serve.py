@@ -140,7 +140,7 @@ def text_of(stream: Any) -> str:
 
 def test_it_listens_on_loopback_and_lists_its_model(server: Served) -> None:
     assert server.url.startswith("http://127.0.0.1:")
-    assert KEY not in server.said
+    assert "anyone" not in server.said
     client = server.client()
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "moerun"
@@ -378,8 +378,10 @@ def test_after_an_error_the_next_request_is_answered(
 
 
 def test_a_signal_lets_the_answer_end_and_prints_the_statistics(home: Path) -> None:
-    with serving(home, "tiny", "--drain", "60") as served:
-        stream = chat(served.client(), max_tokens=100, stream=True)
+    everywhere = ("tiny", "--drain", "60", "--host", "0.0.0.0")
+    with serving(home, *everywhere, MOERUN_API_KEY="") as served:
+        assert "anyone who reaches this address can use it" in served.said
+        stream = chat(served.client(key="none"), max_tokens=100, stream=True)
         pieces = iter(stream)
         next(pieces)
         served.process.send_signal(signal.SIGINT)

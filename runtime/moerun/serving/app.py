@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -43,6 +44,9 @@ class Service:
         self._runner = runner
         self._defaults = defaults
         self._limit = context_tokens(runner.model)
+        # Fast tokenizers do not bear two threads: the worker decodes with the runner's.
+        self._tokenizer = copy.deepcopy(runner.tokenizer)
+        self._encoding = asyncio.Lock()
         self._stops = stops_of(runner.tokenizer)
         self._began_s = int(time.time())
         routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
@@ -79,7 +83,8 @@ class Service:
         ask = parse(kind, await _body(request), self.model, self._defaults)
         chat = kind == "chat"
         # A long prompt takes a while to encode, and others are being answered meanwhile.
-        ids = await asyncio.to_thread(self._encode, ask)
+        async with self._encoding:
+            ids = await asyncio.to_thread(self._encode, ask)
         sampling = ask.sampling(
             ids.shape[1], self._limit, self._defaults.most_tokens, self._stops if chat else ()
         )
@@ -99,7 +104,7 @@ class Service:
                 talk.leave()
 
     def _encode(self, ask: Ask) -> torch.Tensor:
-        tokenizer, device = self._runner.tokenizer, self._runner.settings.device
+        tokenizer, device = self._tokenizer, self._runner.settings.device
         try:
             if ask.kind == "chat":
                 return encode_chat(tokenizer, ask.messages, device)

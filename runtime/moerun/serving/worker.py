@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -9,9 +10,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from moepolicy import PolicyError
 
+from moerun.errors import RunError
 from moerun.generate import NO_WORK, Generated, Generation, Sampling, Work
 from moerun.runner import Runner
+
+LOG = logging.getLogger("moerun")
 
 
 class Piece(NamedTuple):
@@ -159,6 +164,8 @@ class Worker:
         try:
             generated = generation.run(job.prompt_ids, job.sampling)
         except BaseException as error:  # a policy may raise anything; the next job must be served
+            expected = isinstance(error, (RunError, PolicyError, OSError))
+            LOG.error("error: %s", error, exc_info=None if expected else error)
             self._account(generation, "error")
             self._recover()
             job.tell(Failed(error))
