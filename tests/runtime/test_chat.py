@@ -21,6 +21,7 @@ from moerun.chat import Conversation, Lead, encode_chat, plain_text, stops_of
 from moerun.checkpoints import resolve
 from moerun.commands.chat import Chat
 from moerun.errors import RunError
+from moerun.families import find_experts
 from moerun.generate import Generation, Sampling
 from moerun.model import load_tokenizer
 from moerun.pack import pack
@@ -133,6 +134,24 @@ def test_a_cancelled_generation_leaves_the_cache_fit(runner: Runner) -> None:
     whole = runner.generation().run(ids, Sampling(max_new_tokens=8))
     assert (whole.ending, whole.token_ids) == ("length", expected)
     runner.session.cache.check()
+
+
+def test_an_error_in_an_expert_is_over_after_a_reset(runner: Runner) -> None:
+    ids, sampling = runner.encode("It was the best of times"), Sampling(max_new_tokens=4)
+    expected = runner.generation().run(ids, sampling).token_ids
+    activation = find_experts(runner.model)[3][1].act_fn
+
+    def fail(*_: object) -> None:
+        raise MemoryError("none left")
+
+    whole, activation.forward = activation.forward, fail
+    with pytest.raises(MemoryError):
+        runner.generation().run(ids, sampling)
+    activation.forward = whole
+    with pytest.raises(RunError, match="a step was left unfinished"):
+        runner.generation().run(ids, sampling)
+    runner.session.reset()
+    assert runner.generation().run(ids, sampling).token_ids == expected
 
 
 class Lines:

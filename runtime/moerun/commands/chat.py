@@ -17,6 +17,8 @@ from moerun.commands import options as opt
 from moerun.errors import RunError
 
 if TYPE_CHECKING:
+    import torch
+
     from moerun.generate import Generated, Generation, Sampling
     from moerun.runner import Runner
 
@@ -158,27 +160,38 @@ class Chat:
         """Answer; at a terminal an error ends the turn, not the conversation."""
         self._talk.ask(line)
         try:
-            self._talk.answer(self._answer().text)
+            prompt_ids = self._prompt()
+            try:
+                self._talk.answer(self._answer(prompt_ids).text)
+            except Exception:
+                self._runner.session.reset()
+                raise
         except (RunError, PolicyError, OSError) as error:
             if not self._terminal:
                 raise
             del self._talk.turns[-1:]
-            self._runner.session.reset()
             self._err.print(f"error: {error}", style="red", markup=False)
 
-    def _answer(self) -> Generated:
-        from moerun.chat import Lead
+    def _prompt(self) -> torch.Tensor:
+        """The conversation as int64[1, tokens]; RunError where even its last turn is too long."""
+        from moerun.generate import check_length
 
         prompt = self._talk.prompt(self._room())
+        check_length(self._runner.model, prompt.ids.shape[1])
         if prompt.dropped and not self._said_dropped:
             self._said_dropped = True
             self._note(f"the context of {self._limit} tokens is full: oldest turns are dropped")
+        return prompt.ids
+
+    def _answer(self, prompt_ids: torch.Tensor) -> Generated:
+        from moerun.chat import Lead
+
         seed = (self._sampling.seed + self._asked) % 2**32  # or each answer draws alike
         self._asked += 1
         generation = self._runner.generation(Lead(_stream))
         try:
             with _stopped_by_ctrl_c(generation):
-                generation.run(prompt.ids, replace(self._sampling, seed=seed))
+                generation.run(prompt_ids, replace(self._sampling, seed=seed))
         finally:
             generation.end_text()
             _stream("\n")

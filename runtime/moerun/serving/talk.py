@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import torch
+from moepolicy import PolicyError
 from starlette.requests import ClientDisconnect, Request
 
 from moerun.chat import Lead
+from moerun.errors import RunError
 from moerun.generate import Generated, Sampling
 from moerun.serving.protocol import ApiError
 from moerun.serving.worker import Done, Event, Failed, Job, Piece, QueueFull, Worker
@@ -97,7 +100,10 @@ class Talk:
 
 def _failed(error: BaseException) -> ApiError:
     """What went wrong in the middle: it names the expert, the file or the policy."""
-    message = str(error) or type(error).__name__
+    message = str(error)
+    if not isinstance(error, (RunError, PolicyError, OSError)):  # say what it is, and where
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {message} ({last.filename}:{last.lineno})"
     return ApiError(500, message, type="server_error", code="generation_failed")
 
 
