@@ -353,7 +353,7 @@ def broken_policy(folder: Path) -> Callable[[], None]:
     ("damage", "says"),
     [
         (broken_record, r"expert \d of layer 3 is cut off .*experts-00003"),
-        (broken_policy, r"ZeroDivisionError: the policy lost count \(.*faulty\.py:8\)"),
+        (broken_policy, r"policy '.*faulty\.py:Faulty' failed: the policy lost count"),
     ],
 )
 def test_after_an_error_the_next_request_is_answered(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import traceback
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -101,9 +100,8 @@ class Talk:
 def _failed(error: BaseException) -> ApiError:
     """What went wrong in the middle: it names the expert, the file or the policy."""
     message = str(error)
-    if not isinstance(error, (RunError, PolicyError, OSError)):  # say what it is, and where
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {message} ({last.filename}:{last.lineno})"
+    if not isinstance(error, (RunError, PolicyError, OSError)):  # where, the server's log says
+        message = f"{type(error).__name__}: {message}"
     return ApiError(500, message, type="server_error", code="generation_failed")
 
 

@@ -142,9 +142,11 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            self._answer(job)
+            event = self._answer(job)
             with self._changed:
                 self._running = None
+            # Told last: whoever hears it may come again at once, and finds the worker free.
+            job.tell(event)
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -158,7 +160,7 @@ class Worker:
             self._running = job
             return job
 
-    def _answer(self, job: Job) -> None:
+    def _answer(self, job: Job) -> Done | Failed:
         generation = job.generation
         assert generation is not None
         try:
@@ -168,10 +170,9 @@ class Worker:
             LOG.error("error: %s", error, exc_info=None if expected else error)
             self._account(generation, "error")
             self._recover()
-            job.tell(Failed(error))
-        else:
-            self._account(generation, generated.ending)
-            job.tell(Done(generated))
+            return Failed(error)
+        self._account(generation, generated.ending)
+        return Done(generated)
 
     def _account(self, generation: Generation, ending: str) -> None:
         # Copies that ended between two jobs belong to neither; here they are counted.
