@@ -19,13 +19,13 @@ import torch
 from moepolicy import find_policy
 from moerun.chat import Conversation, Lead, encode_chat, plain_text, stops_of
 from moerun.checkpoints import resolve
-from moerun.commands.chat import Chat
 from moerun.errors import RunError
 from moerun.families import find_experts
 from moerun.generate import Generation, Sampling
 from moerun.model import load_tokenizer
 from moerun.pack import pack
 from moerun.runner import Runner, Settings
+from moerun.sitting import Sitting
 from moerun.store import ExpertStore
 
 PATIENCE_S = 120
@@ -171,7 +171,7 @@ def held(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, *lines: str, tokens: int = 8, **options: Any
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Lines(*lines))
-    assert not Chat(runner, Sampling(max_new_tokens=tokens, **options), None).hold()
+    assert not Sitting(runner, Sampling(max_new_tokens=tokens, **options), None).hold()
 
 
 def test_history_makes_later_answers(
@@ -239,7 +239,7 @@ def test_at_a_terminal_an_error_ends_the_turn_only(
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    assert not Chat(runner, Sampling(max_new_tokens=3), None).hold()
+    assert not Sitting(runner, Sampling(max_new_tokens=3), None).hold()
     errors = capsys.readouterr().err
     assert "error: the prompt has" in errors
     assert "3 new" in errors

@@ -394,6 +394,7 @@ def test_a_signal_lets_the_answer_end_and_prints_the_statistics(home: Path) -> N
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_no_time_to_drain_cuts_the_answer_and_refuses_those_who_wait(home: Path) -> None:
     with serving(home, "tiny", "--slots", "1", "--link-gbps", "0.05", "--drain", "0") as served:
         client = served.client()
