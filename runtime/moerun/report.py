@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moerun.generate import Generated, Sampling
+    from moerun.generate import Sampling, Work
     from moerun.runner import Runner
 
 PACKAGES = ("moe-offload-lab", "torch", "transformers", "numpy")
@@ -63,7 +63,7 @@ class Report:
     interrupted: bool
 
 
-def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False) -> Report:
+def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> Report:
     from moerun.devices import peak_device_bytes, peak_host_bytes
 
     settings, totals = runner.settings, generated.totals
@@ -77,7 +77,7 @@ def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False
         streams=settings.streams,
         link_bytes_per_s=settings.link_bytes_per_s,
         prompt_tokens=generated.prompt_tokens,
-        new_tokens=len(generated.token_ids),
+        new_tokens=generated.new_tokens,
         **totals._asdict() | {"stall_s": round(totals.stall_s, 6)},
         hit_ratio=totals.hit_ratio,
         time_s=round(generated.prompt_s + generated.decode_s, 6),

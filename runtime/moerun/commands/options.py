@@ -28,6 +28,13 @@ Model = Annotated[
         "folder of a store made by 'moerun pack'."
     ),
 ]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="tiny (bundled), a checkpoint's folder, owner/name on the Hugging Face hub, or the "
+        "folder of a store made by 'moerun pack'."
+    ),
+]
 Policy = Annotated[
     str,
     typer.Option(
@@ -106,6 +113,16 @@ Calibration = Annotated[
         show_default=False,
     ),
 ]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="End the text before this string; may be given several times.", show_default=False
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling; the same seed gives the same text.")]
 
@@ -149,10 +166,16 @@ def settings(
     )
 
 
-def sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> Sampling:
+def sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop: list[str] | None = None,
+) -> Sampling:
     from moerun.generate import Sampling
 
-    chosen = Sampling(max_new_tokens, temperature, top_p, seed)
+    chosen = Sampling(max_new_tokens, temperature, top_p, seed, stop_strings=tuple(stop or ()))
     chosen.check()
     return chosen
 
