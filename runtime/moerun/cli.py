@@ -35,6 +35,7 @@ def generate(
     memory: opt.Memory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
@@ -97,7 +98,7 @@ def generate(
         recording=record is not None,
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed)
-    found = opt.store(model, precision, store)
+    found = opt.store(model, precision, store, attention)
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
 

@@ -36,6 +36,7 @@ class Report:
     scope: str
     model: str
     precision: str
+    attention: str
     device: str
     streams: int
     link_bytes_per_s: float | None
@@ -73,6 +74,7 @@ def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False
         scope=settings.scope,
         model=runner.store.index.model,
         precision=runner.store.index.precision,
+        attention=runner.store.index.attention_precision,
         device=str(settings.device),
         streams=settings.streams,
         link_bytes_per_s=settings.link_bytes_per_s,

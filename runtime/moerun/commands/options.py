@@ -57,6 +57,13 @@ Precision = Annotated[
         help="Of the experts: native (as they are), fp32, fp16, bf16, 4bit, 3bit or 2bit (HQQ)."
     ),
 ]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="Precision of attention's projections, as --precision; unquantised they are as the "
+        "other dense weights."
+    ),
+]
 Store = Annotated[
     Path | None,
     typer.Option(
@@ -157,7 +164,9 @@ def sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -
     return chosen
 
 
-def store(model: str, precision: str, folder: Path | None) -> ExpertStore:
+def store(
+    model: str, precision: str, folder: Path | None, attention: str = "native"
+) -> ExpertStore:
     """Find or make the store, telling on stderr when it must be made."""
     from rich.console import Console
 
@@ -172,7 +181,12 @@ def store(model: str, precision: str, folder: Path | None) -> ExpertStore:
 
     with pack_progress(console) as progress:
         return find_store(
-            model, precision=precision, folder=folder, report=report, progress=progress
+            model,
+            precision=precision,
+            attention=attention,
+            folder=folder,
+            report=report,
+            progress=progress,
         )
 
 

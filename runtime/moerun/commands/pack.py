@@ -1,13 +1,17 @@
-"""`moerun pack`: write a checkpoint's experts as one record each."""
+"""`moerun pack`: write a checkpoint's experts, and attention, as one record each."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moerun.commands import options as opt
+
+if TYPE_CHECKING:
+    from moerun.store import ExpertStore
 
 
 def pack(
@@ -19,11 +23,12 @@ def pack(
     ],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     dense_precision: Annotated[
         str | None,
         typer.Option(
-            help="Of everything but the experts: native, fp32, fp16 or bf16. Default: that of the "
-            "experts unless they are quantised.",
+            help="Of everything but experts and quantised attention: native, fp32, fp16 or bf16. "
+            "Default: that of attention or experts where one of them is unquantised.",
             show_default=False,
         ),
     ] = None,
@@ -45,8 +50,8 @@ def pack(
 ) -> None:
     """Pack a checkpoint into a store that moerun reads one expert at a time.
 
-    Experts are kept as they are or quantised (HQQ). Interrupted at any moment, the same command
-    goes on where it stopped.
+    Experts and attention are kept as they are or quantised (HQQ). Interrupted at any moment, the
+    same command goes on where it stopped.
     """
     from rich.console import Console
 
@@ -65,6 +70,7 @@ def pack(
             checkpoint,
             out,
             precision=precision,
+            attention=attention,
             dense_precision=dense_precision,
             name=name,
             revision=revision,
@@ -72,11 +78,35 @@ def pack(
             device=device,
             progress=progress,
         )
-    index = store.index
-    typer.echo(
-        f"{out}: {index.model}, {store.n_layers} layers of {store.n_experts} experts in "
-        f"{index.precision}, {store.record_bytes:,} bytes each; "
-        f"{store.total_bytes / 1e9:.3f} GB with the dense weights ({index.dense_precision}), "
-        f"packed from {index.source_bytes / 1e9:.3f} GB"
+    with store:
+        for line in _sizes(store):
+            typer.echo(line)
+
+
+def _sizes(store: ExpertStore) -> Iterator[str]:
+    """What was packed, part by part, and for Mixtral-8x7B what the base paper's took."""
+    from moerun.table1 import MODEL, published
+
+    index, total = store.index, store.total_bytes
+    yield (
+        f"{store.path}: {index.model}, {store.n_layers} layers of {store.n_experts} experts in "
+        f"{index.precision}, {store.record_bytes:,} bytes each; {_decimal(total)} with the dense "
+        f"weights ({index.dense_precision}), packed from {_decimal(index.source_bytes)}"
     )
-    store.close()
+    parts = {
+        f"experts ({index.precision})": store.n_keys * store.record_bytes,
+        f"attention ({index.attention_precision})": store.attention_bytes,
+        f"everything else ({index.dense_precision})": index.dense_bytes,
+    }
+    split = "; ".join(f"{name} {_decimal(size)}" for name, size in parts.items() if size)
+    yield f"{split}; {8 * total / store.n_weights:.2f} bits a weight"
+    if (row := published(index)) is not None:
+        yield (
+            f"published for {MODEL} at these precisions (Table 1 of arXiv 2312.17238): "
+            f"{row.size_gib:.2f} GiB; this store: {total / 2**30:.2f} GiB"
+        )
+
+
+def _decimal(n_bytes: int) -> str:
+    """In GB (10^9), or MB below one."""
+    return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"
