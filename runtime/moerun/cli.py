@@ -12,6 +12,7 @@ from moepolicy import PolicyError, console, find_policy, policy_names
 from moerun.commands import options as opt
 from moerun.commands.fidelity import fidelity
 from moerun.commands.pack import pack
+from moerun.commands.perplexity import perplexity
 from moerun.commands.profile import profile
 from moerun.errors import RunError
 from moerun.report import Format
@@ -132,6 +133,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 app.command()(pack)
 app.command()(profile)
 app.command()(fidelity)
+app.command()(perplexity)
 
 
 @app.command("policies")

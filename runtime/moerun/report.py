@@ -24,6 +24,11 @@ class Format(StrEnum):
     csv = "csv"
 
 
+def decimal_bytes(n_bytes: int) -> str:
+    """In GB (10^9), or in MB below one."""
+    return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"
+
+
 @dataclass(frozen=True)
 class Report:
     """One live run; times are measured seconds, counts are of experts.

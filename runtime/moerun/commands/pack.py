@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moerun.commands import options as opt
+from moerun.report import decimal_bytes
 
 if TYPE_CHECKING:
     from moerun.store import ExpertStore
@@ -90,23 +91,18 @@ def _sizes(store: ExpertStore) -> Iterator[str]:
     index, total = store.index, store.total_bytes
     yield (
         f"{store.path}: {index.model}, {store.n_layers} layers of {store.n_experts} experts in "
-        f"{index.precision}, {store.record_bytes:,} bytes each; {_decimal(total)} with the dense "
-        f"weights ({index.dense_precision}), packed from {_decimal(index.source_bytes)}"
+        f"{index.precision}, {store.record_bytes:,} bytes each; {decimal_bytes(total)} with the "
+        f"dense weights ({index.dense_precision}), packed from {decimal_bytes(index.source_bytes)}"
     )
     parts = {
         f"experts ({index.precision})": store.n_keys * store.record_bytes,
         f"attention ({index.attention_precision})": store.attention_bytes,
         f"everything else ({index.dense_precision})": index.dense_bytes,
     }
-    split = "; ".join(f"{name} {_decimal(size)}" for name, size in parts.items() if size)
+    split = "; ".join(f"{name} {decimal_bytes(size)}" for name, size in parts.items() if size)
     yield f"{split}; {8 * total / store.n_weights:.2f} bits a weight"
     if (row := published(index)) is not None:
         yield (
             f"published for {MODEL} at these precisions (Table 1 of arXiv 2312.17238): "
             f"{row.size_gib:.2f} GiB; this store: {total / 2**30:.2f} GiB"
         )
-
-
-def _decimal(n_bytes: int) -> str:
-    """In GB (10^9), or MB below one."""
-    return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"
