@@ -315,3 +315,40 @@ def test_files_of_other_precisions_are_not_shared(mixtral: Path, tmp_path: Path)
 
 def test_table_1_is_for_its_own_model_only(mixtral: Path, tmp_path: Path) -> None:
     assert published(pack(mixtral, tmp_path / "out", precision="2bit").index) is None
+
+
+PACK_TRUE_SHAPES = """
+import resource, sys
+from pathlib import Path
+import torch
+from moerun.pack import pack
+from transformers import MixtralConfig, MixtralForCausalLM
+folder = Path(sys.argv[1])
+def peak_kib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[2] == "make":
+    sizes = dict(vocab_size=64, num_hidden_layers=1, num_local_experts=3)
+    config = MixtralConfig(**sizes, dtype="bfloat16")
+    MixtralForCausalLM._from_config(config).save_pretrained(folder / "model")
+else:
+    peaks = []
+    pack(
+        folder / "model", folder / "store", precision="bf16", attention="4bit", workers=1,
+        progress=lambda done, total: peaks.append(peak_kib()),
+    )
+    print(peaks[3], peaks[-1])
+"""
+
+
+@pytest.mark.slow
+def test_attention_of_mixtrals_true_shape_adds_nothing_to_the_peak(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PACK_TRUE_SHAPES, str(tmp_path)]
+    subprocess.run([*command, "make"], check=True, capture_output=True)  # 1.1 GB
+    done = subprocess.run([*command, "pack"], check=True, capture_output=True, text=True)
+    after_experts_kib, after_attention_kib = map(int, done.stdout.split())
+    assert after_attention_kib - after_experts_kib < 64 << 10
+    assert after_attention_kib < 6 << 20
+    store = ExpertStore.open(tmp_path / "store")
+    store.verify()
+    bits = 8 * store.attention_bytes / store.index.attention.n_weights
+    assert 4.2 < bits < 4.3
