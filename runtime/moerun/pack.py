@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ def pack(
     workers: int | None = None,
     device: str | None = None,
     reuse: Sequence[ExpertStore] = (),
+    report: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> ExpertStore:
     """Pack the checkpoint folder `source` into the new store `out`; continues what was begun.
@@ -74,7 +76,7 @@ def pack(
     workers          threads that quantise, by default one a core
     device           that quantises: cpu, cuda, cuda:1; a GPU where there is one by default
     reuse            stores of the same checkpoint: files that would be the same are shared with
-                     them (hard links) instead of being packed again
+                     them (hard links) instead of being packed again, as `report` is told
 
     Raises RunError for bad input, an `out` that holds something else, and a full disk.
     """
@@ -86,7 +88,7 @@ def pack(
     try:
         packer = _Packer(model, out, precisions, device or _best_device())
         with _disk_errors(packer.folder):
-            packer.prepare(reuse)
+            packer.prepare(reuse, report or _silent)
             packer.write_records(workers or os.cpu_count() or 1, progress)
             packer.finish(name or source.resolve().name, revision)
     finally:
@@ -107,7 +109,7 @@ class _Packer:
         self._done: dict[tuple[str, str], int] = {}
         self._shared: dict[str, Path] = {}
 
-    def prepare(self, reuse: Sequence[ExpertStore]) -> None:
+    def prepare(self, reuse: Sequence[ExpertStore], report: Callable[[str], None]) -> None:
         """Make or take up the partial folder; refuses one of another pack, and too small a disk."""
         identity = {
             "source": self._source_digest,
@@ -123,6 +125,8 @@ class _Packer:
             )
         for file in self.plan.files:
             self._share(file, reuse)
+        for folder, n in Counter(path.parent for path in self._shared.values()).items():
+            report(f"{n} of {len(self.plan.files)} files are those of {folder}, and shared with it")
         self._check_space()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(plan_file, identity)
@@ -306,7 +310,7 @@ def _refuse_taken(out: Path) -> None:
         raise RunError(f"{out} exists already: give a new folder, or remove it first")
 
 
-def _silent(_done: int, _total: int) -> None:
+def _silent(*_: object) -> None:
     pass
 
 

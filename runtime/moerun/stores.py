@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +32,7 @@ def find_store(
     """The store of ``model`` (a store's folder, or what ``checkpoints.resolve`` takes).
 
     A checkpoint is packed into ``folder``, or into the user's cache, unless that is done already.
-    What cached stores of the same checkpoint have in the same form is shared with them.
+    What stores beside it or in the cache have in the same form is shared with them.
     ``report`` is told when it must be packed. Raises RunError where there is no such model,
     ``folder`` holds another one, or the pack cannot be made.
     """
@@ -57,13 +56,24 @@ def find_store(
             precision=precision,
             attention=attention,
             name=_name(model),
-            reuse=_cached(model, digest),
+            reuse=stores_in(place.parent, cache_folder()),
+            report=report,
             progress=progress,
         )
 
 
 def is_store(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file()
+
+
+def stores_in(*folders: Path) -> list[ExpertStore]:
+    """The whole stores that lie in these folders; none where a folder is not there."""
+    places = {index.parent for folder in folders for index in folder.glob(f"*/{INDEX_FILE}")}
+    found = []
+    for place in sorted(places):
+        with suppress(RunError):
+            found.append(ExpertStore.open(place))
+    return found
 
 
 def cache_folder() -> Path:
@@ -86,21 +96,8 @@ def _described(precisions: Precisions) -> str:
 
 
 def _store_name(model: str, digest: str, precisions: Precisions) -> str:
-    return f"{_stem(model, digest)}-{_described(precisions)}-v{FORMAT_VERSION}"
-
-
-def _stem(model: str, digest: str) -> str:
-    return f"{_name(model).replace('/', '--')}-{digest[:16]}"
-
-
-def _cached(model: str, digest: str) -> list[ExpertStore]:
-    """The stores of a checkpoint that are in the user's cache and whole."""
-    found = []
-    for folder in sorted(cache_folder().glob(f"{glob.escape(_stem(model, digest))}-*")):
-        if is_store(folder):
-            with suppress(RunError):
-                found.append(ExpertStore.open(folder))
-    return found
+    name = _name(model).replace("/", "--")
+    return f"{name}-{digest[:16]}-{_described(precisions)}-v{FORMAT_VERSION}"
 
 
 def _digest(checkpoint: Path) -> str:

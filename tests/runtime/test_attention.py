@@ -280,9 +280,15 @@ def test_stores_that_differ_in_attention_share_their_experts(
     model = str(mixtral)
     plain = find_store(model, precision="2bit")
     seen: list[int] = []
+    told: list[str] = []
     packed = find_store(
-        model, precision="2bit", attention="4bit", progress=lambda done, _: seen.append(done)
+        model,
+        precision="2bit",
+        attention="4bit",
+        report=told.append,
+        progress=lambda done, _: seen.append(done),
     )
+    assert told[-1] == f"4 of 5 files are those of {plain.path}, and shared with it"
     assert plain.path != packed.path
     assert seen == list(range(32, 49))  # the experts were there already
     for layer in range(4):

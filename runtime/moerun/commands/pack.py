@@ -52,7 +52,8 @@ def pack(
     """Pack a checkpoint into a store that moerun reads one expert at a time.
 
     Experts and attention are kept as they are or quantised (HQQ). Interrupted at any moment, the
-    same command goes on where it stopped.
+    same command goes on where it stopped. Stores beside it and in the user's cache that have a file
+    it would have share it, so another precision of attention takes no second packing of experts.
     """
     from rich.console import Console
 
@@ -60,13 +61,19 @@ def pack(
     from moerun.commands.progress import pack_progress
     from moerun.devices import find_device
     from moerun.pack import pack as pack_store
+    from moerun.stores import cache_folder, stores_in
 
     opt.quiet_libraries()
     checkpoint = resolve(model, revision=revision)
     if device is not None:
         device = str(find_device(device))
     name = checkpoint.resolve().name if Path(model).is_dir() else model
-    with pack_progress(Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+
+    def report(text: str) -> None:
+        console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+    with pack_progress(console) as progress:
         store = pack_store(
             checkpoint,
             out,
@@ -77,6 +84,8 @@ def pack(
             revision=revision,
             workers=workers,
             device=device,
+            reuse=stores_in(out.absolute().parent, cache_folder()),
+            report=report,
             progress=progress,
         )
     with store:
