@@ -13,7 +13,7 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -38,7 +38,7 @@ from moerun.quant import quantise
 from moerun.shape import NATIVE, PLAIN
 from moerun.source import ModelSource
 from moerun.store import ExpertStore
-from moerun.tensorfile import TensorFileWriter, memory_of
+from moerun.tensorfile import TensorFileWriter, memory_of, read_at
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "done.jsonl"
@@ -140,8 +140,9 @@ class _Packer:
             if index.source_digest != self._source_digest or index.packages != packages():
                 continue
             crc32 = checksums(index, file.name, file.precision, records)
-            if crc32 is not None:
-                self._shared[file.name] = store.path / file.name
+            path = store.path / file.name
+            if crc32 is not None and _whole(path, file, crc32):
+                self._shared[file.name] = path
                 self._done |= {(file.name, record): crc for record, crc in crc32.items()}
                 return
 
@@ -312,6 +313,21 @@ def _refuse_taken(out: Path) -> None:
 
 def _silent(*_: object) -> None:
     pass
+
+
+def _whole(path: Path, file: RecordFile, crc32: Mapping[str, int]) -> bool:
+    """Whether a file has what it was written with; a store packed anew must not have old damage."""
+    _, entries = file.entries()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for record in file.records:
+            buffer = torch.empty(record.layout.record_bytes, dtype=torch.uint8)
+            read_at(fd, entries[record.name].offset, buffer)
+            if _crc32(buffer) != crc32[record.name]:
+                return False
+        return True
+    finally:
+        os.close(fd)
 
 
 def _link(path: Path, to: Path) -> None:

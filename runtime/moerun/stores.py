@@ -32,7 +32,7 @@ def find_store(
     """The store of ``model`` (a store's folder, or what ``checkpoints.resolve`` takes).
 
     A checkpoint is packed into ``folder``, or into the user's cache, unless that is done already.
-    What stores beside it or in the cache have in the same form is shared with them.
+    What stores beside it have in the same form is shared with them.
     ``report`` is told when it must be packed. Raises RunError where there is no such model,
     ``folder`` holds another one, or the pack cannot be made.
     """
@@ -56,7 +56,7 @@ def find_store(
             precision=precision,
             attention=attention,
             name=_name(model),
-            reuse=stores_in(place.parent, cache_folder()),
+            reuse=stores_in(place.parent),
             report=report,
             progress=progress,
         )
@@ -66,13 +66,12 @@ def is_store(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file()
 
 
-def stores_in(*folders: Path) -> list[ExpertStore]:
-    """The whole stores that lie in these folders; none where a folder is not there."""
-    places = {index.parent for folder in folders for index in folder.glob(f"*/{INDEX_FILE}")}
+def stores_in(folder: Path) -> list[ExpertStore]:
+    """The whole stores that lie in a folder; none where it is not there."""
     found = []
-    for place in sorted(places):
+    for index in sorted(folder.glob(f"*/{INDEX_FILE}")):
         with suppress(RunError):
-            found.append(ExpertStore.open(place))
+            found.append(ExpertStore.open(index.parent))
     return found
 
 

@@ -303,6 +303,17 @@ def test_stores_that_differ_in_attention_share_their_experts(
         find_store(str(packed.path), attention="3bit")
 
 
+def test_damage_is_not_shared(mixtral: Path, tmp_path: Path) -> None:
+    first = pack(mixtral, tmp_path / "first", precision="2bit")
+    with (first.path / "experts-00002.safetensors").open("r+b") as file:
+        file.seek(first.location(2 * 8 + 3).offset + 500)
+        file.write(b"\0" * 64)
+    told: list[str] = []
+    again = pack(mixtral, tmp_path / "again", precision="2bit", reuse=[first], report=told.append)
+    assert told == [f"3 of 4 files are those of {first.path}, and shared with it"]
+    again.verify()
+
+
 def test_files_of_other_precisions_are_not_shared(mixtral: Path, tmp_path: Path) -> None:
     four = pack(mixtral, tmp_path / "four", precision="4bit", attention="4bit")
     seen: list[int] = []

@@ -52,8 +52,9 @@ def pack(
     """Pack a checkpoint into a store that moerun reads one expert at a time.
 
     Experts and attention are kept as they are or quantised (HQQ). Interrupted at any moment, the
-    same command goes on where it stopped. Stores beside it and in the user's cache that have a file
-    it would have share it, so another precision of attention takes no second packing of experts.
+    same command goes on where it stopped. Stores of one checkpoint in one folder share (as hard
+    links) what they have in common: another precision of attention takes no second packing of
+    experts.
     """
     from rich.console import Console
 
@@ -61,7 +62,7 @@ def pack(
     from moerun.commands.progress import pack_progress
     from moerun.devices import find_device
     from moerun.pack import pack as pack_store
-    from moerun.stores import cache_folder, stores_in
+    from moerun.stores import stores_in
 
     opt.quiet_libraries()
     checkpoint = resolve(model, revision=revision)
@@ -84,7 +85,7 @@ def pack(
             revision=revision,
             workers=workers,
             device=device,
-            reuse=stores_in(out.absolute().parent, cache_folder()),
+            reuse=stores_in(out.absolute().parent),
             report=report,
             progress=progress,
         )
