@@ -25,11 +25,12 @@ from moepolicy import console, find_policy
 from moerun import perplexity
 from moerun.checkpoints import resolve
 from moerun.cli import main
-from moerun.commands.perplexity import held_out_text
+from moerun.commands.perplexity import _render, held_out_text
 from moerun.errors import RunError
-from moerun.grid import Cell, Results
+from moerun.grid import Cell, Published, Results
 from moerun.pack import pack
 from moerun.perplexity import Measurement, windows
+from moerun.report import Format
 from moerun.runner import Settings
 from moerun.shape import ExpertShape
 from moerun.table1 import ROWS, published
@@ -363,6 +364,22 @@ def test_table_1_beside_a_store_of_its_model(checkpoint: Path, tmp_path: Path) -
     assert (row.size_gib, row.wikitext2, row.c4) == (17.54, 4.61, 7.42)
     assert published(replace(mixtral, model_type="phimoe")) is None
     assert published(replace(mixtral, layers=layers[:16])) is None
+
+
+def test_published_figures_stand_in_columns_of_their_own() -> None:
+    row = Published(17.54, 4.61, 7.42)
+    identity = {
+        **{"model": "m", "tokens": 4, "text_bytes": 9, "context": 4, "stride": 4},
+        **{"policy": "lru", "lossy": False, "device": "cpu"},
+    }
+    table = _render([replace(CELL, published=row)], identity, Format.table)
+    assert "17.54" in table
+    assert "4.61" in table
+    for heading in ("GiB (published)", "WikiText-2 (published)", "C4 (published)"):
+        assert heading in table
+    assert "Table 1 of arXiv 2312.17238" in table
+    (cells,) = csv.DictReader(io.StringIO(_render([replace(CELL, published=row)], {}, Format.csv)))
+    assert (cells["perplexity"], cells["published_wikitext2"]) == ("2.0", "4.61")
 
 
 @pytest.mark.parametrize(("attention", "experts"), ROWS)

@@ -7,7 +7,9 @@ import importlib
 import io
 import json
 import sys
+import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,21 +200,34 @@ def _measure(
     task = bar.add_task("measuring", total=total, completed=taken_up)
     if taken_up:
         _say(console, f"going on after window {taken_up} of {total}")
+    began_s, measured = time.monotonic(), 0
+
+    def on_window() -> None:
+        nonlocal measured
+        measured += 1
+        bar.advance(task)
+
     for number, (attention, experts) in enumerate(missing, start=1):
         with opt.store(model, experts, None, attention) as store:
             bar.update(task, description=f"attention {attention}, experts {experts}, windows")
             bar.start()
             try:
-                cell = measurement.measure(
-                    store, attention, experts, results, lambda: bar.advance(task)
-                )
+                cell = measurement.measure(store, attention, experts, results, on_window)
             finally:
                 bar.stop()
         _say(
             console,
             f"attention {attention}, experts {experts}: perplexity {cell.perplexity:.4f} "
-            f"({number} of {len(missing)})",
+            f"({number} of {len(missing)}{_left(total - taken_up, measured, began_s)})",
         )
+
+
+def _left(windows: int, measured: int, began_s: float) -> str:
+    """What the remaining windows will take, packing included, by what those until now took."""
+    if not 0 < measured < windows:
+        return ""
+    left_s = (time.monotonic() - began_s) / measured * (windows - measured)
+    return f", about {timedelta(seconds=round(left_s))} left"
 
 
 def _render(cells: list[Cell], identity: dict[str, Any], format: Format) -> str:
