@@ -110,7 +110,8 @@ class Results:
 
     def _read_cells(self) -> None:
         if not self.path.exists():
-            self._write_cells()  # says what the journal's windows are of
+            self._journal.truncate(0)  # nothing says what a journal left alone is of
+            self._write_cells()
             return
         try:
             header, *rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())

@@ -354,6 +354,16 @@ def test_a_torn_line_is_measured_again_and_other_grids_windows_are_kept(tmp_path
     assert not journal.exists()
 
 
+def test_windows_without_their_results_file_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with Results(path, {"text": "one"}) as results:
+        results.add_window(("4bit", "2bit"), 0, 1.5)
+    path.unlink()
+    for _ in range(2):
+        with Results(path, {"text": "another"}) as results:
+            assert results.windows(("4bit", "2bit")) == {}
+
+
 def test_table_1_beside_a_store_of_its_model(checkpoint: Path, tmp_path: Path) -> None:
     index = pack(checkpoint, tmp_path / "s", precision="2bit", attention="4bit").index
     assert published(index) is None

@@ -21,6 +21,8 @@ from moerun.errors import RunError
 from moerun.report import Format, decimal_bytes
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from moerun.grid import Cell, Results
     from moerun.perplexity import Measurement
 
@@ -168,14 +170,8 @@ def _say(console: Console, text: str) -> None:
     console.print(text, style="dim", highlight=False, soft_wrap=True)
 
 
-def _measure(
-    model: str,
-    measurement: Measurement,
-    keys: list[tuple[str, str]],
-    results: Results,
-    console: Console,
-) -> None:
-    """Every cell that the results do not have yet."""
+def _bar(console: Console) -> Progress:
+    """Windows done and the time left, on a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -184,17 +180,29 @@ def _measure(
         TimeRemainingColumn,
     )
 
-    missing = [key for key in keys if key not in results.cells]
-    if len(missing) < len(keys):
-        _say(console, f"{len(keys) - len(missing)} of {len(keys)} cells are in {results.path}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(
-        *columns,
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+def _measure(
+    model: str,
+    measurement: Measurement,
+    keys: list[tuple[str, str]],
+    results: Results,
+    console: Console,
+) -> None:
+    """Every cell that the results do not have yet."""
+    missing = [key for key in keys if key not in results.cells]
+    if len(missing) < len(keys):
+        _say(console, f"{len(keys) - len(missing)} of {len(keys)} cells are in {results.path}")
+    bar = _bar(console)
     taken_up = sum(len(results.windows(key)) for key in missing)
     total = len(missing) * len(measurement.windows)
     task = bar.add_task("measuring", total=total, completed=taken_up)
