@@ -22,9 +22,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        form = SlotForm(
-            ExpertShape.matrix(linear.out_features, linear.in_features), precision, device
-        )
+        form = _form(linear.out_features, linear.in_features, precision, device)
         self._slot = form.bind(torch.empty(form.slot_bytes, dtype=torch.uint8, device=device))
         self._record_bytes = form.record_bytes
         self._on_host = device.type == "cpu"
@@ -43,6 +41,21 @@ class PackedLinear(nn.Module):
         y = linear(x.reshape(-1, self.in_features)).to(x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def _form(rows: int, columns: int, precision: str, device: torch.device) -> SlotForm:
+    return SlotForm(ExpertShape.matrix(rows, columns), precision, device)
+
+
+def packed_attention_bytes(store: ExpertStore, device: torch.device) -> int:
+    """The memory that a store's packed attention takes on a device; 0 where it is not packed."""
+    packed = store.index.attention
+    if packed is None:
+        return 0
+    return sum(
+        _form(linear.rows, linear.columns, packed.precision, device).slot_bytes
+        for linear in packed.linears
+    )
 
 
 def install_attention(model: nn.Module, store: ExpertStore, device: torch.device) -> None:

@@ -14,12 +14,13 @@ import pytest
 import torch
 import transformers as tf
 from moepolicy import find_policy
-from moerun.attention import PackedLinear
+from moerun.attention import PackedLinear, packed_attention_bytes
 from moerun.errors import RunError
 from moerun.experts import ResidentProvider
 from moerun.families import SUPPORTED, empty_model, find_attention
+from moerun.forms import SlotForm
 from moerun.index import ATTENTION_FILE
-from moerun.model import load_offloaded
+from moerun.model import dense_model, load_offloaded
 from moerun.pack import JOURNAL_FILE, pack
 from moerun.packing import SCHEMES, dequantise
 from moerun.runner import Runner, Settings
@@ -142,6 +143,25 @@ def test_on_a_device_without_the_kernel_it_equals_plain_dequantisation_bit_for_b
     ours, _ = load_offloaded(store, "cpu", ResidentProvider(store))
     stock = dequantised_stock(mixtral, plain_weights(store))
     assert torch.equal(logits_of(ours, IDS), logits_of(stock, IDS))
+
+
+@pytest.mark.parametrize("precision", list(SCHEMES))
+def test_the_memory_of_packed_attention_is_known_beforehand(
+    mixtral: Path, tmp_path: Path, precision: str
+) -> None:
+    store = pack(mixtral, tmp_path / "out", attention=precision)
+    taken: list[int] = []
+    real = SlotForm.bind
+
+    def bind(form: SlotForm, memory: torch.Tensor) -> Any:
+        taken.append(memory.untyped_storage().nbytes())
+        return real(form, memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotForm, "bind", bind)
+        dense_model(store, "cpu")
+    assert sum(taken) == packed_attention_bytes(store, torch.device("cpu")) > 0
+    assert packed_attention_bytes(pack(mixtral, tmp_path / "plain"), torch.device("cpu")) == 0
 
 
 def test_only_projections_of_attention_are_quantised(
