@@ -13,6 +13,7 @@ from moerun.commands import options as opt
 from moerun.commands.chat import chat
 from moerun.commands.fidelity import fidelity
 from moerun.commands.pack import pack
+from moerun.commands.perplexity import perplexity
 from moerun.commands.profile import profile
 from moerun.commands.serve import serve
 from moerun.errors import RunError
@@ -37,6 +38,7 @@ def generate(
     memory: opt.Memory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
@@ -96,7 +98,7 @@ def generate(
         recording=record is not None,
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
-    found = opt.store(model, precision, store)
+    found = opt.store(model, precision, store, attention)
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
 
@@ -132,6 +134,7 @@ app.command()(serve)
 app.command()(pack)
 app.command()(profile)
 app.command()(fidelity)
+app.command()(perplexity)
 
 
 @app.command("policies")

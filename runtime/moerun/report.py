@@ -24,6 +24,11 @@ class Format(StrEnum):
     csv = "csv"
 
 
+def decimal_bytes(n_bytes: int) -> str:
+    """In GB (10^9), or in MB below one."""
+    return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"
+
+
 @dataclass(frozen=True)
 class Report:
     """One live run; times are measured seconds, counts are of experts.
@@ -36,6 +41,7 @@ class Report:
     scope: str
     model: str
     precision: str
+    attention: str
     device: str
     streams: int
     link_bytes_per_s: float | None
@@ -73,6 +79,7 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
         scope=settings.scope,
         model=runner.store.index.model,
         precision=runner.store.index.precision,
+        attention=runner.store.index.attention_precision,
         device=str(settings.device),
         streams=settings.streams,
         link_bytes_per_s=settings.link_bytes_per_s,

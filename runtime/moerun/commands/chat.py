@@ -17,6 +17,7 @@ def chat(
     memory: opt.Memory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
@@ -55,7 +56,7 @@ def chat(
         calibration=calibration,
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
-    found = opt.store(model, precision, store)
+    found = opt.store(model, precision, store, attention)
     from moerun.devices import calm_collector
     from moerun.runner import Runner
     from moerun.sitting import Sitting

@@ -64,6 +64,13 @@ Precision = Annotated[
         help="Of the experts: native (as they are), fp32, fp16, bf16, 4bit, 3bit or 2bit (HQQ)."
     ),
 ]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="Precision of attention's projections, as --precision; unquantised they are as the "
+        "other dense weights."
+    ),
+]
 Store = Annotated[
     Path | None,
     typer.Option(
@@ -180,7 +187,9 @@ def sampling(
     return chosen
 
 
-def store(model: str, precision: str, folder: Path | None) -> ExpertStore:
+def store(
+    model: str, precision: str, folder: Path | None, attention: str = "native"
+) -> ExpertStore:
     """Find or make the store, telling on stderr when it must be made."""
     from rich.console import Console
 
@@ -195,7 +204,12 @@ def store(model: str, precision: str, folder: Path | None) -> ExpertStore:
 
     with pack_progress(console) as progress:
         return find_store(
-            model, precision=precision, folder=folder, report=report, progress=progress
+            model,
+            precision=precision,
+            attention=attention,
+            folder=folder,
+            report=report,
+            progress=progress,
         )
 
 

@@ -26,6 +26,7 @@ def serve(
     memory: opt.Memory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
@@ -92,7 +93,7 @@ def serve(
     from moerun.serving.server import Server, address_of, bind
 
     taken = bind(host, port)
-    found = opt.store(model, precision, store)
+    found = opt.store(model, precision, store, attention)
     from moerun.devices import calm_collector
     from moerun.runner import Runner
     from moerun.serving.app import Service
