@@ -42,14 +42,13 @@ DISK_FREE_AT = 3
 STARTED = 4  # copies so far
 ARRIVED = 5  # arrivals so far
 N_SEGMENTS = 6
-HOST_TIME = 7  # uses of the host's cache so far
-N_HOST = 8  # experts in it
-DECODE_NS = 9
-PROMPT_NS = 10
-STALL_NS = 11
-LINK_BUSY_NS = 12
-N_COPIES = 13  # under way
-CLOCK_ENTRIES = 14
+N_HOST = 7  # experts in the host's cache
+DECODE_NS = 8
+PROMPT_NS = 9
+STALL_NS = 10
+LINK_BUSY_NS = 11
+N_COPIES = 12  # under way
+CLOCK_ENTRIES = 13
 
 # Columns of Link.copies, a row a stream. KEY is -1 where the stream is free.
 KEY = 0
@@ -59,6 +58,10 @@ READY_AT = 3
 PIECES = 4
 COPY_COLUMNS = 5
 
+# Columns of Link.host: the neighbours in order of use. NEWER is -1 where the key is not there.
+NEWER = 0
+OLDER = 1
+
 
 class Link(NamedTuple):
     """Everything of the machine that lasts from step to step."""
@@ -66,7 +69,7 @@ class Link(NamedTuple):
     clock: NDArray[np.int64]  # [CLOCK_ENTRIES]
     copies: NDArray[np.int64]  # [streams, COPY_COLUMNS]
     arrival: NDArray[np.int64]  # [n_keys] which arrival the key's latest was
-    host_used: NDArray[np.int64]  # [n_keys] when the host last used it; 0: not in its cache
+    host: NDArray[np.int64]  # [n_keys + 1, 2] its cache, a ring by use; the last row begins it
     cpu_free_at: NDArray[np.int64]  # [workers]
     segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
 
@@ -86,11 +89,13 @@ def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
     clock = np.zeros(CLOCK_ENTRIES, np.int64)
     clock[BUS_UNTIL] = NEVER
     copies = np.full((costs.streams * (2 if costs.chunked else 1), COPY_COLUMNS), -1, np.int64)
+    host = np.full((n_keys + 1, 2), -1, np.int64)
+    host[n_keys] = n_keys
     return Link(
         clock=clock,
         copies=copies,
         arrival=np.zeros(n_keys, np.int64),
-        host_used=np.zeros(n_keys, np.int64),
+        host=host,
         cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
         segments=np.zeros((n_segments, 6), np.int64),
     )
@@ -342,21 +347,28 @@ def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -
 
 def _host_has(costs: Costs, link: Link, key: int) -> bool:
     """Whether the host's cache has ``key``; it does afterwards, if there is room for any."""
-    clock = link.clock
-    clock[HOST_TIME] += 1
-    hit = bool(link.host_used[key] > 0)
-    link.host_used[key] = clock[HOST_TIME]
-    if not hit:
-        clock[N_HOST] += 1
-        if clock[N_HOST] > costs.host_experts:
-            oldest = -1
-            for other in range(len(link.host_used)):
-                used = link.host_used[other]
-                if used > 0 and (oldest < 0 or used < link.host_used[oldest]):
-                    oldest = other
-            link.host_used[oldest] = 0
-            clock[N_HOST] -= 1
+    clock, host = link.clock, link.host
+    hit = bool(host[key, NEWER] >= 0)
+    if hit:
+        _host_drop(link, key)
+    ring = len(host) - 1
+    newest = host[ring, OLDER]
+    host[key, OLDER] = newest
+    host[key, NEWER] = ring
+    host[newest, NEWER] = key
+    host[ring, OLDER] = key
+    clock[N_HOST] += 1
+    if clock[N_HOST] > costs.host_experts:
+        _host_drop(link, host[ring, NEWER])
     return hit
+
+
+def _host_drop(link: Link, key: int) -> None:
+    older, newer = link.host[key, OLDER], link.host[key, NEWER]
+    link.host[older, NEWER] = newer
+    link.host[newer, OLDER] = older
+    link.host[key, NEWER] = -1
+    link.clock[N_HOST] -= 1
 
 
 def _want(link: Link, key: int) -> None:
