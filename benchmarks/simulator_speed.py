@@ -41,16 +41,17 @@ def everything_on(machine: Machine) -> Machine:
 
 def timed(workload: Workload, policy: str, machine: Machine, engine: Engine) -> float:
     """Seconds of one run."""
+    spec = find_policy(policy)
     began = time.perf_counter()
     engines.run(
         workload,
-        find_policy(policy),
+        spec,
         workload.context(SLOTS, "layer"),
-        lambda cache: costs_of(
+        lambda _: costs_of(
             workload,
             machine,
             sizes_of(workload.meta, workload.meta.expert_bytes["2bit"]),
-            predicting=cache.prefetching,
+            predicting="predictions" in spec.requires,
         ),
         engine=engine,
     )
@@ -109,6 +110,7 @@ def repeated(workload: Workload, times: int) -> Workload:
         tokens=np.tile(workload.tokens, times),
         decode=np.tile(workload.decode, times),
         rows=np.tile(workload.rows, (times, 1)),
+        starts=(workload.starts + workload.n_steps * np.arange(times)[:, None]).ravel(),
     )
 
 

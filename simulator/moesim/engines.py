@@ -50,11 +50,13 @@ def run(
     timeline: bool = False,
     observers: tuple[Observer, ...] = (),
     journal: Journal | None = None,
+    n_steps: int = 0,
 ) -> tuple[Cache, Clock]:
     """Replay ``workload``; returns the cache as it ended and where the time went.
 
     ``costs`` makes the durations once it is known whether the policy predicts. Observers and a
-    journal need SimPy, which tells of every event; "auto" then chooses it.
+    journal need SimPy, which tells of every event; "auto" then chooses it. ``n_steps`` says how
+    many steps the policy will be asked for, where ``workload`` is not all of them.
     """
     if engine is Engine.auto:
         engine = Engine.simpy if observers or journal is not None else Engine.replay
@@ -69,7 +71,8 @@ def run(
         simulation = Simulation(workload, cache, costs(cache.arrays), timeline=timeline)
         return cache.arrays, simulation.run()
     _replayed[policy.policy] += workload.n_steps
-    if _replayed[policy.policy] >= WORTH_COMPILING and _compiles(workload, policy, context, costs):
+    expected = max(n_steps, _replayed[policy.policy])
+    if expected >= WORTH_COMPILING and _compiles(workload, policy, context, costs):
         return _replay(workload, policy, context, costs, timeline, compile=True)
     return _replay(workload, policy, context, costs, timeline, compile=False)
 

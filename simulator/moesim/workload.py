@@ -6,7 +6,8 @@ is one step a layer with the union of its tokens' experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -34,6 +35,7 @@ class Workload:
     tokens    int32[S] tokens the step serves
     decode    bool[S] a decoded token's step (else a prompt's)
     rows      int64[S, 2] the trace rows first and one past the last of the step's token or prompt
+    starts    int64[Q] the step that each of the trace's sequences begins with, the first 0
     """
 
     meta: TraceMeta
@@ -50,6 +52,7 @@ class Workload:
     row_layer: NDArray[np.int32]
     logits: NDArray[np.float16] | None
     predicted: tuple[NDArray[np.float16], ...]
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @property
     def n_steps(self) -> int:
@@ -67,17 +70,28 @@ class Workload:
         before = np.concatenate(([0], np.cumsum(self.tokens[starts])))[:-1]
         later = starts[before >= n_tokens]
         n = int(later[0]) if len(later) else self.n_steps
-        demand = slice(0, int(self.offsets[n]))
+        return replace(self._cut(0, n), starts=self.starts[self.starts < n])
+
+    def sequences(self) -> Iterator[Workload]:
+        """Each sequence as a workload of its own: its future ends with it."""
+        for first, last in pairwise([*self.starts.tolist(), self.n_steps]):
+            yield self if last - first == self.n_steps else self._cut(first, last)
+
+    def _cut(self, first: int, last: int) -> Workload:
+        """Steps first..last-1 as one sequence; the trace's columns are shared."""
+        steps = slice(first, last)
+        demand = slice(int(self.offsets[first]), int(self.offsets[last]))
         return replace(
             self,
             keys=self.keys[demand],
             weights=self.weights[demand],
             routed=self.routed[demand],
-            offsets=self.offsets[: n + 1],
-            layer=self.layer[:n],
-            tokens=self.tokens[:n],
-            decode=self.decode[:n],
-            rows=self.rows[:n],
+            offsets=self.offsets[first : last + 1] - self.offsets[first],
+            layer=self.layer[steps],
+            tokens=self.tokens[steps],
+            decode=self.decode[steps],
+            rows=self.rows[steps],
+            starts=np.zeros(1, np.int64),
         )
 
     @cached_property
@@ -204,13 +218,15 @@ def load_workload(trace: Trace, *, logits: bool = False, predictions: bool = Fal
     _check_range(trace, columns)
     row_layer = columns["layer"].astype(np.int32)
     columns["weights"] = _weights(trace, columns["experts"])
-    steps = _Steps(columns, trace.meta.n_experts)
+    begins = np.append(0, np.flatnonzero(_changes(columns["sequence"])) + 1)
+    steps = _Steps(columns, trace.meta.n_experts).arrays()
     predicted = [prediction_column(j + 1) for j in range(trace.meta.horizon)] if predictions else []
     return Workload(
         meta=trace.meta,
         title=trace.title,
         digest=trace.digest,
-        **steps.arrays(),
+        **steps,
+        starts=np.searchsorted(steps["rows"][:, 0], begins),
         row_layer=row_layer,
         logits=trace.array("router_logits") if logits else None,
         predicted=tuple(trace.array(name) for name in predicted),

@@ -49,7 +49,7 @@ def test_compare_with_nothing_else_prints_a_table() -> None:
     assert done.stderr == ""
     assert "Simulated on rtx3060 (published constants)" in done.stdout
     assert done.stdout.count("belady") == 3  # a quarter, half and three quarters of the experts
-    assert "limit (fewest loads any policy could do" in done.stdout
+    assert "limit: the fewest loads and the least time" in done.stdout
 
 
 def test_json_and_csv_rows_agree_and_have_the_promised_names(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class Worker:
             scope=point.scope,
             expert_bytes=point.expert_bytes,
             engine=Engine(self.job.engine),
+            cold=self.job.cold,
+            limits=self.job.limits,
         )
         return result.row() | {"engine": self.job.engine} | versions()
 
