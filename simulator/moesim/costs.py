@@ -71,7 +71,7 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
     n_pieces = -(-sizes.expert_bytes // chunk) if chunk else 1
     last = sizes.expert_bytes - (n_pieces - 1) * chunk
     # Tables by the number of tokens, not a duration a step: a workload can have 10^8 of them.
-    tokens, routed = _counts(workload.tokens), _counts(workload.routed)
+    tokens, routed = (_counts(*extent) for extent in workload.extent)
     expert = sizes.expert_bytes, sizes.expert_params
     return Costs(
         tokens=workload.tokens,
@@ -97,8 +97,7 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
     )
 
 
-def _counts(column: NDArray[np.int32]) -> list[int]:
-    """0, 1, 2 ... to the greatest of ``column``; the least stands for those below it, so that no
-    table has an entry that no step can take."""
-    least, most = int(column.min()), int(column.max())
+def _counts(least: int, most: int) -> list[int]:
+    """0, 1, 2 ... to ``most``; ``least`` stands for those below it, so that no table has an entry
+    that no step can take."""
     return [max(least, n) for n in range(most + 1)]

@@ -153,6 +153,7 @@ def _replay(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 function(cache, state, work, costs, link, (first, last), logits, predicted, outcome)
+            workload.release()
     except (ValueError, IndexError, RuntimeError) as error:
         raise PolicyError(f"policy '{policy.label}' failed: {error}") from error
     clock = link.clock

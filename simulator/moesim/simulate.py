@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,11 @@ from moesim.engine import Clock, Segment
 from moesim.engines import Engine, run
 from moesim.errors import SimulationError
 from moesim.limits import Limits, limits_of
+from moesim.loading import load_workload
 from moesim.profile import NS_PER_S, Machine
-from moesim.workload import Workload, load_workload
+from moesim.workload import Workload
 
+IN_MEMORY = 1 << 21  # rows of a trace that is held in memory
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 
@@ -79,14 +84,23 @@ class Result:
 
 
 def workload_for(trace: Trace, policies: list[PolicySpec]) -> Workload:
-    """Read a trace once for all ``policies``; TraceError names a column one of them needs."""
+    """Read a trace once for all ``policies``; TraceError names a column one of them needs.
+
+    A long one lies in files of the system's folder for temporary ones, which are mapped.
+    """
     needs = {"predictions": prediction_column(1), "logits": "router_logits"}
     for policy in policies:
         for need, column in needs.items():
             if need in policy.requires:
                 trace.require(column, f"policy '{policy.label}'")
     wanted = {need for policy in policies for need in policy.requires}
-    return load_workload(trace, predictions="predictions" in wanted, logits="logits" in wanted)
+    load = partial(
+        load_workload, trace, predictions="predictions" in wanted, logits="logits" in wanted
+    )
+    if trace.n_rows <= IN_MEMORY:
+        return load()
+    with TemporaryDirectory(prefix="moesim-") as folder:
+        return load(folder=Path(folder))
 
 
 def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | None) -> int:
@@ -223,5 +237,7 @@ def _beside(limit: Limits | None, tokens_per_s: float) -> dict[str, Any]:
         "limit_loads_kept": limit and limit.loads_kept,
         "limit_tokens_per_s": limit and limit.tokens_per_s,
         "limit_buffers": limit and limit.buffers,
-        "share_of_limit": limit and tokens_per_s / limit.tokens_per_s,
+        # Where nothing takes time both are infinite.
+        "share_of_limit": limit
+        and (1.0 if tokens_per_s == limit.tokens_per_s else tokens_per_s / limit.tokens_per_s),
     }

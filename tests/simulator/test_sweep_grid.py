@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from moepolicy import PolicyError, PolicySpec, find_policy
 from moeroute import TraceError, open_trace
-from moesim import SimulationError
+from moesim import SimulationError, load_workload
 from moesim.engines import Engine
 from moesim.sweep.grid import Grid, load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.plan import make_plan
 from moesim.sweep.worker import slots_in
-from moesim.workload import load_workload
 from support.traces import decoded, random_trace, write_trace
 
 POLICIES = Path(__file__).parents[1] / "support" / "sweep_policies.py"

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from moesim import __version__
 from moesim.curves import LIMIT, hit_curve, shuffled
+from moesim.loading import load_workload
 from moesim.report import Format, deliver
-from moesim.workload import load_workload
 
 
 def curve(

@@ -81,7 +81,7 @@ def windows(
     strides, the loads from empty caches and those of them that the best content would spare."""
     from moesim.limits.kernels import window_loads
 
-    return window_loads(
+    found = window_loads(
         workload.next_use,
         workload.offsets,
         domain_of,
@@ -91,3 +91,5 @@ def windows(
         count,
         bypass,
     )
+    workload.release()
+    return found

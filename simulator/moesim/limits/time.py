@@ -165,6 +165,7 @@ def _units(
             least[steps.prompts > 0] = 0
         sums.append(np.add.reduceat(least, np.arange(0, len(at), unit)))
         parts.append(steps.merged(unit))
+        workload.release()
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     return _Work(*columns), np.concatenate(sums)
 

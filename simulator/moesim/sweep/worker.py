@@ -19,10 +19,11 @@ from moeroute import TraceError, open_trace
 from moesim import __version__
 from moesim.engines import Engine
 from moesim.errors import SimulationError
+from moesim.loading import load_workload
 from moesim.simulate import simulate
 from moesim.sweep.plan import Job, NamedPolicy, Point, Source, code_digest
 from moesim.sweep.scratch import shared_workload
-from moesim.workload import Workload, load_workload
+from moesim.workload import Workload
 
 PACKAGES = ("numpy", "numba", "polars", "simpy")
 EXPECTED = (PolicyError, SimulationError, TraceError, OSError)
@@ -102,7 +103,7 @@ class Worker:
     def _load(self, source: Source) -> Workload | str:
         name = f"{source.digest[:16]}-{source.predictions:d}{source.logits:d}"
         try:
-            return shared_workload(self.scratch, name, lambda: read_source(source))
+            return shared_workload(self.scratch, name, lambda to: read_source(source, to))
         except EXPECTED as error:
             return f"on node {self.node}: {error}" if self.node else str(error)
 
@@ -128,8 +129,11 @@ def slots_in(
     return min(free // meta.n_layers, meta.n_experts)
 
 
-def read_source(source: Source) -> Workload:
-    """Load a trace. SimulationError if it is not the one that the sweep was planned with."""
+def read_source(source: Source, folder: Path) -> None:
+    """Load a trace into ``folder``.
+
+    SimulationError if it is not the one that the sweep was planned with.
+    """
     trace = open_trace(source.place)
     # The digest of a remote trace means fetching all of it once more, and every node sees the
     # same object.
@@ -138,7 +142,7 @@ def read_source(source: Source) -> Workload:
             f"{source.place} is not the trace the sweep began with: its digest is"
             f" {trace.digest[:12]}, not {source.digest[:12]}"
         )
-    return load_workload(trace, logits=source.logits, predictions=source.predictions)
+    load_workload(trace, logits=source.logits, predictions=source.predictions, folder=folder)
 
 
 @cache
