@@ -29,6 +29,8 @@ WORTH_COMPILING = 100_000
 CHUNK = 1 << 15  # steps whose predictions are in memory together
 PREFIX = 256  # steps on which compiled code is held against its interpreted self
 
+Look = Callable[[Cache, int, int], None]
+
 _interpreted: dict[type[Policy], str] = {}  # policies that do not compile, and why
 _proven: set[type[Policy]] = set()
 _replayed: Counter[type[Policy]] = Counter()
@@ -51,12 +53,16 @@ def run(
     observers: tuple[Observer, ...] = (),
     journal: Journal | None = None,
     n_steps: int = 0,
+    look: Look | None = None,
+    n_events: int = 0,
 ) -> tuple[Cache, Clock]:
     """Replay ``workload``; returns the cache as it ended and where the time went.
 
     ``costs`` makes the durations once it is known whether the policy predicts. Observers and a
     journal need SimPy, which tells of every event; "auto" then chooses it. ``n_steps`` says how
-    many steps the policy will be asked for, where ``workload`` is not all of them.
+    many steps the policy will be asked for, where ``workload`` is not all of them. The replay
+    calls ``look`` after every stretch of at most CHUNK steps, whose events (``n_events`` at most)
+    the cache then holds.
     """
     if engine is Engine.auto:
         engine = Engine.simpy if observers or journal is not None else Engine.replay
@@ -73,8 +79,8 @@ def run(
     _replayed[policy.policy] += workload.n_steps
     expected = max(n_steps, _replayed[policy.policy])
     if expected >= WORTH_COMPILING and _compiles(workload, policy, context, costs):
-        return _replay(workload, policy, context, costs, timeline, compile=True)
-    return _replay(workload, policy, context, costs, timeline, compile=False)
+        return _replay(workload, policy, context, costs, timeline, look, n_events, compile=True)
+    return _replay(workload, policy, context, costs, timeline, look, n_events, compile=False)
 
 
 def _compiles(
@@ -122,13 +128,15 @@ def _replay(
     context: Context,
     costs_of: Callable[[Cache], Costs],
     timeline: bool,
+    look: Look | None = None,
+    n_events: int = 0,
     *,
     compile: bool,
     until: int | None = None,
 ) -> tuple[Cache, Clock]:
     """The loop over the machine's clocks, a chunk of steps at a time."""
     built = policy.build(context)
-    cache = new_cache(context, built)
+    cache = new_cache(context, built, n_events=n_events)
     costs = costs_of(cache)
     n_steps = workload.n_steps if until is None else min(until, workload.n_steps)
     n_segments = _most_segments(workload, costs, n_steps) if timeline else 0
@@ -153,6 +161,8 @@ def _replay(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 function(cache, state, work, costs, link, (first, last), logits, predicted, outcome)
+            if look is not None:
+                look(cache, first, last)
             workload.release()
     except (ValueError, IndexError, RuntimeError) as error:
         raise PolicyError(f"policy '{policy.label}' failed: {error}") from error

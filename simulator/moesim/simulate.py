@@ -16,6 +16,7 @@ from moeroute import Trace
 from moeroute.schema import TraceMeta, prediction_column
 
 from moesim.costs import Sizes, costs_of
+from moesim.decisions import Decisions
 from moesim.engine import Clock, Segment
 from moesim.engines import Engine, run
 from moesim.errors import SimulationError
@@ -149,13 +150,15 @@ def simulate(
     timeline: list[Segment] | None = None,
     cold: bool = False,
     limits: bool = True,
+    decisions: Decisions | None = None,
 ) -> Result:
     """Replay ``workload`` under ``policy`` with ``slots`` a layer on ``machine``.
 
     ``timeline`` is filled with what every lane did. ``cold``: every sequence begins with empty
     caches, a policy made afresh and an idle link. What is still on its way when a sequence ends
     lands between the two, which takes no time that is counted. ``limits=False`` leaves out what
-    no policy can beat. Raises SimulationError or PolicyError where the run is impossible.
+    no policy can beat. ``decisions``, of the same policy and cache, are timed and not found anew.
+    Raises SimulationError or PolicyError where the run is impossible.
     """
     if cold and journal is not None:
         raise SimulationError("a journal is of one cache, and a cold run has one for each sequence")
@@ -184,7 +187,12 @@ def simulate(
         )
 
     clock, counts, buffers = Clock(segments=timeline), np.zeros(len(Kind), np.int64), 0
-    for part in workload.sequences() if cold else [workload]:
+    parts = workload.sequences() if cold else iter([workload])
+    if decisions is not None:
+        predicting = "predictions" in policy.requires
+        clock = decisions.clock(costs_of(workload, machine, sizes, predicting=predicting))
+        counts, parts = decisions.counts, iter(())
+    for part in parts:
         cache, spent = replayed(part)
         counts += cache.board[COUNTERS:]
         clock.follow(spent)

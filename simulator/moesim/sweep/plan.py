@@ -82,7 +82,10 @@ class NamedPolicy:
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker must know to run any point."""
+    """What every worker must know to run any point.
+
+    ``timings`` is how many points differ only in what takes how long.
+    """
 
     traces: tuple[Source, ...]
     policies: tuple[NamedPolicy, ...]
@@ -90,6 +93,7 @@ class Job:
     engine: str
     cold: bool
     limits: bool
+    timings: int
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,7 @@ def make_plan(grid: Grid) -> Plan:
         engine=grid.engine.value,
         cold=grid.cold,
         limits=grid.limits,
+        timings=len(machines) * max(1, len(grid.precisions or grid.expert_bytes)),
     )
     return Plan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
 

@@ -17,10 +17,13 @@ from moepolicy import PolicyError, PolicySpec, find_policy
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
+from moesim.costs import costs_of
+from moesim.decisions import Decisions, decide, timeless
 from moesim.engines import Engine
 from moesim.errors import SimulationError
 from moesim.loading import load_workload
-from moesim.simulate import simulate
+from moesim.profile import Machine
+from moesim.simulate import simulate, sizes_of
 from moesim.sweep.plan import Job, NamedPolicy, Point, Source, code_digest
 from moesim.sweep.scratch import shared_workload
 from moesim.workload import Workload
@@ -49,6 +52,7 @@ class Worker:
         self.scratch = scratch
         self.node = node
         self._held: tuple[int, Workload | str] | None = None
+        self._decided: tuple[object, Decisions] | None = None
         self._classes: dict[str, PolicySpec] = {}
 
     def run(self, point: Point) -> Outcome:
@@ -70,18 +74,37 @@ class Worker:
         if slots is None:
             assert point.memory_bytes is not None
             slots = slots_in(point.memory_bytes, point.expert_bytes, policy, workload, point.scope)
+        machine = self.job.machines[point.machine]
         result = simulate(
             workload,
             policy,
-            self.job.machines[point.machine],
+            machine,
             slots=slots,
             scope=point.scope,
             expert_bytes=point.expert_bytes,
             engine=Engine(self.job.engine),
+            decisions=self._decisions(point, workload, policy, machine, slots),
             cold=self.job.cold,
             limits=self.job.limits,
         )
         return result.row() | {"engine": self.job.engine} | versions()
+
+    def _decisions(
+        self, point: Point, workload: Workload, policy: PolicySpec, machine: Machine, slots: int
+    ) -> Decisions | None:
+        """What the policy decides whatever the machine, if that is so and several are asked for;
+        kept until a point asks for other decisions."""
+        job, scope = self.job, point.scope
+        if job.timings < 2 or job.cold or Engine(job.engine) is Engine.simpy:
+            return None
+        if not timeless(workload, policy, machine, slots, scope):
+            return None
+        key = point.trace, point.policy, scope, slots
+        if self._decided is None or self._decided[0] != key:
+            sizes = sizes_of(workload.meta, point.expert_bytes)
+            costs = costs_of(workload, machine, sizes, predicting=False)
+            self._decided = key, decide(workload, policy, costs, slots, scope)
+        return self._decided[1]
 
     def _policy(self, number: int) -> PolicySpec:
         policy = self.job.policies[number]
