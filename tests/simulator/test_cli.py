@@ -115,6 +115,15 @@ def test_a_mistake_is_one_clear_line(arguments: list[str], code: int, says: str)
         assert done.stdout == ""
 
 
+def test_a_machine_so_slow_that_its_clock_would_overflow_is_named(tmp_path: Path) -> None:
+    profile = tmp_path / "slow.toml"
+    profile.write_text("[link]\nbytes_per_s = 1e-9\n")
+    done = moesim("compare", "lru", "--machine", profile, "--tokens", "20", "--slots", "2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: machine 'slow' is so slow that 160 steps may take 100 ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_truncated_trace_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cut.parquet"
     path.write_bytes(b"PAR1" + bytes(100))
