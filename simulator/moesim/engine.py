@@ -81,6 +81,20 @@ class Clock:
         if self.segments is not None:
             self.segments.append(Segment(*segment))
 
+    def follow(self, other: Clock) -> None:
+        """Let another run's time come after this one's; what it left under way is cut off."""
+        if self.segments is not None:
+            for segment in other.segments or ():
+                begins, ends = segment.begins, min(segment.ends, other.total_ns)
+                if begins <= ends:
+                    shift = self.total_ns
+                    self.segments.append(segment._replace(begins=shift + begins, ends=shift + ends))
+        self.total_ns += other.total_ns
+        self.decode_ns += other.decode_ns
+        self.prompt_ns += other.prompt_ns
+        self.stall_ns += other.stall_ns
+        self.link_busy_ns += other.link_busy_ns
+
 
 @dataclass(slots=True)
 class Copy:
