@@ -56,7 +56,7 @@ def timed(workload: Workload, policy: str, machine: Machine, engine: Engine) -> 
         workload,
         spec,
         workload.context(slots(workload), "layer"),
-        lambda _: costs_of(
+        costs_of(
             workload,
             machine,
             sizes_of(workload.meta, workload.meta.expert_bytes["2bit"]),

@@ -1,4 +1,4 @@
-"""The kernel that counts kinds of step (`moesim.decisions`) from a replay's events."""
+"""The kernel that counts kinds of step (`moesim.onepass`) from a replay's events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from moesim.jit import jit
 
-INTO_FREE, INTO_EMPTIED, BYPASSED = 1, 2, 3  # as moesim.decisions has them
+INTO_FREE, INTO_EMPTIED, BYPASSED = 1, 2, 3  # as moesim.onepass has them
 
 
 @jit

@@ -50,7 +50,7 @@ def run(
     workload: Workload,
     policy: PolicySpec,
     context: Context,
-    costs: Callable[[Cache], Costs],
+    costs: Costs,
     *,
     engine: Engine = Engine.auto,
     timeline: bool = False,
@@ -62,11 +62,10 @@ def run(
 ) -> tuple[Cache, Clock]:
     """Replay ``workload``; returns the cache as it ended and where the time went.
 
-    ``costs`` makes the durations once it is known whether the policy predicts. Observers and a
-    journal need SimPy, which tells of every event; "auto" then chooses it. ``n_steps`` says how
-    many steps the policy will be asked for, where ``workload`` is not all of them. The replay
-    calls ``look`` after every stretch of at most CHUNK steps, whose events (``n_events`` at most)
-    the cache then holds.
+    Observers and a journal need SimPy, which tells of every event; "auto" then chooses it.
+    ``n_steps`` says how many steps the policy will be asked for, where ``workload`` is not all of
+    them. The replay calls ``look`` after every stretch of at most CHUNK steps, whose events
+    (``n_events`` at most) the cache then holds.
     """
     if engine is Engine.auto:
         engine = Engine.simpy if observers or journal is not None else Engine.replay
@@ -84,7 +83,7 @@ class _Job:
     workload: Workload
     policy: PolicySpec
     context: Context
-    costs: Callable[[Cache], Costs]
+    costs: Costs
     timeline: bool = False
     observers: tuple[Observer, ...] = ()
     journal: Journal | None = None
@@ -163,9 +162,8 @@ class _Simulation(_Job):
             compile=compile,
             horizon=len(self.workload.predicted),
         )
-        costs = self.costs(cache.arrays)
-        simulation = Simulation(
-            self.workload, cache, costs, timeline=self.timeline, n_steps=n_steps
+                simulation = Simulation(
+            self.workload, cache, self.costs, timeline=self.timeline, n_steps=n_steps
         )
         return cache.arrays, simulation.run()
 
@@ -181,7 +179,8 @@ class _Replay(_Job):
 
     def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
         n_steps = self.workload.n_steps if n_steps is None else min(n_steps, self.workload.n_steps)
-        policy, cache, costs, link = self._parts(n_steps)
+        policy, cache, link = self._parts(n_steps)
+        costs = self.costs
         function: Callable[..., Any] = twin.replay
         state: Any = policy
         if compile:
@@ -204,16 +203,15 @@ class _Replay(_Job):
         return cache, twin.clock_of(link)
 
     def is_compiled(self) -> bool:
-        policy, cache, costs, link = self._parts(0)
-        state = compiled_policy(policy)
-        return is_compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
+        policy, cache, link = self._parts(0)
+        omit = twin.unreachable(cache, self.costs, link)
+        return is_compiled(twin.replay, compiled_policy(policy), omit=omit)
 
-    def _parts(self, n_steps: int) -> tuple[Policy, Cache, Costs, twin.Link]:
+    def _parts(self, n_steps: int) -> tuple[Policy, Cache, twin.Link]:
         policy = self.policy.build(self.context)
         cache = new_cache(self.context, policy, n_events=self.n_events)
-        costs = self.costs(cache)
-        n_segments = _most_segments(self.workload, costs, n_steps) if self.timeline else 0
-        return policy, cache, costs, twin.new_link(costs, self.workload.n_keys, n_segments)
+        n_segments = _most_segments(self.workload, self.costs, n_steps) if self.timeline else 0
+        return policy, cache, twin.new_link(self.costs, self.workload.n_keys, n_segments)
 
 
 def _most_segments(workload: Workload, costs: Costs, n_steps: int) -> int:

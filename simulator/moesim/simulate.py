@@ -16,12 +16,12 @@ from moeroute import Trace
 from moeroute.schema import TraceMeta, prediction_column
 
 from moesim.costs import Sizes, costs_of
-from moesim.decisions import Decisions
 from moesim.engine import Clock, Segment
 from moesim.engines import Engine, run
 from moesim.errors import SimulationError
 from moesim.limits import Limits, limits_of
 from moesim.loading import load_workload
+from moesim.onepass import Decisions
 from moesim.profile import NS_PER_S, Machine
 from moesim.workload import Workload
 
@@ -178,7 +178,7 @@ def simulate(
             part,
             policy,
             context,
-            lambda _: costs,
+            costs,
             engine=engine,
             observers=observers,
             journal=journal,

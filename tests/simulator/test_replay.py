@@ -28,7 +28,12 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
         workload,
         find_policy(policy),
         workload.context(slots, scope),
-        lambda cache: costs_of(workload, on, Sizes(10, 5, 3, 2), predicting=cache.prefetching),
+        costs_of(
+            workload,
+            on,
+            Sizes(10, 5, 3, 2),
+            predicting="predictions" in find_policy(policy).requires,
+        ),
         engine=Engine(engine),
         timeline=True,
     )
@@ -115,7 +120,7 @@ def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
             workload,
             policy,
             workload.context(2, "layer"),
-            lambda _: costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+            costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
         )
         return cache.board.tolist(), clock.total_ns
 

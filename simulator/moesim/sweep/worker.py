@@ -18,10 +18,10 @@ from moeroute import TraceError, open_trace
 
 from moesim import __version__
 from moesim.costs import costs_of
-from moesim.decisions import Decisions, decide, timeless
 from moesim.engines import Engine
 from moesim.errors import SimulationError
 from moesim.loading import load_workload
+from moesim.onepass import Decisions, decide, timeless
 from moesim.profile import Machine
 from moesim.simulate import simulate, sizes_of
 from moesim.sweep.plan import Job, NamedPolicy, Point, Source, code_digest

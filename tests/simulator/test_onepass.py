@@ -12,7 +12,7 @@ from moepolicy import find_policy
 from moepolicy.state import COUNTERS
 from moesim import Machine, Workload, engines
 from moesim.costs import Costs, Sizes, costs_of
-from moesim.decisions import decide, timeless
+from moesim.onepass import decide, timeless
 from support.machines import machine, machines
 from support.workloads import make_workload
 
@@ -52,9 +52,7 @@ def test_one_pass_gives_every_machine_its_own_run(
     assert sum(found.steps.values()) == workload.n_steps
     for one in on:
         own = costs(workload, one)
-        cache, clock = engines.run(
-            workload, spec, workload.context(slots, scope), lambda _, own=own: own
-        )
+        cache, clock = engines.run(workload, spec, workload.context(slots, scope), own)
         np.testing.assert_array_equal(found.counts, cache.board[COUNTERS:])
         assert found.clock(own) == clock
 

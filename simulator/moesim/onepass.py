@@ -86,7 +86,7 @@ def decide(
     context = workload.context(slots, scope)
     # A key is wanted, copied, bypassed and kept after all, and two others leave for it.
     room = 6 * top_k * min(CHUNK, workload.n_steps) + len(Step._fields)
-    cache, _ = run(workload, policy, context, lambda _: costs, look=look, n_events=room)
+    cache, _ = run(workload, policy, context, costs, look=look, n_events=room)
     kinds = np.flatnonzero(table)
     return Decisions(
         counts=cache.board[COUNTERS:].copy(),
