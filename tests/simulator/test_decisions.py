@@ -55,10 +55,19 @@ GUESSING = f"{OWN}:Guessing:eviction="
 @pytest.mark.parametrize(
     "policy",
     [
-        GUESSING + "arc",
+        "clock",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in [GUESSING + "s3-fifo", "lru", "clock", "sieve", "slru", "2q", "class-lru"]
+            for name in [
+                GUESSING + "arc",
+                GUESSING + "s3-fifo",
+                "lru",
+                "arc",
+                "sieve",
+                "slru",
+                "2q",
+                "class-lru",
+            ]
         ),
     ],
 )
