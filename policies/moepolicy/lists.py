@@ -28,21 +28,22 @@ class Queues(Policy):
         shared = context.scope == "global"
         n_domains = 1 if shared else context.n_layers
         self.n_keys = context.n_keys
-        self.n_lists = n_lists
-        self.width = context.n_keys // n_domains  # keys of a domain
         # Slots of a domain.
         self.capacity = min(context.slots, context.n_experts) * context.n_layers // n_domains
         n_heads = n_domains * n_lists
-        # A list is a ring through its head, one of the nodes after the keys.
+        # A list is a ring through its head, one of the nodes after the keys. The heads of a
+        # domain's lists follow one another; the first is looked up, as dividing takes longer.
+        domains = np.arange(self.n_keys) * n_domains // self.n_keys
+        self.first_head = self.n_keys + domains * n_lists
         self.links = np.repeat(np.arange(self.n_keys + n_heads), 2).reshape(-1, 2)
-        self.stamp = np.zeros(self.n_keys + n_heads, np.int64)
+        self.stamp = np.zeros(self.n_keys, np.int64)
         self.at = np.full(self.n_keys, NOWHERE, np.int64)  # the head of the key's list
         self.length = np.zeros(self.n_keys + n_heads, np.int64)  # of each head's list
         self.guessed = np.zeros(self.n_keys, np.bool_)
 
     def head(self, key: int, which: int) -> int:
         """The head of list ``which`` of the domain of ``key``."""
-        return self.n_keys + key // self.width * self.n_lists + which
+        return int(self.first_head[key]) + which
 
     def enter(self, key: int, head: int, now: int) -> None:
         """Put ``key`` among the newest of a list; within a step the heaviest ends as the newest."""
@@ -73,11 +74,19 @@ class Queues(Policy):
         while self.length[head] > most:
             self.leave(self.links[head, NEWER])
 
-    def oldest_of(self, head: int, candidates: NDArray[np.int32]) -> int:
-        """The oldest of a list that is among ``candidates``; -1 if none is."""
+    def all_may_go(self, key: int, lists: int, candidates: NDArray[np.int32]) -> bool:
+        """Whether ``candidates`` are all that the first ``lists`` lists of a domain hold, as is
+        usual: none of it pinned, staged or on its way. Then none has to be looked up."""
+        n = 0
+        for which in range(lists):
+            n += self.length[self.head(key, which)]
+        return bool(n == len(candidates))
+
+    def oldest_of(self, head: int, every: bool, candidates: NDArray[np.int32]) -> int:
+        """The oldest of a list that is among ``candidates`` (``every`` one is); -1 if none is."""
         key = self.links[head, NEWER]
         while key != head:
-            if among(candidates, key):
+            if every or among(candidates, key):
                 return int(key)
             key = self.links[key, NEWER]
         return -1

@@ -43,8 +43,9 @@ class Slru(Queues):
         self.leave(key)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        key = self.oldest_of(self.head(incoming, 0), candidates)
-        return key if key >= 0 else self.oldest_of(self.head(incoming, 1), candidates)
+        every = self.all_may_go(incoming, 2, candidates)
+        key = self.oldest_of(self.head(incoming, 0), every, candidates)
+        return key if key >= 0 else self.oldest_of(self.head(incoming, 1), every, candidates)
 
 
 class TwoQ(Queues):
@@ -85,13 +86,14 @@ class TwoQ(Queues):
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         self.recall(incoming)
+        every = self.all_may_go(incoming, 2, candidates)
         first, main = self.head(incoming, 0), self.head(incoming, 1)
         key = NONE
         if self.length[first] > self.n_first:
-            key = self.oldest_of(first, candidates)
+            key = self.oldest_of(first, every, candidates)
         if key < 0:
-            key = self.oldest_of(main, candidates)
-        return key if key >= 0 else self.oldest_of(first, candidates)
+            key = self.oldest_of(main, every, candidates)
+        return key if key >= 0 else self.oldest_of(first, every, candidates)
 
     def recall(self, key: int) -> None:
         """Take ``key`` out of the ghosts, if it is one, before room is made for it."""
@@ -115,7 +117,7 @@ class S3Fifo(Queues):
         self.n_small = max(1, int(self.capacity * small))
         self.n_ghosts = int(self.capacity * ghosts)
         self.uses = np.zeros(self.n_keys, np.int64)  # since it entered its queue
-        self.full = np.zeros(self.n_keys // self.width, np.bool_)
+        self.full = np.zeros(len(self.links), np.bool_)  # at its head
         self.recalled = np.full(1, NONE)  # a ghost for which room is being made
 
     def on_hit(self, key: int, now: int) -> None:
@@ -127,7 +129,7 @@ class S3Fifo(Queues):
         self.recall(key)
         small = self.head(key, 0)
         to_main = self.recalled[0] == key or (
-            not self.full[key // self.width] and self.length[small] >= self.n_small
+            not self.full[small] and self.length[small] >= self.n_small
         )
         self.recalled[0] = NONE
         self.guessed[key] = speculative
@@ -144,21 +146,22 @@ class S3Fifo(Queues):
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         self.recall(incoming)
-        self.full[incoming // self.width] = True
+        every = self.all_may_go(incoming, 2, candidates)
         small, main = self.head(incoming, 0), self.head(incoming, 1)
+        self.full[small] = True
         key = NONE
         if self.length[main] <= self.capacity - self.n_small:
-            key = self.from_small(small, main, candidates)
+            key = self.from_small(small, main, every, candidates)
         if key < 0:
-            key = self.from_main(main, candidates)
-        return key if key >= 0 else self.from_small(small, main, candidates)
+            key = self.from_main(main, every, candidates)
+        return key if key >= 0 else self.from_small(small, main, every, candidates)
 
-    def from_small(self, small: int, main: int, candidates: NDArray[np.int32]) -> int:
+    def from_small(self, small: int, main: int, every: bool, candidates: NDArray[np.int32]) -> int:
         """The oldest of the small queue used less than twice; the others move on. -1: none."""
         key = self.links[small, NEWER]
         while key != small:
             newer = self.links[key, NEWER]
-            if among(candidates, key):
+            if every or among(candidates, key):
                 if self.uses[key] < 2:
                     return int(key)
                 self.leave(key)
@@ -167,12 +170,12 @@ class S3Fifo(Queues):
             key = newer
         return NONE
 
-    def from_main(self, main: int, candidates: NDArray[np.int32]) -> int:
+    def from_main(self, main: int, every: bool, candidates: NDArray[np.int32]) -> int:
         """The oldest of the main queue that was not used; each use buys a turn. -1: none."""
         key = self.links[main, NEWER]
         while key != main:
             newer = self.links[key, NEWER]
-            if among(candidates, key):
+            if every or among(candidates, key):
                 if self.uses[key] == 0:
                     return int(key)
                 self.uses[key] = min(self.uses[key], 3) - 1
@@ -202,7 +205,7 @@ class Arc(Queues):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context, 4)
-        self.target = np.zeros(self.n_keys // self.width)
+        self.target = np.zeros(len(self.links))  # at its head
         # A ghost for which room is being made, and which kind it was.
         self.recalled = np.full(1, NONE)
         self.was = np.full(1, NOWHERE)
@@ -232,27 +235,28 @@ class Arc(Queues):
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         self.recall(incoming)
+        every = self.all_may_go(incoming, 2, candidates)
         once, again = self.head(incoming, ONCE), self.head(incoming, AGAIN)
-        target = self.target[incoming // self.width]
+        target = self.target[once]
         to_again = self.recalled[0] == incoming and self.was[0] == self.head(incoming, AGAIN_GHOSTS)
         key = NONE
         if self.length[once] > target or (self.length[once] == target and to_again):
-            key = self.oldest_of(once, candidates)
+            key = self.oldest_of(once, every, candidates)
         if key < 0:
-            key = self.oldest_of(again, candidates)
-        return key if key >= 0 else self.oldest_of(once, candidates)
+            key = self.oldest_of(again, every, candidates)
+        return key if key >= 0 else self.oldest_of(once, every, candidates)
 
     def recall(self, key: int) -> None:
         """If ``key`` is a ghost, move the target in favour of its list and take it out."""
-        domain = key // self.width
+        seen_once = self.head(key, ONCE)
         once, again = self.head(key, ONCE_GHOSTS), self.head(key, AGAIN_GHOSTS)
         at = self.at[key]
         if at == once:
             more = max(1.0, self.length[again] / self.length[once])
-            self.target[domain] = min(float(self.capacity), self.target[domain] + more)
+            self.target[seen_once] = min(float(self.capacity), self.target[seen_once] + more)
         elif at == again:
             less = max(1.0, self.length[once] / self.length[again])
-            self.target[domain] = max(0.0, self.target[domain] - less)
+            self.target[seen_once] = max(0.0, self.target[seen_once] - less)
         else:
             return
         self.leave(key)

@@ -33,11 +33,12 @@ class Clock(Queues):
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         head = self.head(incoming, 0)
+        every = self.all_may_go(incoming, 1, candidates)
         key = self.links[head, NEWER]
         # What is pinned keeps its place. What is spared goes to the end unused: it ends there.
-        while self.used[key] or not among(candidates, key):
+        while self.used[key] or not (every or among(candidates, key)):
             newer = self.links[key, NEWER]
-            if among(candidates, key):
+            if every or among(candidates, key):
                 self.used[key] = False
                 self.leave(key)
                 self.append(key, head)
@@ -55,8 +56,8 @@ class Sieve(Queues):
     def __init__(self, context: Context) -> None:
         super().__init__(context, 1)
         self.used = np.zeros(self.n_keys, np.bool_)  # since its load or the hand's last round
-        # Where each domain's hand rests: on a key, or on the head once it is past the newest.
-        self.hand = np.arange(self.n_keys, len(self.links))
+        # Where the hand of each head rests: on a key, or on the head once it is past the newest.
+        self.hand = np.arange(len(self.links))
 
     def on_hit(self, key: int, now: int) -> None:
         self.used[key] = not self.guessed[key]
@@ -68,18 +69,18 @@ class Sieve(Queues):
         self.enter(key, self.head(key, 0), now)
 
     def on_evict(self, key: int) -> None:
-        domain = key // self.width
-        if self.hand[domain] == key:
-            self.hand[domain] = self.links[key, NEWER]
+        head = self.head(key, 0)
+        if self.hand[head] == key:
+            self.hand[head] = self.links[key, NEWER]
         self.leave(key)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        domain = incoming // self.width
         head = self.head(incoming, 0)
-        key = self.hand[domain]
-        while key == head or self.used[key] or not among(candidates, key):
-            if key != head and among(candidates, key):
+        every = self.all_may_go(incoming, 1, candidates)
+        key = self.hand[head]
+        while key == head or self.used[key] or not (every or among(candidates, key)):
+            if key != head and (every or among(candidates, key)):
                 self.used[key] = False
             key = self.links[key, NEWER]
-        self.hand[domain] = key
+        self.hand[head] = key
         return int(key)
