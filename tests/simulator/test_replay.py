@@ -63,7 +63,16 @@ def test_the_replay_is_simpy_to_the_nanosecond(
 
 # Compiling takes seconds for each policy and set of features: here every feature is on.
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass", "fiddler"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "lru-spec",
+        "belady-bypass",
+        "fiddler",
+        *["clock", "sieve", "slru", "2q", "s3-fifo", "arc"],
+        *["lfu-aging", "lfru", "least-stale", "class-lru"],
+    ],
+)
 @given(traces(), full_machines, st.sampled_from(["layer", "global"]))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_compiling_changes_nothing(
