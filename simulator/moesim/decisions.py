@@ -7,6 +7,7 @@ machine, live or simulated; for one that does, those of a link that is never wai
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from moepolicy.state import BACKLOG, PINNED, Cache, new_cache
 from moepolicy.steps import Step
 from numpy.typing import NDArray
 
-from moesim.replay import Work
+from moesim.replay import Work, work_of
 from moesim.workload import Workload
 
 CHUNK = 1 << 15  # steps whose predictions are in memory together
@@ -35,18 +36,12 @@ def decisions(
     """
     built = policy.build(context)
     cache = new_cache(context, built)
-    state, function = built, decide
+    state: Any = built
+    function: Callable[..., Any] = decide
     if compile:
         state = compiled_policy(built)
-        function = compiled(decide, omit=frozenset(unreachable(cache)))  # type: ignore[arg-type]
-    work = Work(
-        workload.keys,
-        workload.weights,
-        workload.offsets,
-        workload.layer,
-        workload.tokens,
-        workload.decode,
-    )
+        function = compiled(decide, state, omit=unreachable(cache))
+    work = work_of(workload)
     outcome = np.zeros(context.n_experts, np.int8)
     try:
         for first in range(0, workload.n_steps, CHUNK):

@@ -162,7 +162,7 @@ class _Simulation(_Job):
             compile=compile,
             horizon=len(self.workload.predicted),
         )
-                simulation = Simulation(
+        simulation = Simulation(
             self.workload, cache, self.costs, timeline=self.timeline, n_steps=n_steps
         )
         return cache.arrays, simulation.run()
