@@ -71,6 +71,21 @@ def hold(held: NDArray[np.int64], key: int) -> None:
     held[N_HELD] += 1
 
 
+def exchange(held: NDArray[np.int64], leaving: int, arriving: int) -> None:
+    """Put a key in the place of another among a domain's keys, which go on ascending."""
+    last = HELD + held[N_HELD] - 1
+    i = HELD
+    while held[i] != leaving:
+        i += 1
+    while i < last and held[i + 1] < arriving:
+        held[i] = held[i + 1]
+        i += 1
+    while i > HELD and held[i - 1] > arriving:
+        held[i] = held[i - 1]
+        i -= 1
+    held[i] = arriving
+
+
 def remove(held: NDArray[np.int64], key: int) -> None:
     """Take ``key`` from a domain's or the staging buffers' keys, keeping the order."""
     last = HELD + held[N_HELD] - 1
