@@ -55,9 +55,9 @@ def gather_candidates(cache: Cache, domain: int) -> int:
     held = cache.domains[domain]
     for i in range(HELD, HELD + held[N_HELD]):
         key = held[i]
-        if cache.keys[key, STATUS] == RESIDENT and not cache.keys[key, PINNED]:
-            cache.scratch[CANDIDATES, n] = key
-            n += 1
+        # Written in any case and counted if it may go: no branch that depends on the data.
+        cache.scratch[CANDIDATES, n] = key
+        n += (cache.keys[key, STATUS] == RESIDENT) & (cache.keys[key, PINNED] == 0)
     return n
 
 
