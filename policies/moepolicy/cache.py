@@ -122,7 +122,9 @@ class ExpertCache:
     def begin(self, step: Step) -> NDArray[np.int8]:
         """Pin a step's demand; returns HIT, LATE, MISS or COMPUTE for each of its keys."""
         outcome = self._outcome[: len(step.experts)]
-        step = step._replace(backlog=int(self.arrays.board[BACKLOG]))
+        backlog = int(self.arrays.board[BACKLOG])
+        if backlog != step.backlog:
+            step = step._replace(backlog=backlog)
         self._log(Call.BEGIN, step.number)
         try:
             self._calls.begin(step, outcome)

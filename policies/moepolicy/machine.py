@@ -277,16 +277,14 @@ def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
     held = cache.domains[domain]
     if held[N_FREE]:
         slot = pop_free(held, cache.slots)
+        hold(held, key)
     else:
         n = gather_candidates(cache, domain)
         if n == 0:
             return -1
         candidates = cache.scratch[CANDIDATES, :n]
         layer = key // cache.n_experts
-        slot = take_from(cache, policy, policy.victim(layer, key, candidates), domain, key)
-        if slot < 0:
-            return -1
-    hold(held, key)
+        return take_from(cache, policy, policy.victim(layer, key, candidates), key)
     return slot
 
 
@@ -323,7 +321,7 @@ def _promote(cache: Cache, policy: Policy, key: int) -> None:
         cache.keys[key, TRANSIENT] = 1
         note(cache, BYPASS, key, NOTHING)
     else:
-        _exchange(cache, key, slot)
+        _keep(cache, key, slot)
 
 
 def _retain(cache: Cache, policy: Policy, key: int) -> bool:
@@ -334,15 +332,14 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
         return False
     candidates = cache.scratch[CANDIDATES, :n]
     layer = key // cache.n_experts
-    slot = take_from(cache, policy, policy.retain(layer, key, candidates), domain, key)
+    slot = take_from(cache, policy, policy.retain(layer, key, candidates), key)
     if slot < 0:
         return False
-    hold(cache.domains[domain], key)
-    _exchange(cache, key, slot)
+    _keep(cache, key, slot)
     return True
 
 
-def _exchange(cache: Cache, key: int, slot: int) -> None:
+def _keep(cache: Cache, key: int, slot: int) -> None:
     """``key`` stays where it lies: its buffer joins the cache, ``slot`` becomes a buffer."""
     unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0

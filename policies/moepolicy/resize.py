@@ -7,7 +7,7 @@ between none and a fixed number of slots, and what it is to lose goes as soon as
 from __future__ import annotations
 
 from moepolicy.kinds import EVICT, USELESS
-from moepolicy.places import domain_of, gather_candidates, note, pop_free, remove
+from moepolicy.places import domain_of, exchange, gather_candidates, note, pop_free, remove
 from moepolicy.policy import Policy
 from moepolicy.state import (
     ABSENT,
@@ -81,27 +81,33 @@ def _given_up(cache: Cache, policy: Policy, domain: int) -> int:
     victim = policy.victim(newcomer // cache.n_experts, newcomer, candidates)
     if victim < 0:
         victim = newcomer
-    return take_from(cache, policy, victim, domain, NOTHING)
+    slot = _slot_of_victim(cache, victim, domain)
+    note(cache, EVICT, victim, NOTHING)
+    remove(held, victim)
+    leave_device(cache, policy, victim)
+    return slot
 
 
-def take_from(cache: Cache, policy: Policy, victim: int, domain: int, incoming: int) -> int:
-    """Evict ``victim`` of ``domain`` and return its slot; -1 where the policy declined.
-
-    ``incoming`` is the key it makes room for, NOTHING where its slot is withdrawn.
-    """
+def take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
+    """Give ``victim``'s slot to ``incoming`` and return it; -1 where the policy declined."""
     if victim < 0:
         return -1
+    domain = domain_of(cache, incoming)
+    slot = _slot_of_victim(cache, victim, domain)
+    note(cache, EVICT, victim, incoming)
+    cache.board[EVICTED] = victim
+    exchange(cache.domains[domain], victim, incoming)
+    leave_device(cache, policy, victim)
+    return slot
+
+
+def _slot_of_victim(cache: Cache, victim: int, domain: int) -> int:
     if victim >= cache.keys.shape[0]:
         raise ValueError("victim named a key that does not exist")
     row = cache.keys[victim]
     if row[STATUS] != RESIDENT or row[PINNED] or row[STAGED] or domain_of(cache, victim) != domain:
         raise ValueError("victim named a key that was not among the candidates")
-    slot = int(row[PLACE])
-    note(cache, EVICT, victim, incoming)
-    cache.board[EVICTED] = victim
-    remove(cache.domains[domain], victim)
-    leave_device(cache, policy, victim)
-    return slot
+    return int(row[PLACE])
 
 
 def leave_device(cache: Cache, policy: Policy, key: int) -> None:

@@ -151,7 +151,7 @@ def simulate(trace: Path, policy: str, slots: int, scope: str, machine: Path) ->
     command = [
         *(sys.executable, "-c", "from moesim.cli import main; main()"),
         *("compare", policy, "--trace", str(trace), "--slots", str(slots), "--scope", scope),
-        *("--machine", str(machine), "--format", "json"),
+        *("--machine", str(machine), "--format", "json", "--no-limits"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -26,7 +26,7 @@ from moerun.devices import (
 )
 from moerun.errors import RunError
 from moerun.forms import SlotForm
-from moerun.generate import Generation, Sampling, encode
+from moerun.generate import Generation, Sampling, context_tokens, encode
 from moerun.links import DirectRecords, DiskLink, HostTier, Link, Records, Throttle
 from moerun.links.host import host_tier
 from moerun.memory import MemoryPlan, baseline_bytes, needs_of
@@ -126,6 +126,11 @@ class Runner:
         return None if self.plan.budget_bytes is None else self.plan.needs.context_tokens
 
     @property
+    def limit_tokens(self) -> int | None:
+        """The longest text it takes: what memory was planned for, else the model's; None: any."""
+        return self.context_tokens or context_tokens(self.model)
+
+    @property
     def host_tier(self) -> HostTier | None:
         """The cache between disk and device, where there is one that does not hold everything."""
         tier = getattr(self.session.link, "tier", None)
@@ -179,9 +184,7 @@ class Runner:
 
     def generate(self, prompt: str, sampling: Sampling) -> str:
         """The text that follows ``prompt``."""
-        generated = self.generation().run(self.encode(prompt), sampling)
-        text: str = self.tokenizer.decode(generated.token_ids, skip_special_tokens=True)
-        return text
+        return self.generation().run(self.encode(prompt), sampling).text
 
     def close(self) -> None:
         if self._watch:

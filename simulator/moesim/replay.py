@@ -42,14 +42,13 @@ DISK_FREE_AT = 3
 STARTED = 4  # copies so far
 ARRIVED = 5  # arrivals so far
 N_SEGMENTS = 6
-HOST_TIME = 7  # uses of the host's cache so far
-N_HOST = 8  # experts in it
-DECODE_NS = 9
-PROMPT_NS = 10
-STALL_NS = 11
-LINK_BUSY_NS = 12
-N_COPIES = 13  # under way
-CLOCK_ENTRIES = 14
+N_HOST = 7  # experts in the host's cache
+DECODE_NS = 8
+PROMPT_NS = 9
+STALL_NS = 10
+LINK_BUSY_NS = 11
+N_COPIES = 12  # under way
+CLOCK_ENTRIES = 13
 
 # Columns of Link.copies, a row a stream. KEY is -1 where the stream is free.
 KEY = 0
@@ -59,6 +58,10 @@ READY_AT = 3
 PIECES = 4
 COPY_COLUMNS = 5
 
+# Columns of Link.host: the neighbours in order of use. NEWER is -1 where the key is not there.
+NEWER = 0
+OLDER = 1
+
 
 class Link(NamedTuple):
     """Everything of the machine that lasts from step to step."""
@@ -66,7 +69,7 @@ class Link(NamedTuple):
     clock: NDArray[np.int64]  # [CLOCK_ENTRIES]
     copies: NDArray[np.int64]  # [streams, COPY_COLUMNS]
     arrival: NDArray[np.int64]  # [n_keys] which arrival the key's latest was
-    host_used: NDArray[np.int64]  # [n_keys] when the host last used it; 0: not in its cache
+    host: NDArray[np.int64]  # [n_keys + 1, 2] its cache, a ring by use; the last row begins it
     cpu_free_at: NDArray[np.int64]  # [workers]
     segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
 
@@ -86,11 +89,13 @@ def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
     clock = np.zeros(CLOCK_ENTRIES, np.int64)
     clock[BUS_UNTIL] = NEVER
     copies = np.full((costs.streams * (2 if costs.chunked else 1), COPY_COLUMNS), -1, np.int64)
+    host = np.full((n_keys + 1, 2), -1, np.int64)
+    host[n_keys] = n_keys
     return Link(
         clock=clock,
         copies=copies,
         arrival=np.zeros(n_keys, np.int64),
-        host_used=np.zeros(n_keys, np.int64),
+        host=host,
         cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
         segments=np.zeros((n_segments, 6), np.int64),
     )
@@ -196,10 +201,13 @@ def _expert_step(
             _want(link, step.experts[rank])
         if outcome[rank] == COMPUTE:
             remaining -= 1
+    hits = 0  # the ranks among which all hits are computed
     # One place for time to pass in, as compiled code has all that can happen then in each.
     while remaining > 0 or joins_at > clock[NOW]:
         began = clock[NOW]
-        rank = _next_ready(cache, link, step, outcome)
+        while hits < n and outcome[hits] != HIT:
+            hits += 1
+        rank = hits if hits < n else _first_arrived(cache, link, step, outcome)
         if rank >= 0:
             until = began + costs.expert_ns[costs.routed[at + rank]]
         else:
@@ -234,13 +242,10 @@ def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[
     return joins_at
 
 
-def _next_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
-    """The rank of the next expert to compute: hits in router order, then whichever of the awaited
-    arrived first; -1 while none is there."""
+def _first_arrived(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
+    """The rank of the awaited expert that arrived first; -1 while none has."""
     first = -1
     for rank in range(len(step.experts)):
-        if outcome[rank] == HIT:
-            return rank
         if outcome[rank] == LATE or outcome[rank] == MISS:
             key = step.experts[rank]
             if cache.keys[key, STATUS] == RESIDENT and (
@@ -342,21 +347,28 @@ def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -
 
 def _host_has(costs: Costs, link: Link, key: int) -> bool:
     """Whether the host's cache has ``key``; it does afterwards, if there is room for any."""
-    clock = link.clock
-    clock[HOST_TIME] += 1
-    hit = bool(link.host_used[key] > 0)
-    link.host_used[key] = clock[HOST_TIME]
-    if not hit:
-        clock[N_HOST] += 1
-        if clock[N_HOST] > costs.host_experts:
-            oldest = -1
-            for other in range(len(link.host_used)):
-                used = link.host_used[other]
-                if used > 0 and (oldest < 0 or used < link.host_used[oldest]):
-                    oldest = other
-            link.host_used[oldest] = 0
-            clock[N_HOST] -= 1
+    clock, host = link.clock, link.host
+    hit = bool(host[key, NEWER] >= 0)
+    if hit:
+        _host_drop(link, key)
+    ring = len(host) - 1
+    newest = host[ring, OLDER]
+    host[key, OLDER] = newest
+    host[key, NEWER] = ring
+    host[newest, NEWER] = key
+    host[ring, OLDER] = key
+    clock[N_HOST] += 1
+    if clock[N_HOST] > costs.host_experts:
+        _host_drop(link, host[ring, NEWER])
     return hit
+
+
+def _host_drop(link: Link, key: int) -> None:
+    older, newer = link.host[key, OLDER], link.host[key, NEWER]
+    link.host[older, NEWER] = newer
+    link.host[newer, OLDER] = older
+    link.host[key, NEWER] = -1
+    link.clock[N_HOST] -= 1
 
 
 def _want(link: Link, key: int) -> None:

@@ -23,9 +23,9 @@ from moerun.record import LiveRecording
 from moerun.runner import Runner, Settings
 from moerun.store import ExpertStore
 from moesim.engine import DISK_LANE, Host, Segment
+from moesim.loading import load_workload
 from moesim.profile import Compute, Disk, Link, Machine
 from moesim.simulate import simulate
-from moesim.workload import load_workload
 from support.links import RECORD_BYTES, MemoryRecords
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"

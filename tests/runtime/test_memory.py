@@ -286,7 +286,7 @@ def test_a_recorded_run_with_changes_repeats_from_its_journal(
     from moepolicy import Context, ExpertCache
     from moeroute import open_trace
     from moerun.record import EventLog, LiveRecording
-    from moesim.workload import load_workload
+    from moesim.loading import load_workload
 
     trace, journal = tmp_path / "t.parquet", tmp_path / "j.json"
     with Runner(tiny, Settings(find_policy("lru-spec"), slots=2)) as runner:

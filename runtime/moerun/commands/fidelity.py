@@ -37,6 +37,7 @@ def fidelity(
     slots: opt.Slots = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
@@ -76,7 +77,7 @@ def fidelity(
         calibration=calibration,
     )
     sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
-    found = opt.store(model, precision, store)
+    found = opt.store(model, precision, store, attention)
     from moerun.fidelity import compare
 
     with Console(stderr=True).status("preparing") as status:

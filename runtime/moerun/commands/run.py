@@ -35,9 +35,8 @@ def run(
     """
     streaming = format is Format.table
     settings = fitted(store, settings, sampling, prompt)
-    with Runner(store, settings, report=_say) as runner:
-        if settings.memory_bytes is not None:
-            _say(runner.plan.table().rstrip())
+    with Runner(store, settings, report=say) as runner:
+        tell_plan(runner)
         calm_collector()
         prompt_ids = runner.encode(prompt)
         recorded = trace is not None or journal is not None
@@ -48,10 +47,10 @@ def run(
         finally:
             if streaming:
                 _stream("\n")
-        report = report_of(runner, generation.outcome(), interrupted=interrupted)
-        text = runner.tokenizer.decode(generation.timings.token_ids, skip_special_tokens=True)
+        outcome = generation.outcome()
+        report = report_of(runner, outcome, interrupted=interrupted)
     out = sys.stderr if streaming else sys.stdout
-    out.write(render(report, format, text, provenance(sampling)))
+    out.write(render(report, format, outcome.text, provenance(sampling)))
     return interrupted
 
 
@@ -69,7 +68,7 @@ def _answer(
         generation.run(prompt_ids, sampling)
     except KeyboardInterrupt:
         interrupted = True
-        generation.timings.end()  # hands on the text it still holds back
+        generation.end_text()
     except BaseException:
         if recording:
             recording.discard()
@@ -103,7 +102,13 @@ def fitted(store: ExpertStore, settings: Settings, sampling: Sampling, prompt: s
     return replace(settings, context_tokens=context, prompt_tokens=tokens)
 
 
-def _say(text: str) -> None:
+def tell_plan(runner: Runner) -> None:
+    """How the memory is spent, where a budget was given."""
+    if runner.settings.memory_bytes is not None:
+        say(runner.plan.table().rstrip())
+
+
+def say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
