@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moerun.attention import packed_attention_bytes
 from moerun.devices import format_bytes, resident_bytes
 from moerun.errors import RunError
 from moerun.families import read_config
@@ -145,10 +146,10 @@ def needs_of(
             (e.dtype.itemsize for e in file.entries.values() if len(e.shape) > 1), default=4
         )
     return Needs(
-        weights_bytes=weights,
+        weights_bytes=weights + packed_attention_bytes(store, device),
         kv_cache_bytes=kv_cache_bytes(config, context, itemsize),
         workspace_bytes=_activation_bytes(config, store, batch, context, itemsize, horizon)
-        + _expert_scratch_bytes(store, device, streams)
+        + _unpacking_bytes(store, device, streams)
         + LIBRARIES_BYTES[device.type],
         context_tokens=context,
     )
@@ -219,15 +220,20 @@ def _activation_bytes(
     return int(around + max(attention, experts) + gates + logits)
 
 
-def _expert_scratch_bytes(store: ExpertStore, device: torch.device, streams: int) -> int:
-    """What quantised experts need beside their slots: on the CPU to derive what its kernels read
-    from a record, elsewhere to unpack the larger matrix (its codes, then float32 and a sum)."""
-    if scheme_of(store.index.precision) is None:
-        return 0
+def _unpacking_bytes(store: ExpertStore, device: torch.device, streams: int) -> int:
+    """What quantised weights need beside their own memory: on the CPU to derive what its kernels
+    read from an expert's record, elsewhere to unpack the largest matrix (its codes, then float32
+    and a sum)."""
+    index = store.index
+    quantised = scheme_of(index.precision) is not None
     if device.type == "cpu":
-        return 3 * streams * store.record_bytes
-    matrices = [param for param in store.index.shape.params if param.is_matrix]
-    return 16 * max(rows * columns for rows, columns in (p.rows_columns for p in matrices))
+        return 3 * streams * store.record_bytes if quantised else 0
+    attention = index.attention.linears if index.attention else ()
+    matrices = [linear.rows * linear.columns for linear in attention]
+    if quantised:
+        sides = (param.rows_columns for param in index.shape.params if param.is_matrix)
+        matrices += [rows * columns for rows, columns in sides]
+    return 16 * max(matrices, default=0)
 
 
 def _attends_eagerly(config: Any) -> bool:

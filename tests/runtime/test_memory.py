@@ -96,6 +96,18 @@ def test_the_slots_are_what_the_rest_leaves(tiny: ExpertStore) -> None:
             assert runner.generate(PROSE, Sampling(max_new_tokens=2))
 
 
+def test_packed_attention_is_planned_at_its_own_size(tmp_path: Path) -> None:
+    from moerun.attention import PackedLinear, packed_attention_bytes
+
+    store = pack(resolve("tiny"), tmp_path / "packed", attention="4bit")
+    with Runner(store, Settings(find_policy("lru"), slots=1)) as runner:
+        held = sum(p.nbytes for p in {p.data_ptr(): p for p in runner.model.parameters()}.values())
+        packed = [m for m in runner.model.modules() if isinstance(m, PackedLinear)]
+        held += packed_attention_bytes(store, CPU)
+        assert packed
+        assert runner.plan.needs.weights_bytes == held
+
+
 def test_too_small_a_budget_is_refused_with_the_smallest_that_works(
     tiny: ExpertStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
