@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from moepolicy.kinds import (
     BYPASS,
     CANCEL,
-    COMPUTE,
     DROP,
     EVICT,
     HIT,
@@ -27,7 +26,13 @@ from moepolicy.kinds import (
     PROMOTE,
     QUEUE_PREFETCH,
     SPECULATE,
-    USELESS,
+)
+from moepolicy.misses import (
+    drop_low_copies,
+    release_stand_in,
+    settle,
+    use_stand_in,
+    weigh,
 )
 from moepolicy.places import (
     domain_of,
@@ -35,6 +40,7 @@ from moepolicy.places import (
     gather_candidates,
     hold,
     join_queue,
+    leave_device,
     leave_queue,
     note,
     pop_free,
@@ -78,7 +84,8 @@ from moepolicy.steps import Step
 def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -> None:
     """A step's demand is known: pin it, tell hits from misses, queue misses and prefetches.
 
-    ``outcome`` [n] is filled with HIT, LATE, MISS or COMPUTE for each key of ``step.experts``.
+    ``outcome`` [n] is filled with HIT, LATE, MISS (a copy will come), COMPUTE, SKIP or SUBSTITUTE
+    for each key of ``step.experts``.
     """
     n = len(step.experts)
     cache.board[STEP] = step.number
@@ -91,12 +98,18 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
         cache.keys[key, STAMP] = step.number * (cache.n_experts + 1) + n - rank
     if cache.prefetching:
         _disprove(cache, policy, step.layer)
+    if cache.lowering:
+        drop_low_copies(cache, policy, step)
     for rank in range(n):
         outcome[rank] = _request(cache, policy, step, rank)
     for rank in range(n - 1, -1, -1):
         key = int(step.experts[rank])
         if outcome[rank] == HIT or outcome[rank] == LATE:
             policy.on_hit(key, cache.keys[key, STAMP])
+        elif cache.choosing:
+            use_stand_in(cache, policy, step, rank)
+    if cache.choosing:
+        weigh(cache, step, outcome)
     if cache.prefetching:
         for rank in range(n):
             key = int(step.experts[rank])
@@ -148,6 +161,8 @@ def end(cache: Cache, policy: Policy) -> None:
         key = int(cache.scratch[WANTED, rank])
         cache.keys[key, PINNED] = 0
         cache.keys[key, CONSUMED] = 0
+        if cache.choosing:
+            release_stand_in(cache, rank)
     i = 0
     while i < cache.staging[N_HELD]:
         key = int(cache.staging[HELD + i])
@@ -165,6 +180,10 @@ def unreachable(cache: Cache) -> frozenset[Any]:
         without |= {_disprove, _promote, _queue_prefetches, _prefetch_slot}
     if not cache.retaining:
         without.add(_retain)
+    if not cache.choosing:
+        without |= {settle, use_stand_in, weigh, release_stand_in}
+    if not cache.lowering:
+        without.add(drop_low_copies)
     return frozenset(without)
 
 
@@ -181,11 +200,9 @@ def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
         kind = MISS
         if row[STATUS] == QUEUED:
             leave_queue(cache, key)
-        if cache.choosing and policy.on_miss(step, rank) == COMPUTE:
-            note(cache, MISS, key, NOTHING)
-            kind = COMPUTE
-        else:
-            join_queue(cache, key, DEMAND)
+        if cache.choosing:
+            return settle(cache, policy, step, rank)
+        join_queue(cache, key, DEMAND)
     row[UNUSED] = 0
     note(cache, kind, key, NOTHING)
     return kind
@@ -304,7 +321,7 @@ def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
     note(cache, EVICT, victim, incoming)
     cache.board[EVICTED] = victim
     remove(cache.domains[domain], victim)
-    _leave_device(cache, policy, victim)
+    leave_device(cache, policy, victim)
     return slot
 
 
@@ -374,14 +391,4 @@ def _discard(cache: Cache, policy: Policy, key: int) -> None:
     unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0
     free_buffer(cache, slot)
-    _leave_device(cache, policy, key)
-
-
-def _leave_device(cache: Cache, policy: Policy, key: int) -> None:
-    row = cache.keys[key]
-    row[STATUS] = ABSENT
-    row[PLACE] = -1
-    if row[UNUSED]:
-        row[UNUSED] = 0
-        note(cache, USELESS, key, NOTHING)
-    policy.on_evict(key)
+    leave_device(cache, policy, key)
