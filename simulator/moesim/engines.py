@@ -135,7 +135,8 @@ def _compiles(job: _Job) -> bool:
 
 
 def _comparable(cache: Cache, clock: Clock) -> list[Any]:
-    return [cache.keys, cache.domains, cache.staging, cache.board, clock.total_ns, clock.stall_ns]
+    arrays = [cache.keys, cache.domains, cache.staging, cache.board, cache.mass]
+    return [*arrays, clock.total_ns, clock.stall_ns]
 
 
 class _Simulation(_Job):
@@ -206,5 +207,5 @@ class _Replay(_Job):
 def _most_segments(workload: Workload, costs: Costs, n_steps: int) -> int:
     """An upper bound: every step may copy, read and compute everything it could want or guess."""
     per_step = 1 + workload.meta.n_experts * 2
-    pieces = 2 * costs.n_pieces + 1
+    pieces = 2 * max(costs.n_pieces, costs.low_pieces) + 1
     return n_steps * per_step * pieces

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from moepolicy import machine
-from moepolicy.kinds import COMPUTE, HIT, LATE, MISS
+from moepolicy.kinds import COMPUTE, HIT, LATE, MISS, SKIP, SUBSTITUTE
 from moepolicy.machine import begin, consume, end, finish, start
 from moepolicy.state import (
     BACKLOG,
     DEMAND,
     EVICTED,
     FIRST,
+    IS_LOW,
     PREFETCH,
     RESIDENT,
+    STAND_INS,
     STATUS,
     UNUSED,
     Cache,
@@ -43,7 +45,7 @@ STARTED = 4  # copies so far
 ARRIVED = 5  # arrivals so far
 N_SEGMENTS = 6
 HOST_TIME = 7  # uses of the host's cache so far
-N_HOST = 8  # experts in it
+HOST_BYTES = 8  # of the records in it
 DECODE_NS = 9
 PROMPT_NS = 10
 STALL_NS = 11
@@ -57,7 +59,8 @@ NUMBER = 1
 WANTED_NOW = 2
 READY_AT = 3
 PIECES = 4
-COPY_COLUMNS = 5
+COPY_IS_LOW = 5
+COPY_COLUMNS = 6
 
 
 class Link(NamedTuple):
@@ -66,7 +69,7 @@ class Link(NamedTuple):
     clock: NDArray[np.int64]  # [CLOCK_ENTRIES]
     copies: NDArray[np.int64]  # [streams, COPY_COLUMNS]
     arrival: NDArray[np.int64]  # [n_keys] which arrival the key's latest was
-    host_used: NDArray[np.int64]  # [n_keys] when the host last used it; 0: not in its cache
+    host_used: NDArray[np.int64]  # [records] when the host last used it; 0: not in its cache
     cpu_free_at: NDArray[np.int64]  # [workers]
     segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
 
@@ -90,7 +93,7 @@ def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
         clock=clock,
         copies=copies,
         arrival=np.zeros(n_keys, np.int64),
-        host_used=np.zeros(n_keys, np.int64),
+        host_used=np.zeros(n_keys * (2 if costs.low_bytes else 1), np.int64),
         cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
         segments=np.zeros((n_segments, 6), np.int64),
     )
@@ -132,6 +135,8 @@ def unreachable(cache: Cache, costs: Costs, link: Link) -> frozenset[Any]:
         without.add(_host_has)
     if not cache.prefetching:
         without.add(_want)
+    if not cache.choosing:
+        without.add(_runs)
     return machine.unreachable(cache) | without
 
 
@@ -194,25 +199,36 @@ def _expert_step(
     for rank in range(n):
         if outcome[rank] == LATE:
             _want(link, step.experts[rank])
-        if outcome[rank] == COMPUTE:
+        if outcome[rank] == COMPUTE or outcome[rank] == SKIP:
             remaining -= 1
     # One place for time to pass in, as compiled code has all that can happen then in each.
     while remaining > 0 or joins_at > clock[NOW]:
         began = clock[NOW]
         rank = _next_ready(cache, link, step, outcome)
+        runs = -1
         if rank >= 0:
+            runs = step.experts[rank]
+            if cache.choosing:
+                runs = _runs(cache, runs, rank, outcome)
             until = began + costs.expert_ns[costs.routed[at + rank]]
+            if cache.keys[runs, IS_LOW]:
+                until = began + costs.low_expert_ns[costs.routed[at + rank]]
         else:
             until = NEVER if remaining > 0 else joins_at
         _advance(cache, policy, costs, link, until)
         if rank < 0:
             clock[STALL_NS] += clock[NOW] - began
         else:
-            _draw(link, COMPUTE_LANE, 0, began, clock[NOW], step.experts[rank], 1)
+            _draw(link, COMPUTE_LANE, 0, began, clock[NOW], runs, 1)
             consume(cache, step.experts[rank])
             outcome[rank] = DONE
             remaining -= 1
     end(cache, policy)
+
+
+def _runs(cache: Cache, key: int, rank: int, outcome: NDArray[np.int8]) -> int:
+    """What computes for the step's ``rank``-th expert, ``key``: itself, or its stand-in."""
+    return int(cache.scratch[STAND_INS, rank]) if outcome[rank] == SUBSTITUTE else key
 
 
 def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[np.int8]) -> int:
@@ -235,9 +251,10 @@ def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[
 
 
 def _next_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
-    """The rank of the next expert to compute: hits in router order, then whichever of the awaited
-    arrived first; -1 while none is there."""
+    """The rank of the next expert to compute: hits in router order, then what has a stand-in, then
+    whichever of the awaited arrived first; -1 while none is there."""
     first = -1
+    stood_in_for = -1
     for rank in range(len(step.experts)):
         if outcome[rank] == HIT:
             return rank
@@ -247,7 +264,9 @@ def _next_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8])
                 first < 0 or link.arrival[key] < link.arrival[step.experts[first]]
             ):
                 first = rank
-    return first
+        if outcome[rank] == SUBSTITUTE and stood_in_for < 0:
+            stood_in_for = rank
+    return stood_in_for if stood_in_for >= 0 else first
 
 
 def _advance(cache: Cache, policy: Any, costs: Costs, link: Link, until: int) -> None:
@@ -323,10 +342,11 @@ def _free_stream(cache: Cache, costs: Costs, link: Link) -> int:
 def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -> None:
     clock = link.clock
     demand = 1 - cache.keys[key, UNUSED]
+    low = cache.keys[key, IS_LOW]
     ready_at = clock[NOW] + costs.latency_ns
-    if costs.read_ns and not _host_has(costs, link, key):
+    if costs.read_ns and not _host_has(costs, link, key, low):
         begins = max(clock[NOW], clock[DISK_FREE_AT])
-        clock[DISK_FREE_AT] = begins + costs.read_ns
+        clock[DISK_FREE_AT] = begins + (costs.low_read_ns if low else costs.read_ns)
         ready_at = clock[DISK_FREE_AT] + costs.latency_ns
         _draw(link, DISK_LANE, 0, begins, clock[DISK_FREE_AT], key, demand)
     clock[STARTED] += 1
@@ -337,25 +357,31 @@ def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -
     copy[WANTED_NOW] = demand
     copy[READY_AT] = ready_at
     twice = costs.write_back and cache.board[EVICTED] >= 0
-    copy[PIECES] = costs.n_pieces * 2 if twice else costs.n_pieces
+    n_pieces = costs.low_pieces if low else costs.n_pieces
+    copy[PIECES] = n_pieces * 2 if twice else n_pieces
+    copy[COPY_IS_LOW] = low
 
 
-def _host_has(costs: Costs, link: Link, key: int) -> bool:
-    """Whether the host's cache has ``key``; it does afterwards, if there is room for any."""
-    clock = link.clock
+def _host_has(costs: Costs, link: Link, key: int, low: int) -> bool:
+    """Whether the host's cache has the record; it does afterwards, if there is room for it."""
+    clock, used = link.clock, link.host_used
+    n_keys = len(link.arrival)
+    record = key + low * n_keys
+    n_bytes = costs.low_bytes if low else costs.expert_bytes
     clock[HOST_TIME] += 1
-    hit = bool(link.host_used[key] > 0)
-    link.host_used[key] = clock[HOST_TIME]
+    hit = bool(used[record] > 0)
+    if n_bytes > costs.host_bytes:
+        return False
+    used[record] = clock[HOST_TIME]
     if not hit:
-        clock[N_HOST] += 1
-        if clock[N_HOST] > costs.host_experts:
+        clock[HOST_BYTES] += n_bytes
+        while clock[HOST_BYTES] > costs.host_bytes:
             oldest = -1
-            for other in range(len(link.host_used)):
-                used = link.host_used[other]
-                if used > 0 and (oldest < 0 or used < link.host_used[oldest]):
+            for other in range(len(used)):
+                if used[other] > 0 and (oldest < 0 or used[other] < used[oldest]):
                     oldest = other
-            link.host_used[oldest] = 0
-            clock[N_HOST] -= 1
+            used[oldest] = 0
+            clock[HOST_BYTES] -= costs.low_bytes if oldest >= n_keys else costs.expert_bytes
     return hit
 
 
@@ -384,8 +410,10 @@ def _grant_bus(costs: Costs, link: Link) -> None:
     if chosen < 0:
         return
     copy = link.copies[chosen]
-    last = (copy[PIECES] - 1) % costs.n_pieces == 0
-    took = costs.last_piece_ns if last else costs.piece_ns
+    low = copy[COPY_IS_LOW]
+    took = costs.low_last_piece_ns if low else costs.last_piece_ns
+    if (copy[PIECES] - 1) % (costs.low_pieces if low else costs.n_pieces) != 0:
+        took = costs.piece_ns
     clock[BUS_UNTIL] = clock[NOW] + took
     clock[BUS_COPY] = chosen
     clock[LINK_BUSY_NS] += took

@@ -66,6 +66,7 @@ def _table(results: Sequence[Result], title: str) -> str:
     notes = [_limit_note(results)]
     if any(result.lossy for result in results):
         notes.append("* changes what the model computes")
+        notes += [_change_note(result) for result in results if result.lossy]
     return f"{title}\n{text}" + "\n".join(notes) + "\n"
 
 
@@ -88,3 +89,13 @@ def _limit_note(results: Sequence[Result]) -> str:
     limits = {(r.slots, r.limit_loads) for r in results}
     each = ", ".join(f"{loads:,} at {slots}" for slots, loads in sorted(limits))
     return f"limit (fewest loads any policy could do with the slots, knowing the future): {each}"
+
+
+def _change_note(result: Result) -> str:
+    shares = {
+        "left out": result.skipped_share,
+        "computed by another expert": result.substituted_share,
+        "computed at the lower precision": result.low_share,
+    }
+    changes = ", ".join(f"{100 * share:.1f} % {what}" for what, share in shares.items() if share)
+    return f"  {result.policy}, {result.slots} slots: of the gates' weight {changes or 'nothing'}"

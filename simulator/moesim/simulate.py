@@ -7,7 +7,7 @@ from typing import Any
 
 from moepolicy import Kind, PolicySpec
 from moepolicy.cache import Journal, Observer
-from moepolicy.state import COUNTERS
+from moepolicy.state import ALL_MASS, COUNTERS, LOW_MASS, SKIPPED_MASS, SUBSTITUTED_MASS, Cache
 from moeroute import Trace
 from moeroute.schema import TraceMeta, prediction_column
 
@@ -27,7 +27,10 @@ class Result:
     """One policy on one cache and machine. Counts are of experts, times simulated seconds.
 
     loads             experts copied over the link, prefetches included
+    low_loads         of those, the ones that brought the lower precision
     cpu_experts       misses computed where the experts are kept, and not copied
+    *_share           of the gates' weights, what was left out, computed by another expert, or
+                      computed at the lower precision
     hit_ratio         hits / requests; late hits, which were waited for, are not hits
     tokens_per_s      decoded tokens over the time spent on them; of a trace that has none,
                       prompt tokens
@@ -50,6 +53,12 @@ class Result:
     prefetches: int
     useless_prefetches: int
     cpu_experts: int
+    low_loads: int
+    substituted: int
+    skipped: int
+    skipped_share: float
+    substituted_share: float
+    low_share: float
     bytes_loaded: int
     hit_ratio: float
     time_s: float
@@ -94,7 +103,22 @@ def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | N
     return meta.expert_bytes[precision]
 
 
-def sizes_of(meta: TraceMeta, expert_bytes: int) -> Sizes:
+def low_expert_size(
+    meta: TraceMeta, full_bytes: int, *, precision: str | None, expert_bytes: int | None
+) -> int:
+    """Bytes of one expert in the lower-precision store; 0 where there is none."""
+    if precision is None and expert_bytes is None:
+        return 0
+    low_bytes = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
+    if low_bytes >= full_bytes:
+        raise SimulationError(
+            f"an expert of the lower precision has {low_bytes:,} bytes, no fewer than the other's "
+            f"{full_bytes:,}: choose a lower one"
+        )
+    return low_bytes
+
+
+def sizes_of(meta: TraceMeta, expert_bytes: int, low_bytes: int = 0) -> Sizes:
     """The byte and parameter counts the machine's rates apply to."""
     for precision, bits in WEIGHT_BITS.items():
         if precision in meta.expert_bytes:
@@ -102,7 +126,7 @@ def sizes_of(meta: TraceMeta, expert_bytes: int) -> Sizes:
             break
     else:
         params = expert_bytes // 2
-    return Sizes(expert_bytes, params, meta.layer_bytes or 0, meta.token_bytes or 0)
+    return Sizes(expert_bytes, params, meta.layer_bytes or 0, meta.token_bytes or 0, low_bytes)
 
 
 def simulate(
@@ -114,6 +138,7 @@ def simulate(
     scope: str = "layer",
     expert_bytes: int | None = None,
     precision: str | None = None,
+    low_bytes: int = 0,
     engine: Engine = Engine.auto,
     observers: tuple[Observer, ...] = (),
     journal: Journal | None = None,
@@ -121,6 +146,7 @@ def simulate(
 ) -> Result:
     """Replay ``workload`` under ``policy`` with ``slots`` a layer on ``machine``.
 
+    ``low_bytes`` is the size of an expert in a second store, of lower precision; 0: there is none.
     ``timeline`` is filled with what every lane did. Raises SimulationError or PolicyError where
     the run is impossible.
     """
@@ -129,9 +155,14 @@ def simulate(
             f"policy '{policy.label}' computes on CPU workers, and machine '{machine.name}' has "
             "none: add a [cpu] section to its profile"
         )
+    if "low" in policy.requires and not low_bytes:
+        raise SimulationError(
+            f"policy '{policy.label}' loads experts at a lower precision, and there is no store of "
+            "one: give --low-precision or --low-expert-bytes"
+        )
     context = workload.context(slots, scope)
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
-    sizes = sizes_of(workload.meta, size)
+    sizes = sizes_of(workload.meta, size, low_bytes)
     cache, clock = run(
         workload,
         policy,
@@ -169,7 +200,11 @@ def simulate(
         prefetches=prefetches,
         useless_prefetches=count[Kind.USELESS],
         cpu_experts=count[Kind.COMPUTE],
-        bytes_loaded=loads * size,
+        low_loads=count[Kind.LOW],
+        substituted=count[Kind.SUBSTITUTE],
+        skipped=count[Kind.SKIP],
+        **changed_shares(cache),
+        bytes_loaded=(loads - count[Kind.LOW]) * size + count[Kind.LOW] * low_bytes,
         hit_ratio=hits / (hits + late + misses),
         time_s=clock.total_ns / NS_PER_S,
         stall_s=clock.stall_ns / NS_PER_S,
@@ -178,3 +213,15 @@ def simulate(
         limit_loads=min_loads(workload, slots, scope),
         lossy=policy.policy.lossy,
     )
+
+
+def changed_shares(cache: Cache) -> dict[str, float]:
+    """Of the gates' weights, the shares that a policy's answers to misses changed."""
+    entries = {
+        "skipped_share": SKIPPED_MASS,
+        "substituted_share": SUBSTITUTED_MASS,
+        "low_share": LOW_MASS,
+    }
+    if not len(cache.mass) or not cache.mass[ALL_MASS]:
+        return dict.fromkeys(entries, 0.0)
+    return {name: float(cache.mass[i] / cache.mass[ALL_MASS]) for name, i in entries.items()}

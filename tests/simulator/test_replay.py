@@ -19,7 +19,9 @@ from support.machines import full_machines, machine, machines
 from support.traces import traces, write_trace
 
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
-POLICIES = [*policy_names(), "lru-spec:n=1,staging=1", f"{OWN}:SlotSpec"]
+CHOOSING = [f"{OWN}:{name}" for name in ("Anything", "AnythingAhead", "AnythingStaged")]
+POLICIES = [*policy_names(), "lru-spec:n=1,staging=1", f"{OWN}:SlotSpec", *CHOOSING]
+SIZES = Sizes(10, 5, 3, 2, low_bytes=4)
 
 
 def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, engine: str) -> Any:
@@ -28,7 +30,7 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
         workload,
         find_policy(policy),
         workload.context(slots, scope),
-        lambda cache: costs_of(workload, on, Sizes(10, 5, 3, 2), predicting=cache.prefetching),
+        lambda cache: costs_of(workload, on, SIZES, predicting=cache.prefetching),
         engine=Engine(engine),
         timeline=True,
     )
@@ -36,7 +38,8 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
     times = (clock.total_ns, clock.decode_ns, clock.prompt_ns, clock.stall_ns, clock.link_busy_ns)
     board = cache.board.tolist()
     board[2] = 0  # events told so far: only SimPy tells
-    return times, board, cache.keys.tolist(), cache.domains.tolist(), sorted(clock.segments)
+    arrays = [array.tolist() for array in (cache.mass, cache.keys, cache.domains)]
+    return times, board, arrays, sorted(clock.segments)
 
 
 def load(tmp_path: Path, case: Any) -> tuple[Any, int]:
@@ -58,7 +61,7 @@ def test_the_replay_is_simpy_to_the_nanosecond(
 
 # Compiling takes seconds for each policy and set of features: here every feature is on.
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass", "fiddler"])
+@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass", "fiddler", CHOOSING[1]])
 @given(traces(), full_machines, st.sampled_from(["layer", "global"]))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_compiling_changes_nothing(
