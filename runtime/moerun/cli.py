@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def generate(
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
@@ -98,6 +100,7 @@ def generate(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed)
     found = opt.store(model, precision, store)
+    settings = replace(settings, low=opt.low_store(model, low))
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
 

@@ -12,11 +12,12 @@ import torch
 from moepolicy import Context, PolicySpec
 from numpy.typing import NDArray
 
+from moerun.aside import Aside
 from moerun.devices import format_bytes
 from moerun.errors import RunError
 from moerun.forms import SlotForm
 from moerun.generate import Generation, Sampling, encode
-from moerun.links import DiskLink, Link, Throttle
+from moerun.links import DiskLink, Link, Throttle, Tier
 from moerun.links.disk import ColdRecords
 from moerun.model import load_offloaded
 from moerun.predict import GatePredictor, find_routers
@@ -41,6 +42,7 @@ class Settings:
     cold: bool = False  # keep what is read out of the page cache
     horizon: int | None = None  # None: 1 if the policy looks at predictions, else 0
     calibration: str | None = None  # the trace that policies count experts in
+    low: ExpertStore | None = None  # the same experts at a lower precision
 
     @property
     def predicts(self) -> int:
@@ -54,17 +56,23 @@ class Runner:
 
     def __init__(self, store: ExpertStore, settings: Settings) -> None:
         """Raises RunError or PolicyError before anything big is loaded where it cannot run."""
-        refuse_unservable(settings.policy)
+        refuse_unservable(settings.policy, low=settings.low is not None)
+        check_low(store, settings.low)
         self.store = store
         self.settings = settings
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
-        self.context = plan_context(store, settings, self.form.slot_bytes)
+        self.slot_bytes = max(self.form.slot_bytes, low_slot_bytes(settings))
+        self.context = plan_context(store, settings, self.slot_bytes)
         self._hooks: list[Any] = []
         self.session = Session(
             self.context,
             settings.policy,
             partial(make_link, store, self.form, settings),
             record_bytes=store.record_bytes,
+            low_record_bytes=settings.low.record_bytes if settings.low else 0,
+            make_aside=(
+                partial(make_aside, store, settings) if "cpu" in settings.policy.requires else None
+            ),
         )
         try:
             self.model, self.tokenizer = load_offloaded(store, settings.device, self.session)
@@ -85,7 +93,7 @@ class Runner:
     @property
     def arena_bytes(self) -> int:
         """Device memory of all slots, staging included."""
-        return self.session.cache.n_slots * self.form.slot_bytes
+        return self.session.cache.n_slots * self.slot_bytes
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Token ids, int64[1, tokens], on the model's device."""
@@ -124,15 +132,56 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     if rate is not None and not 0 < rate < float("inf"):
         raise RunError(f"link-gbps must be above 0, not {rate / 1e9:g}")
     throttle = Throttle(rate) if rate else None
-    slots = [form.bind(memory) for memory in _arena(n_slots, form.slot_bytes, device)]
+    arena = _arena(n_slots, max(form.slot_bytes, low_slot_bytes(settings)), device)
+    slots = [form.bind(memory[: form.slot_bytes]) for memory in arena]
+    low = _low_tier(settings, arena)
     if device.type == "cuda":
         from moerun.links.cuda import CudaLink
 
         if settings.cold:
             raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
-        return CudaLink(store, slots, device, streams=settings.streams, throttle=throttle)
+        return CudaLink(store, slots, device, streams=settings.streams, throttle=throttle, low=low)
     records = ColdRecords(store) if settings.cold else store
-    return DiskLink(records, slots, streams=settings.streams, throttle=throttle)
+    return DiskLink(records, slots, streams=settings.streams, throttle=throttle, low=low)
+
+
+def make_aside(store: ExpertStore, settings: Settings, link: Link) -> Aside:
+    """What computes experts on the CPU: from the link's host memory where it has that, else from
+    the store."""
+    form = SlotForm(store.index.shape, store.index.precision, CPU)
+    if settings.device.type == "cuda":
+        from moerun.links.cuda import CudaLink
+
+        assert isinstance(link, CudaLink)
+        return Aside(form, store, link)
+    return Aside(form, ColdRecords(store) if settings.cold else store)
+
+
+def check_low(store: ExpertStore, low: ExpertStore | None) -> None:
+    """RunError where ``low`` holds other experts than ``store`` does."""
+    if low is not None and low.index.source_digest != store.index.source_digest:
+        raise RunError(
+            f"{low.path} is the store of another model ({low.index.model}): give --low one that "
+            f"was packed from the checkpoint of {store.path}"
+        )
+
+
+def low_slot_bytes(settings: Settings) -> int:
+    """Memory that a slot needs for an expert of the lower precision; 0 without one."""
+    return _low_form(settings.low, settings.device).slot_bytes if settings.low else 0
+
+
+def _low_form(low: ExpertStore, device: torch.device) -> SlotForm:
+    return SlotForm(low.index.shape, low.index.precision, device)
+
+
+def _low_tier(settings: Settings, arena: torch.Tensor) -> Tier | None:
+    low = settings.low
+    if low is None:
+        return None
+    form = _low_form(low, settings.device)
+    slots = [form.bind(memory[: form.slot_bytes]) for memory in arena]
+    return Tier(ColdRecords(low) if settings.cold else low, slots)
 
 
 def plan_context(store: ExpertStore, settings: Settings, slot_bytes: int) -> Context:

@@ -28,8 +28,10 @@ from moepolicy import (
     pool_logits,
 )
 from moepolicy.cache import Observer
+from moepolicy.state import ALL_MASS, LOW_MASS, SKIPPED_MASS, SUBSTITUTED_MASS
 from numpy.typing import NDArray
 
+from moerun.aside import Aside
 from moerun.errors import RunError
 from moerun.links import Link
 
@@ -56,7 +58,9 @@ GateObserver = Callable[[int, Gate], None]
 class Totals(NamedTuple):
     """Counts since the cache was made, under the names every report uses.
 
-    ``loads`` counts the copies over the link, prefetches included.
+    ``loads`` counts the copies over the link, prefetches included; ``low_loads`` those that were
+    asked for at the lower precision. The masses are sums of the gates' weights, 0 under a policy
+    that loads every miss.
     """
 
     steps: int
@@ -68,15 +72,44 @@ class Totals(NamedTuple):
     bypasses: int
     prefetches: int
     useless_prefetches: int
+    cpu_experts: int
+    low_loads: int
+    substituted: int
+    skipped: int
     bytes_loaded: int
     stall_s: float
+    gate_mass: float = 0.0
+    skipped_mass: float = 0.0
+    substituted_mass: float = 0.0
+    low_mass: float = 0.0
 
     @property
     def hit_ratio(self) -> float:
         return self.hits / self.requests if self.requests else 0.0
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the gates' weights, what was left out, computed by another expert, or computed at
+        the lower precision."""
+        changed = {
+            "skipped_share": self.skipped_mass,
+            "substituted_share": self.substituted_mass,
+            "low_share": self.low_mass,
+        }
+        return {name: mass / (self.gate_mass or 1.0) for name, mass in changed.items()}
+
     def since(self, before: Totals) -> Totals:
         return Totals._make(now - then for now, then in zip(self, before, strict=True))
+
+
+class Opened(NamedTuple):
+    """What a step's experts are, keys in router order but for how many are on their way."""
+
+    hits: list[int]
+    stand_ins: list[tuple[int, int]]  # (wanted, who runs in its place)
+    aside: list[int]
+    skipped: list[int]
+    absent: int
 
 
 class Session:
@@ -94,16 +127,26 @@ class Session:
         make_link: Callable[[int], Link],
         *,
         record_bytes: int,
+        low_record_bytes: int = 0,
+        make_aside: Callable[[Link], Aside] | None = None,
         journal: Journal | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """``make_link(n_slots)`` gives a link with so many slots, not yet started."""
+        """``make_link(n_slots)`` gives a link with so many slots, not yet started.
+
+        ``make_aside(link)`` gives what computes experts beside the device, for policies that
+        require "cpu"; the link has slots of a lower precision for those that require "low".
+        """
         self.context = context
         self.policy = policy
         self.record_bytes = record_bytes
+        self.low_record_bytes = low_record_bytes
+        if "cpu" in policy.requires and make_aside is None:
+            raise PolicyError(f"policy '{policy.label}' needs experts computed beside the device")
         self.gate_observers: list[GateObserver] = []
         self.cache = self._new_cache(journal, observers)
         self.link = make_link(self.cache.n_slots)
+        self.aside = make_aside(self.link) if make_aside else None
         self.lock = threading.Condition()  # held for every call of the cache
         self._under_way = 0
         self._awaited: set[int] = set()
@@ -127,6 +170,8 @@ class Session:
         with self.lock:
             prefetches = count(Kind.SPECULATE)
             loads = count(Kind.LOAD) + prefetches
+            low = count(Kind.LOW)
+            mass = self.cache.arrays.mass
             return Totals(
                 steps=self._steps,
                 requests=self._requests,
@@ -137,8 +182,13 @@ class Session:
                 bypasses=count(Kind.BYPASS),
                 prefetches=prefetches,
                 useless_prefetches=count(Kind.USELESS),
-                bytes_loaded=loads * self.record_bytes,
+                cpu_experts=count(Kind.COMPUTE),
+                low_loads=low,
+                substituted=count(Kind.SUBSTITUTE),
+                skipped=count(Kind.SKIP),
+                bytes_loaded=(loads - low) * self.record_bytes + low * self.low_record_bytes,
                 stall_s=self._stall_s,
+                **({name: float(mass[i]) for name, i in MASSES.items()} if len(mass) else {}),
             )
 
     def note(self, layer: int, logits: Any, predicted: Any = None) -> None:
@@ -154,23 +204,34 @@ class Session:
         """The experts a batch wants at ``layer``, each as soon as it may be computed.
 
         top_k_index, top_k_weights [tokens, top_k]. Yields (expert, the link's slot it lies in):
-        hits first, in router order, then the others as they arrive. When the next one is asked
-        for, the compute of the one before must have been issued. Raises RunError or PolicyError
-        where an expert cannot be had.
+        hits first, in router order, then those that another expert stands in for, with that one's
+        slot, then the others as they arrive. Before them all come those that nothing runs for,
+        with None, and those computed beside the device, with an AsideExpert. When the next one is
+        asked for, the compute of the one before must have been issued. Raises RunError or
+        PolicyError where an expert cannot be had.
         """
         gate = to_host(top_k_index, top_k_weights, *self._noted.pop(layer, (None, None)))
         for observe in self.gate_observers:
             observe(layer, gate)
         first = layer * self.context.n_experts
         try:
-            hits, absent = self._begin(layer, gate)
-            for key in hits:
+            opened = self._begin(layer, gate)
+            for key in opened.skipped:
+                yield key - first, None
+            for key in opened.aside:
+                yield key - first, self._beside(key)
+            for key in opened.hits:
                 yield key - first, self._acquire(key)
                 self._release(key)
-            for _ in range(absent):
+            for key, stand_in in opened.stand_ins:
+                yield key - first, self._acquire(stand_in)
+                self.link.release(self.cache.slot_of(stand_in))
+            for _ in range(opened.absent):
                 key = self._await_arrival()
                 yield key - first, self._acquire(key)
                 self._release(key)
+            if opened.aside and self.aside:
+                self._stall_s += self.aside.join()
         except BaseException:
             with self.lock:
                 self._failure = self._failure or RunError("a step was left unfinished")
@@ -184,6 +245,8 @@ class Session:
         with self.lock:
             while self._under_way:
                 self.lock.wait()
+            if self.aside:
+                self.aside.drop()
             self.cache = self._new_cache(journal, observers)
             self._failure = None
             self._awaited.clear()
@@ -202,6 +265,8 @@ class Session:
         """End the link's threads; the totals stay readable."""
         with self.lock:
             self._failure = self._failure or RunError("the session is closed")
+        if self.aside:  # it may read what the link holds
+            self.aside.close()
         self.link.close()
 
     def _new_cache(self, journal: Journal | None, observers: Sequence[Observer]) -> ExpertCache:
@@ -210,8 +275,8 @@ class Session:
             self.context, policy, name=self.policy.label, observers=observers, journal=journal
         )
 
-    def _begin(self, layer: int, gate: Gate) -> tuple[list[int], int]:
-        """Open the step: the keys that are here, in router order, and how many are not."""
+    def _begin(self, layer: int, gate: Gate) -> Opened:
+        """Open the step."""
         experts, weights = demand_order(gate.ids, gate.weights)
         keys = experts + layer * self.context.n_experts
         predicted = gate.predicted
@@ -229,21 +294,26 @@ class Session:
             outcome = self.cache.begin(step).tolist()
             self._steps += 1
             self._requests += len(outcome)
-            if not SERVED.issuperset(outcome):
-                raise PolicyError(
-                    f"policy '{self.policy.label}' asks for an expert not to be fetched, which a "
-                    "live run cannot do"
-                )
-            hits = [key for key, kind in zip(keys.tolist(), outcome, strict=True) if kind == HIT]
-            self._awaited = set(keys.tolist()).difference(hits)
+            of: dict[int, list[int]] = {kind: [] for kind in OUTCOMES}
+            for key, kind in zip(keys.tolist(), outcome, strict=True):
+                of[kind].append(key)
+            ranks = [rank for rank, kind in enumerate(outcome) if kind == Kind.SUBSTITUTE]
+            stand_ins = [self.cache.stand_in(rank) for rank in ranks]
+            self._awaited = {*of[Kind.LATE], *of[Kind.MISS]}
             absent = len(self._awaited)
             self._pump()
-        return hits, absent
+        replaced = list(zip(of[Kind.SUBSTITUTE], stand_ins, strict=True))
+        return Opened(of[Kind.HIT], replaced, of[Kind.COMPUTE], of[Kind.SKIP], absent)
+
+    def _beside(self, key: int) -> Any:
+        assert self.aside is not None  # or the session had refused the policy
+        return self.aside.expert(key)
 
     def _acquire(self, key: int) -> Any:
         slot = self.cache.slot_of(key)  # pinned: it cannot move
         self.link.acquire(slot)
-        return self.link.slots[slot]
+        slots = self.link.low_slots if self.cache.is_low(key) else self.link.slots
+        return slots[slot]
 
     def _release(self, key: int) -> None:
         self.link.release(self.cache.slot_of(key))
@@ -278,7 +348,7 @@ class Session:
             if copy is None:  # a demand waits for a staging buffer
                 return
             self._under_way += 1
-            self.link.submit(copy.key, copy.slot)
+            self.link.submit(copy.key, copy.slot, copy.low)
 
     def _on_copied(self, key: int, error: Exception | None) -> None:
         """A copy ended; called by the link's threads."""
@@ -298,8 +368,13 @@ class Session:
             self.lock.notify_all()
 
 
-HIT = int(Kind.HIT)
-SERVED = frozenset({HIT, int(Kind.LATE), int(Kind.MISS)})
+OUTCOMES = (Kind.HIT, Kind.LATE, Kind.MISS, Kind.COMPUTE, Kind.SKIP, Kind.SUBSTITUTE)
+MASSES = {
+    "gate_mass": ALL_MASS,
+    "skipped_mass": SKIPPED_MASS,
+    "substituted_mass": SUBSTITUTED_MASS,
+    "low_mass": LOW_MASS,
+}
 
 
 def pool_rows(predicted: NDArray[Any]) -> NDArray[Any]:

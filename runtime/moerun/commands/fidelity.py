@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +38,7 @@ def fidelity(
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
@@ -77,6 +78,7 @@ def fidelity(
     )
     sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
     found = opt.store(model, precision, store)
+    settings = replace(settings, low=opt.low_store(model, low))
     from moerun.fidelity import compare
 
     with Console(stderr=True).status("preparing") as status:

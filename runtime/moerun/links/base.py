@@ -49,6 +49,14 @@ class Slot(Protocol):
         """Make the expert whose record is in ``record`` computable; work on the current stream."""
 
 
+class Tier(NamedTuple):
+    """A second precision: where its records come from, and the slots in the form that it computes
+    in. A slot's memory is the one of the same number that the first precision uses."""
+
+    records: Records
+    slots: Sequence[Slot]
+
+
 class Link(Protocol):
     """Copies expert records into numbered device slots, ``streams`` of them at a time.
 
@@ -59,13 +67,14 @@ class Link(Protocol):
 
     streams: int
     slots: Sequence[Any]  # each a Slot
+    low_slots: Sequence[Any]  # the same memory in the form of the lower precision; none without
     statistics: LinkStatistics
 
     def start(self, done: Done) -> None:
         """Begin work; ``done`` is called from the link's threads. Once, before any ``submit``."""
 
-    def submit(self, key: int, slot: int) -> None:
-        """Copy ``key``'s record into ``slot``. Returns at once."""
+    def submit(self, key: int, slot: int, low: bool = False) -> None:
+        """Copy ``key``'s record, or that of the lower precision, into ``slot``. Returns at once."""
 
     def acquire(self, slot: int) -> None:
         """The compute issued from now on reads ``slot``, whose copy is done."""
@@ -80,6 +89,7 @@ class Link(Protocol):
 class Job(NamedTuple):
     key: int
     slot: int
+    low: bool
     submitted_s: float  # time.perf_counter
 
 
@@ -115,6 +125,7 @@ class ThreadedLink:
         streams: int,
         throttle: Throttle | None,
         scratch_device: torch.device,
+        low: Tier | None = None,
     ) -> None:
         """Raises RunError for streams out of range."""
         if not 1 <= streams <= 3:
@@ -122,12 +133,16 @@ class ThreadedLink:
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()
-        scratch_bytes = record_bytes if slots and slots[0].landing is None else 0
+        self.low_slots: Sequence[Slot] = low.slots if low else ()
+        low_bytes = low.records.record_bytes if low else 0
+        self._bytes = record_bytes, low_bytes
+        scratch_bytes = max(
+            _scratch_bytes(slots, record_bytes), _scratch_bytes(self.low_slots, low_bytes)
+        )
         self._scratch = [
             torch.empty(scratch_bytes, dtype=torch.uint8, device=scratch_device)
             for _ in range(streams)
         ]
-        self._record_bytes = record_bytes
         self._throttle = throttle
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -136,14 +151,15 @@ class ThreadedLink:
         self._closing = False
         self._ready = threading.Barrier(streams + 1)
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
+    def copy(self, stream: int, key: int, slot: int, low: bool) -> None:
         """Bring the record and make the slot computable; returns when it is, or raises."""
         raise NotImplementedError
 
-    def landing(self, stream: int, slot: int) -> torch.Tensor:
-        """Where a record for ``slot`` is to land: in the slot, or in the stream's own memory."""
-        landing = self.slots[slot].landing
-        return self._scratch[stream] if landing is None else landing
+    def destination(self, stream: int, slot: int, low: bool) -> tuple[Slot, torch.Tensor]:
+        """The slot, and where a record for it is to land: there, or in the stream's own memory."""
+        into = self.low_slots[slot] if low else self.slots[slot]
+        landing = into.landing
+        return into, self._scratch[stream][: self._bytes[low]] if landing is None else landing
 
     def start(self, done: Done) -> None:
         self._done = done
@@ -159,8 +175,8 @@ class ThreadedLink:
         # Setting it in one thread makes it the default of all that are yet to come.
         torch.set_num_threads(compute_threads)
 
-    def submit(self, key: int, slot: int) -> None:
-        self._jobs.put(Job(key, slot, time.perf_counter()))
+    def submit(self, key: int, slot: int, low: bool = False) -> None:
+        self._jobs.put(Job(key, slot, low, time.perf_counter()))
 
     def close(self) -> None:
         self._closing = True  # nobody waits for a capped copy any more
@@ -193,22 +209,28 @@ class ThreadedLink:
     def _carry(self, stream: int, job: Job, begin_s: float) -> float:
         """Copy, wait for the cap, report; returns when the copy ended."""
         assert self._done is not None
+        n_bytes = self._bytes[job.low]
         try:
-            self.copy(stream, job.key, job.slot)
+            self.copy(stream, job.key, job.slot, job.low)
         except Exception as error:
             self._done(job.key, error)
             return time.perf_counter()
         ended_s = time.perf_counter()
         if self._throttle:
-            deadline_s = self._throttle.deadline_s(begin_s, self._record_bytes)
+            deadline_s = self._throttle.deadline_s(begin_s, n_bytes)
             self._sleep_until(deadline_s)
             ended_s = max(ended_s, deadline_s)
         with self._lock:
             self.statistics.copies += 1
-            self.statistics.bytes_copied += self._record_bytes
+            self.statistics.bytes_copied += n_bytes
             self.statistics.busy_s += ended_s - begin_s
         self._done(job.key, None)
         return ended_s
+
+
+def _scratch_bytes(slots: Sequence[Slot], record_bytes: int) -> int:
+    """The memory a stream needs for records that cannot land in their slots."""
+    return record_bytes if slots and slots[0].landing is None else 0
 
 
 _PATIENCE_S = 0.05  # how long closing may wait for a thread that holds a copy back

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moerun.errors import RunError
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle
+from moerun.links.base import Records, Slot, ThreadedLink, Throttle, Tier
 
 
 class CudaLink(ThreadedLink):
@@ -27,23 +27,38 @@ class CudaLink(ThreadedLink):
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        low: Tier | None = None,
     ) -> None:
-        """Loads every record of the store into pinned memory; RunError where it does not fit."""
+        """Loads every record of the store, and of the lower precision's, into pinned memory.
+
+        RunError where they do not fit.
+        """
         super().__init__(
             slots,
             record_bytes=store.record_bytes,
             streams=streams,
             throttle=throttle,
             scratch_device=device,
+            low=low,
         )
         self.device = device
-        self._host: torch.Tensor | None = _pinned_copy(store)
+        self._hosts = [_pinned_copy(store)]
+        if low:
+            try:
+                self._hosts.append(_pinned_copy(low.records))
+            except BaseException:
+                _unpin(self._hosts[0])
+                raise
         self._copied = [_event() for _ in slots]
         self._used: list[torch.cuda.Event | None] = [None] * len(slots)
         self._lanes = [
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for _ in range(streams)
         ]
+
+    def record(self, key: int) -> torch.Tensor:
+        """The record of ``key`` in host memory, uint8[record_bytes]; not to be written to."""
+        return self._hosts[0][key]
 
     def acquire(self, slot: int) -> None:
         torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
@@ -53,24 +68,23 @@ class CudaLink(ThreadedLink):
         event.record(torch.cuda.current_stream(self.device))
         self._used[slot] = event
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
-        assert self._host is not None
+    def copy(self, stream: int, key: int, slot: int, low: bool) -> None:
         lane = self._lanes[stream]
         if (used := self._used[slot]) is not None:
             lane.wait_event(used)
         with torch.cuda.stream(lane):
-            record = self.landing(stream, slot)
-            record.copy_(self._host[key], non_blocking=True)
-            self.slots[slot].arrive(record)
+            into, record = self.destination(stream, slot, low)
+            record.copy_(self._hosts[low][key], non_blocking=True)
+            into.arrive(record)
         self._copied[slot].record(lane)
         self._copied[slot].synchronize()
 
     def close(self) -> None:
         super().close()
-        if self._host is not None:
+        if self._hosts:
             torch.cuda.synchronize(self.device)
-            _unpin(self._host)
-            self._host = None
+            while self._hosts:
+                _unpin(self._hosts.pop())
 
 
 def _pinned_copy(store: Records) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from moerun.errors import RunError
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle
+from moerun.links.base import Records, Slot, ThreadedLink, Throttle, Tier
 from moerun.store import ExpertStore
 
 
@@ -50,6 +50,7 @@ class DiskLink(ThreadedLink):
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        low: Tier | None = None,
     ) -> None:
         super().__init__(
             slots,
@@ -57,8 +58,9 @@ class DiskLink(ThreadedLink):
             streams=streams,
             throttle=throttle,
             scratch_device=torch.device("cpu"),
+            low=low,
         )
-        self._store = store
+        self._stores = [store, *([low.records] if low else [])]
 
     def acquire(self, slot: int) -> None:
         """Nothing to do: compute on the CPU runs when it is called."""
@@ -66,7 +68,7 @@ class DiskLink(ThreadedLink):
     def release(self, slot: int) -> None:
         """Nothing to do: compute on the CPU is over when its call returns."""
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
-        record = self.landing(stream, slot)
-        self._store.read_into(key, record)
-        self.slots[slot].arrive(record)
+    def copy(self, stream: int, key: int, slot: int, low: bool) -> None:
+        into, record = self.destination(stream, slot, low)
+        self._stores[low].read_into(key, record)
+        into.arrive(record)
