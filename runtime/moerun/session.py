@@ -230,8 +230,8 @@ class Session:
                 key = self._await_arrival()
                 yield key - first, self._acquire(key)
                 self._release(key)
-            if opened.aside and self.aside:
-                self._stall_s += self.aside.join()
+            if opened.aside:
+                self._join()
         except BaseException:
             with self.lock:
                 self._failure = self._failure or RunError("a step was left unfinished")
@@ -332,6 +332,16 @@ class Session:
                 self._stall_s += time.perf_counter() - began_s
             self._raise_failure()
             return self._arrived.popleft()
+
+    def _join(self) -> None:
+        """Wait for what is computed beside the device."""
+        assert self.aside is not None
+        try:
+            self._stall_s += self.aside.join()
+        except Exception as error:
+            with self.lock:
+                self._failure = self._failure or error
+            raise
 
     def _raise_failure(self) -> None:
         if self._failure:
