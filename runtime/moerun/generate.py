@@ -11,7 +11,8 @@ import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
 
 from moerun.errors import RunError
-from moerun.session import Session, Totals
+from moerun.session import Session
+from moerun.totals import Totals
 
 NO_TOKEN = -1
 

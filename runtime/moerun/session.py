@@ -28,12 +28,12 @@ from moepolicy import (
     pool_logits,
 )
 from moepolicy.cache import Observer
-from moepolicy.state import ALL_MASS, LOW_MASS, SKIPPED_MASS, SUBSTITUTED_MASS
 from numpy.typing import NDArray
 
 from moerun.aside import Aside
 from moerun.errors import RunError
 from moerun.links import Link
+from moerun.totals import Totals, totals_of
 
 
 class Gate(NamedTuple):
@@ -53,53 +53,6 @@ class Gate(NamedTuple):
 
 
 GateObserver = Callable[[int, Gate], None]
-
-
-class Totals(NamedTuple):
-    """Counts since the cache was made, under the names every report uses.
-
-    ``loads`` counts the copies over the link, prefetches included; ``low_loads`` those that were
-    asked for at the lower precision. The masses are sums of the gates' weights, 0 under a policy
-    that loads every miss.
-    """
-
-    steps: int
-    requests: int
-    hits: int
-    late: int
-    misses: int
-    loads: int
-    bypasses: int
-    prefetches: int
-    useless_prefetches: int
-    cpu_experts: int
-    low_loads: int
-    substituted: int
-    skipped: int
-    bytes_loaded: int
-    stall_s: float
-    gate_mass: float = 0.0
-    skipped_mass: float = 0.0
-    substituted_mass: float = 0.0
-    low_mass: float = 0.0
-
-    @property
-    def hit_ratio(self) -> float:
-        return self.hits / self.requests if self.requests else 0.0
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Of the gates' weights, what was left out, computed by another expert, or computed at
-        the lower precision."""
-        changed = {
-            "skipped_share": self.skipped_mass,
-            "substituted_share": self.substituted_mass,
-            "low_share": self.low_mass,
-        }
-        return {name: mass / (self.gate_mass or 1.0) for name, mass in changed.items()}
-
-    def since(self, before: Totals) -> Totals:
-        return Totals._make(now - then for now, then in zip(self, before, strict=True))
 
 
 class Opened(NamedTuple):
@@ -166,29 +119,14 @@ class Session:
 
     @property
     def totals(self) -> Totals:
-        count = self.cache.count
         with self.lock:
-            prefetches = count(Kind.SPECULATE)
-            loads = count(Kind.LOAD) + prefetches
-            low = count(Kind.LOW)
-            mass = self.cache.arrays.mass
-            return Totals(
+            return totals_of(
+                self.cache,
                 steps=self._steps,
                 requests=self._requests,
-                hits=count(Kind.HIT),
-                late=count(Kind.LATE),
-                misses=count(Kind.MISS),
-                loads=loads,
-                bypasses=count(Kind.BYPASS),
-                prefetches=prefetches,
-                useless_prefetches=count(Kind.USELESS),
-                cpu_experts=count(Kind.COMPUTE),
-                low_loads=low,
-                substituted=count(Kind.SUBSTITUTE),
-                skipped=count(Kind.SKIP),
-                bytes_loaded=(loads - low) * self.record_bytes + low * self.low_record_bytes,
+                record_bytes=self.record_bytes,
+                low_record_bytes=self.low_record_bytes,
                 stall_s=self._stall_s,
-                **({name: float(mass[i]) for name, i in MASSES.items()} if len(mass) else {}),
             )
 
     def note(self, layer: int, logits: Any, predicted: Any = None) -> None:
@@ -379,12 +317,6 @@ class Session:
 
 
 OUTCOMES = (Kind.HIT, Kind.LATE, Kind.MISS, Kind.COMPUTE, Kind.SKIP, Kind.SUBSTITUTE)
-MASSES = {
-    "gate_mass": ALL_MASS,
-    "skipped_mass": SKIPPED_MASS,
-    "substituted_mass": SUBSTITUTED_MASS,
-    "low_mass": LOW_MASS,
-}
 
 
 def pool_rows(predicted: NDArray[Any]) -> NDArray[Any]:
