@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  || { echo 'error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[run,ray,dev]'
+	  -c constraints.txt -e '.[run,serve,ray,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

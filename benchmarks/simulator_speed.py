@@ -2,33 +2,37 @@
 
     python benchmarks/simulator_speed.py [--out results.json]
 
-Rates are medians of interleaved rounds in one process; compiling is timed apart, in the first
-round. The trace is synthetic Mixtral routing, repeated to the length asked for.
+Times are CPU time of one thread; rates are medians of interleaved rounds in one process. The first
+round compiles, the second loads what the first left on disk. The traces are synthetic: Mixtral's
+routing, repeated to the length asked for, and that of a model of 128 experts.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import statistics
-import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from moepolicy import find_policy
+from moepolicy import compiled, find_policy
 from moeroute import open_trace
 from moesim import Machine, Workload, engines, load_machine, load_workload
 from moesim.costs import costs_of
 from moesim.engines import Engine
 from moesim.simulate import sizes_of
 
-POLICIES = ("lru", "lfu", "fifo", "random", "static", "belady", "belady-bypass", "lru-spec")
-SLOTS = 4
+DEMAND_ONLY = ("lru", "lfu", "fifo", "random", "static", "belady", "belady-bypass")
+POLICIES = (*DEMAND_ONLY, "lru-spec")
 
 
 def everything_on(machine: Machine) -> Machine:
@@ -39,60 +43,106 @@ def everything_on(machine: Machine) -> Machine:
     return replace(machine, name="everything on", link=link, disk=Disk(2e9, 100e-6, 4 * 10**9))
 
 
+def slots(workload: Workload) -> int:
+    """A layer's cache: half of 8 experts, a quarter of 128."""
+    return max(2 * workload.meta.top_k, workload.meta.n_experts // 4)
+
+
 def timed(workload: Workload, policy: str, machine: Machine, engine: Engine) -> float:
     """Seconds of one run."""
-    began = time.perf_counter()
+    spec = find_policy(policy)
+    began = time.process_time()
     engines.run(
         workload,
-        find_policy(policy),
-        workload.context(SLOTS, "layer"),
-        lambda cache: costs_of(
+        spec,
+        workload.context(slots(workload), "layer"),
+        costs_of(
             workload,
             machine,
             sizes_of(workload.meta, workload.meta.expert_bytes["2bit"]),
-            predicting=cache.prefetching,
+            predicting="predictions" in spec.requires,
         ),
         engine=engine,
     )
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
-def rates(workload: Workload, rounds: int) -> list[dict[str, Any]]:
+def rates(workload: Workload, policies: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """Steps/s of every policy on a plain link and with everything on, compiled."""
     machines = [load_machine("rtx3060"), everything_on(load_machine("rtx3060"))]
-    points = [(policy, machine) for machine in machines for policy in POLICIES]
+    points = [(policy, machine) for machine in machines for policy in policies]
     seconds: dict[tuple[str, str], list[float]] = {(p, m.name): [] for p, m in points}
-    for _ in range(rounds + 1):
+    for number in range(rounds + 2):
+        if number < 2:
+            compiled._entries.clear()
         for policy, machine in points:
             seconds[policy, machine.name].append(timed(workload, policy, machine, Engine.replay))
     return [
-        {
-            "engine": "replay",
-            "policy": policy,
-            "machine": machine,
-            "first_s": took[0],
-            "steps_per_s": workload.n_steps / statistics.median(took[1:]),
-            "spread": max(took[1:]) / min(took[1:]),
-        }
+        row("replay", policy, machine, workload, took[2:])
+        | {"compile_s": took[0], "load_s": took[1]}
         for (policy, machine), took in seconds.items()
     ]
 
 
+def row(
+    engine: str, policy: str, machine: str, workload: Workload, took: list[float]
+) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "policy": policy,
+        "machine": machine,
+        "experts": workload.meta.n_experts,
+        "steps_per_s": workload.n_steps / statistics.median(took),
+        "spread": max(took) / min(took),
+    }
+
+
 def simpy_rates(workload: Workload) -> list[dict[str, Any]]:
     plain = load_machine("rtx3060")
-    found = []
-    for policy, machine in (("lru", plain), ("lru-spec", everything_on(plain))):
-        took = [timed(workload, policy, machine, Engine.simpy) for _ in range(3)]
-        found.append(
-            {
-                "engine": "simpy",
-                "policy": policy,
-                "machine": machine.name,
-                "steps_per_s": workload.n_steps / statistics.median(took),
-                "spread": max(took) / min(took),
-            }
-        )
-    return found
+    points = (("lru", plain), ("lru-spec", everything_on(plain)))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(4):
+        for took, (policy, machine) in zip(seconds, points, strict=True):
+            took.append(timed(workload, policy, machine, Engine.simpy))
+    return [
+        row("simpy", policy, machine.name, workload, took[1:])
+        for took, (policy, machine) in zip(seconds, points, strict=True)
+    ]
+
+
+def wide_workload(tokens: int) -> Workload:
+    """Synthetic routing of the shape of Qwen3-30B-A3B: 48 layers, 128 experts, top-8; each expert
+    is used again by the next token with a chance of 0.38, as measured on that model."""
+    rng = np.random.default_rng(0)
+    layers, n_experts, top_k = 48, 128, 8
+    experts = np.argsort(rng.random((layers, n_experts)), axis=1)[:, :top_k]
+    steps = np.empty((tokens, layers, top_k), np.int32)
+    for token in range(tokens):
+        kept = rng.random((layers, top_k)) < 0.38
+        wish = np.where(kept, 2.0, 0.0)
+        score = rng.random((layers, n_experts))
+        np.put_along_axis(score, experts, np.take_along_axis(score, experts, 1) + wish, axis=1)
+        experts = np.argsort(-score, axis=1)[:, :top_k]
+        steps[token] = experts
+    like = load_workload(open_trace("mixtral-like")).head(1)
+    n = tokens * layers
+    keys = (
+        steps.reshape(-1, top_k)
+        + np.tile(np.arange(layers, dtype=np.int32), tokens)[:, None] * n_experts
+    )
+    rows = np.repeat(np.arange(tokens) * layers, layers)
+    return replace(
+        like,
+        meta=replace(like.meta, n_layers=layers, n_experts=n_experts, top_k=top_k),
+        keys=keys.reshape(-1).astype(np.int32),
+        weights=np.full(n * top_k, 1 / top_k, np.float32),
+        routed=np.ones(n * top_k, np.int32),
+        offsets=np.arange(n + 1, dtype=np.int64) * top_k,
+        layer=np.tile(np.arange(layers, dtype=np.int32), tokens),
+        tokens=np.ones(n, np.int32),
+        decode=np.ones(n, np.bool_),
+        rows=np.stack([rows, rows + layers], axis=1),
+    )
 
 
 def repeated(workload: Workload, times: int) -> Workload:
@@ -109,6 +159,7 @@ def repeated(workload: Workload, times: int) -> Workload:
         tokens=np.tile(workload.tokens, times),
         decode=np.tile(workload.decode, times),
         rows=np.tile(workload.rows, (times, 1)),
+        starts=(workload.starts + workload.n_steps * np.arange(times)[:, None]).ravel(),
     )
 
 
@@ -119,30 +170,48 @@ def main(
     """Measure, print, and write the results with the machine's description."""
     workload = load_workload(open_trace("mixtral-like"), predictions=True)
     engines.WORTH_COMPILING = 0
-    rows = rates(workload, rounds) + simpy_rates(workload.head(200))
-    plain = load_machine("rtx3060")
-    for times in (1, 10, 100):
-        longer = repeated(workload, times)
-        took = timed(longer, "lru", plain, Engine.replay)
-        rows.append(
-            {
-                "engine": "replay",
-                "policy": "lru",
-                "machine": f"{plain.name}, trace x{times}",
-                "steps_per_s": longer.n_steps / took,
-                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            }
-        )
-    for row in rows:
-        extra = f"first run {row['first_s']:.1f} s" if "first_s" in row else ""
-        extra += f"peak {row['peak_gib']:.2f} GiB" if "peak_gib" in row else ""
-        print(
-            f"{row['engine']:7}{row['policy']:15}{row['machine']:22}"
-            f"{row['steps_per_s'] / 1e6:9.3f} M steps/s  {extra}"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NUMBA_CACHE_DIR"] = folder
+        rows = rates(workload, POLICIES, rounds)
+        rows += rates(wide_workload(512), DEMAND_ONLY, rounds)
+        rows += simpy_rates(workload.head(512))
+        rows += [grown(workload, times) for times in (1, 10, 100)]
+    for each in rows:
+        print(line(each))
     if out is not None:
-        about = {"python": sys.version.split()[0], "machine": platform.processor(), "rows": rows}
+        about = {
+            "machine": f"{cpu_model()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in ("numba", "numpy", "simpy")},
+            "rows": rows,
+        }
         out.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def grown(workload: Workload, times: int) -> dict[str, Any]:
+    """LRU on the trace ``times`` over: the rate, and the most memory held until then."""
+    longer = repeated(workload, times)
+    took = [timed(longer, "lru", load_machine("rtx3060"), Engine.replay) for _ in range(3)]
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return row("replay", "lru", f"rtx3060, trace x{times}", longer, took) | {"peak_gib": peak_gib}
+
+
+def line(row: dict[str, Any]) -> str:
+    extra = ""
+    if "compile_s" in row:
+        extra = f"compile {row['compile_s']:.1f} s, load {row['load_s']:.2f} s"
+    if "peak_gib" in row:
+        extra = f"peak {row['peak_gib']:.2f} GiB"
+    return (
+        f"{row['engine']:7}{row['policy']:15}{row['machine']:22}{row['experts']:4} experts"
+        f"{row['steps_per_s'] / 1e6:9.3f} M steps/s  {extra}"
+    )
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

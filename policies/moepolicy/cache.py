@@ -109,7 +109,9 @@ class ExpertCache:
         are kept. SUBSTITUTE: ``stand_in`` runs in its place. SKIP: nothing runs.
         """
         outcome = self._outcome[: len(step.experts)]
-        step = step._replace(backlog=int(self.arrays.board[BACKLOG]))
+        backlog = int(self.arrays.board[BACKLOG])
+        if backlog != step.backlog:
+            step = step._replace(backlog=backlog)
         self._log(Call.BEGIN, step.number)
         try:
             self._calls.begin(step, outcome)

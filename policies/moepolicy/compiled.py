@@ -58,9 +58,16 @@ def is_compiled(
 
 
 def _file_name(function: Callable[..., Any], state: Any, omit: frozenset[FunctionType]) -> str:
-    assert isinstance(function, FunctionType)
     classes = _policy_classes(state)
-    return f"{function.__name__}-{classes[0].__name__}-{fingerprint(function, classes, omit)}"
+    return f"{function.__name__}-{classes[0].__name__}-{_digest(function, classes, omit)}"
+
+
+@cache
+def _digest(
+    function: Callable[..., Any], classes: tuple[type[Policy], ...], omit: frozenset[FunctionType]
+) -> str:
+    assert isinstance(function, FunctionType)
+    return fingerprint(function, classes, omit)
 
 
 def _inner(function: FunctionType, omit: frozenset[FunctionType]) -> Any:

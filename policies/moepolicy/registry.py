@@ -16,7 +16,10 @@ from moepolicy.answers import AdapmoeSkip, EmoeSubstitute, Hobbit
 from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
 from moepolicy.console import nearest
 from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
+from moepolicy.frequency import ClassLru, LeastStale, Lfru, LfuAging
 from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.queues import Arc, S3Fifo, Slru, TwoQ
+from moepolicy.scan import Clock, Sieve
 from moepolicy.speculation import LruSpec
 
 ENTRY_POINTS = "moe.policies"
@@ -25,6 +28,16 @@ BUILT_IN: dict[str, type[Policy]] = {
     "lru": Lru,
     "lfu": Lfu,
     "fifo": Fifo,
+    "clock": Clock,
+    "sieve": Sieve,
+    "slru": Slru,
+    "2q": TwoQ,
+    "s3-fifo": S3Fifo,
+    "arc": Arc,
+    "lfu-aging": LfuAging,
+    "lfru": Lfru,
+    "least-stale": LeastStale,
+    "class-lru": ClassLru,
     "random": Random,
     "static": Static,
     "fiddler": Fiddler,

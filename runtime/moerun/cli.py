@@ -11,9 +11,12 @@ import typer
 from moepolicy import PolicyError, console, find_policy, policy_names
 
 from moerun.commands import options as opt
+from moerun.commands.chat import chat
 from moerun.commands.fidelity import fidelity
 from moerun.commands.pack import pack
+from moerun.commands.perplexity import perplexity
 from moerun.commands.profile import profile
+from moerun.commands.serve import serve
 from moerun.errors import RunError
 from moerun.report import Format
 from moerun.servable import unserved
@@ -36,6 +39,7 @@ def generate(
     memory: opt.Memory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     low: opt.Low = None,
     device: opt.Device = "auto",
@@ -46,12 +50,9 @@ def generate(
     horizon: opt.Horizon = None,
     calibration: opt.Calibration = None,
     max_new_tokens: opt.MaxNewTokens = 100,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; above 0 samples.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
-    ] = 1.0,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = 1.0,
+    stop: opt.Stop = None,
     seed: opt.Seed = 0,
     record: Annotated[
         Path | None, typer.Option(help="Write the trace of this run to a Parquet file.")
@@ -98,8 +99,8 @@ def generate(
         calibration=calibration,
         recording=record is not None,
     )
-    sampling = opt.sampling(max_new_tokens, temperature, top_p, seed)
-    found = opt.store(model, precision, store)
+    sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
+    found = opt.store(model, precision, store, attention)
     settings = replace(settings, low=opt.low_store(model, low))
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
@@ -131,9 +132,12 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return sys.stdin.read()
 
 
+app.command()(chat)
+app.command()(serve)
 app.command()(pack)
 app.command()(profile)
 app.command()(fidelity)
+app.command()(perplexity)
 
 
 @app.command("policies")

@@ -85,6 +85,20 @@ def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def find_attention(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Name and module of every linear projection under an attention module, in layer order.
+
+    All families name the class of theirs so (MixtralAttention); biases, norms and sinks are none.
+    """
+    modules = dict(model.named_modules())
+    within = tuple(f"{n}." for n, m in modules.items() if type(m).__name__.endswith("Attention"))
+    return [
+        (name, module)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and name.startswith(within)
+    ]
+
+
 def count_experts(module: nn.Module) -> int:
     return int(module.num_experts)  # type: ignore[arg-type]
 

@@ -168,7 +168,7 @@ def simulate(
     command = [
         *(sys.executable, "-c", "from moesim.cli import main; main()"),
         *("compare", policy, "--trace", str(trace), "--slots", str(slots), "--scope", scope),
-        *("--machine", str(machine), "--format", "json"),
+        *("--machine", str(machine), "--format", "json", "--no-limits"),
     ]
     if low_bytes is not None:
         command += ["--low-expert-bytes", str(low_bytes)]

@@ -1,4 +1,4 @@
-"""How an expert computes from the memory of its slot, one class a precision and device.
+"""How packed matrices compute from the memory of their slot, one class a precision and device.
 
 A slot holds the form an expert is computed in. Where that is the record as it was read, reading
 lands in the slot itself; where it is not, `arrive` derives it, once a load and off the hot path.
@@ -26,6 +26,13 @@ from moerun.packing import (
 from moerun.shape import ExpertParam, ExpertShape, scheme_of
 
 
+class Linear(Protocol):
+    """One matrix, ready to compute."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x[T, K] through the matrix [N, K], with its bias where it has one: [T, N]."""
+
+
 class ExpertWeights(Protocol):
     """One expert, ready to compute. The gate between `up` and `down` is the model's own."""
 
@@ -37,13 +44,14 @@ class ExpertWeights(Protocol):
 
 
 class ExpertSlot(ExpertWeights, Protocol):
-    """The slot that experts come and go in.
+    """The slot that experts come and go in; `linears` are its matrices, in the shape's order.
 
     `landing` is where a record is to be read or copied to, uint8[record_bytes] within the slot;
     None when it must land elsewhere first. Either way `arrive(record)` makes it computable.
     """
 
     landing: torch.Tensor | None
+    linears: tuple[Linear, ...]
 
     def arrive(self, record: torch.Tensor) -> None:
         """Take up the expert whose record, uint8[record_bytes], has been read.
@@ -112,27 +120,33 @@ class SlotForm:
         return NibbleSlot(self._shape, self._scheme, self.layout, landing, self._extra.views(extra))
 
 
-class PlainSlot:
-    """Unquantised matrices, multiplied just as the stock experts do it."""
+class _Slot:
+    """What all slots have: an expert's two matrices, or those of whatever else was packed."""
 
-    def __init__(
-        self, shape: ExpertShape, views: dict[str, torch.Tensor], landing: torch.Tensor
-    ) -> None:
-        self.landing: torch.Tensor | None = landing
-        self._up, self._down = (_PlainLinear(param, views) for param in _matrices(shape))
-        self._dtype = views[_matrices(shape)[0].name].dtype
+    def __init__(self, landing: torch.Tensor | None, linears: tuple[Linear, ...]) -> None:
+        self.landing = landing
+        self.linears = linears
 
     def arrive(self, record: torch.Tensor) -> None:
         _land(record, self.landing)
 
     def up(self, x: torch.Tensor) -> torch.Tensor:
-        return self._up(x.to(self._dtype))
+        return self.linears[0](x)
 
     def down(self, h: torch.Tensor) -> torch.Tensor:
-        return self._down(h)
+        return self.linears[1](h)
 
 
-class UnpackingSlot:
+class PlainSlot(_Slot):
+    """Unquantised matrices, multiplied just as the stock experts do it."""
+
+    def __init__(
+        self, shape: ExpertShape, views: dict[str, torch.Tensor], landing: torch.Tensor
+    ) -> None:
+        super().__init__(landing, tuple(_PlainLinear(param, views) for param in _matrices(shape)))
+
+
+class UnpackingSlot(_Slot):
     """Quantised matrices on a device without a fused kernel: unpacked for each multiply."""
 
     def __init__(
@@ -142,22 +156,11 @@ class UnpackingSlot:
         views: dict[str, torch.Tensor],
         landing: torch.Tensor,
     ) -> None:
-        self.landing: torch.Tensor | None = landing
-        self._up, self._down = (
-            _UnpackingLinear(param, scheme, views) for param in _matrices(shape)
-        )
-
-    def arrive(self, record: torch.Tensor) -> None:
-        _land(record, self.landing)
-
-    def up(self, x: torch.Tensor) -> torch.Tensor:
-        return self._up(x)
-
-    def down(self, h: torch.Tensor) -> torch.Tensor:
-        return self._down(h)
+        linears = (_UnpackingLinear(param, scheme, views) for param in _matrices(shape))
+        super().__init__(landing, tuple(linears))
 
 
-class NibbleSlot:
+class NibbleSlot(_Slot):
     """Quantised matrices as torch's int4 kernel for the CPU reads them; activations in bfloat16."""
 
     def __init__(
@@ -168,13 +171,13 @@ class NibbleSlot:
         landing: torch.Tensor | None,
         extra: dict[str, torch.Tensor],
     ) -> None:
-        self.landing: torch.Tensor | None = landing
         self._scheme = scheme
         self._layout = layout
         self._shape = shape
         self._extra = extra
         views = extra if landing is None else extra | layout.views(landing)
-        self._up, self._down = (_NibbleLinear(param, scheme, views) for param in _matrices(shape))
+        linears = (_NibbleLinear(param, scheme, views) for param in _matrices(shape))
+        super().__init__(landing, tuple(linears))
 
     def arrive(self, record: torch.Tensor) -> None:
         landing = self.landing
@@ -193,12 +196,6 @@ class NibbleSlot:
                 if not kernel_reads_nibbles():
                     _to_kernel_order(nibbles, param.rows_columns[1])
 
-    def up(self, x: torch.Tensor) -> torch.Tensor:
-        return self._up(x.to(torch.bfloat16))
-
-    def down(self, h: torch.Tensor) -> torch.Tensor:
-        return self._down(h)
-
 
 def _land(record: torch.Tensor, landing: torch.Tensor | None) -> None:
     """Copy a record that was read elsewhere to where it belongs."""
@@ -212,6 +209,7 @@ class _PlainLinear:
         self._bias = views.get(f"{param.name}_bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self._weight.dtype)
         y = x @ self._weight if self._transposed else F.linear(x, self._weight)
         # As the stock experts add it: a fused addition may round differently.
         return y if self._bias is None else y + self._bias
@@ -241,6 +239,7 @@ class _NibbleLinear:
         self._bias = views.get(f"{param.name}_bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16)
         if len(self._terms) == 1:
             y = self._multiply(x, self._terms[0])
         else:
@@ -271,9 +270,8 @@ class _NibbleLinear:
         return y
 
 
-def _matrices(shape: ExpertShape) -> tuple[ExpertParam, ExpertParam]:
-    up, down = (param for param in shape.params if param.is_matrix)
-    return up, down
+def _matrices(shape: ExpertShape) -> list[ExpertParam]:
+    return [param for param in shape.params if param.is_matrix]
 
 
 def _parts_of(param: ExpertParam, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

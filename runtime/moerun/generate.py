@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import operator
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 from moerun.errors import RunError
 from moerun.session import Session
+from moerun.text import TextStream
 from moerun.totals import Totals
 
 NO_TOKEN = -1
@@ -26,6 +30,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: bool = True  # False: go on past the model's own end tokens
+    stop_strings: tuple[str, ...] = ()  # the text ends before the first of them
 
     def check(self) -> None:
         """Raises RunError naming what is out of range."""
@@ -37,6 +42,8 @@ class Sampling:
             raise RunError(f"top-p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.seed < 2**32:
             raise RunError(f"seed must be 0 to {2**32 - 1}, not {self.seed}")
+        if not all(self.stop_strings):
+            raise RunError("a stop string must not be empty")
 
     def config(self, model: Any, max_new_tokens: int) -> GenerationConfig:
         """For this model's generate(): its end tokens, and nothing else of its defaults."""
@@ -56,47 +63,56 @@ class Sampling:
         )
 
 
-class Timings(TextStreamer):  # type: ignore[misc]
-    """Hands text on as it is generated, and notes when each token came."""
+class Timings(BaseStreamer):  # type: ignore[misc]
+    """Notes when each token came."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+    def __init__(self) -> None:
         self.began_s = 0.0
         self.token_s: list[float] = []
         self.token_ids: list[int] = []
+        self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         now = time.perf_counter()
-        if self.next_tokens_are_prompt:
-            self.began_s = now
+        if self._prompt:
+            self.began_s, self._prompt = now, False
         else:
             self.token_s.append(now)
             self.token_ids += value.reshape(-1).tolist()
-        super().put(value)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text and self.on_text:
-            self.on_text(text)
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 @dataclass(frozen=True)
-class Generated:
-    """One prompt's outcome. The first new token comes out of the prompt's own pass.
+class Work:
+    """What answering took, of one prompt or of several together.
 
-    prompt_s is the time until the first token, decode_s from the first to the last.
+    The first new token comes out of the prompt's own pass: prompt_s is the time until it,
+    decode_s from there to the last. ``answers`` counts the prompts that got to a first token.
     """
 
     prompt_tokens: int
-    token_ids: list[int]
+    new_tokens: int
+    answers: int
     prompt_s: float
     decode_s: float
     totals: Totals
 
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            new_tokens=self.new_tokens + other.new_tokens,
+            answers=self.answers + other.answers,
+            prompt_s=self.prompt_s + other.prompt_s,
+            decode_s=self.decode_s + other.decode_s,
+            totals=Totals._make(map(operator.add, self.totals, other.totals)),
+        )
+
     @property
     def decoded_tokens(self) -> int:
         """Tokens that took a forward pass of their own."""
-        return max(len(self.token_ids) - 1, 0)
+        return self.new_tokens - self.answers
 
     @property
     def tokens_per_s(self) -> float:
@@ -105,6 +121,36 @@ class Generated:
     @property
     def prompt_tokens_per_s(self) -> float:
         return self.prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+
+NO_WORK = Work(0, 0, 0, 0.0, 0.0, Totals._make([0] * len(Totals._fields)))
+
+Ending = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Generated(Work):
+    """One prompt's outcome: stopped by an end token or a stop string, full, or cut short."""
+
+    token_ids: list[int]
+    text: str
+    ending: Ending
+
+
+class Cancelled(Exception):
+    """A generation was told to stop while it read its prompt."""
+
+
+class Ends(StoppingCriteria):  # type: ignore[misc]
+    """Ends a generation of one sequence when ``ends`` says so of the newest token."""
+
+    def __init__(self, ends: Callable[[int], bool], device: torch.device) -> None:
+        self._ends = ends
+        self._answers = torch.tensor([False, True], device=device)  # copied there but once
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        ends = self._ends(int(input_ids[0, -1]))
+        return self._answers[int(ends) : int(ends) + 1]
 
 
 class Generation:
@@ -120,36 +166,84 @@ class Generation:
         """``on_text`` is given the new text piece by piece as it becomes certain."""
         self.model = model
         self.session = session
-        self.timings = Timings(tokenizer, on_text)
         self.prompt_tokens = 0
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._text = TextStream(tokenizer, on_text)
+        self._timings = Timings()
+        self._cancelled = threading.Event()
+        self._end_ids: tuple[int, ...] = ()
+        self._room = 1
         self._before = session.totals
+
+    def cancel(self) -> None:
+        """End soon, from any thread: after this token, or before the prompt's next layer.
+
+        ``run`` then returns what there is, and the cache stays as good as ever.
+        """
+        self._cancelled.set()
 
     def run(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Generated:
         """Answer prompt_ids [1, tokens]. Raises RunError when the model cannot take them."""
         sampling.check()
         room = check_length(self.model, prompt_ids.shape[1])
-        new_tokens = min(sampling.max_new_tokens, room)
+        self._room = min(sampling.max_new_tokens, room)
         self.prompt_tokens = prompt_ids.shape[1]
+        config = sampling.config(self.model, self._room)
+        end = config.eos_token_id
+        self._end_ids = tuple(end) if isinstance(end, list) else (end,)
+        self._text = TextStream(self._tokenizer, self._on_text, sampling.stop_strings)
         set_seed(sampling.seed)
-        with torch.inference_mode():
-            self.model.generate(
-                prompt_ids,
-                attention_mask=torch.ones_like(prompt_ids),
-                generation_config=sampling.config(self.model, new_tokens),
-                streamer=self.timings,
-            )
+        observers = self.session.gate_observers
+        observers.append(self._look_up)
+        try:
+            with torch.inference_mode():
+                self.model.generate(
+                    prompt_ids,
+                    attention_mask=torch.ones_like(prompt_ids),
+                    generation_config=config,
+                    streamer=self._timings,
+                    stopping_criteria=StoppingCriteriaList([Ends(self._take, prompt_ids.device)]),
+                )
+        except Cancelled:
+            pass
+        finally:
+            observers.remove(self._look_up)
+        self.end_text()
         return self.outcome()
+
+    def end_text(self) -> None:
+        """Hand on the text still held back, for nothing more will come."""
+        self._text.end()
 
     def outcome(self) -> Generated:
         """What has been generated until now."""
-        times = self.timings.token_s
+        ids, times = self._timings.token_ids, self._timings.token_s
         return Generated(
             prompt_tokens=self.prompt_tokens,
-            token_ids=self.timings.token_ids,
-            prompt_s=times[0] - self.timings.began_s if times else 0.0,
+            new_tokens=len(ids),
+            answers=1 if ids else 0,
+            prompt_s=times[0] - self._timings.began_s if times else 0.0,
             decode_s=times[-1] - times[0] if times else 0.0,
             totals=self.session.totals.since(self._before),
+            token_ids=ids,
+            text=self._text.text,
+            ending=self._ending(ids),
         )
+
+    def _take(self, token: int) -> bool:
+        self._text.push(token)
+        return self._text.stopped or self._cancelled.is_set()
+
+    def _look_up(self, *_: object) -> None:
+        """Between two layers nothing is left half done."""
+        if self._cancelled.is_set():
+            raise Cancelled
+
+    def _ending(self, ids: list[int]) -> Ending:
+        if self._text.stopped or (ids and ids[-1] in self._end_ids):
+            return "stop"
+        return "length" if len(ids) >= self._room else "cancelled"
 
 
 def encode(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tensor:

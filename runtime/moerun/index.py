@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moerun.errors import RunError
 from moerun.layout import RecordLayout
+from moerun.packing import SCHEMES
 from moerun.shape import ExpertShape
 
 INDEX_FILE = "index.json"
 DENSE_FILE = "dense.safetensors"
+ATTENTION_FILE = "attention.safetensors"
 FORMAT = "moerun expert store"
 FORMAT_VERSION = 1
 
@@ -34,12 +37,62 @@ class LayerRecords:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearRecord:
+    """One quantised matrix [rows, columns] of attention: its module, offset and CRC-32."""
+
+    module: str  # of the model, e.g. model.layers.3.self_attn.q_proj
+    rows: int
+    columns: int
+    offset: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRecords:
+    """The records of attention, where it is quantised. Their layout follows from their shape."""
+
+    precision: str
+    file: str
+    file_bytes: int
+    linears: tuple[LinearRecord, ...]
+
+    def layout(self, linear: LinearRecord) -> RecordLayout:
+        return ExpertShape.matrix(linear.rows, linear.columns).record(self.precision)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(linear.rows * linear.columns for linear in self.linears)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, described: dict[str, Any]) -> AttentionRecords:
+        """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
+        if described["precision"] not in SCHEMES:
+            raise ValueError(f"attention in {described['precision']!r}")
+        linears = tuple(
+            LinearRecord(
+                record["module"],
+                int(record["rows"]),
+                int(record["columns"]),
+                int(record["offset"]),
+                int(record["crc32"]),
+            )
+            for record in described["linears"]
+        )
+        return cls(described["precision"], described["file"], int(described["file_bytes"]), linears)
+
+
+@dataclass(frozen=True, slots=True)
 class StoreIndex:
     """Everything that is known of a store without reading its weights.
 
     `layer_bytes` are the weights of one MoE layer besides its routed experts (mean over layers),
-    `token_bytes` what one token reads of embedding and head. `dense_skew` are the dense tensors
-    that stock transformers computes at addresses off a multiple of 64: name and remainder.
+    `token_bytes` what one token reads of embedding and head. `dense_bytes` are those of everything
+    that is neither routed expert nor `attention`, which is None unless quantised. `dense_skew` are
+    the dense tensors that stock transformers computes at addresses off a multiple of 64: name and
+    remainder.
     """
 
     model: str
@@ -59,6 +112,12 @@ class StoreIndex:
     source_digest: str
     source_bytes: int
     packages: dict[str, str] = field(default_factory=dict)
+    attention: AttentionRecords | None = None
+
+    @property
+    def attention_precision(self) -> str:
+        """That of the dense weights unless attention is quantised."""
+        return self.attention.precision if self.attention else self.dense_precision
 
     @property
     def n_layers(self) -> int:
@@ -89,6 +148,7 @@ class StoreIndex:
                 "layer_bytes": self.layer_bytes,
                 "token_bytes": self.token_bytes,
             },
+            "attention": self.attention.to_json() if self.attention else None,
             "expert": {
                 "precision": self.precision,
                 "params": self.shape.to_json(),
@@ -111,6 +171,7 @@ class StoreIndex:
     def from_json(cls, described: dict[str, Any]) -> StoreIndex:
         """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
         model, dense, expert = described["model"], described["dense"], described["expert"]
+        attention = described.get("attention")  # older stores have none
         layers = tuple(
             LayerRecords(
                 layer["module"],
@@ -144,7 +205,26 @@ class StoreIndex:
             source_digest=described["source"]["digest"],
             source_bytes=int(described["source"]["bytes"]),
             packages=dict(described["packages"]),
+            attention=AttentionRecords.from_json(attention) if attention else None,
         )
+
+
+def checksums(
+    index: StoreIndex, file: str, precision: str, records: Mapping[str, RecordLayout]
+) -> dict[str, int] | None:
+    """The CRC-32 of each record of a file; None unless it holds just these, laid out so."""
+    attention = index.attention
+    if attention and file == attention.file:
+        stored = {r.module: (attention.layout(r), r.crc32) for r in attention.linears}
+        kept = attention.precision
+    else:
+        layer = next((layer for layer in index.layers if layer.file == file), None)
+        crc32 = layer.crc32 if layer else ()
+        stored = {f"expert.{e}": (index.layout, crc) for e, crc in enumerate(crc32)}
+        kept = index.precision
+    if kept != precision or {name: layout for name, (layout, _) in stored.items()} != records:
+        return None
+    return {name: crc for name, (_, crc) in stored.items()}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moerun.attention import install_attention
 from moerun.errors import RunError
 from moerun.experts import IMPLEMENTATION, ExpertProvider, Sums, attach, register
 from moerun.families import empty_model, find_experts, read_config
@@ -44,6 +45,7 @@ def dense_model(store: ExpertStore, device: torch.device | str) -> Any:
         config.dtype = dtype
         model: Any = empty_model(config, dtype, experts=IMPLEMENTATION)
         _empty_experts(model, store)
+        install_attention(model, store, torch.device(device))
         _load_dense(model, file, torch.device(device), store.index.dense_skew)
     _rebuild_buffers(model, torch.device(device))
     model.generation_config = _generation_config(store.path, config)

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moerun.generate import Generated, Sampling
+    from moerun.generate import Sampling, Work
     from moerun.runner import Runner
 
 PACKAGES = ("moe-offload-lab", "torch", "transformers", "numpy")
@@ -22,6 +22,11 @@ class Format(StrEnum):
     table = "table"
     json = "json"
     csv = "csv"
+
+
+def decimal_bytes(n_bytes: int) -> str:
+    """In GB (10^9), or in MB below one."""
+    return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Report:
     scope: str
     model: str
     precision: str
+    attention: str
     device: str
     streams: int
     link_bytes_per_s: float | None
@@ -71,7 +77,7 @@ class Report:
     interrupted: bool
 
 
-def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False) -> Report:
+def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> Report:
     from moerun.devices import peak_device_bytes, peak_host_bytes
 
     settings, totals = runner.settings, generated.totals
@@ -85,11 +91,12 @@ def report_of(runner: Runner, generated: Generated, *, interrupted: bool = False
         scope=settings.scope,
         model=runner.store.index.model,
         precision=runner.store.index.precision,
+        attention=runner.store.index.attention_precision,
         device=str(settings.device),
         streams=settings.streams,
         link_bytes_per_s=settings.link_bytes_per_s,
         prompt_tokens=generated.prompt_tokens,
-        new_tokens=len(generated.token_ids),
+        new_tokens=generated.new_tokens,
         **counts | {"stall_s": round(totals.stall_s, 6)},
         hit_ratio=totals.hit_ratio,
         time_s=round(generated.prompt_s + generated.decode_s, 6),

@@ -104,9 +104,7 @@ class Runner:
 
     def generate(self, prompt: str, sampling: Sampling) -> str:
         """The text that follows ``prompt``."""
-        generated = self.generation().run(self.encode(prompt), sampling)
-        text: str = self.tokenizer.decode(generated.token_ids, skip_special_tokens=True)
-        return text
+        return self.generation().run(self.encode(prompt), sampling).text
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,15 @@ class ExpertShape:
                 ExpertParam("down_proj", (hidden, inner), dtype),
             )
         )
+
+    @classmethod
+    def matrix(cls, rows: int, columns: int) -> ExpertShape:
+        """A single matrix [rows, columns], such as a projection of attention."""
+        return cls((ExpertParam("weight", (rows, columns), torch.bfloat16),))
+
+    @property
+    def n_weights(self) -> int:
+        return sum(math.prod(param.shape) for param in self.params)
 
     def record(self, precision: str) -> RecordLayout:
         """The record of one expert at `precision`. Raises RunError when it does not exist."""

@@ -21,7 +21,14 @@ import torch
 from torch import nn
 
 from moerun.errors import RunError
-from moerun.families import count_experts, empty_model, expert_shape, find_experts, read_config
+from moerun.families import (
+    count_experts,
+    empty_model,
+    expert_shape,
+    find_attention,
+    find_experts,
+    read_config,
+)
 from moerun.shape import ExpertParam, ExpertShape
 from moerun.tensorfile import CACHE_LINE, TensorEntry, TensorFile, bytes_of
 
@@ -116,20 +123,23 @@ class _Target:
 class ModelSource:
     """A checkpoint as its model wants it: dense tensors by name, experts by layer and number."""
 
-    def __init__(self, path: Path, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, path: Path, *, dtype: torch.dtype | None = None, attention_apart: bool = False
+    ) -> None:
         """`dtype` of the dense tensors, cast as transformers would; None: the checkpoint's own.
 
+        `attention_apart`: the projections in `attention` are not among the dense tensors.
         Raises RunError for what is no supported checkpoint, or lacks tensors.
         """
         self.config = read_config(path)
         self.checkpoint = Checkpoint(path)
         try:
-            self._describe(dtype)
+            self._describe(dtype, attention_apart)
         except BaseException:
             self.checkpoint.close()
             raise
 
-    def _describe(self, dtype: torch.dtype | None) -> None:
+    def _describe(self, dtype: torch.dtype | None, attention_apart: bool) -> None:
         native = self._native_dtype()
         self.dtype = dtype or native
         self.model = empty_model(self.config, self.dtype)
@@ -137,6 +147,11 @@ class ModelSource:
         self.layers = tuple(name for name, _ in found)
         self.shape: ExpertShape = expert_shape(found[0][1], native)
         self.n_experts = count_experts(found[0][1])
+        self.attention = {
+            name: tuple(linear.weight.shape) for name, linear in find_attention(self.model)
+        }
+        """Rows and columns of each projection of attention, by its module's name."""
+        self._apart = {f"{name}.weight" for name in self.attention} if attention_apart else set()
         self._state = self.model.state_dict()
         self._dtypes = _dtypes_of(self.model, self._state, self.dtype)
         self._targets = self._match()
@@ -197,11 +212,13 @@ class ModelSource:
                 )
 
     def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of everything but the experts, in the order of the model."""
+        """Name, dtype and shape of all but experts (and attention, if apart), in model order."""
         return {
             name: (self._dtypes[name], tuple(tensor.shape))
             for name, tensor in self._state.items()
-            if name in self._targets and not name.startswith(tuple(f"{n}." for n in self.layers))
+            if name in self._targets
+            and name not in self._apart
+            and not name.startswith(tuple(f"{n}." for n in self.layers))
         }
 
     def read_dense(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -235,6 +252,10 @@ class ModelSource:
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The parameters of one expert as they are stored, without the dimension of the experts."""
         return {param.name: self._expert_param(layer, expert, param) for param in self.shape.params}
+
+    def read_attention(self, module: str) -> dict[str, torch.Tensor]:
+        """The weight of one projection of attention, as it is stored."""
+        return {"weight": self._make(f"{module}.weight", self.checkpoint.read)}
 
     def _expert_param(self, layer: int, expert: int, param: ExpertParam) -> torch.Tensor:
         name = f"{self.layers[layer]}.{param.name}"

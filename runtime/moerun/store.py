@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import zlib
@@ -34,7 +35,7 @@ class ExpertStore:
     def __init__(self, path: Path, index: StoreIndex) -> None:
         self.path = path
         self.index = index
-        self._fds: dict[int, int] = {}
+        self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
         self._verified = bytearray(self.n_keys)
 
@@ -73,8 +74,22 @@ class ExpertStore:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all records and of the dense weights."""
-        return self.n_keys * self.record_bytes + self.index.dense_bytes
+        """Bytes of all experts' records, of attention and of the dense weights."""
+        return self.n_keys * self.record_bytes + self.attention_bytes + self.index.dense_bytes
+
+    @property
+    def attention_bytes(self) -> int:
+        """Bytes of the file of attention; 0 where it is among the dense weights."""
+        return self.index.attention.file_bytes if self.index.attention else 0
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the model: what the bytes of the store stand for."""
+        index = self.index
+        with TensorFile(self.dense_path) as file:
+            dense = sum(math.prod(entry.shape) for entry in file.entries.values())
+        attention = index.attention.n_weights if index.attention else 0
+        return dense + attention + self.n_keys * index.shape.n_weights
 
     def location(self, key: int) -> Location:
         """Raises RunError for a key that the store does not have."""
@@ -93,23 +108,46 @@ class ExpertStore:
             raise AssertionError(f"{buffer.dtype}[{buffer.nbytes}] for {self.record_bytes} bytes")
         layer, expert = self._split(key)
         where = self.location(key)
-        try:
-            got = read_at(self._fd(layer), where.offset, buffer)
-        except OSError as error:
-            raise self._damaged(key, f"could not be read ({error.strerror})") from error
-        if got != where.nbytes:
-            raise self._damaged(key, f"is cut off after {got} of {where.nbytes} bytes")
-        if verify or (verify is None and not self._verified[key]):
-            found = zlib.crc32(memory_of(buffer))
-            if found != self.index.layers[layer].crc32[expert]:
-                raise self._damaged(key, "is damaged (its checksum differs)")
+        check = verify or (verify is None and not self._verified[key])
+        crc32 = self.index.layers[layer].crc32[expert] if check else None
+        self._read(where, buffer, crc32, f"expert {expert} of layer {layer}")
+        if check:
             self._verified[key] = 1
+
+    def read_attention(self, module: str, buffer: torch.Tensor) -> None:
+        """Read and check the record of a quantised projection of attention, by its module's name.
+
+        `buffer` is as for `read_into`, of the length of that record's layout. Raises RunError
+        that names file and module when it cannot be read or is not what was packed.
+        """
+        attention = self.index.attention
+        assert attention is not None
+        linear = next(linear for linear in attention.linears if linear.module == module)
+        where = Location(self.path / attention.file, linear.offset, buffer.nbytes)
+        self._read(where, buffer, linear.crc32, module)
+
+    def _read(self, where: Location, buffer: torch.Tensor, crc32: int | None, what: str) -> None:
+        def damaged(how: str) -> RunError:
+            return RunError(f"{what} {how} in {where.path}: copy the store again or pack it again")
+
+        try:
+            got = read_at(self._fd(where.path), where.offset, buffer)
+        except OSError as error:
+            raise damaged(f"could not be read ({error.strerror})") from error
+        if got != where.nbytes:
+            raise damaged(f"is cut off after {got} of {where.nbytes} bytes")
+        if crc32 is not None and zlib.crc32(memory_of(buffer)) != crc32:
+            raise damaged("is damaged (its checksum differs)")
 
     def verify(self) -> None:
         """Read everything and compare the checksums. Raises RunError at the first difference."""
         buffer = torch.empty(self.record_bytes, dtype=torch.uint8)
         for key in range(self.n_keys):
             self.read_into(key, buffer, verify=True)
+        if attention := self.index.attention:
+            for linear in attention.linears:
+                length = attention.layout(linear).record_bytes
+                self.read_attention(linear.module, torch.empty(length, dtype=torch.uint8))
 
     def close(self) -> None:
         with self._lock:
@@ -130,36 +168,32 @@ class ExpertStore:
             )
         return divmod(key, self.n_experts)
 
-    def _fd(self, layer: int) -> int:
-        fd = self._fds.get(layer)
+    def _fd(self, path: Path) -> int:
+        fd = self._fds.get(path.name)
         if fd is None:
             with self._lock:
-                fd = self._fds.get(layer)
+                fd = self._fds.get(path.name)
                 if fd is None:
-                    path = self.path / self.index.layers[layer].file
-                    fd = self._fds[layer] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    fd = self._fds[path.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return fd
-
-    def _damaged(self, key: int, what: str) -> RunError:
-        layer, expert = divmod(key, self.n_experts)
-        return RunError(
-            f"expert {expert} of layer {layer} {what} in {self.location(key).path}: "
-            "copy the store again or pack it again"
-        )
 
     def _check_files(self) -> None:
         for layer, records in enumerate(self.index.layers):
-            path = self.path / records.file
-            try:
-                found = path.stat().st_size
-            except FileNotFoundError as error:
-                raise RunError(
-                    f"{path} is missing, which holds the experts of layer {layer}: "
-                    "copy the store again or pack it again"
-                ) from error
-            if found != records.file_bytes:
-                raise RunError(
-                    f"{path} has {found} bytes instead of {records.file_bytes}, it holds the "
-                    f"experts of layer {layer}: copy the store again or pack it again"
-                )
+            self._check_file(records.file, records.file_bytes, f"the experts of layer {layer}")
+        if attention := self.index.attention:
+            self._check_file(attention.file, attention.file_bytes, "attention")
         TensorFile(self.dense_path).close()
+
+    def _check_file(self, name: str, file_bytes: int, what: str) -> None:
+        path = self.path / name
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{path} is missing, which holds {what}: copy the store again or pack it again"
+            ) from error
+        if found != file_bytes:
+            raise RunError(
+                f"{path} has {found} bytes instead of {file_bytes}, it holds {what}: "
+                "copy the store again or pack it again"
+            )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
 from moerun.index import FORMAT_VERSION, INDEX_FILE
 from moerun.pack import Progress, pack
-from moerun.shape import NATIVE, scheme_of
+from moerun.plan import Precisions
+from moerun.shape import NATIVE
 from moerun.source import Checkpoint
 from moerun.store import ExpertStore
 
@@ -23,6 +24,7 @@ def find_store(
     model: str,
     *,
     precision: str = NATIVE,
+    attention: str = NATIVE,
     folder: Path | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
@@ -30,25 +32,47 @@ def find_store(
     """The store of ``model`` (a store's folder, or what ``checkpoints.resolve`` takes).
 
     A checkpoint is packed into ``folder``, or into the user's cache, unless that is done already.
-    ``report`` is told when it must be. Raises RunError where there is no such model, ``folder``
-    holds another one, or the pack cannot be made.
+    What stores beside it have in the same form is shared with them.
+    ``report`` is told when it must be packed. Raises RunError where there is no such model,
+    ``folder`` holds another one, or the pack cannot be made.
     """
-    scheme_of(precision)
+    precisions = Precisions.chosen(precision, attention, None)
     if is_store(Path(model).expanduser()):
-        store = ExpertStore.open(model)
-        return _of_precision(store, precision)
+        return _of_precision(ExpertStore.open(model), precision, attention)
     checkpoint = resolve(model)
-    place = folder or cache_folder() / _store_name(model, checkpoint, precision)
+    digest = _digest(checkpoint)
+    place = folder or cache_folder() / _store_name(model, digest, precisions)
     with _locked(place):
         if is_store(place):
-            return _of_precision(_of_model(_reopen(place), checkpoint), precision)
+            return _of_precision(_of_model(_reopen(place), checkpoint), precision, attention)
         if report:
-            report(f"packing {model} ({precision}) into {place}; the next run will find it there")
-        return pack(checkpoint, place, precision=precision, name=_name(model), progress=progress)
+            report(
+                f"packing {model} ({_described(precisions)}) into {place}; "
+                "the next run will find it there"
+            )
+        return pack(
+            checkpoint,
+            place,
+            precision=precision,
+            attention=attention,
+            name=_name(model),
+            reuse=stores_in(place.parent),
+            report=report,
+            progress=progress,
+        )
 
 
 def is_store(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file()
+
+
+def stores_in(folder: Path) -> list[ExpertStore]:
+    """The whole stores that lie in a folder; none where it is not there."""
+    found = []
+    for index in sorted(folder.glob(f"*/{INDEX_FILE}")):
+        with suppress(RunError):
+            found.append(ExpertStore.open(index.parent))
+    return found
 
 
 def cache_folder() -> Path:
@@ -63,9 +87,16 @@ def _name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def _store_name(model: str, checkpoint: Path, precision: str) -> str:
+def _described(precisions: Precisions) -> str:
+    """The experts' precision, and attention's where it is not that of the dense weights."""
+    if not precisions.packs_attention:
+        return precisions.expert
+    return f"{precisions.expert}-attention-{precisions.attention}"
+
+
+def _store_name(model: str, digest: str, precisions: Precisions) -> str:
     name = _name(model).replace("/", "--")
-    return f"{name}-{_digest(checkpoint)[:16]}-{precision}-v{FORMAT_VERSION}"
+    return f"{name}-{digest[:16]}-{_described(precisions)}-v{FORMAT_VERSION}"
 
 
 def _digest(checkpoint: Path) -> str:
@@ -92,11 +123,16 @@ def _of_model(store: ExpertStore, checkpoint: Path) -> ExpertStore:
     return store
 
 
-def _of_precision(store: ExpertStore, precision: str) -> ExpertStore:
+def _of_precision(store: ExpertStore, precision: str, attention: str) -> ExpertStore:
     if precision not in (NATIVE, store.index.precision):
         raise RunError(
             f"the experts in {store.path} are {store.index.precision}, not {precision}: "
             "leave --precision out, or pack the checkpoint again"
+        )
+    if attention not in (NATIVE, store.index.attention_precision):
+        raise RunError(
+            f"attention in {store.path} is {store.index.attention_precision}, not {attention}: "
+            "leave --attention out, or pack the checkpoint again"
         )
     return store
 

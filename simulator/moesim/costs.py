@@ -12,6 +12,9 @@ from moesim.errors import SimulationError
 from moesim.profile import Machine
 from moesim.workload import Workload
 
+YEAR_NS = 365 * 24 * 3600 * 10**9
+LONGEST_NS = 100 * YEAR_NS  # a run's; 64 bits hold 292 years
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -87,20 +90,29 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
     low_bytes = sizes.low_bytes or sizes.expert_bytes
     low_pieces, low_last = _cut(low_bytes, chunk)
     # Tables by the number of tokens, not a duration a step: a workload can have 10^8 of them.
-    tokens, routed = _counts(workload.tokens), _counts(workload.routed)
+    tokens, routed = (_counts(*extent) for extent in workload.extent)
     expert = sizes.expert_bytes, sizes.expert_params
     low = low_bytes, sizes.expert_params
+    layer_ns = [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens]
+    expert_ns = [machine.expert_ns(n, *expert) for n in routed]
+    cpu_ns = [machine.cpu_expert_ns(n, *expert) for n in routed]
+    copy_ns = machine.latency_ns + machine.read_ns(sizes.expert_bytes)
+    copy_ns += 2 * n_pieces * machine.copy_ns(chunk or sizes.expert_bytes)
+    step_ns = max(layer_ns) + machine.pass_ns(sizes.token_bytes)
+    most_ns = len(workload.keys) * (copy_ns + max(expert_ns) + max(cpu_ns))
+    if most_ns + workload.n_steps * step_ns > LONGEST_NS:
+        raise SimulationError(
+            f"machine '{machine.name}' is so slow that {workload.n_steps:,} steps may take "
+            f"{LONGEST_NS // YEAR_NS} years or more: check the rates and times of its profile"
+        )
     return Costs(
         tokens=workload.tokens,
         routed=workload.routed,
         begins_pass=workload.begins_pass,
         pass_ns=machine.pass_ns(sizes.token_bytes),
-        layer_ns=np.array(
-            [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens],
-            np.int64,
-        ),
-        expert_ns=np.array([machine.expert_ns(n, *expert) for n in routed], np.int64),
-        cpu_ns=np.array([machine.cpu_expert_ns(n, *expert) for n in routed], np.int64),
+        layer_ns=np.array(layer_ns, np.int64),
+        expert_ns=np.array(expert_ns, np.int64),
+        cpu_ns=np.array(cpu_ns, np.int64),
         latency_ns=machine.latency_ns,
         piece_ns=machine.copy_ns(chunk or sizes.expert_bytes),
         last_piece_ns=machine.copy_ns(last),
@@ -126,8 +138,7 @@ def _cut(n_bytes: int, chunk_bytes: int) -> tuple[int, int]:
     return n_pieces, n_bytes - (n_pieces - 1) * chunk_bytes
 
 
-def _counts(column: NDArray[np.int32]) -> list[int]:
-    """0, 1, 2 ... to the greatest of ``column``; the least stands for those below it, so that no
-    table has an entry that no step can take."""
-    least, most = int(column.min()), int(column.max())
+def _counts(least: int, most: int) -> list[int]:
+    """0, 1, 2 ... to ``most``; ``least`` stands for those below it, so that no table has an entry
+    that no step can take."""
     return [max(least, n) for n in range(most + 1)]

@@ -59,7 +59,8 @@ class At(simpy.Event):
     """An event ``delay`` ns from now, with its place among those of its instant."""
 
     def __init__(self, env: Nanoseconds, delay: int, priority: int) -> None:
-        super().__init__(env)
+        self.env = env
+        self.callbacks = []
         self._ok = True
         self._value = None
         env.schedule(self, priority, delay)  # type: ignore[arg-type]
@@ -79,6 +80,20 @@ class Clock:
     def add(self, *segment: int) -> None:
         if self.segments is not None:
             self.segments.append(Segment(*segment))
+
+    def follow(self, other: Clock) -> None:
+        """Let another run's time come after this one's; what it left under way is cut off."""
+        if self.segments is not None:
+            for segment in other.segments or ():
+                begins, ends = segment.begins, min(segment.ends, other.total_ns)
+                if begins <= ends:
+                    shift = self.total_ns
+                    self.segments.append(segment._replace(begins=shift + begins, ends=shift + ends))
+        self.total_ns += other.total_ns
+        self.decode_ns += other.decode_ns
+        self.prompt_ns += other.prompt_ns
+        self.stall_ns += other.stall_ns
+        self.link_busy_ns += other.link_busy_ns
 
 
 @dataclass(slots=True)
@@ -190,16 +205,18 @@ class SimulatedLink:
 
     def _grant_bus(self) -> None:
         """The next piece: of demand before prefetch, of what started first."""
-        ready = [copy for copy in self._copies if copy.ready_at <= self.env.now]
+        now = self.env.now
+        ready = [copy for copy in self._copies if copy.ready_at <= now]
         if not ready:
             return
-        copy = min(ready, key=lambda c: (not c.demand, c.number))
+        copy = ready[0]
+        if len(ready) > 1:
+            copy = min(ready, key=lambda c: (not c.demand, c.number))
         costs = self.costs
         n_pieces, last_ns = costs.n_pieces, costs.last_piece_ns
         if copy.low:
             n_pieces, last_ns = costs.low_pieces, costs.low_last_piece_ns
         took = last_ns if (copy.pieces - 1) % n_pieces == 0 else costs.piece_ns
-        now = self.env.now
         self._bus_busy = True
         self.clock.link_busy_ns += took
         self.clock.add(LINK_LANE, copy.stream, now, now + took, copy.key, int(copy.demand))

@@ -44,14 +44,13 @@ DISK_FREE_AT = 3
 STARTED = 4  # copies so far
 ARRIVED = 5  # arrivals so far
 N_SEGMENTS = 6
-HOST_TIME = 7  # uses of the host's cache so far
-HOST_BYTES = 8  # of the records in it
-DECODE_NS = 9
-PROMPT_NS = 10
-STALL_NS = 11
-LINK_BUSY_NS = 12
-N_COPIES = 13  # under way
-CLOCK_ENTRIES = 14
+HOST_BYTES = 7  # of the records in the host's cache
+DECODE_NS = 8
+PROMPT_NS = 9
+STALL_NS = 10
+LINK_BUSY_NS = 11
+N_COPIES = 12  # under way
+CLOCK_ENTRIES = 13
 
 # Columns of Link.copies, a row a stream. KEY is -1 where the stream is free.
 KEY = 0
@@ -62,6 +61,10 @@ PIECES = 4
 COPY_IS_LOW = 5
 COPY_COLUMNS = 6
 
+# Columns of Link.host: the neighbours in order of use. NEWER is -1 where the key is not there.
+NEWER = 0
+OLDER = 1
+
 
 class Link(NamedTuple):
     """Everything of the machine that lasts from step to step."""
@@ -69,7 +72,7 @@ class Link(NamedTuple):
     clock: NDArray[np.int64]  # [CLOCK_ENTRIES]
     copies: NDArray[np.int64]  # [streams, COPY_COLUMNS]
     arrival: NDArray[np.int64]  # [n_keys] which arrival the key's latest was
-    host_used: NDArray[np.int64]  # [records] when the host last used it; 0: not in its cache
+    host: NDArray[np.int64]  # [records + 1, 2] its cache, a ring by use; the last row begins it
     cpu_free_at: NDArray[np.int64]  # [workers]
     segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
 
@@ -89,11 +92,14 @@ def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
     clock = np.zeros(CLOCK_ENTRIES, np.int64)
     clock[BUS_UNTIL] = NEVER
     copies = np.full((costs.streams * (2 if costs.chunked else 1), COPY_COLUMNS), -1, np.int64)
+    n_records = n_keys * (2 if costs.low_bytes else 1)
+    host = np.full((n_records + 1, 2), -1, np.int64)
+    host[n_records] = n_records
     return Link(
         clock=clock,
         copies=copies,
         arrival=np.zeros(n_keys, np.int64),
-        host_used=np.zeros(n_keys * (2 if costs.low_bytes else 1), np.int64),
+        host=host,
         cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
         segments=np.zeros((n_segments, 6), np.int64),
     )
@@ -201,10 +207,13 @@ def _expert_step(
             _want(link, step.experts[rank])
         if outcome[rank] == COMPUTE or outcome[rank] == SKIP:
             remaining -= 1
+    hits = 0  # the ranks among which all hits are computed
     # One place for time to pass in, as compiled code has all that can happen then in each.
     while remaining > 0 or joins_at > clock[NOW]:
         began = clock[NOW]
-        rank = _next_ready(cache, link, step, outcome)
+        while hits < n and outcome[hits] != HIT:
+            hits += 1
+        rank = hits if hits < n else _first_ready(cache, link, step, outcome)
         runs = -1
         if rank >= 0:
             runs = step.experts[rank]
@@ -250,14 +259,12 @@ def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[
     return joins_at
 
 
-def _next_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
-    """The rank of the next expert to compute: hits in router order, then what has a stand-in, then
-    whichever of the awaited arrived first; -1 while none is there."""
+def _first_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
+    """After the hits: the first rank that has a stand-in, then that of the awaited expert which
+    arrived first; -1 while none has."""
     first = -1
     stood_in_for = -1
     for rank in range(len(step.experts)):
-        if outcome[rank] == HIT:
-            return rank
         if outcome[rank] == LATE or outcome[rank] == MISS:
             key = step.experts[rank]
             if cache.keys[key, STATUS] == RESIDENT and (
@@ -364,25 +371,33 @@ def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -
 
 def _host_has(costs: Costs, link: Link, key: int, low: int) -> bool:
     """Whether the host's cache has the record; it does afterwards, if there is room for it."""
-    clock, used = link.clock, link.host_used
-    n_keys = len(link.arrival)
-    record = key + low * n_keys
+    clock, host = link.clock, link.host
+    record = key + low * len(link.arrival)
     n_bytes = costs.low_bytes if low else costs.expert_bytes
-    clock[HOST_TIME] += 1
-    hit = bool(used[record] > 0)
+    hit = bool(host[record, NEWER] >= 0)
+    if hit:
+        _host_drop(costs, link, record)
     if n_bytes > costs.host_bytes:
-        return False
-    used[record] = clock[HOST_TIME]
-    if not hit:
-        clock[HOST_BYTES] += n_bytes
-        while clock[HOST_BYTES] > costs.host_bytes:
-            oldest = -1
-            for other in range(len(used)):
-                if used[other] > 0 and (oldest < 0 or used[other] < used[oldest]):
-                    oldest = other
-            used[oldest] = 0
-            clock[HOST_BYTES] -= costs.low_bytes if oldest >= n_keys else costs.expert_bytes
+        return hit
+    ring = len(host) - 1
+    newest = host[ring, OLDER]
+    host[record, OLDER] = newest
+    host[record, NEWER] = ring
+    host[newest, NEWER] = record
+    host[ring, OLDER] = record
+    clock[HOST_BYTES] += n_bytes
+    while clock[HOST_BYTES] > costs.host_bytes:
+        _host_drop(costs, link, host[ring, NEWER])
     return hit
+
+
+def _host_drop(costs: Costs, link: Link, record: int) -> None:
+    older, newer = link.host[record, OLDER], link.host[record, NEWER]
+    link.host[older, NEWER] = newer
+    link.host[newer, OLDER] = older
+    link.host[record, NEWER] = -1
+    low = record >= len(link.arrival)
+    link.clock[HOST_BYTES] -= costs.low_bytes if low else costs.expert_bytes
 
 
 def _want(link: Link, key: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import find_policy
+from moerun.attention import PackedLinear
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
 from moerun.experts import ResidentProvider
@@ -160,3 +161,24 @@ def test_more_slots_than_the_gpu_has_memory_for_are_refused(
         make_link(
             store, form, Settings(find_policy("lru"), device=device), total // form.slot_bytes + 1
         )
+
+
+@pytest.mark.parametrize("precision", ["4bit", "3bit", "2bit"])
+def test_packed_attention_computes_what_plain_dequantisation_does(
+    device: torch.device, tmp_path: Path, precision: str
+) -> None:
+    packed = pack(resolve("tiny"), tmp_path / "packed", attention=precision)
+    with torch.inference_mode():
+        models = [
+            load_offloaded(packed, where, ResidentProvider(packed, where))[0]
+            for where in (device, torch.device("cpu"))
+        ]
+        for name, on_host in models[1].named_modules():
+            if isinstance(on_host, PackedLinear):
+                x = torch.randn(3, 7, on_host.in_features, dtype=torch.float16)
+                found = models[0].get_submodule(name)(x.to(device)).cpu()
+                assert found.dtype == x.dtype
+                wanted = on_host(x).float()
+                assert (found.float() - wanted).norm() < 0.01 * wanted.norm(), name
+    with Runner(packed, Settings(find_policy("lru-spec"), slots=2, device=device)) as runner:
+        assert runner.generate(PROSE, Sampling(max_new_tokens=8))

@@ -12,16 +12,25 @@ from hypothesis import strategies as st
 from moepolicy import Context, ExpertCache, Kind, PolicyError, find_policy, replay_journal
 from support.clock import context_for, drive, make_steps, scenarios
 
-DEMAND_ONLY = ["lru", "lfu", "fifo", "random:seed=3", "static", "belady", "belady-bypass"]
+QUEUES = ["clock", "sieve", "slru:protected=0.5", "2q", "s3-fifo:small=0.5,ghosts=1", "arc"]
+FREQUENCIES = ["lfu-aging", "lfu-aging:aging=0", "lfru", "least-stale", "class-lru:half_life=2"]
+DEMAND_ONLY = [
+    *["lru", "lfu", "fifo", "random:seed=3", "static", "belady", "belady-bypass"],
+    *QUEUES,
+    *FREQUENCIES,
+]
 PREFETCHING = ["lru-spec:n=1,staging=1", "lru-spec:n=2,staging=4"]
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 SLOT_PREFETCHING = f"{OWN}:SlotSpec"
 
 
+GUESSING = [
+    f"{OWN}:Guessing:eviction={name}"
+    for name in ["clock", "sieve", "slru", "2q", "s3-fifo", "arc", "arc,staging=2", "lfu-aging"]
+]
 CHOOSING = f"{OWN}:Anything"
 CHOOSING_AHEAD = [f"{OWN}:AnythingAhead", f"{OWN}:AnythingStaged"]
-
-ALL = [*DEMAND_ONLY, *PREFETCHING, SLOT_PREFETCHING, CHOOSING, *CHOOSING_AHEAD]
+ALL = [*DEMAND_ONLY, *PREFETCHING, SLOT_PREFETCHING, *GUESSING, CHOOSING, *CHOOSING_AHEAD]
 
 
 @pytest.mark.parametrize("policy", ALL)

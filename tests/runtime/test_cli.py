@@ -147,6 +147,16 @@ def test_the_prompt_may_come_from_a_file(moerun: Call, tmp_path: Path) -> None:
     assert texts[0] == texts[1] != ""
 
 
+def test_the_text_ends_before_a_stop_string(moerun: Call) -> None:
+    arguments = ("--prompt", PROMPT, "--max-new-tokens", "30", "--format", "json")
+    whole = json.loads(moerun(*arguments).stdout)
+    stop = whole["text"].split()[4]
+    cut = json.loads(moerun(*arguments, "--stop", stop, "--stop", "@@").stdout)
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["new_tokens"] < whole["new_tokens"]
+    assert cut["sampling"]["stop_strings"] == [stop, "@@"]
+
+
 def test_policies_are_listed(moerun: Call) -> None:
     done = moerun("policies")
     assert done.returncode == 0
@@ -188,6 +198,7 @@ def test_a_second_store_is_packed_and_what_it_changed_is_said(moerun: Call) -> N
         (("--link-gbps", "0"), "link-gbps must be above 0"),
         (("--temperature", "-1"), "temperature must be 0 or more"),
         (("--top-p", "2"), "top-p must be above 0 and at most 1"),
+        (("--stop", ""), "a stop string must not be empty"),
         (("--max-new-tokens", "0"), "max-new-tokens must be 1 or more"),
         (("--horizon", "-2"), "horizon must be 0 or more"),
         (("--prompt", ""), "the prompt is empty"),
@@ -221,6 +232,11 @@ def test_a_refused_prompt_leaves_no_recording(moerun: Call, tmp_path: Path) -> N
         ("nonsense",),
         ("profile",),
         ("--slots", "2", "policies"),
+        ("--slots", "2", "serve"),
+        ("serve", "--port", "70000"),
+        ("serve", "--queue", "-1"),
+        ("serve", "--api-key", ""),
+        ("chat", "tiny", "--slots", "2", "--memory", "1GiB"),
     ],
 )
 def test_wrong_usage_exits_with_2(moerun: Call, arguments: tuple[str, ...]) -> None:

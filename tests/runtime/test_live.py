@@ -28,9 +28,9 @@ from moerun.record import EventLog, LiveRecording
 from moerun.runner import Runner, Settings
 from moerun.servable import unserved
 from moerun.store import ExpertStore
+from moesim import Workload, load_workload
 from moesim.profile import Compute, Link, Machine
 from moesim.simulate import simulate
-from moesim.workload import Workload, load_workload
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
 from transformers import AutoModelForCausalLM

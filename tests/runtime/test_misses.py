@@ -29,9 +29,9 @@ from moerun.session import Session
 from moerun.store import ExpertStore
 from moesim.costs import costs_of
 from moesim.engines import run as simulate
+from moesim.loading import load_workload
 from moesim.profile import Compute, Cpu, Link, Machine
 from moesim.simulate import sizes_of
-from moesim.workload import load_workload
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
 from transformers import AutoModelForCausalLM
@@ -133,7 +133,7 @@ def test_the_simulator_repeats_the_run_event_for_event(
         workload,
         chosen.policy,
         context,
-        lambda _: costs_of(workload, a_machine, sizes, predicting=False),
+        costs_of(workload, a_machine, sizes, predicting=False),
         observers=(log,),
     )
     assert [tuple(event) for event in log.events] == [tuple(e) for e in document["events"]]

@@ -30,7 +30,7 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
         workload,
         find_policy(policy),
         workload.context(slots, scope),
-        lambda cache: costs_of(workload, on, SIZES, predicting=cache.prefetching),
+        costs_of(workload, on, SIZES, predicting="predictions" in find_policy(policy).requires),
         engine=Engine(engine),
         timeline=True,
     )
@@ -61,7 +61,17 @@ def test_the_replay_is_simpy_to_the_nanosecond(
 
 # Compiling takes seconds for each policy and set of features: here every feature is on.
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass", "fiddler", CHOOSING[1]])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "lru-spec",
+        "belady-bypass",
+        "fiddler",
+        *["clock", "sieve", "slru", "2q", "s3-fifo", "arc"],
+        *["lfu-aging", "lfru", "least-stale", "class-lru"],
+        CHOOSING[1],
+    ],
+)
 @given(traces(), full_machines, st.sampled_from(["layer", "global"]))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_compiling_changes_nothing(
@@ -118,7 +128,7 @@ def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
             workload,
             policy,
             workload.context(2, "layer"),
-            lambda _: costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+            costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
         )
         return cache.board.tolist(), clock.total_ns
 

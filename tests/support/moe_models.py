@@ -49,13 +49,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(family: str) -> Any:
+def small_config(family: str, **changes: Any) -> Any:
+    """The configuration of a small model; `changes` come on top of the family's own."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **{**_SIZES, **FAMILIES.get(family, {}), **changes})
+
+
+def random_model(family: str, **changes: Any) -> Any:
     """A model with seeded weights, large enough that its gates are decided."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES.get(family, {})})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(small_config(family, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(mean=float(parameter.ndim == 1), std=0.15)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from moepolicy import Context, Policy
+from moepolicy import Context, Policy, find_policy
+from moepolicy.composite import Composite
 from moepolicy.kinds import COMPUTE, LOAD, LOW, SKIP, SUBSTITUTE
+from moepolicy.speculation import NextGate
 
 
 class SlotSpec(Policy):
@@ -30,6 +32,17 @@ class SlotSpec(Policy):
         for i in range(min(3, self.n_keys)):
             keys[i] = ((step.layer + 1) * self.n_experts + i) % self.n_keys
         return min(3, self.n_keys)
+
+
+class Guessing(Composite):
+    """Any eviction with the next gate's guesses, in staging buffers or straight in slots."""
+
+    requires = frozenset({"predictions"})
+
+    def __init__(self, context: Context, eviction: str, staging: int = 0) -> None:
+        super().__init__(find_policy(eviction).build(context), NextGate(context, 2))
+        self.staging = max(staging, 1)
+        self.stage_prefetches = staging > 0
 
 
 class Broken(Policy):

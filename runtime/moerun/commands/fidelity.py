@@ -37,6 +37,7 @@ def fidelity(
     slots: opt.Slots = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     low: opt.Low = None,
     device: opt.Device = "auto",
@@ -77,7 +78,7 @@ def fidelity(
         calibration=calibration,
     )
     sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
-    found = opt.store(model, precision, store)
+    found = opt.store(model, precision, store, attention)
     settings = replace(settings, low=opt.low_store(model, low))
     from moerun.fidelity import compare
 

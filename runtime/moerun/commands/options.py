@@ -28,6 +28,13 @@ Model = Annotated[
         "folder of a store made by 'moerun pack'."
     ),
 ]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="tiny (bundled), a checkpoint's folder, owner/name on the Hugging Face hub, or the "
+        "folder of a store made by 'moerun pack'."
+    ),
+]
 Policy = Annotated[
     str,
     typer.Option(
@@ -55,6 +62,13 @@ Precision = Annotated[
     str,
     typer.Option(
         help="Of the experts: native (as they are), fp32, fp16, bf16, 4bit, 3bit or 2bit (HQQ)."
+    ),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="Precision of attention's projections, as --precision; unquantised they are as the "
+        "other dense weights."
     ),
 ]
 Store = Annotated[
@@ -114,6 +128,16 @@ Calibration = Annotated[
         show_default=False,
     ),
 ]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="End the text before this string; may be given several times.", show_default=False
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling; the same seed gives the same text.")]
 
@@ -157,15 +181,23 @@ def settings(
     )
 
 
-def sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> Sampling:
+def sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop: list[str] | None = None,
+) -> Sampling:
     from moerun.generate import Sampling
 
-    chosen = Sampling(max_new_tokens, temperature, top_p, seed)
+    chosen = Sampling(max_new_tokens, temperature, top_p, seed, stop_strings=tuple(stop or ()))
     chosen.check()
     return chosen
 
 
-def store(model: str, precision: str, folder: Path | None) -> ExpertStore:
+def store(
+    model: str, precision: str, folder: Path | None, attention: str = "native"
+) -> ExpertStore:
     """Find or make the store, telling on stderr when it must be made."""
     from rich.console import Console
 
@@ -180,7 +212,12 @@ def store(model: str, precision: str, folder: Path | None) -> ExpertStore:
 
     with pack_progress(console) as progress:
         return find_store(
-            model, precision=precision, folder=folder, report=report, progress=progress
+            model,
+            precision=precision,
+            attention=attention,
+            folder=folder,
+            report=report,
+            progress=progress,
         )
 
 

@@ -1,13 +1,18 @@
-"""`moerun pack`: write a checkpoint's experts as one record each."""
+"""`moerun pack`: write a checkpoint's experts, and attention, as one record each."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moerun.commands import options as opt
+from moerun.report import decimal_bytes
+
+if TYPE_CHECKING:
+    from moerun.store import ExpertStore
 
 
 def pack(
@@ -19,11 +24,12 @@ def pack(
     ],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     dense_precision: Annotated[
         str | None,
         typer.Option(
-            help="Of everything but the experts: native, fp32, fp16 or bf16. Default: that of the "
-            "experts unless they are quantised.",
+            help="Of everything but experts and quantised attention: native, fp32, fp16 or bf16. "
+            "Default: that of attention or experts where one of them is unquantised.",
             show_default=False,
         ),
     ] = None,
@@ -45,8 +51,10 @@ def pack(
 ) -> None:
     """Pack a checkpoint into a store that moerun reads one expert at a time.
 
-    Experts are kept as they are or quantised (HQQ). Interrupted at any moment, the same command
-    goes on where it stopped.
+    Experts and attention are kept as they are or quantised (HQQ). Interrupted at any moment, the
+    same command goes on where it stopped. Stores of one checkpoint in one folder share (as hard
+    links) what they have in common: another precision of attention takes no second packing of
+    experts.
     """
     from rich.console import Console
 
@@ -54,29 +62,57 @@ def pack(
     from moerun.commands.progress import pack_progress
     from moerun.devices import find_device
     from moerun.pack import pack as pack_store
+    from moerun.stores import stores_in
 
     opt.quiet_libraries()
     checkpoint = resolve(model, revision=revision)
     if device is not None:
         device = str(find_device(device))
     name = checkpoint.resolve().name if Path(model).is_dir() else model
-    with pack_progress(Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+
+    def report(text: str) -> None:
+        console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+    with pack_progress(console) as progress:
         store = pack_store(
             checkpoint,
             out,
             precision=precision,
+            attention=attention,
             dense_precision=dense_precision,
             name=name,
             revision=revision,
             workers=workers,
             device=device,
+            reuse=stores_in(out.absolute().parent),
+            report=report,
             progress=progress,
         )
-    index = store.index
-    typer.echo(
-        f"{out}: {index.model}, {store.n_layers} layers of {store.n_experts} experts in "
-        f"{index.precision}, {store.record_bytes:,} bytes each; "
-        f"{store.total_bytes / 1e9:.3f} GB with the dense weights ({index.dense_precision}), "
-        f"packed from {index.source_bytes / 1e9:.3f} GB"
+    with store:
+        for line in _sizes(store):
+            typer.echo(line)
+
+
+def _sizes(store: ExpertStore) -> Iterator[str]:
+    """What was packed, part by part, and for Mixtral-8x7B what the base paper's took."""
+    from moerun.table1 import MODEL, published
+
+    index, total = store.index, store.total_bytes
+    yield (
+        f"{store.path}: {index.model}, {store.n_layers} layers of {store.n_experts} experts in "
+        f"{index.precision}, {store.record_bytes:,} bytes each; {decimal_bytes(total)} with the "
+        f"dense weights ({index.dense_precision}), packed from {decimal_bytes(index.source_bytes)}"
     )
-    store.close()
+    parts = {
+        f"experts ({index.precision})": store.n_keys * store.record_bytes,
+        f"attention ({index.attention_precision})": store.attention_bytes,
+        f"everything else ({index.dense_precision})": index.dense_bytes,
+    }
+    split = "; ".join(f"{name} {decimal_bytes(size)}" for name, size in parts.items() if size)
+    yield f"{split}; {8 * total / store.n_weights:.2f} bits a weight"
+    if (row := published(index)) is not None:
+        yield (
+            f"published for {MODEL} at these precisions (Table 1 of arXiv 2312.17238): "
+            f"{row.size_gib:.2f} GiB; this store: {total / 2**30:.2f} GiB"
+        )

@@ -14,6 +14,7 @@ def profile(
     out: Annotated[Path, typer.Option(help="The TOML file to write.")],
     model: opt.Model = "tiny",
     precision: opt.Precision = "native",
+    attention: opt.Attention = "native",
     store: opt.Store = None,
     slots: opt.Slots = None,
     device: opt.Device = "auto",
@@ -43,7 +44,7 @@ def profile(
         cold=cold,
         threads=threads,
     )
-    found = opt.store(model, precision, store)
+    found = opt.store(model, precision, store, attention)
     from moerun.profile import measure
 
     measured = measure(found, settings, name or out.stem, repeats=repeats)

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for work that counts expert records."""
+"""A progress bar on stderr for work that counts records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def pack_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """Yields a function to tell (records done, records in all); the bar appears with the first."""
     bar = Progress(
-        TextColumn("packing experts"),
+        TextColumn("packing"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -41,10 +41,10 @@ def run(
         finally:
             if streaming:
                 _stream("\n")
-        report = report_of(runner, generation.outcome(), interrupted=interrupted)
-        text = runner.tokenizer.decode(generation.timings.token_ids, skip_special_tokens=True)
+        outcome = generation.outcome()
+        report = report_of(runner, outcome, interrupted=interrupted)
     out = sys.stderr if streaming else sys.stdout
-    out.write(render(report, format, text, provenance(sampling)))
+    out.write(render(report, format, outcome.text, provenance(sampling)))
     return interrupted
 
 
@@ -62,7 +62,7 @@ def _answer(
         generation.run(prompt_ids, sampling)
     except KeyboardInterrupt:
         interrupted = True
-        generation.timings.end()  # hands on the text it still holds back
+        generation.end_text()
     except BaseException:
         if recording:
             recording.discard()

@@ -77,6 +77,19 @@ def sweep(
         typer.Option(help="Values of a policy's parameter: lru-spec:n=1,2,3; may be repeated."),
     ] = None,
     engine: Annotated[Engine | None, typer.Option(help="As for compare.")] = None,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Empty caches and a fresh policy with every sequence."),
+    ] = False,
+    limits: Annotated[
+        bool | None,
+        typer.Option(
+            "--limits/--no-limits",
+            help="Columns of what no policy can beat, and of the gap from lru closed. "
+            "Default: yes; costs some passes for each cache size.",
+            show_default=False,
+        ),
+    ] = None,
     on: Annotated[
         str,
         typer.Option(
@@ -119,8 +132,10 @@ def sweep(
         "expert_bytes": _split(expert_bytes),
         "parameters": _parameters(param or []),
         "engine": engine,
+        "cold": cold or None,
+        "limits": limits,
     }
-    given = {name: value for name, value in flags.items() if value}
+    given = {name: value for name, value in flags.items() if value or value is False}
     axes = make_grid(merge(load_grid(grid) if grid else {}, given))
     settings = Settings(on, workers, resume, restart, state)
     began = time.monotonic()

@@ -1,0 +1,291 @@
+"""`moerun perplexity`: what quantisation costs, over bits of attention and of experts."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moerun.commands import options as opt
+from moerun.errors import RunError
+from moerun.report import Format, decimal_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from moerun.grid import Cell, Results
+    from moerun.perplexity import Measurement
+
+TABLE_1 = "native,4bit,3bit,2bit"
+HELD_OUT_SHARE = 0.05  # of each text the bundled model was trained on
+_LIST_HELP = (
+    "as a list: native, fp32, fp16, bf16, 4bit, 3bit, 2bit. Default: Table 1's, "
+    f"{TABLE_1} (of a packed store, its own)."
+)
+
+
+def perplexity(
+    text: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A UTF-8 text. Default: the part of Python's help topics that the bundled model "
+            "was not trained on.",
+            show_default=False,
+        ),
+    ] = None,
+    model: opt.Model = "tiny",
+    attention: Annotated[
+        str | None,
+        typer.Option(help=f"Precisions of attention, {_LIST_HELP}", show_default=False),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help=f"Precisions of the experts, {_LIST_HELP}", show_default=False),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a window. Default: the model's context, at most 2048.",
+            show_default=False,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens from one window's begin to the next one's. Default: the context, so that "
+            "windows do not overlap, as papers on quantisation do; less gives each token more to "
+            "go by, and takes as much longer.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Only the first so many of the text.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the results in this file (JSON lines), and go on with what it holds. "
+            "Default: one in the user's cache.",
+            show_default=False,
+        ),
+    ] = None,
+    policy: opt.Policy = "lru",
+    slots: opt.Slots = None,
+    memory: opt.Memory = None,
+    scope: opt.Scope = "layer",
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    format: opt.Output = Format.table,
+) -> None:
+    """Measure perplexity and size over the bits of attention and of experts.
+
+    Runs the model as it generates: offloaded, by the stock forward pass. Missing stores are packed
+    on the way and kept; stores share what they have in common. Killed or interrupted, the same
+    command goes on with the window it was at.
+
+    Table 1 of the base paper has Mixtral-8x7B on WikiText-2 and C4. Its figures are shown, beside
+    and apart, for a model of that shape only; they compare with a measurement on the same text.
+    """
+    settings = opt.settings(
+        policy=policy,
+        slots=slots,
+        memory=memory,
+        scope=scope,
+        device=device,
+        streams=1,
+        link_gbps=None,
+        threads=threads,
+    )
+    opt.quiet_libraries()
+    from moerun.grid import Results
+    from moerun.perplexity import Measurement
+
+    keys = _grid(model, attention, experts)
+    content = held_out_text() if text is None else _read(text)
+    measurement = Measurement(
+        model, content, settings, context=context, stride=stride, tokens=tokens
+    )
+    path = out or measurement.default_results()
+    console = Console(stderr=True)
+    with Results(path, measurement.identity) as results:
+        try:
+            _measure(model, measurement, keys, results, console)
+        except KeyboardInterrupt:
+            _say(console, f"finished windows are kept in {path}: the same command goes on")
+            raise
+        results.finish()
+    cells = [results.cells[key] for key in keys]
+    sys.stdout.write(_render(cells, measurement.identity, format))
+
+
+def held_out_text() -> str:
+    """The tail of this Python's help topics, which training of the bundled model left out."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    text = "".join(topics[name] for name in sorted(topics)).encode()
+    return text[text.index(b"\n", int(len(text) * (1 - HELD_OUT_SHARE))) + 1 :].decode()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is no UTF-8 text") from error
+
+
+def _grid(model: str, attention: str | None, experts: str | None) -> list[tuple[str, str]]:
+    """The cells asked for, attention by attention."""
+    from moerun.perplexity import own_precisions
+    from moerun.plan import Precisions
+
+    own = own_precisions(model)
+    ours, theirs = own or (TABLE_1, TABLE_1)
+    keys = [(a, e) for a in _names(attention or ours) for e in _names(experts or theirs)]
+    for key in keys:
+        if own is None:
+            Precisions.chosen(key[1], key[0], None)
+        elif key != own:
+            raise RunError(
+                f"{model} is a store with {own[0]} attention and {own[1]} experts: for others "
+                "give the checkpoint it was packed from"
+            )
+    return keys
+
+
+def _names(listed: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in listed.split(",")))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+
+def _bar(console: Console) -> Progress:
+    """Windows done and the time left, on a terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _measure(
+    model: str,
+    measurement: Measurement,
+    keys: list[tuple[str, str]],
+    results: Results,
+    console: Console,
+) -> None:
+    """Every cell that the results do not have yet."""
+    missing = [key for key in keys if key not in results.cells]
+    if len(missing) < len(keys):
+        _say(console, f"{len(keys) - len(missing)} of {len(keys)} cells are in {results.path}")
+    bar = _bar(console)
+    taken_up = sum(len(results.windows(key)) for key in missing)
+    total = len(missing) * len(measurement.windows)
+    task = bar.add_task("measuring", total=total, completed=taken_up)
+    if taken_up:
+        _say(console, f"going on after window {taken_up} of {total}")
+    began_s, measured = time.monotonic(), 0
+
+    def on_window() -> None:
+        nonlocal measured
+        measured += 1
+        bar.advance(task)
+
+    for number, (attention, experts) in enumerate(missing, start=1):
+        with opt.store(model, experts, None, attention) as store:
+            bar.update(task, description=f"attention {attention}, experts {experts}, windows")
+            bar.start()
+            try:
+                cell = measurement.measure(store, attention, experts, results, on_window)
+            finally:
+                bar.stop()
+        _say(
+            console,
+            f"attention {attention}, experts {experts}: perplexity {cell.perplexity:.4f} "
+            f"({number} of {len(missing)}{_left(total - taken_up, measured, began_s)})",
+        )
+
+
+def _left(windows: int, measured: int, began_s: float) -> str:
+    """What the remaining windows will take, packing included, by what those until now took."""
+    if not 0 < measured < windows:
+        return ""
+    left_s = (time.monotonic() - began_s) / measured * (windows - measured)
+    return f", about {timedelta(seconds=round(left_s))} left"
+
+
+def _render(cells: list[Cell], identity: dict[str, Any], format: Format) -> str:
+    if format is Format.table:
+        return _table(cells, identity)
+    rows = [asdict(cell) for cell in cells]
+    if format is Format.json:
+        return json.dumps({"kind": "measured", **identity, "cells": rows}, indent=1) + "\n"
+    for row in rows:
+        published = row.pop("published") or {}
+        for name in ("size_gib", "wikitext2", "c4"):
+            row[f"published_{name}"] = published.get(name)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _table(cells: list[Cell], identity: dict[str, Any]) -> str:
+    from rich.table import Table
+
+    known = any(cell.published for cell in cells)
+    table = Table(header_style="bold", title=f"{identity['model']}: measured perplexity")
+    for name in ("attention", "experts"):
+        table.add_column(name, no_wrap=True)
+    names = ["size", "bits/weight", "perplexity", "bits/byte"]
+    published = ["GiB (published)", "WikiText-2 (published)", "C4 (published)"] if known else []
+    for name in (*names, *published):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in cells:
+        row = cell.published
+        figures = (row.size_gib, row.wikitext2, row.c4) if row else ()
+        table.add_row(
+            cell.attention,
+            cell.experts,
+            decimal_bytes(cell.store_bytes),
+            f"{cell.bits_per_weight:.2f}",
+            f"{cell.perplexity:.4f}",
+            f"{cell.bits_per_byte:.4f}",
+            *(f"{figure:.2f}" for figure in figures),
+        )
+    out = io.StringIO()
+    Console(file=out, width=None if sys.stdout.isatty() else 140).print(table)
+    lossy = " (changes what the model computes)" if identity["lossy"] else ""
+    note = (
+        f"{cells[0].scored_tokens:,} tokens scored of {identity['tokens']:,} "
+        f"({identity['text_bytes']:,} bytes) in windows of {identity['context']:,} every "
+        f"{identity['stride']:,}; policy {identity['policy']}{lossy} on {identity['device']}\n"
+    )
+    if known:
+        note += "published: Table 1 of arXiv 2312.17238, Mixtral-8x7B, on its own texts\n"
+    return out.getvalue() + note

@@ -1,0 +1,1 @@
+"""An HTTP server that speaks OpenAI's protocol: one model, one answer at a time."""

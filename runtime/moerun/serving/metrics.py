@@ -1,0 +1,98 @@
+"""What the server counts, in the text format that Prometheus reads."""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from moerun.generate import Work
+from moerun.serving.worker import Worker
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+WAITS_S = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """One server's metrics; ``model`` and ``policy`` label the one that says what runs."""
+
+    def __init__(self, model: str, policy: str) -> None:
+        # Their samples double the page and nobody asks for them.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(f"moerun_{name}", help, labels, registry=registry)
+
+        def gauge(name: str, help: str, *labels: str) -> Gauge:
+            return Gauge(f"moerun_{name}", help, labels, registry=registry)
+
+        gauge("info", "What runs.", "model", "policy").labels(model, policy).set(1)
+        self._requests = counter("requests", "HTTP requests answered.", "endpoint", "status")
+        self._generations = counter("generations", "Generations ended, by how.", "ending")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens read.")
+        self._new_tokens = counter("generated_tokens", "Tokens generated.")
+        self._decoded_tokens = counter(
+            "decoded_tokens", "Tokens generated after the first of each answer."
+        )
+        self._decode_s = counter("decode_seconds", "Time that the decoded tokens took.")
+        self._first_s = Histogram(
+            "moerun_first_token_seconds",
+            "From the start of a generation to its first token.",
+            buckets=WAITS_S,
+            registry=registry,
+        )
+        self._rate = gauge("tokens_per_second", "Decoding speed of the last answer.")
+        self._queue = gauge("queue_length", "Requests that wait for the one in progress.")
+        self._queue_limit = gauge("queue_limit", "How many may wait.")
+        self._busy = gauge("busy", "1 while a generation is in progress.")
+        self._experts = counter(
+            "expert_requests", "Experts wanted, by where they were: hit, late, miss.", "outcome"
+        )
+        self._loads = counter("expert_loads", "Experts copied, by why: demand, prefetch.", "reason")
+        self._useless = counter("useless_prefetches", "Experts prefetched and evicted unused.")
+        self._bytes = counter("loaded_bytes", "Bytes of the experts copied.")
+        self._stall_s = counter("stall_seconds", "Time that compute waited for experts.")
+        for outcome in ("hit", "late", "miss"):
+            self._experts.labels(outcome)
+        for reason in ("demand", "prefetch"):
+            self._loads.labels(reason)
+        for ending in ("stop", "length", "cancelled", "error"):
+            self._generations.labels(ending)
+
+    def answered(self, endpoint: str, status: int) -> None:
+        self._requests.labels(endpoint, str(status)).inc()
+
+    def generated(self, work: Work, ending: str) -> None:
+        self._generations.labels(ending).inc()
+        self._prompt_tokens.inc(work.prompt_tokens)
+        self._new_tokens.inc(work.new_tokens)
+        self._decoded_tokens.inc(work.decoded_tokens)
+        self._decode_s.inc(work.decode_s)
+        if work.answers:
+            self._first_s.observe(work.prompt_s)
+        if work.decoded_tokens:
+            self._rate.set(work.tokens_per_s)
+        totals = work.totals
+        self._experts.labels("hit").inc(totals.hits)
+        self._experts.labels("late").inc(totals.late)
+        self._experts.labels("miss").inc(totals.misses)
+        self._loads.labels("demand").inc(totals.loads - totals.prefetches)
+        self._loads.labels("prefetch").inc(totals.prefetches)
+        self._useless.inc(totals.useless_prefetches)
+        self._bytes.inc(totals.bytes_loaded)
+        self._stall_s.inc(totals.stall_s)
+
+    def render(self, worker: Worker) -> bytes:
+        """The text now."""
+        self._queue.set(worker.waiting)
+        self._queue_limit.set(worker.waiting_limit)
+        self._busy.set(worker.busy)
+        text: bytes = generate_latest(self._registry)
+        return text

@@ -1,0 +1,104 @@
+"""The server's life: it listens, and on a signal lets the answer in progress end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from moerun.errors import RunError
+from moerun.serving.worker import Worker
+
+SLACK_S = 10.0  # for a cancelled answer's last layer, or token, and the goodbye to its client
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that nobody can connect to until the server listens. Raises RunError.
+
+    Taken before a model is loaded, so that an address that cannot be had is known at once.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot listen on {host}:{port}: {reason}") from error
+    return taken
+
+
+def address_of(taken: socket.socket) -> str:
+    host, port = taken.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Serves ``app`` until a signal; then the worker's answer in progress has ``drain_s`` left."""
+
+    def __init__(
+        self,
+        app: Any,
+        worker: Worker,
+        *,
+        drain_s: float,
+        on_ready: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(drain_s + SLACK_S)),
+            )
+        )
+        self._worker = worker
+        self._drain_s = drain_s
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.drain()
+        timer = asyncio.get_running_loop().call_later(self._drain_s, self._worker.cancel_running)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def serve_on(self, taken: socket.socket) -> bool:
+        """Until a signal asks to end; True when it was an interrupt."""
+        with _collected_signals() as signals:
+            self._worker.start()
+            try:
+                self.run(sockets=[taken])
+            finally:
+                self._worker.close()
+        return signal.SIGINT in signals
+
+
+@contextmanager
+def _collected_signals() -> Iterator[list[int]]:
+    """uvicorn raises again, at its end, the signals that ended it: they shall only be noted."""
+    collected: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        collected.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield collected
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

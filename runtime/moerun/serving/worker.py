@@ -1,0 +1,194 @@
+"""The one thread that generates, and the bounded queue of those who wait for it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from moepolicy import PolicyError
+
+from moerun.errors import RunError
+from moerun.generate import NO_WORK, Generated, Generation, Sampling, Work
+from moerun.runner import Runner
+
+LOG = logging.getLogger("moerun")
+
+
+class Piece(NamedTuple):
+    """More text."""
+
+    text: str
+
+
+class Done(NamedTuple):
+    """The answer is complete, or as complete as it gets: see ``ending``."""
+
+    generated: Generated
+
+
+class Failed(NamedTuple):
+    """The generation ended in an error; the next one starts from a cold cache."""
+
+    error: BaseException
+
+
+class Refused(NamedTuple):
+    """It was never begun: the server is shutting down."""
+
+
+Event = Piece | Done | Failed | Refused
+
+
+class QueueFull(Exception):
+    """As many wait as may."""
+
+
+class Job:
+    """One prompt to be answered. ``tell`` is called from the worker's thread, Done or so last."""
+
+    def __init__(
+        self, prompt_ids: torch.Tensor, sampling: Sampling, tell: Callable[[Event], None]
+    ) -> None:
+        self.prompt_ids = prompt_ids  # int64[1, tokens]
+        self.sampling = sampling
+        self.tell = tell
+        self.generation: Generation | None = None
+
+
+class Worker:
+    """Answers jobs one after the other on a thread of its own, whatever goes wrong in one.
+
+    ``observe`` is told, from that thread, of each job: the work done since the last call, and
+    how it ended (as in Generated, or "error").
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        waiting_limit: int,
+        observe: Callable[[Work, str], None],
+    ) -> None:
+        self.waiting_limit = waiting_limit
+        self.work = NO_WORK
+        """All that has been done."""
+        self._runner = runner
+        self._observe = observe
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._closing = False
+        self._changed = threading.Condition()
+        self._seen = runner.session.totals
+        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        return self._running is not None
+
+    @property
+    def accepting(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
+    def submit(self, job: Job) -> None:
+        """Raises QueueFull when ``waiting_limit`` others wait already."""
+        with self._changed:
+            if self._closing:
+                job.tell(Refused())
+                return
+            # One of them need not wait: the one that runs, or is about to.
+            if len(self._waiting) + self.busy > self.waiting_limit:
+                raise QueueFull
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants its answer any more. Harmless when it has ended."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            elif job is self._running and job.generation is not None:
+                job.generation.cancel()
+
+    def drain(self) -> None:
+        """Begin nothing new; those who wait are refused, the one in progress goes on."""
+        with self._changed:
+            self._closing = True
+            while self._waiting:
+                self._waiting.popleft().tell(Refused())
+            self._changed.notify_all()
+
+    def cancel_running(self) -> None:
+        with self._changed:
+            if self._running is not None and self._running.generation is not None:
+                self._running.generation.cancel()
+
+    def close(self) -> None:
+        """Cut the one in progress short and end the thread."""
+        self.drain()
+        self.cancel_running()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            event = self._answer(job)
+            with self._changed:
+                self._running = None
+            # Told last: whoever hears it may come again at once, and finds the worker free.
+            job.tell(event)
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while not self._waiting and not self._closing:
+                self._changed.wait()
+            if self._closing:
+                return None
+            job = self._waiting.popleft()
+            # Made under the lock, so that whoever cancels finds it.
+            job.generation = self._runner.generation(lambda text: job.tell(Piece(text)))
+            self._running = job
+            return job
+
+    def _answer(self, job: Job) -> Done | Failed:
+        generation = job.generation
+        assert generation is not None
+        try:
+            generated = generation.run(job.prompt_ids, job.sampling)
+        except BaseException as error:  # a policy may raise anything; the next job must be served
+            expected = isinstance(error, (RunError, PolicyError, OSError))
+            LOG.error("error: %s", error, exc_info=None if expected else error)
+            self._account(generation, "error")
+            self._recover()
+            return Failed(error)
+        self._account(generation, generated.ending)
+        return Done(generated)
+
+    def _account(self, generation: Generation, ending: str) -> None:
+        # Copies that ended between two jobs belong to neither; here they are counted.
+        totals = self._runner.session.totals
+        outcome = generation.outcome()
+        done = replace(outcome, totals=totals.since(self._seen))
+        self._seen = totals
+        self.work += done
+        self._observe(done, ending)
+
+    def _recover(self) -> None:
+        """Make the session fit to serve again."""
+        try:
+            self._runner.session.reset()
+        except Exception:  # a policy that cannot be made; its next job will say so again
+            return
+        if self._runner.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._seen = self._runner.session.totals
