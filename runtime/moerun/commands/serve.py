@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ def serve(
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
@@ -94,6 +96,7 @@ def serve(
 
     taken = bind(host, port)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
     from moerun.devices import calm_collector
     from moerun.runner import Runner
     from moerun.serving.app import Service
