@@ -44,8 +44,8 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
 
 def load(tmp_path: Path, case: Any) -> tuple[Any, int]:
     (tokens, predicted), n_experts, slots = case
-    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted)
-    return load_workload(open_trace(path), predictions=True), slots
+    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted, logits=True)
+    return load_workload(open_trace(path), predictions=True, logits=True), slots
 
 
 @pytest.mark.parametrize("policy", POLICIES)
