@@ -217,11 +217,11 @@ def _expert_step(
         runs = -1
         if rank >= 0:
             runs = step.experts[rank]
+            until = began + costs.expert_ns[costs.routed[at + rank]]
             if cache.choosing:
                 runs = _runs(cache, runs, rank, outcome)
-            until = began + costs.expert_ns[costs.routed[at + rank]]
-            if cache.keys[runs, IS_LOW]:
-                until = began + costs.low_expert_ns[costs.routed[at + rank]]
+                if cache.keys[runs, IS_LOW]:
+                    until = began + costs.low_expert_ns[costs.routed[at + rank]]
         else:
             until = NEVER if remaining > 0 else joins_at
         _advance(cache, policy, costs, link, until)
@@ -263,17 +263,16 @@ def _first_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]
     """After the hits: the first rank that has a stand-in, then that of the awaited expert which
     arrived first; -1 while none has."""
     first = -1
-    stood_in_for = -1
     for rank in range(len(step.experts)):
+        if outcome[rank] == SUBSTITUTE:
+            return rank
         if outcome[rank] == LATE or outcome[rank] == MISS:
             key = step.experts[rank]
             if cache.keys[key, STATUS] == RESIDENT and (
                 first < 0 or link.arrival[key] < link.arrival[step.experts[first]]
             ):
                 first = rank
-        if outcome[rank] == SUBSTITUTE and stood_in_for < 0:
-            stood_in_for = rank
-    return stood_in_for if stood_in_for >= 0 else first
+    return first
 
 
 def _advance(cache: Cache, policy: Any, costs: Costs, link: Link, until: int) -> None:
@@ -349,7 +348,7 @@ def _free_stream(cache: Cache, costs: Costs, link: Link) -> int:
 def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -> None:
     clock = link.clock
     demand = 1 - cache.keys[key, UNUSED]
-    low = cache.keys[key, IS_LOW]
+    low = cache.keys[key, IS_LOW] if cache.lowering else 0
     ready_at = clock[NOW] + costs.latency_ns
     if costs.read_ns and not _host_has(costs, link, key, low):
         begins = max(clock[NOW], clock[DISK_FREE_AT])
