@@ -43,6 +43,7 @@ class Result:
     """One policy on one cache and machine. Counts are of experts, times simulated seconds.
 
     loads             experts copied over the link, prefetches included
+    low_expert_bytes  of one in the second, lower-precision store; 0: there was none
     low_loads         of those, the ones that brought the lower precision
     cpu_experts       misses computed where the experts are kept, and not copied
     *_share           of the gates' weights, what was left out, computed by another expert, or
@@ -68,6 +69,7 @@ class Result:
     machine: str
     trace: str
     expert_bytes: int
+    low_expert_bytes: int
     steps: int
     requests: int
     hits: int
@@ -258,6 +260,7 @@ def simulate(
         machine=machine.name,
         trace=workload.title,
         expert_bytes=size,
+        low_expert_bytes=low_bytes,
         steps=workload.n_steps,
         requests=hits + late + misses,
         hits=hits,
