@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from moerun.aside import Aside
 from moerun.devices import format_bytes
 from moerun.errors import RunError
-from moerun.forms import SlotForm
+from moerun.forms import ExpertSlot, SlotForm
 from moerun.generate import Generation, Sampling, encode
-from moerun.links import DiskLink, Link, Throttle, Tier
+from moerun.links import DiskLink, DualSlot, Link, Throttle
 from moerun.links.disk import ColdRecords
 from moerun.model import load_offloaded
 from moerun.predict import GatePredictor, find_routers
@@ -130,17 +130,31 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     if rate is not None and not 0 < rate < float("inf"):
         raise RunError(f"link-gbps must be above 0, not {rate / 1e9:g}")
     throttle = Throttle(rate) if rate else None
-    arena = _arena(n_slots, max(form.slot_bytes, low_slot_bytes(settings)), device)
-    slots = [form.bind(memory[: form.slot_bytes]) for memory in arena]
-    low = _low_tier(settings, arena)
+    slots = make_slots(form, settings, n_slots)
     if device.type == "cuda":
         from moerun.links.cuda import CudaLink
 
         if settings.cold:
             raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
-        return CudaLink(store, slots, device, streams=settings.streams, throttle=throttle, low=low)
+        return CudaLink(
+            store, slots, device, streams=settings.streams, throttle=throttle, low=settings.low
+        )
     records = ColdRecords(store) if settings.cold else store
+    low = ColdRecords(settings.low) if settings.cold and settings.low else settings.low
     return DiskLink(records, slots, streams=settings.streams, throttle=throttle, low=low)
+
+
+def make_slots(form: SlotForm, settings: Settings, n_slots: int) -> Sequence[ExpertSlot | DualSlot]:
+    """New slots on the device, for experts of the lower precision too if there is one."""
+    memory = _arena(n_slots, max(form.slot_bytes, low_slot_bytes(settings)), settings.device)
+    slots = [form.bind(each[: form.slot_bytes]) for each in memory]
+    if settings.low is None:
+        return slots
+    low = _low_form(settings.low, settings.device)
+    return [
+        DualSlot(slot, low.bind(each[: low.slot_bytes]))
+        for slot, each in zip(slots, memory, strict=True)
+    ]
 
 
 def make_aside(store: ExpertStore, settings: Settings, link: Link) -> Aside:
@@ -171,15 +185,6 @@ def low_slot_bytes(settings: Settings) -> int:
 
 def _low_form(low: ExpertStore, device: torch.device) -> SlotForm:
     return SlotForm(low.index.shape, low.index.precision, device)
-
-
-def _low_tier(settings: Settings, arena: torch.Tensor) -> Tier | None:
-    low = settings.low
-    if low is None:
-        return None
-    form = _low_form(low, settings.device)
-    slots = [form.bind(memory[: form.slot_bytes]) for memory in arena]
-    return Tier(ColdRecords(low) if settings.cold else low, slots)
 
 
 def plan_context(store: ExpertStore, settings: Settings, slot_bytes: int) -> Context:

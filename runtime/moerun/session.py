@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moerun.aside import Aside
 from moerun.errors import RunError
-from moerun.links import Link
+from moerun.links import Link, in_form
 from moerun.totals import Totals, totals_of
 
 
@@ -250,8 +250,7 @@ class Session:
     def _acquire(self, key: int) -> Any:
         slot = self.cache.slot_of(key)  # pinned: it cannot move
         self.link.acquire(slot)
-        slots = self.link.low_slots if self.cache.is_low(key) else self.link.slots
-        return slots[slot]
+        return in_form(self.link.slots[slot], self.cache.is_low(key))
 
     def _release(self, key: int) -> None:
         self.link.release(self.cache.slot_of(key))

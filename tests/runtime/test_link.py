@@ -13,7 +13,7 @@ import pytest
 import torch
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
-from moerun.links import DiskLink, Throttle, Tier
+from moerun.links import DiskLink, DualSlot, Throttle
 from moerun.links.disk import ColdRecords
 from moerun.pack import pack
 
@@ -107,10 +107,10 @@ def test_a_record_of_either_precision_lands_in_its_own_form(
         record_bytes = RECORD_BYTES // 2
 
     full, low = [slot_of() for _ in range(2)], [DerivingSlot() for _ in range(2)]
+    slots = [DualSlot(*each) for each in zip(full, low, strict=True)]
     reports: Reports = SimpleQueue()
     records = FileRecords(tmp_path / "full")
-    second = Tier(Smaller(tmp_path / "low"), low)
-    link = DiskLink(records, full, low=second)
+    link = DiskLink(records, slots, low=Smaller(tmp_path / "low"))
     link.start(lambda key, error: reports.put((key, error)))
     link.submit(3, 0)
     link.submit(6, 1, low=True)

@@ -92,11 +92,9 @@ def shuffled(seed: int) -> Any:
     """Stands for make_link: copies under way, two at a time, end in random order."""
 
     def make(store: ExpertStore, form: Any, chosen: Settings, n_slots: int) -> ShuffledLink:
-        link: Any = real(store, form, chosen, n_slots)
-        low = link.low_slots and runner_module.Tier(chosen.low, link.low_slots)
-        return ShuffledLink(store, link.slots, 2, seed, low or None)
+        slots = runner_module.make_slots(form, chosen, n_slots)
+        return ShuffledLink(store, slots, 2, seed, chosen.low)
 
-    real = runner_module.make_link
     return patch.object(runner_module, "make_link", make)
 
 

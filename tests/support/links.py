@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from moerun.errors import RunError
-from moerun.links import Done, LinkStatistics, Records, Tier
+from moerun.links import Done, LinkStatistics, Records, in_form
 
 RECORD_BYTES = 4096
 
@@ -47,10 +47,9 @@ class ShuffledLink:
         slots: Sequence[Any],
         streams: int,
         seed: int,
-        low: Tier | None = None,
+        low: Records | None = None,
     ) -> None:
         self.streams = streams
-        self.low_slots: Sequence[Any] = low.slots if low else ()
         self._low = low
         self.statistics = LinkStatistics()
         self.slots = slots
@@ -92,8 +91,8 @@ class ShuffledLink:
             time.sleep(self._random.choice([0.0, 0.0, 1e-5, 2e-4]))
             with self._wake:
                 key, slot, low = self._jobs.pop(self._random.randrange(len(self._jobs)))
-            records = self._low.records if low and self._low else self._records
-            into = self.low_slots[slot] if low else self.slots[slot]
+            records = self._low if low and self._low else self._records
+            into = in_form(self.slots[slot], low)
             record = into.landing
             if record is None:
                 record = torch.empty(records.record_bytes, dtype=torch.uint8)

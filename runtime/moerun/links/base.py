@@ -49,12 +49,18 @@ class Slot(Protocol):
         """Make the expert whose record is in ``record`` computable; work on the current stream."""
 
 
-class Tier(NamedTuple):
-    """A second precision: where its records come from, and the slots in the form that it computes
-    in. A slot's memory is the one of the same number that the first precision uses."""
+class DualSlot(NamedTuple):
+    """Memory for an expert of either precision, one at a time, in the form of each."""
 
-    records: Records
-    slots: Sequence[Slot]
+    full: Slot
+    low: Slot
+
+
+def in_form(slot: Slot | DualSlot, low: bool) -> Slot:
+    """The slot as an expert of the one precision, or of the lower one, is computed from it."""
+    if isinstance(slot, DualSlot):
+        return slot.low if low else slot.full
+    return slot
 
 
 class Link(Protocol):
@@ -66,8 +72,7 @@ class Link(Protocol):
     """
 
     streams: int
-    slots: Sequence[Any]  # each a Slot
-    low_slots: Sequence[Any]  # the same memory in the form of the lower precision; none without
+    slots: Sequence[Any]  # each a Slot, or a DualSlot where there is a lower precision
     statistics: LinkStatistics
 
     def start(self, done: Done) -> None:
@@ -119,13 +124,13 @@ class ThreadedLink:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         *,
         record_bytes: int,
         streams: int,
         throttle: Throttle | None,
         scratch_device: torch.device,
-        low: Tier | None = None,
+        low_record_bytes: int = 0,
     ) -> None:
         """Raises RunError for streams out of range."""
         if not 1 <= streams <= 3:
@@ -133,11 +138,11 @@ class ThreadedLink:
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()
-        self.low_slots: Sequence[Slot] = low.slots if low else ()
-        low_bytes = low.records.record_bytes if low else 0
-        self._bytes = record_bytes, low_bytes
+        self._bytes = record_bytes, low_record_bytes
+        # For records that cannot land in their slots.
         scratch_bytes = max(
-            _scratch_bytes(slots, record_bytes), _scratch_bytes(self.low_slots, low_bytes)
+            self._bytes[low] if slots and in_form(slots[0], low).landing is None else 0
+            for low in (False, True)
         )
         self._scratch = [
             torch.empty(scratch_bytes, dtype=torch.uint8, device=scratch_device)
@@ -157,7 +162,7 @@ class ThreadedLink:
 
     def destination(self, stream: int, slot: int, low: bool) -> tuple[Slot, torch.Tensor]:
         """The slot, and where a record for it is to land: there, or in the stream's own memory."""
-        into = self.low_slots[slot] if low else self.slots[slot]
+        into = in_form(self.slots[slot], low)
         landing = into.landing
         return into, self._scratch[stream][: self._bytes[low]] if landing is None else landing
 
@@ -226,11 +231,6 @@ class ThreadedLink:
             self.statistics.busy_s += ended_s - begin_s
         self._done(job.key, None)
         return ended_s
-
-
-def _scratch_bytes(slots: Sequence[Slot], record_bytes: int) -> int:
-    """The memory a stream needs for records that cannot land in their slots."""
-    return record_bytes if slots and slots[0].landing is None else 0
 
 
 _PATIENCE_S = 0.05  # how long closing may wait for a thread that holds a copy back

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moerun.errors import RunError
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle, Tier
+from moerun.links.base import DualSlot, Records, Slot, ThreadedLink, Throttle
 
 
 class CudaLink(ThreadedLink):
@@ -22,12 +22,12 @@ class CudaLink(ThreadedLink):
     def __init__(
         self,
         store: Records,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         device: torch.device,
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
-        low: Tier | None = None,
+        low: Records | None = None,
     ) -> None:
         """Loads every record of the store, and of the lower precision's, into pinned memory.
 
@@ -39,13 +39,13 @@ class CudaLink(ThreadedLink):
             streams=streams,
             throttle=throttle,
             scratch_device=device,
-            low=low,
+            low_record_bytes=low.record_bytes if low else 0,
         )
         self.device = device
         self._hosts = [_pinned_copy(store)]
         if low:
             try:
-                self._hosts.append(_pinned_copy(low.records))
+                self._hosts.append(_pinned_copy(low))
             except BaseException:
                 _unpin(self._hosts[0])
                 raise

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from moerun.errors import RunError
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle, Tier
+from moerun.links.base import DualSlot, Records, Slot, ThreadedLink, Throttle
 from moerun.store import ExpertStore
 
 
@@ -46,11 +46,11 @@ class DiskLink(ThreadedLink):
     def __init__(
         self,
         store: Records,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
-        low: Tier | None = None,
+        low: Records | None = None,
     ) -> None:
         super().__init__(
             slots,
@@ -58,9 +58,9 @@ class DiskLink(ThreadedLink):
             streams=streams,
             throttle=throttle,
             scratch_device=torch.device("cpu"),
-            low=low,
+            low_record_bytes=low.record_bytes if low else 0,
         )
-        self._stores = [store, *([low.records] if low else [])]
+        self._stores = [store, *([low] if low else [])]
 
     def acquire(self, slot: int) -> None:
         """Nothing to do: compute on the CPU runs when it is called."""
