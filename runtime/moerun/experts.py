@@ -93,7 +93,8 @@ def offloaded_experts(
     return sum_up(module, hidden_states, top_k_index, top_k_weights)
 
 
-def _compute(module: ExpertsModule, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+def compute_expert(module: ExpertsModule, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+    """x[T, H] through one expert of ``module``; the norm that some put behind it is still to do."""
     h = weights.up(x)
     return weights.down(module._apply_gate(h) if module.has_gate else module.act_fn(h))
 
@@ -106,7 +107,7 @@ def _outputs(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(expert, its output for ``rows(expert)``) for each that is not skipped, as they are ready."""
     aside: list[tuple[int, Callable[[], torch.Tensor]]] = []
-    compute, offload = partial(_compute, module), module.offload
+    compute, offload = partial(compute_expert, module), module.offload
     norm = module.post_expert_norm if module.has_post_expert_norm else None
     for expert, found in offload.provider.serve(offload.layer, ids, weights):
         if isinstance(found, AsideExpert):

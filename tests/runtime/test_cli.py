@@ -333,6 +333,8 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     assert machine.link.bytes_per_s == 0.5e9
     assert machine.compute.layer_s > 0
     assert machine.compute.expert_s > 0
+    assert machine.cpu is not None
+    assert machine.cpu.expert_s > 0
     assert "tiny" in machine.description
 
 
