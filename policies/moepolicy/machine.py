@@ -36,6 +36,7 @@ from moepolicy.misses import (
 )
 from moepolicy.places import (
     domain_of,
+    exchange,
     free_buffer,
     gather_candidates,
     hold,
@@ -44,7 +45,6 @@ from moepolicy.places import (
     leave_queue,
     note,
     pop_free,
-    remove,
     stage,
     unstage,
 )
@@ -289,21 +289,19 @@ def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
     held = cache.domains[domain]
     if held[N_FREE]:
         slot = pop_free(held, cache.slots)
+        hold(held, key)
     else:
         n = gather_candidates(cache, domain)
         if n == 0:
             return -1
         candidates = cache.scratch[CANDIDATES, :n]
         layer = key // cache.n_experts
-        slot = _take_from(cache, policy, policy.victim(layer, key, candidates), key)
-        if slot < 0:
-            return -1
-    hold(held, key)
+        return _take_from(cache, policy, policy.victim(layer, key, candidates), key)
     return slot
 
 
 def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
-    """Evict ``victim`` for ``incoming`` and return its slot; -1 where the policy declined."""
+    """Give ``victim``'s slot to ``incoming`` and return it; -1 where the policy declined."""
     if victim < 0:
         return -1
     if victim >= cache.keys.shape[0]:
@@ -320,7 +318,7 @@ def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
     slot = int(row[PLACE])
     note(cache, EVICT, victim, incoming)
     cache.board[EVICTED] = victim
-    remove(cache.domains[domain], victim)
+    exchange(cache.domains[domain], victim, incoming)
     leave_device(cache, policy, victim)
     return slot
 
@@ -358,7 +356,7 @@ def _promote(cache: Cache, policy: Policy, key: int) -> None:
         cache.keys[key, TRANSIENT] = 1
         note(cache, BYPASS, key, NOTHING)
     else:
-        _exchange(cache, key, slot)
+        _keep(cache, key, slot)
 
 
 def _retain(cache: Cache, policy: Policy, key: int) -> bool:
@@ -372,12 +370,11 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
     slot = _take_from(cache, policy, policy.retain(layer, key, candidates), key)
     if slot < 0:
         return False
-    hold(cache.domains[domain], key)
-    _exchange(cache, key, slot)
+    _keep(cache, key, slot)
     return True
 
 
-def _exchange(cache: Cache, key: int, slot: int) -> None:
+def _keep(cache: Cache, key: int, slot: int) -> None:
     """``key`` stays where it lies: its buffer joins the cache, ``slot`` becomes a buffer."""
     unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0

@@ -61,9 +61,9 @@ def gather_candidates(cache: Cache, domain: int) -> int:
     held = cache.domains[domain]
     for i in range(HELD, HELD + held[N_HELD]):
         key = held[i]
-        if cache.keys[key, STATUS] == RESIDENT and not cache.keys[key, PINNED]:
-            cache.scratch[CANDIDATES, n] = key
-            n += 1
+        # Written in any case and counted if it may go: no branch that depends on the data.
+        cache.scratch[CANDIDATES, n] = key
+        n += (cache.keys[key, STATUS] == RESIDENT) & (cache.keys[key, PINNED] == 0)
     return n
 
 
@@ -75,6 +75,21 @@ def hold(held: NDArray[np.int64], key: int) -> None:
         i -= 1
     held[i] = key
     held[N_HELD] += 1
+
+
+def exchange(held: NDArray[np.int64], leaving: int, arriving: int) -> None:
+    """Put a key in the place of another among a domain's keys, which go on ascending."""
+    last = HELD + held[N_HELD] - 1
+    i = HELD
+    while held[i] != leaving:
+        i += 1
+    while i < last and held[i + 1] < arriving:
+        held[i] = held[i + 1]
+        i += 1
+    while i > HELD and held[i - 1] > arriving:
+        held[i] = held[i - 1]
+        i -= 1
+    held[i] = arriving
 
 
 def remove(held: NDArray[np.int64], key: int) -> None:

@@ -40,7 +40,7 @@ def test_without_prefetching_they_are_the_replay_s(
         workload,
         spec,
         context,
-        lambda _: costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+        costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
         engine=Engine.replay,
     )
     alone = decisions(workload, spec, context, compile=False)

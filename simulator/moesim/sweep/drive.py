@@ -157,6 +157,7 @@ def _keeping(sweep: Sweep) -> Iterator[None]:
 def _left(sweep: Sweep) -> str:
     journal = sweep.journal
     journal.drop_scratch()
+    journal.recount()
     done = len(sweep.plan.asked & journal.finished.keys())
     if not journal.finished:
         journal.remove()
