@@ -22,10 +22,12 @@ from moepolicy.state import (
     EVICTED,
     EXCESS,
     FIRST,
+    IS_LOW,
     N_DEMAND,
     N_EVENTS,
     PLACE,
     PREFETCH,
+    STAND_INS,
     UNUSED,
     Cache,
     check,
@@ -41,6 +43,7 @@ class Transfer(NamedTuple):
     slot: int
     speculative: bool
     evicts: bool  # another expert gave up its slot for it
+    low: bool = False  # the record of the lower precision
 
 
 class Event(NamedTuple):
@@ -62,7 +65,7 @@ class ExpertCache:
     Drive it like this, a step at a time; ``start`` and ``finish`` may come at any moment, also
     between steps, but never two calls at once::
 
-        outcome = cache.begin(step)          # HIT, LATE, MISS or COMPUTE for each key
+        outcome = cache.begin(step)          # what each key is: see ``begin``
         while (copy := cache.start()):       # whenever the link could take one
             ...                              # bring copy.key's record into copy.slot
             cache.finish(copy.key)           # when it has arrived
@@ -120,7 +123,11 @@ class ExpertCache:
         return frozenset(self.arrays.spare[1 : 1 + self.arrays.spare[0]].tolist())
 
     def begin(self, step: Step) -> NDArray[np.int8]:
-        """Pin a step's demand; returns HIT, LATE, MISS or COMPUTE for each of its keys."""
+        """Pin a step's demand; returns for each of its keys what it is.
+
+        HIT: it is here. LATE, MISS: its copy will come. COMPUTE: it is to be run where the experts
+        are kept. SUBSTITUTE: ``stand_in`` runs in its place. SKIP: nothing runs.
+        """
         outcome = self._outcome[: len(step.experts)]
         backlog = int(self.arrays.board[BACKLOG])
         if backlog != step.backlog:
@@ -147,7 +154,7 @@ class ExpertCache:
             return None
         row = self.arrays.keys[key]
         evicts = bool(self.arrays.board[EVICTED] >= 0)
-        return Transfer(key, int(row[PLACE]), bool(row[UNUSED]), evicts)
+        return Transfer(key, int(row[PLACE]), bool(row[UNUSED]), evicts, bool(row[IS_LOW]))
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
@@ -194,6 +201,14 @@ class ExpertCache:
     def slot_of(self, key: int) -> int:
         """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
         return int(self.arrays.keys[key, PLACE])
+
+    def is_low(self, key: int) -> bool:
+        """Whether the copy of ``key``, here or on its way, is of the lower precision."""
+        return bool(self.arrays.keys[key, IS_LOW])
+
+    def stand_in(self, rank: int) -> int:
+        """The key that runs in place of the ``rank``-th of the step in progress; -1: none."""
+        return int(self.arrays.scratch[STAND_INS, rank])
 
     def count(self, kind: Kind) -> int:
         return int(self.arrays.board[COUNTERS + kind])

@@ -51,5 +51,11 @@ class Composite(Policy):
     def on_miss(self, step: Step, rank: int) -> int:
         return self.eviction.on_miss(step, rank)
 
+    def precision(self, step: Step, rank: int) -> int:
+        return self.eviction.precision(step, rank)
+
+    def substitute(self, step: Step, rank: int, candidates: NDArray[np.int32]) -> int:
+        return self.eviction.substitute(step, rank, candidates)
+
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         return self.prefetcher.prefetch(step, keys)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from moepolicy.kinds import (
     BYPASS,
     CANCEL,
-    COMPUTE,
     DROP,
     HIT,
     LATE,
@@ -27,12 +26,20 @@ from moepolicy.kinds import (
     QUEUE_PREFETCH,
     SPECULATE,
 )
+from moepolicy.misses import (
+    drop_low_copies,
+    release_stand_in,
+    settle,
+    use_stand_in,
+    weigh,
+)
 from moepolicy.places import (
     domain_of,
     free_buffer,
     gather_candidates,
     hold,
     join_queue,
+    leave_device,
     leave_queue,
     note,
     pop_free,
@@ -40,7 +47,7 @@ from moepolicy.places import (
     unstage,
 )
 from moepolicy.policy import Policy
-from moepolicy.resize import leave_device, resize, take_from, trim
+from moepolicy.resize import resize, take_from, trim
 from moepolicy.state import (
     ABSENT,
     BACKLOG,
@@ -77,7 +84,8 @@ from moepolicy.steps import Step
 def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -> None:
     """A step's demand is known: pin it, tell hits from misses, queue misses and prefetches.
 
-    ``outcome`` [n] is filled with HIT, LATE, MISS or COMPUTE for each key of ``step.experts``.
+    ``outcome`` [n] is filled with HIT, LATE, MISS (a copy will come), COMPUTE, SKIP or SUBSTITUTE
+    for each key of ``step.experts``.
     """
     n = len(step.experts)
     cache.board[STEP] = step.number
@@ -90,12 +98,20 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
         cache.keys[key, STAMP] = step.number * (cache.n_experts + 1) + n - rank
     if cache.prefetching:
         _disprove(cache, policy, step.layer)
+    if cache.lowering:
+        drop_low_copies(cache, policy, step)
+        if cache.board[EXCESS] > 0:
+            trim(cache, policy)
     for rank in range(n):
         outcome[rank] = _request(cache, policy, step, rank)
     for rank in range(n - 1, -1, -1):
         key = int(step.experts[rank])
         if outcome[rank] == HIT or outcome[rank] == LATE:
             policy.on_hit(key, cache.keys[key, STAMP])
+        elif cache.choosing:
+            use_stand_in(cache, policy, step, rank)
+    if cache.choosing:
+        weigh(cache, step, outcome)
     if cache.prefetching:
         for rank in range(n):
             key = int(step.experts[rank])
@@ -149,6 +165,8 @@ def end(cache: Cache, policy: Policy) -> None:
         key = int(cache.scratch[WANTED, rank])
         cache.keys[key, PINNED] = 0
         cache.keys[key, CONSUMED] = 0
+        if cache.choosing:
+            release_stand_in(cache, rank)
     if cache.board[EXCESS] > 0:
         trim(cache, policy)
     i = 0
@@ -170,6 +188,10 @@ def unreachable(cache: Cache) -> frozenset[Any]:
         without.add(_retain)
     if not cache.resizable:
         without |= {resize, trim}
+    if not cache.choosing:
+        without |= {settle, use_stand_in, weigh, release_stand_in}
+    if not cache.lowering:
+        without.add(drop_low_copies)
     return frozenset(without)
 
 
@@ -186,11 +208,9 @@ def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
         kind = MISS
         if row[STATUS] == QUEUED:
             leave_queue(cache, key)
-        if cache.choosing and policy.on_miss(step, rank) == COMPUTE:
-            note(cache, MISS, key, NOTHING)
-            kind = COMPUTE
-        else:
-            join_queue(cache, key, DEMAND)
+        if cache.choosing:
+            return settle(cache, policy, step, rank)
+        join_queue(cache, key, DEMAND)
     row[UNUSED] = 0
     note(cache, kind, key, NOTHING)
     return kind

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.kinds import USELESS
+from moepolicy.policy import Policy
 from moepolicy.state import (
     ABSENT,
     BACKLOG,
@@ -15,12 +17,15 @@ from moepolicy.state import (
     COUNTERS,
     FIRST,
     HELD,
+    IS_LOW,
     LAST,
     N_EVENTS,
     N_FREE,
     N_HELD,
     NEXT,
+    NOTHING,
     PINNED,
+    PLACE,
     PREVIOUS,
     QUEUE,
     QUEUED,
@@ -28,6 +33,7 @@ from moepolicy.state import (
     STAGED,
     STATUS,
     STEP,
+    UNUSED,
     Cache,
 )
 
@@ -103,6 +109,12 @@ def pop_free(held: NDArray[np.int64], capacity: int) -> int:
     return int(held[HELD + capacity + held[N_FREE]])
 
 
+def free_slot(held: NDArray[np.int64], capacity: int, slot: int) -> None:
+    """``slot`` of a domain is unused from now on."""
+    held[HELD + capacity + held[N_FREE]] = slot
+    held[N_FREE] += 1
+
+
 def stage(cache: Cache, key: int) -> None:
     cache.staging[HELD + cache.staging[N_HELD]] = key
     cache.staging[N_HELD] += 1
@@ -147,3 +159,15 @@ def leave_queue(cache: Cache, key: int) -> None:
     else:
         cache.board[LAST + queue] = row[PREVIOUS]
     row[STATUS] = ABSENT
+
+
+def leave_device(cache: Cache, policy: Policy, key: int) -> None:
+    """``key`` is gone from the slot it had."""
+    row = cache.keys[key]
+    row[STATUS] = ABSENT
+    row[PLACE] = -1
+    row[IS_LOW] = 0
+    if row[UNUSED]:
+        row[UNUSED] = 0
+        note(cache, USELESS, key, NOTHING)
+    policy.on_evict(key)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moepolicy.answers import AdapmoeSkip, EmoeSubstitute, Hobbit
 from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
 from moepolicy.console import nearest
 from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
@@ -40,6 +41,9 @@ BUILT_IN: dict[str, type[Policy]] = {
     "random": Random,
     "static": Static,
     "fiddler": Fiddler,
+    "hobbit": Hobbit,
+    "adapmoe-skip": AdapmoeSkip,
+    "emoe-substitute": EmoeSubstitute,
     "belady": Belady,
     "belady-bypass": BeladyBypass,
     "clairvoyant": Clairvoyant,

@@ -6,11 +6,18 @@ between none and a fixed number of slots, and what it is to lose goes as soon as
 
 from __future__ import annotations
 
-from moepolicy.kinds import EVICT, USELESS
-from moepolicy.places import domain_of, exchange, gather_candidates, note, pop_free, remove
+from moepolicy.kinds import EVICT
+from moepolicy.places import (
+    domain_of,
+    exchange,
+    gather_candidates,
+    leave_device,
+    note,
+    pop_free,
+    remove,
+)
 from moepolicy.policy import Policy
 from moepolicy.state import (
-    ABSENT,
     CANDIDATES,
     EVICTED,
     EXCESS,
@@ -24,7 +31,6 @@ from moepolicy.state import (
     RESIDENT,
     STAGED,
     STATUS,
-    UNUSED,
     Cache,
 )
 
@@ -108,13 +114,3 @@ def _slot_of_victim(cache: Cache, victim: int, domain: int) -> int:
     if row[STATUS] != RESIDENT or row[PINNED] or row[STAGED] or domain_of(cache, victim) != domain:
         raise ValueError("victim named a key that was not among the candidates")
     return int(row[PLACE])
-
-
-def leave_device(cache: Cache, policy: Policy, key: int) -> None:
-    row = cache.keys[key]
-    row[STATUS] = ABSENT
-    row[PLACE] = -1
-    if row[UNUSED]:
-        row[UNUSED] = 0
-        note(cache, USELESS, key, NOTHING)
-    policy.on_evict(key)

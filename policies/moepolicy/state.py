@@ -22,7 +22,8 @@ QUEUE = 7  # DEMAND or PREFETCH while QUEUED
 NEXT = 8  # neighbours in that queue, -1 at its ends
 PREVIOUS = 9
 STAMP = 10  # logical time of its use, while PINNED
-KEY_COLUMNS = 11
+IS_LOW = 11  # its copy, queued, under way or resident, is of the lower precision
+KEY_COLUMNS = 12
 
 ABSENT = 0
 QUEUED = 1
@@ -55,6 +56,15 @@ COUNTERS = 11
 CANDIDATES = 0  # as shown to the policy
 WANTED = 1  # the step's keys in router order
 GUESSED = 2  # what the policy would prefetch
+STAND_INS = 3  # by rank: the expert that is computed in place of the step's; -1: none
+SCRATCH_ROWS = 4
+
+# Entries of Cache.mass: gate weight since the start.
+ALL_MASS = 0  # of everything demanded
+SKIPPED_MASS = 1
+SUBSTITUTED_MASS = 2
+LOW_MASS = 3  # computed from a copy of the lower precision
+MASS_ENTRIES = 4
 
 
 class Cache(NamedTuple):
@@ -74,13 +84,16 @@ class Cache(NamedTuple):
     prefetching: bool
     retaining: bool
     choosing: bool  # the policy has a say in what happens on a miss
+    computing: bool  # and may answer COMPUTE
+    lowering: bool  # and may answer LOW
     resizable: bool
     keys: NDArray[np.int64]  # [n_keys, KEY_COLUMNS]
     domains: NDArray[np.int64]  # [n_domains, HELD + 2 * slots]
     staging: NDArray[np.int64]  # [HELD + 2 * staging_buffers]
     spare: NDArray[np.int64]  # [1 + n] how many slots belong to no domain now, then their stack
     board: NDArray[np.int64]  # [COUNTERS + len(Kind)]
-    scratch: NDArray[np.int32]  # [3, n_keys]
+    mass: NDArray[np.float64]  # [MASS_ENTRIES]; none where the policy does not choose
+    scratch: NDArray[np.int32]  # [SCRATCH_ROWS, n_keys]
     events: NDArray[np.int32]  # [capacity, 4] kind, step, key, other; capacity 0: not kept
 
 
@@ -121,6 +134,9 @@ def new_cache(
     board = np.zeros(COUNTERS + len(Kind), np.int64)
     board[FIRST:BACKLOG] = -1
     board[LIMIT] = slots
+    choosing = overrides(policy, "on_miss")
+    scratch = np.zeros((SCRATCH_ROWS, len(keys)), np.int32)
+    scratch[STAND_INS] = -1
     return Cache(
         n_experts=context.n_experts,
         slots=most,
@@ -129,14 +145,17 @@ def new_cache(
         stage_prefetches=policy.stage_prefetches,
         prefetching=overrides(policy, "prefetch"),
         retaining=overrides(policy, "retain"),
-        choosing=overrides(policy, "on_miss"),
+        choosing=choosing,
+        computing=choosing and "cpu" in policy.requires,
+        lowering=choosing and "low" in policy.requires,
         resizable=max_slots is not None,
         keys=keys,
         domains=domains,
         staging=staging,
         spare=spare,
         board=board,
-        scratch=np.zeros((3, len(keys)), np.int32),
+        mass=np.zeros(MASS_ENTRIES * choosing),
+        scratch=scratch,
         events=np.zeros((n_events, 4), np.int32),
     )
 
@@ -188,8 +207,23 @@ def check(cache: Cache) -> None:
     assert on_device.sum() == n_held + len(staged), "a key on the device is nowhere"
     assert sorted(used) == list(range(len(used))), "a slot used twice or not at all"
     _check_queues(cache)
-    wanted = cache.scratch[WANTED, : cache.board[N_DEMAND]]
-    assert sorted(np.flatnonzero(keys[:, PINNED])) == sorted(wanted), "pins are not the step's"
+    _check_pins(cache)
+    low = np.flatnonzero(keys[:, IS_LOW])
+    assert cache.lowering or not len(low), "a low copy that nobody asked for"
+    assert np.all(keys[low, STATUS] != ABSENT), "a low copy of a key that is not there"
+
+
+def _check_pins(cache: Cache) -> None:
+    """What the step computes with is pinned: its demand, less what the policy let go of, and the
+    experts that stand in for some of that."""
+    n = cache.board[N_DEMAND]
+    wanted, stand_ins = cache.scratch[WANTED, :n], cache.scratch[STAND_INS, :n]
+    pinned = set(np.flatnonzero(cache.keys[:, PINNED]).tolist())
+    used = set(stand_ins[stand_ins >= 0].tolist())
+    assert used <= pinned <= used | set(wanted.tolist()), "pins are not the step's"
+    assert np.all(cache.keys[list(used), STATUS] == RESIDENT), "a stand-in is not there"
+    if not cache.choosing:
+        assert pinned == set(wanted.tolist()), "a key of the step is not pinned"
 
 
 def _check_queues(cache: Cache) -> None:

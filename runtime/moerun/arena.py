@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
 
 from moerun.devices import format_bytes, who_holds
 from moerun.errors import RunError
-from moerun.forms import ExpertSlot, SlotForm
 
 HUGE_BYTES = 4 << 20  # from here on the system may use huge pages
 
@@ -52,13 +51,14 @@ class Arena(Sequence[Any]):
             raise
 
 
-def new_slot(form: SlotForm, device: torch.device) -> ExpertSlot:
-    """A slot on ``device``. Raises RunError where there is no memory left for it."""
+@contextlib.contextmanager
+def lacking(slot_bytes: int, device: torch.device) -> Iterator[None]:
+    """Turns a lack of memory for a slot into a RunError that says who holds it."""
     try:
-        return form.bind(device_memory(form.slot_bytes, device))
+        yield
     except (RuntimeError, MemoryError, OSError) as error:
         raise RunError(
-            f"an expert slot takes {format_bytes(form.slot_bytes)}, which {device} does not have "
+            f"an expert slot takes {format_bytes(slot_bytes)}, which {device} does not have "
             f"free{who_holds(device)}: use fewer slots, less --memory or a lower precision"
         ) from error
 

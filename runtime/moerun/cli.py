@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,7 @@ def generate(
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     chunk: opt.Chunk = None,
@@ -112,6 +114,7 @@ def generate(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
     if text is None or plan:
         show_plan(found, settings, sampling, text, format)
         return

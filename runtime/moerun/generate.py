@@ -15,8 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from moerun.devices import naming_lack_of_memory
 from moerun.errors import RunError
-from moerun.session import Session, Totals
+from moerun.session import Session
 from moerun.text import TextStream
+from moerun.totals import Totals
 
 NO_TOKEN = -1
 

@@ -231,6 +231,7 @@ def live_meta(runner: Runner, seed: int) -> TraceMeta:
             "slots": str(context.slots),
             "scope": context.scope,
             "device": str(runner.settings.device),
+            **({"low": low.index.precision} if (low := runner.settings.low) else {}),
         },
     )
 

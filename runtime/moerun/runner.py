@@ -14,7 +14,8 @@ import torch
 from moepolicy import Context, PolicySpec
 from numpy.typing import NDArray
 
-from moerun.arena import Arena, new_slot
+from moerun.arena import Arena, device_memory, lacking
+from moerun.aside import Aside
 from moerun.budget import BudgetWatch
 from moerun.devices import (
     format_bytes,
@@ -25,9 +26,9 @@ from moerun.devices import (
     who_holds,
 )
 from moerun.errors import RunError
-from moerun.forms import SlotForm
+from moerun.forms import ExpertSlot, SlotForm
 from moerun.generate import Generation, Sampling, context_tokens, encode
-from moerun.links import DirectRecords, DiskLink, HostTier, Link, Records, Throttle
+from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Link, Records, Throttle
 from moerun.links.host import host_tier
 from moerun.memory import MemoryPlan, baseline_bytes, needs_of
 from moerun.model import load_offloaded
@@ -59,6 +60,7 @@ class Settings:
     cold: bool = False  # keep what is read out of the page cache
     horizon: int | None = None  # None: 1 if the policy looks at predictions, else 0
     calibration: str | None = None  # the trace that policies count experts in
+    low: ExpertStore | None = None  # the same experts at a lower precision
 
     @property
     def predicts(self) -> int:
@@ -81,11 +83,13 @@ class Runner:
 
         ``report`` is told, from another thread, what became of a change of ``memory_file``.
         """
-        refuse_unservable(settings.policy)
+        refuse_unservable(settings.policy, low=settings.low is not None)
+        check_low(store, settings.low)
         self.store = store
         self.settings = settings
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
-        self.plan = plan_memory(store, settings, self.form.slot_bytes)
+        self.slot_bytes = max(self.form.slot_bytes, low_slot_bytes(settings))
+        self.plan = plan_memory(store, settings, self.slot_bytes)
         self._baseline_bytes = baseline_bytes(store)
         if settings.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(settings.device)
@@ -96,6 +100,10 @@ class Runner:
             settings.policy,
             partial(make_link, store, self.form, settings),
             record_bytes=store.record_bytes,
+            low_record_bytes=settings.low.record_bytes if settings.low else 0,
+            make_aside=(
+                partial(make_aside, store, settings) if "cpu" in settings.policy.requires else None
+            ),
         )
         try:
             with naming_lack_of_memory(settings.device, "loading the weights"):
@@ -171,7 +179,7 @@ class Runner:
     @property
     def arena_bytes(self) -> int:
         """Device memory of all slots, staging included."""
-        return self.session.cache.n_slots * self.form.slot_bytes
+        return self.session.cache.n_slots * self.slot_bytes
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Token ids, int64[1, tokens], on the model's device."""
@@ -218,7 +226,7 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     if rate is not None and not 0 < rate < float("inf"):
         raise RunError(f"link-gbps must be above 0, not {rate / 1e9:g}")
     throttle = Throttle(rate) if rate else None
-    slots = Arena(partial(new_slot, form, device), n_slots)
+    slots = make_slots(form, settings, n_slots)
     if device.type == "cuda":
         from moerun.links.cuda import CudaLink
 
@@ -231,18 +239,74 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
             device,
             streams=settings.streams,
             throttle=throttle,
+            low=host_tier(settings.low, None) if settings.low else None,
             chunk_bytes=settings.chunk_bytes,
         )
     records: Records = DirectRecords(store) if settings.cold else store
     if settings.host_bytes is not None:
         records = make_tier(store, settings)
+    low = DirectRecords(settings.low) if settings.cold and settings.low else settings.low
     return DiskLink(
         records,
         slots,
         streams=settings.streams,
         throttle=throttle,
+        low=low,
         chunk_bytes=settings.chunk_bytes,
     )
+
+
+def make_slots(form: SlotForm, settings: Settings, n_slots: int) -> Arena:
+    """New slots on the device, which may come and go. Raises RunError where it has no room."""
+    return Arena(partial(make_slot, form, settings), n_slots)
+
+
+def make_slot(form: SlotForm, settings: Settings) -> ExpertSlot | DualSlot:
+    """A new slot on the device, for experts of the lower precision too if there is one.
+
+    Raises RunError where there is no memory left for it.
+    """
+    n_bytes = max(form.slot_bytes, low_slot_bytes(settings))
+    with lacking(n_bytes, settings.device):
+        memory = device_memory(n_bytes, settings.device)
+    slot = form.bind(memory[: form.slot_bytes])
+    if settings.low is None:
+        return slot
+    low = _low_form(settings.low, settings.device)
+    return DualSlot(slot, low.bind(memory[: low.slot_bytes]))
+
+
+def make_aside(store: ExpertStore, settings: Settings, link: Link) -> Aside:
+    """What computes experts on the CPU: from the link's host memory where it has that, else from
+    the store."""
+    form = SlotForm(store.index.shape, store.index.precision, CPU)
+    if settings.device.type == "cuda":
+        from moerun.links.cuda import CudaLink
+
+        assert isinstance(link, CudaLink)
+        assert link.tier is not None
+        if link.tier.n_records < link.tier.n_keys:
+            return Aside(form, link.tier)
+        return Aside(form, store, link)
+    return Aside(form, DirectRecords(store) if settings.cold else store)
+
+
+def check_low(store: ExpertStore, low: ExpertStore | None) -> None:
+    """RunError where ``low`` holds other experts than ``store`` does."""
+    if low is not None and low.index.source_digest != store.index.source_digest:
+        raise RunError(
+            f"{low.path} is the store of another model ({low.index.model}): give --low one that "
+            f"was packed from the checkpoint of {store.path}"
+        )
+
+
+def low_slot_bytes(settings: Settings) -> int:
+    """Memory that a slot needs for an expert of the lower precision; 0 without one."""
+    return _low_form(settings.low, settings.device).slot_bytes if settings.low else 0
+
+
+def _low_form(low: ExpertStore, device: torch.device) -> SlotForm:
+    return SlotForm(low.index.shape, low.index.precision, device)
 
 
 def make_tier(store: ExpertStore, settings: Settings) -> HostTier:

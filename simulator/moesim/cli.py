@@ -23,7 +23,7 @@ from moesim.errors import SimulationError
 from moesim.limits.gap import BASELINE
 from moesim.profile import load_machine, machine_names
 from moesim.report import Compared, Format, beside_baseline, deliver, render
-from moesim.simulate import expert_size, simulate, workload_for
+from moesim.simulate import expert_size, low_expert_size, simulate, workload_for
 from moesim.timeline import write_timeline
 
 app = typer.Typer(
@@ -74,6 +74,17 @@ def compare(
         typer.Option(help="Size of an expert by its precision, of those the trace lists."),
     ] = None,
     expert_bytes: Annotated[int | None, typer.Option(help="Size of an expert in bytes.")] = None,
+    low_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of an expert in a second store, for policies that load some misses at a "
+            "lower precision, of those the trace lists.",
+            show_default=False,
+        ),
+    ] = None,
+    low_expert_bytes: Annotated[
+        int | None, typer.Option(help="The same in bytes.", show_default=False)
+    ] = None,
     engine: Annotated[
         Engine,
         typer.Option(help="simpy is the reference, replay the fast loop; the results are equal."),
@@ -111,10 +122,15 @@ def compare(
     """
     if precision is not None and expert_bytes is not None:
         raise typer.BadParameter("give --precision or --expert-bytes, not both")
+    if low_precision is not None and low_expert_bytes is not None:
+        raise typer.BadParameter("give --low-precision or --low-expert-bytes, not both")
     specs = [find_policy(name) for name in policies]
     profile = load_machine(machine)
     opened = open_trace(trace)
     size = expert_size(opened.meta, precision=precision, expert_bytes=expert_bytes)
+    low_size = low_expert_size(
+        opened.meta, size, precision=low_precision, expert_bytes=low_expert_bytes
+    )
     sizes = _slots(slots, opened.meta.n_experts)
     workload = workload_for(opened, specs)
     if tokens is not None:
@@ -125,6 +141,7 @@ def compare(
         machine=profile,
         scope=scope,
         expert_bytes=size,
+        low_bytes=low_size,
         engine=engine,
         cold=cold,
         limits=limits,
@@ -147,7 +164,8 @@ def compare(
             piece_bytes=min(profile.link.chunk_bytes or size, size),
         )
     title = (
-        f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes, "
+        f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes"
+        f"{f' ({low_size:,} at the lower precision)' if low_size else ''}, "
         f"cache per {scope}{', cold at every sequence' if cold else ''}.\n{opened.title}: "
         f"{workload.n_decoded + workload.n_prompt:,} tokens x {opened.meta.n_layers} layers, "
         f"top-{opened.meta.top_k} of {opened.meta.n_experts} experts."

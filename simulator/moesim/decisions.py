@@ -20,7 +20,7 @@ from moepolicy.state import BACKLOG, PINNED, Cache, new_cache
 from moepolicy.steps import Step
 from numpy.typing import NDArray
 
-from moesim.replay import Work, work_of
+from moesim.clocks import Work, work_of
 from moesim.workload import Workload
 
 CHUNK = 1 << 15  # steps whose predictions are in memory together

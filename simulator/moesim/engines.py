@@ -20,6 +20,7 @@ from moepolicy.calls import calls_are_compiled
 from moepolicy.compiled import NotCompilable, compiled, compiled_policy, is_compiled
 from moepolicy.state import Cache, new_cache
 
+from moesim import clocks
 from moesim import replay as twin
 from moesim.costs import Costs
 from moesim.engine import Clock, Simulation
@@ -144,7 +145,8 @@ def _compiles(job: _Job) -> bool:
 
 
 def _comparable(cache: Cache, clock: Clock) -> list[Any]:
-    return [cache.keys, cache.domains, cache.staging, cache.board, clock.total_ns, clock.stall_ns]
+    arrays = [cache.keys, cache.domains, cache.staging, cache.board, cache.mass]
+    return [*arrays, clock.total_ns, clock.stall_ns]
 
 
 class _Simulation(_Job):
@@ -186,7 +188,7 @@ class _Replay(_Job):
         if compile:
             state = compiled_policy(policy)
             function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
-        work = twin.work_of(self.workload)
+        work = clocks.work_of(self.workload)
         outcome = np.zeros(self.context.n_experts, np.int8)
         try:
             for first in range(0, n_steps, CHUNK):
@@ -200,22 +202,22 @@ class _Replay(_Job):
                 self.workload.release()
         except (ValueError, IndexError, RuntimeError) as error:
             raise PolicyError(f"policy '{self.policy.label}' failed: {error}") from error
-        return cache, twin.clock_of(link)
+        return cache, clocks.clock_of(link)
 
     def is_compiled(self) -> bool:
         policy, cache, link = self._parts(0)
         omit = twin.unreachable(cache, self.costs, link)
         return is_compiled(twin.replay, compiled_policy(policy), omit=omit)
 
-    def _parts(self, n_steps: int) -> tuple[Policy, Cache, twin.Link]:
+    def _parts(self, n_steps: int) -> tuple[Policy, Cache, clocks.Link]:
         policy = self.policy.build(self.context)
         cache = new_cache(self.context, policy, n_events=self.n_events)
         n_segments = _most_segments(self.workload, self.costs, n_steps) if self.timeline else 0
-        return policy, cache, twin.new_link(self.costs, self.workload.n_keys, n_segments)
+        return policy, cache, clocks.new_link(self.costs, self.workload.n_keys, n_segments)
 
 
 def _most_segments(workload: Workload, costs: Costs, n_steps: int) -> int:
     """An upper bound: every step may copy, read and compute everything it could want or guess."""
     per_step = 1 + workload.meta.n_experts * 2
-    pieces = 2 * costs.n_pieces + 1
+    pieces = 2 * max(costs.n_pieces, costs.low_pieces) + 1
     return n_steps * per_step * pieces

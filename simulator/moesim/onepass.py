@@ -16,6 +16,7 @@ from moepolicy.policy import overrides
 from moepolicy.state import COUNTERS, N_EVENTS, Cache, new_cache
 from numpy.typing import NDArray
 
+from moesim import clocks
 from moesim import replay as twin
 from moesim.costs import Costs
 from moesim.engine import Clock
@@ -45,9 +46,9 @@ class Decisions:
         total = Clock()
         for kind, n in self.steps.items():
             spent = _time(kind, self.top_k, self.staging, costs)
-            total.total_ns += n * int(spent[twin.NOW])
-            total.stall_ns += n * int(spent[twin.STALL_NS])
-            total.link_busy_ns += n * int(spent[twin.LINK_BUSY_NS])
+            total.total_ns += n * int(spent[clocks.NOW])
+            total.stall_ns += n * int(spent[clocks.STALL_NS])
+            total.link_busy_ns += n * int(spent[clocks.LINK_BUSY_NS])
         total.decode_ns = total.total_ns
         return total
 
@@ -119,11 +120,11 @@ def _time(kind: int, top_k: int, staging: int, costs: Costs) -> NDArray[np.int64
     cache = new_cache(context, policy)
     outcome = np.zeros(context.n_experts, np.int8)
     _fill(cache, policy, np.array(held + going, np.int32), outcome)
-    link = twin.new_link(costs, context.n_experts)
+    link = clocks.new_link(costs, context.n_experts)
     begins = np.array([bool(kind & 1)])
     wanted = np.arange(top_k, dtype=np.int32)
     ones = np.ones(top_k, np.int32)
-    work = twin.Work(
+    work = clocks.Work(
         wanted,
         np.ones(top_k, np.float32),
         np.array([0, top_k]),

@@ -166,4 +166,15 @@ def _notes(compared: Sequence[Compared], limited: bool) -> list[str]:
             notes.append(f"  ({BASELINE} is not among the policies; it was simulated for this)")
     if any(result.lossy for result in results):
         notes.append("* changes what the model computes" + ": no limit binds it" * limited)
+        notes += [_change_note(result) for result in results if result.lossy]
     return notes
+
+
+def _change_note(result: Result) -> str:
+    shares = {
+        "left out": result.skipped_share,
+        "computed by another expert": result.substituted_share,
+        "computed at the lower precision": result.low_share,
+    }
+    changes = ", ".join(f"{100 * share:.1f} % {what}" for what, share in shares.items() if share)
+    return f"  {result.policy}, {result.slots} slots: of the gates' weight {changes or 'nothing'}"

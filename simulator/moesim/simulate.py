@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 from moepolicy import Kind, PolicySpec
 from moepolicy.cache import Journal, Observer
-from moepolicy.state import COUNTERS, Cache
+from moepolicy.state import (
+    ALL_MASS,
+    COUNTERS,
+    LOW_MASS,
+    MASS_ENTRIES,
+    SKIPPED_MASS,
+    SUBSTITUTED_MASS,
+    Cache,
+)
 from moeroute import Trace
 from moeroute.schema import TraceMeta, prediction_column
+from numpy.typing import NDArray
 
 from moesim.costs import Sizes, costs_of
 from moesim.engine import Clock, Segment
@@ -34,7 +43,11 @@ class Result:
     """One policy on one cache and machine. Counts are of experts, times simulated seconds.
 
     loads             experts copied over the link, prefetches included
+    low_expert_bytes  of one in the second, lower-precision store; 0: there was none
+    low_loads         of those, the ones that brought the lower precision
     cpu_experts       misses computed where the experts are kept, and not copied
+    *_share           of the gates' weights, what was left out, computed by another expert, or
+                      computed at the lower precision
     hit_ratio         hits / requests; late hits, which were waited for, are not hits
     tokens_per_s      decoded tokens over the time spent on them; of a trace that has none,
                       prompt tokens
@@ -56,6 +69,7 @@ class Result:
     machine: str
     trace: str
     expert_bytes: int
+    low_expert_bytes: int
     steps: int
     requests: int
     hits: int
@@ -66,6 +80,12 @@ class Result:
     prefetches: int
     useless_prefetches: int
     cpu_experts: int
+    low_loads: int
+    substituted: int
+    skipped: int
+    skipped_share: float
+    substituted_share: float
+    low_share: float
     bytes_loaded: int
     hit_ratio: float
     time_s: float
@@ -124,7 +144,22 @@ def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | N
     return meta.expert_bytes[precision]
 
 
-def sizes_of(meta: TraceMeta, expert_bytes: int) -> Sizes:
+def low_expert_size(
+    meta: TraceMeta, full_bytes: int, *, precision: str | None, expert_bytes: int | None
+) -> int:
+    """Bytes of one expert in the lower-precision store; 0 where there is none."""
+    if precision is None and expert_bytes is None:
+        return 0
+    low_bytes = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
+    if low_bytes >= full_bytes:
+        raise SimulationError(
+            f"an expert of the lower precision has {low_bytes:,} bytes, no fewer than the other's "
+            f"{full_bytes:,}: choose a lower one"
+        )
+    return low_bytes
+
+
+def sizes_of(meta: TraceMeta, expert_bytes: int, low_bytes: int = 0) -> Sizes:
     """The byte and parameter counts the machine's rates apply to."""
     for precision, bits in WEIGHT_BITS.items():
         if precision in meta.expert_bytes:
@@ -132,7 +167,7 @@ def sizes_of(meta: TraceMeta, expert_bytes: int) -> Sizes:
             break
     else:
         params = expert_bytes // 2
-    return Sizes(expert_bytes, params, meta.layer_bytes or 0, meta.token_bytes or 0)
+    return Sizes(expert_bytes, params, meta.layer_bytes or 0, meta.token_bytes or 0, low_bytes)
 
 
 def simulate(
@@ -144,6 +179,7 @@ def simulate(
     scope: str = "layer",
     expert_bytes: int | None = None,
     precision: str | None = None,
+    low_bytes: int = 0,
     engine: Engine = Engine.auto,
     observers: tuple[Observer, ...] = (),
     journal: Journal | None = None,
@@ -154,6 +190,7 @@ def simulate(
 ) -> Result:
     """Replay ``workload`` under ``policy`` with ``slots`` a layer on ``machine``.
 
+    ``low_bytes`` is the size of an expert in a second store, of lower precision; 0: there is none.
     ``timeline`` is filled with what every lane did. ``cold``: every sequence begins with empty
     caches, a policy made afresh and an idle link. What is still on its way when a sequence ends
     lands between the two, which takes no time that is counted. ``limits=False`` leaves out what
@@ -167,8 +204,13 @@ def simulate(
             f"policy '{policy.label}' computes on CPU workers, and machine '{machine.name}' has "
             "none: add a [cpu] section to its profile"
         )
+    if "low" in policy.requires and not low_bytes:
+        raise SimulationError(
+            f"policy '{policy.label}' loads experts at a lower precision, and there is no store of "
+            "one: give --low-precision or --low-expert-bytes"
+        )
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
-    sizes = sizes_of(workload.meta, size)
+    sizes = sizes_of(workload.meta, size, low_bytes)
 
     def replayed(part: Workload) -> tuple[Cache, Clock]:
         # Counts are what a calibration trace tells of the whole, the future what a sequence holds.
@@ -187,6 +229,7 @@ def simulate(
         )
 
     clock, counts, buffers = Clock(segments=timeline), np.zeros(len(Kind), np.int64), 0
+    mass = np.zeros(MASS_ENTRIES)
     parts = workload.sequences() if cold else iter([workload])
     if decisions is not None:
         predicting = "predictions" in policy.requires
@@ -195,6 +238,7 @@ def simulate(
     for part in parts:
         cache, spent = replayed(part)
         counts += cache.board[COUNTERS:]
+        mass[: len(cache.mass)] += cache.mass
         clock.follow(spent)
         buffers = cache.staging_buffers if cache.prefetching and cache.stage_prefetches else 0
     count = counts.tolist()
@@ -216,6 +260,7 @@ def simulate(
         machine=machine.name,
         trace=workload.title,
         expert_bytes=size,
+        low_expert_bytes=low_bytes,
         steps=workload.n_steps,
         requests=hits + late + misses,
         hits=hits,
@@ -226,7 +271,11 @@ def simulate(
         prefetches=prefetches,
         useless_prefetches=count[Kind.USELESS],
         cpu_experts=count[Kind.COMPUTE],
-        bytes_loaded=loads * size,
+        low_loads=count[Kind.LOW],
+        substituted=count[Kind.SUBSTITUTE],
+        skipped=count[Kind.SKIP],
+        **_changed(mass),
+        bytes_loaded=(loads - count[Kind.LOW]) * size + count[Kind.LOW] * low_bytes,
         hit_ratio=hits / (hits + late + misses),
         time_s=clock.total_ns / NS_PER_S,
         stall_s=clock.stall_ns / NS_PER_S,
@@ -236,6 +285,16 @@ def simulate(
         lossy=policy.policy.lossy,
         **_beside(limit, tokens_per_s),
     )
+
+
+def _changed(mass: NDArray[np.float64]) -> dict[str, Any]:
+    """Of the gates' weights, the shares that a policy's answers to misses changed."""
+    entries = {
+        "skipped_share": SKIPPED_MASS,
+        "substituted_share": SUBSTITUTED_MASS,
+        "low_share": LOW_MASS,
+    }
+    return {name: float(mass[i] / (mass[ALL_MASS] or 1.0)) for name, i in entries.items()}
 
 
 def _beside(limit: Limits | None, tokens_per_s: float) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from support.clock import context_for, drive, make_steps, scenarios
 DEMAND_ONLY = ["lru", "lfu", "fifo", "random:seed=3", "static", "belady", "belady-bypass"]
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 SLOT_PREFETCHING = f"{OWN}:SlotSpec"
-ALL = [*DEMAND_ONLY, "lru-spec:n=1,staging=1", "lru-spec:n=2,staging=4", SLOT_PREFETCHING]
+ANSWERING = f"{OWN}:Anything:seed=4"  # skips, substitutes, computes, lowers
+ALL = [
+    *DEMAND_ONLY,
+    "lru-spec:n=1,staging=1",
+    "lru-spec:n=2,staging=4",
+    SLOT_PREFETCHING,
+    ANSWERING,
+]
 
 
 @pytest.mark.parametrize("policy", ALL)

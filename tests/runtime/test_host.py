@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moepolicy import find_policy
 from moeroute import open_trace
@@ -49,15 +49,18 @@ def is_of(record: torch.Tensor, key: int) -> bool:
     return bool((record.view(torch.int32) == key).all())
 
 
+@settings(deadline=None)
 @given(keys=st.lists(st.integers(0, 7), max_size=40), capacity=st.integers(1, 8))
 def test_it_keeps_what_the_simulators_host_cache_keeps(keys: list[int], capacity: int) -> None:
-    tier, host = HostTier(MemoryRecords(8), capacity), Host(capacity)
+    tier, host = HostTier(MemoryRecords(8), capacity), Host(capacity * RECORD_BYTES)
     buffer = torch.empty(RECORD_BYTES, dtype=torch.uint8)
     for key in keys:
         reads, hits = tier.reads, tier.hits
         tier.read_into(key, buffer)
         assert is_of(buffer, key)
-        assert (tier.hits - hits, tier.reads - reads) == ((1, 0) if host.has(key) else (0, 1))
+        assert (tier.hits - hits, tier.reads - reads) == (
+            (1, 0) if host.has(key, False, RECORD_BYTES) else (0, 1)
+        )
 
 
 def test_a_record_in_use_is_not_overwritten() -> None:

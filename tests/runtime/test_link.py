@@ -14,7 +14,7 @@ import torch
 from moerun.arena import device_memory
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
-from moerun.links import DirectRecords, DiskLink, HostTier, Throttle
+from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Throttle
 from moerun.pack import pack
 
 RECORD_BYTES = 4096
@@ -37,7 +37,7 @@ class FileRecords:
         if key == self.short:
             raise RunError(f"expert {key} is cut off in {self.path}")
         with self.path.open("rb") as file:
-            file.seek(key * RECORD_BYTES)
+            file.seek(key * self.record_bytes)
             file.readinto(memoryview(buffer.numpy()))
 
 
@@ -97,6 +97,29 @@ def test_a_record_that_must_be_derived_is_handed_over_from_scratch_memory(tmp_pa
     assert [reports.get(timeout=PATIENCE_S)[1] for _ in slots] == [None, None]
     link.close()
     assert [slot.total for slot in slots] == [5 * RECORD_BYTES, 10 * RECORD_BYTES]
+
+
+@pytest.mark.parametrize("slot_of", [LandingSlot, DerivingSlot])
+def test_a_record_of_either_precision_lands_in_its_own_form(
+    tmp_path: Path, slot_of: type[LandingSlot | DerivingSlot]
+) -> None:
+    class Smaller(FileRecords):
+        record_bytes = RECORD_BYTES // 2
+
+    full, low = [slot_of() for _ in range(2)], [DerivingSlot() for _ in range(2)]
+    slots = [DualSlot(*each) for each in zip(full, low, strict=True)]
+    reports: Reports = SimpleQueue()
+    records = FileRecords(tmp_path / "full")
+    link = DiskLink(records, slots, low=Smaller(tmp_path / "low"))
+    link.start(lambda key, error: reports.put((key, error)))
+    link.submit(3, 0)
+    link.submit(6, 1, low=True)
+    assert [reports.get(timeout=PATIENCE_S)[1] for _ in range(2)] == [None, None]
+    link.close()
+    assert [slot.total for slot in low] == [0, 4 * RECORD_BYTES // 2]  # it lies at half the way
+    if isinstance(full[0], DerivingSlot):
+        assert full[0].total == 4 * RECORD_BYTES
+    assert link.statistics.bytes_copied == RECORD_BYTES + RECORD_BYTES // 2
 
 
 def test_a_failed_read_is_reported_and_the_link_goes_on(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 from moepolicy import Call, Context, Event, ExpertCache, Journal, Kind, Step, find_policy, next_use
 
+COPIED = (Kind.HIT, Kind.LATE, Kind.MISS)
+
 
 class Recording:
     """Everything one run decided."""
@@ -83,8 +85,13 @@ def drive(
             cache.finish(key)
         if resizes:
             _maybe_resize(cache, clock)
-        cache.begin(step)
-        left = set(step.experts.tolist())
+        outcome = cache.begin(step).tolist()
+        # The others are computed from no copy of their own.
+        left = {
+            key for key, kind in zip(step.experts.tolist(), outcome, strict=True) if kind in COPIED
+        }
+        if check:
+            cache.check()
         while left:
             _one_move(cache, clock, flying, left, streams)
             if resizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ def chat(
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     chunk: opt.Chunk = None,
@@ -66,6 +68,7 @@ def chat(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.runner import Runner

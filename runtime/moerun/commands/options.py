@@ -105,6 +105,14 @@ Store = Annotated[
         show_default=False,
     ),
 ]
+Low = Annotated[
+    str | None,
+    typer.Option(
+        help="For policies that load some misses at a lower precision: fp16, bf16, 4bit, 3bit or "
+        "2bit, packed like --precision, or the folder of a store.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
 Streams = Annotated[int, typer.Option(help="Copies under way at once: 1 to 3.")]
 Chunk = Annotated[
@@ -265,6 +273,27 @@ def store(
             report=report,
             progress=progress,
         )
+
+
+def low_store(model: str, low: str | None) -> ExpertStore | None:
+    """The second store that --low asks for; None where it does not."""
+    if low is None:
+        return None
+    from moerun.shape import PRECISIONS
+    from moerun.stores import is_store
+
+    if low not in PRECISIONS:
+        if not is_store(Path(low).expanduser()):
+            raise RunError(
+                f"--low {low} is neither a precision ({', '.join(PRECISIONS)}) nor a store's folder"
+            )
+        return store(low, "native", None)
+    if is_store(Path(model).expanduser()):
+        raise RunError(
+            f"{model} is a packed store, which cannot be packed again at {low}: give --low the "
+            "folder of a store packed from the same checkpoint"
+        )
+    return store(model, low, None)
 
 
 def quiet_libraries() -> None:

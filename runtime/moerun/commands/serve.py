@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ def serve(
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     chunk: opt.Chunk = None,
@@ -102,6 +104,7 @@ def serve(
 
     taken = bind(host, port)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.runner import Runner

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -55,6 +55,20 @@ class Slot(Protocol):
         """Make the expert whose record is in ``record`` computable; work on the current stream."""
 
 
+class DualSlot(NamedTuple):
+    """Memory for an expert of either precision, one at a time, in the form of each."""
+
+    full: Slot
+    low: Slot
+
+
+def in_form(slot: Slot | DualSlot, low: bool) -> Slot:
+    """The slot as an expert of the one precision, or of the lower one, is computed from it."""
+    if isinstance(slot, DualSlot):
+        return slot.low if low else slot.full
+    return slot
+
+
 class Link(Protocol):
     """Copies expert records into numbered device slots, ``streams`` of them at a time.
 
@@ -66,14 +80,14 @@ class Link(Protocol):
 
     streams: int
     chunked: bool
-    slots: Sequence[Any]  # each a Slot
+    slots: Sequence[Any]  # each a Slot, or a DualSlot where there is a lower precision
     statistics: LinkStatistics
 
     def start(self, done: Done) -> None:
         """Begin work; ``done`` is called from the link's threads. Once, before any ``submit``."""
 
-    def submit(self, key: int, slot: int, *, demand: bool = True) -> None:
-        """Copy ``key``'s record into ``slot``. Returns at once."""
+    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+        """Copy ``key``'s record, or that of the lower precision, into ``slot``. Returns at once."""
 
     def want(self, key: int) -> None:
         """A prefetch under way turned out to be wanted now."""
@@ -120,12 +134,13 @@ class ThreadedLink:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         *,
         record_bytes: int,
         streams: int,
         throttle: Throttle | None,
         scratch_device: torch.device,
+        low_record_bytes: int = 0,
         chunk_bytes: int = 0,
     ) -> None:
         """With ``chunk_bytes`` records travel in pieces. Raises RunError for streams or pieces out
@@ -137,12 +152,16 @@ class ThreadedLink:
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()
-        scratch_bytes = record_bytes if slots and slots[0].landing is None else 0
+        self._bytes = record_bytes, low_record_bytes
+        # For records that cannot land in their slots.
+        scratch_bytes = max(
+            self._bytes[low] if slots and in_form(slots[0], low).landing is None else 0
+            for low in (False, True)
+        )
         self._scratch = [
             device_memory(max(scratch_bytes, 1), scratch_device)
             for _ in range(streams * (2 if chunk_bytes else 1))
         ]
-        self._record_bytes = record_bytes
         self._throttle = throttle
         self.chunked = chunk_bytes > 0
         self._chunk_bytes = chunk_bytes
@@ -162,10 +181,11 @@ class ThreadedLink:
         """Bring the record and make the slot computable; returns when it is, or raises."""
         raise NotImplementedError
 
-    def landing(self, stream: int, slot: int) -> torch.Tensor:
-        """Where a record for ``slot`` is to land: in the slot, or in the stream's own memory."""
-        landing = self.slots[slot].landing
-        return self._scratch[stream] if landing is None else landing
+    def destination(self, stream: int, slot: int, low: bool) -> tuple[Slot, torch.Tensor]:
+        """The slot, and where a record for it is to land: there, or in the stream's own memory."""
+        into = in_form(self.slots[slot], low)
+        landing = into.landing
+        return into, self._scratch[stream][: self._bytes[low]] if landing is None else landing
 
     def start(self, done: Done) -> None:
         self._done = done
@@ -181,9 +201,9 @@ class ThreadedLink:
         # Setting it in one thread makes it the default of all that are yet to come.
         torch.set_num_threads(compute_threads)
 
-    def submit(self, key: int, slot: int, *, demand: bool = True) -> None:
+    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
         self._submitted += 1
-        job = Job(key, slot, time.perf_counter(), self._submitted, demand)
+        job = Job(key, slot, low, time.perf_counter(), self._submitted, demand)
         self._travelling[key] = job
         (self._jobs if demand else self._guesses).put(job)
 
@@ -241,6 +261,7 @@ class ThreadedLink:
     def _carry(self, stream: int, job: Job) -> float:
         """Copy, wait for the cap, report; returns when the copy ended."""
         assert self._done is not None
+        n_bytes = self._bytes[job.low]
         try:
             self.copy(stream, job)
         except Exception as error:
@@ -251,12 +272,12 @@ class ThreadedLink:
         self._travelling.pop(job.key)
         ended_s = time.perf_counter()
         if self._throttle and not self.chunked:
-            deadline_s = self._throttle.deadline_s(job.begin_s, self._record_bytes)
+            deadline_s = self._throttle.deadline_s(job.begin_s, n_bytes)
             self._sleep_until(deadline_s)
             ended_s = max(ended_s, deadline_s)
         with self._lock:
             self.statistics.copies += 1
-            self.statistics.bytes_copied += self._record_bytes
+            self.statistics.bytes_copied += n_bytes
             self.statistics.busy_s += ended_s - job.begin_s
         self._done(job.key, None)
         return ended_s

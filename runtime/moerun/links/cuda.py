@@ -9,7 +9,7 @@ import torch
 
 from moerun.devices import format_bytes
 from moerun.errors import RunError
-from moerun.links.base import Slot, ThreadedLink, Throttle
+from moerun.links.base import DualSlot, Slot, ThreadedLink, Throttle
 from moerun.links.host import HostTier
 from moerun.links.turns import Job
 
@@ -25,33 +25,46 @@ class CudaLink(ThreadedLink):
     def __init__(
         self,
         tier: HostTier,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         device: torch.device,
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        low: HostTier | None = None,
         chunk_bytes: int = 0,
     ) -> None:
-        """Pins the tier's memory, and fills it where all records fit. Raises RunError."""
+        """Pins the memory of the tier, and of the lower precision's, and fills them where all
+        records fit. Raises RunError."""
         super().__init__(
             slots,
             record_bytes=tier.record_bytes,
             streams=streams,
             throttle=throttle,
             scratch_device=device,
+            low_record_bytes=low.record_bytes if low else 0,
             chunk_bytes=chunk_bytes,
         )
         self.device = device
-        if tier.n_records == tier.n_keys:
-            tier.fill()
-        _pin(tier)
-        self.tier: HostTier | None = tier
+        self._tiers: list[HostTier] = []
+        for each in (tier, low):
+            if each is not None:
+                self._pin(each)
         self._copied = [_event() for _ in slots]
         self._used: list[torch.cuda.Event | None] = [None] * len(slots)
         self._lanes = [
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for _ in self._scratch
         ]
+
+    def record(self, key: int) -> torch.Tensor:
+        """The record of ``key`` in host memory, uint8[record_bytes]; not to be written to."""
+        tier = self._tiers[0]
+        assert tier.n_records == tier.n_keys, "not all records are there"
+        return tier.memory[key]
+
+    @property
+    def tier(self) -> HostTier | None:
+        return self._tiers[0] if self._tiers else None
 
     def acquire(self, slot: int) -> None:
         torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
@@ -62,24 +75,23 @@ class CudaLink(ThreadedLink):
         self._used[slot] = event
 
     def copy(self, stream: int, job: Job) -> None:
-        assert self.tier is not None
-        lane, slot = self._lanes[stream], job.slot
+        lane, slot, tier = self._lanes[stream], job.slot, self._tiers[job.low]
         if (used := self._used[slot]) is not None:
             lane.wait_event(used)
-        held = self.tier.hold(job.key)
+        held = tier.hold(job.key)
         try:
             with torch.cuda.stream(lane):
-                record = self.landing(stream, slot)
+                into, record = self.destination(stream, slot, job.low)
                 for piece in self.pieces(job, len(held)):
                     record[piece].copy_(held[piece], non_blocking=True)
                     if self.chunked:  # the bus is handed on when the piece has crossed it
                         self._copied[slot].record(lane)
                         self._copied[slot].synchronize()
-                self.slots[slot].arrive(record)
+                into.arrive(record)
             self._copied[slot].record(lane)
             self._copied[slot].synchronize()
         finally:
-            self.tier.drop(job.key)
+            tier.drop(job.key)
 
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
         for slot in withdrawn:
@@ -98,11 +110,25 @@ class CudaLink(ThreadedLink):
 
     def close(self) -> None:
         super().close()
-        if self.tier is not None:
+        if self._tiers:
             torch.cuda.synchronize(self.device)
-            _unpin(self.tier.memory)
-            self.tier.close()
-            self.tier = None
+            self._unpin_all()
+
+    def _pin(self, tier: HostTier) -> None:
+        try:
+            if tier.n_records == tier.n_keys:
+                tier.fill()
+            _pin(tier)
+        except BaseException:
+            self._unpin_all()
+            raise
+        self._tiers.append(tier)
+
+    def _unpin_all(self) -> None:
+        while self._tiers:
+            tier = self._tiers.pop()
+            _unpin(tier.memory)
+            tier.close()
 
 
 def _pin(tier: HostTier) -> None:

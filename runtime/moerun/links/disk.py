@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle
+from moerun.links.base import DualSlot, Records, Slot, ThreadedLink, Throttle
 from moerun.links.direct import DirectRecords
 from moerun.links.host import HostTier
 from moerun.links.turns import Job
@@ -23,10 +23,11 @@ class DiskLink(ThreadedLink):
     def __init__(
         self,
         store: Records,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        low: Records | None = None,
         chunk_bytes: int = 0,
     ) -> None:
         super().__init__(
@@ -35,9 +36,10 @@ class DiskLink(ThreadedLink):
             streams=streams,
             throttle=throttle,
             scratch_device=torch.device("cpu"),
+            low_record_bytes=low.record_bytes if low else 0,
             chunk_bytes=chunk_bytes,
         )
-        self._records = store
+        self._stores = [store, *([low] if low else [])]
         self.tier = store if isinstance(store, HostTier) else None
 
     def acquire(self, slot: int) -> None:
@@ -48,13 +50,15 @@ class DiskLink(ThreadedLink):
 
     def close(self) -> None:
         super().close()
-        if isinstance(self._records, DirectRecords | HostTier):  # a store is its opener's
-            self._records.close()
+        for records in self._stores:
+            if isinstance(records, DirectRecords | HostTier):  # a store is its opener's
+                records.close()
 
     def copy(self, stream: int, job: Job) -> None:
-        record = self.landing(stream, job.slot)
+        into, record = self.destination(stream, job.slot, job.low)
+        records = self._stores[job.low]
         if self.chunked:
-            self._records.read_into(job.key, record, pieces=partial(self.pieces, job))
+            records.read_into(job.key, record, pieces=partial(self.pieces, job))
         else:
-            self._records.read_into(job.key, record)
-        self.slots[job.slot].arrive(record)
+            records.read_into(job.key, record)
+        into.arrive(record)

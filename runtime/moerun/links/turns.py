@@ -20,6 +20,7 @@ class Job:
 
     key: int
     slot: int
+    low: bool  # at the lower precision
     submitted_s: float  # time.perf_counter
     number: int = 0  # jobs are numbered as they are submitted
     demand: bool = True

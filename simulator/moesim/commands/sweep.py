@@ -72,6 +72,10 @@ def sweep(
     expert_bytes: Annotated[
         str | None, typer.Option(help="Instead of --precision: expert sizes in bytes.")
     ] = None,
+    low_precision: Annotated[
+        str | None,
+        typer.Option(help="Of a second store, for policies that load some misses so: 2bit."),
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(help="Values of a policy's parameter: lru-spec:n=1,2,3; may be repeated."),
@@ -130,6 +134,7 @@ def sweep(
         "machines": [name for text in machine or [] for name in _split(text) or []],
         "precisions": _split(precision),
         "expert_bytes": _split(expert_bytes),
+        "low_precision": low_precision,
         "parameters": _parameters(param or []),
         "engine": engine,
         "cold": cold or None,

@@ -21,7 +21,7 @@ import moesim
 from moesim.errors import SimulationError
 from moesim.limits.gap import BASELINE
 from moesim.profile import Machine, load_machine
-from moesim.simulate import expert_size
+from moesim.simulate import expert_size, low_expert_size
 from moesim.sweep.grid import Grid
 
 # Parts of moesim that decide nothing about a simulation.
@@ -61,6 +61,7 @@ class Point:
     memory_bytes: int | None
     expert_bytes: int
     precision: str | None
+    low_bytes: int = 0  # of an expert in a second store, where the policy requires one
     refused: str | None = None
     reference: bool = False
 
@@ -250,6 +251,7 @@ class _Layout:
         policy: int,
     ) -> Point:
         trace, spec, refused, size = self.traces[number], self.specs[policy], None, 0
+        low, low_bytes = self.grid.low_precision, 0
         try:
             for need, column in COLUMNS.items():
                 if need in spec.requires:
@@ -257,6 +259,8 @@ class _Layout:
             size = expert_size(trace.meta, precision=precision, expert_bytes=expert_bytes)
             if precision is None and expert_bytes is None:
                 precision = next(iter(trace.meta.expert_bytes))
+            if "low" in spec.requires:
+                low_bytes = low_expert_size(trace.meta, size, precision=low, expert_bytes=None)
         except (SimulationError, TraceError) as error:
             refused = str(error)
         source = self.sources[number]
@@ -273,6 +277,8 @@ class _Layout:
             "limits": self.grid.limits,
             "moesim": code_digest(),
         }
+        if low_bytes:
+            what |= {"low_bytes": low_bytes}
         if refused:
             what |= {"precision": precision, "path": source.path}
         return Point(
@@ -284,6 +290,7 @@ class _Layout:
             slots=slots,
             expert_bytes=size,
             precision=precision,
+            low_bytes=low_bytes,
             memory_bytes=budget,
             refused=refused,
             reference=policy >= self.n_asked,

@@ -82,6 +82,7 @@ class Worker:
             slots=slots,
             scope=point.scope,
             expert_bytes=point.expert_bytes,
+            low_bytes=point.low_bytes,
             engine=Engine(self.job.engine),
             decisions=self._decisions(point, workload, policy, machine, slots),
             cold=self.job.cold,
