@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from moepolicy import find_policy
 from moeroute import open_trace
@@ -49,6 +49,7 @@ def is_of(record: torch.Tensor, key: int) -> bool:
     return bool((record.view(torch.int32) == key).all())
 
 
+@settings(deadline=None)
 @given(keys=st.lists(st.integers(0, 7), max_size=40), capacity=st.integers(1, 8))
 def test_it_keeps_what_the_simulators_host_cache_keeps(keys: list[int], capacity: int) -> None:
     tier, host = HostTier(MemoryRecords(8), capacity), Host(capacity)
