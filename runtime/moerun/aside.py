@@ -106,7 +106,9 @@ class AsideExpert:
         self._key = key
 
     def begin(self, compute: Compute, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start ``compute(weights, x)``; what is returned waits for it and gives its result on
-        x's device."""
+        """Start ``compute(weights, x)``; what is returned waits for it and gives its result, on
+        another device than the CPU as that one's own compute would: there, and of x's type."""
         future = self._aside.submit(self._key, compute, x.cpu())
-        return lambda: future.result().to(x.device)
+        if x.device.type == "cpu":
+            return future.result
+        return lambda: future.result().to(x)
