@@ -268,7 +268,16 @@ def terminal(store: ExpertStore) -> Iterator[tuple[subprocess.Popen[bytes], int]
     process = subprocess.Popen(
         [
             *(sys.executable, "-c", "from moerun.cli import main; main()", "chat"),
-            *(str(store.path), "--slots", "1", "--link-gbps", "0.05", "--max-new-tokens", "400"),
+            *(
+                "--model",
+                str(store.path),
+                "--slots",
+                "1",
+                "--link-gbps",
+                "0.05",
+                "--max-new-tokens",
+                "400",
+            ),
         ],
         stdin=program,
         stdout=program,

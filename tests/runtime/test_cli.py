@@ -236,7 +236,7 @@ def test_a_refused_prompt_leaves_no_recording(moerun: Call, tmp_path: Path) -> N
         ("serve", "--port", "70000"),
         ("serve", "--queue", "-1"),
         ("serve", "--api-key", ""),
-        ("chat", "tiny", "--slots", "2", "--memory", "1GiB"),
+        ("chat", "--slots", "2", "--memory", "1GiB"),
     ],
 )
 def test_wrong_usage_exits_with_2(moerun: Call, arguments: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from moerun.commands import options as opt
 
 
 def chat(
-    model: opt.ModelArgument = "tiny",
+    model: opt.Model = "tiny",
     policy: opt.Policy = "lru",
     slots: opt.Slots = None,
     memory: opt.Memory = None,

@@ -28,13 +28,6 @@ Model = Annotated[
         "folder of a store made by 'moerun pack'."
     ),
 ]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="tiny (bundled), a checkpoint's folder, owner/name on the Hugging Face hub, or the "
-        "folder of a store made by 'moerun pack'."
-    ),
-]
 Policy = Annotated[
     str,
     typer.Option(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: opt.ModelArgument = "tiny",
+    model: opt.Model = "tiny",
     policy: opt.Policy = "lru",
     slots: opt.Slots = None,
     memory: opt.Memory = None,
