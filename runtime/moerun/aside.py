@@ -38,7 +38,10 @@ class Aside:
         self._slot: ExpertSlot | None = None
         self._buffer: torch.Tensor | None = None
         self._pending: list[Future[torch.Tensor]] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="aside")
+        # A thread of its own would take the environment's number of threads, not the run's.
+        self._pool = ThreadPoolExecutor(
+            1, "aside", torch.set_num_threads, (torch.get_num_threads(),)
+        )
 
     def expert(self, key: int) -> AsideExpert:
         """``key``, to be computed by the worker."""
