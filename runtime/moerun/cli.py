@@ -10,6 +10,7 @@ import typer
 from moepolicy import PolicyError, console, find_policy, policy_names
 
 from moerun.commands import options as opt
+from moerun.commands.bench import bench
 from moerun.commands.chat import chat
 from moerun.commands.fidelity import fidelity
 from moerun.commands.pack import pack
@@ -134,6 +135,7 @@ app.command()(serve)
 app.command()(pack)
 app.command()(profile)
 app.command()(fidelity)
+app.command()(bench)
 app.command()(perplexity)
 
 
