@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.calls import Call, Calls, CompiledCalls
+from moepolicy.calls import Call, Calls, CompiledCalls, calls_are_compiled
 from moepolicy.kinds import Kind
 from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.state import (
-    BACKLOG,
     COUNTERS,
     DEMAND,
     EVICTED,
@@ -89,9 +88,7 @@ class ExpertCache:
         # No call decides more than a few things about each key.
         n_events = 6 * context.n_keys + 64 if observers else 0
         self.arrays: Cache = new_cache(context, policy, n_events=n_events)
-        self._calls = (
-            CompiledCalls(self.arrays, policy, horizon) if compile else Calls(self.arrays, policy)
-        )
+        self._calls: Calls = self.compile_calls(horizon) if compile else Calls(self.arrays, policy)
         self._outcome = np.zeros(context.n_experts, np.int8)
 
     @property
@@ -99,10 +96,28 @@ class ExpertCache:
         """Slots over cache and staging together: the records a device arena must hold."""
         return len(self.arrays.domains) * self.arrays.slots + self.arrays.staging_buffers
 
+    def is_compiled(self) -> bool:
+        """Whether an earlier run has left these calls compiled on disk. Raises NotCompilable."""
+        return calls_are_compiled(self.arrays, self.policy)
+
+    def compile_calls(self, horizon: int) -> CompiledCalls:
+        """The same calls compiled, or loaded from disk, for ``use``.
+
+        Another thread may do it while the cache is driven: it neither reads nor changes what the
+        cache knows. Raises NotCompilable, or numba's own errors, for a policy beyond compiling.
+        """
+        return CompiledCalls(self.arrays, self.policy, horizon)
+
+    def use(self, calls: Calls) -> None:
+        """Make every call by ``calls`` from now on; between two calls, at any time.
+
+        All state is in the arrays, which both kinds share, so nothing else changes.
+        """
+        self._calls = calls
+
     def begin(self, step: Step) -> NDArray[np.int8]:
         """Pin a step's demand; returns HIT, LATE, MISS or COMPUTE for each of its keys."""
         outcome = self._outcome[: len(step.experts)]
-        step = step._replace(backlog=int(self.arrays.board[BACKLOG]))
         self._log(Call.BEGIN, step.number)
         try:
             self._calls.begin(step, outcome)
@@ -123,9 +138,9 @@ class ExpertCache:
             self._publish()
         if key < 0:
             return None
-        row = self.arrays.keys[key]
-        evicts = bool(self.arrays.board[EVICTED] >= 0)
-        return Transfer(key, int(row[PLACE]), bool(row[UNUSED]), evicts)
+        keys, board = self.arrays.keys, self.arrays.board
+        speculative, evicts = bool(keys.item(key, UNUSED)), board.item(EVICTED) >= 0
+        return Transfer(key, keys.item(key, PLACE), speculative, evicts)
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
@@ -154,7 +169,7 @@ class ExpertCache:
 
     def slot_of(self, key: int) -> int:
         """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
-        return int(self.arrays.keys[key, PLACE])
+        return self.arrays.keys.item(key, PLACE)
 
     def count(self, kind: Kind) -> int:
         return int(self.arrays.board[COUNTERS + kind])
@@ -165,9 +180,9 @@ class ExpertCache:
     def queued(self) -> Kind | None:
         """What ``start`` would try to copy next: LOAD (demand), SPECULATE (a prefetch), nothing."""
         board = self.arrays.board
-        if board[FIRST + DEMAND] >= 0:
+        if board.item(FIRST + DEMAND) >= 0:
             return Kind.LOAD
-        return Kind.SPECULATE if board[FIRST + PREFETCH] >= 0 else None
+        return Kind.SPECULATE if board.item(FIRST + PREFETCH) >= 0 else None
 
     def check(self) -> None:
         """AssertionError if an invariant of the state machine does not hold."""

@@ -65,6 +65,7 @@ class Runner:
             settings.policy,
             partial(make_link, store, self.form, settings),
             record_bytes=store.record_bytes,
+            compile=True,
         )
         try:
             self.model, self.tokenizer = load_offloaded(store, settings.device, self.session)

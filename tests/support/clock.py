@@ -58,12 +58,16 @@ def drive(
     streams: int = 1,
     check: bool = False,
     compile: bool = False,
+    compile_at: int | None = None,
 ) -> tuple[ExpertCache, Recording]:
     """Run ``steps``; a generator seeded with ``seed`` plays the clock.
+
+    Calls are compiled from the start, or from amid the step ``compile_at`` on.
 
     Fails if the machine ever stops with work left to do.
     """
     clock, seen = random.Random(seed), Recording()
+    horizon = max(len(step.predicted) for step in steps)
     cache = ExpertCache(
         context,
         find_policy(policy).build(context),
@@ -71,14 +75,16 @@ def drive(
         observers=[seen.events.append],
         journal=seen.journal,
         compile=compile,
-        horizon=max(len(step.predicted) for step in steps),
+        horizon=horizon,
     )
     flying: list[int] = []
-    for step in steps:
+    for number, step in enumerate(steps):
         for key in clock.sample(flying, clock.randint(0, len(flying))):
             flying.remove(key)
             cache.finish(key)
         cache.begin(step)
+        if number == compile_at:
+            cache.use(cache.compile_calls(horizon))
         left = set(step.experts.tolist())
         while left:
             _one_move(cache, clock, flying, left, streams)

@@ -196,8 +196,10 @@ class Bench(AbstractContextManager["Bench"]):
             policy,
             lambda _n_slots: cast(Link, self._link),
             record_bytes=self.store.record_bytes,
+            compile=True,
         )
         with session:
+            session.wait_compiled()
             warm: list[Totals] = []
             predicts = "predictions" in policy.requires
             timings = self._decode(
