@@ -21,7 +21,7 @@ from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import ForcedGates, Routing
 from moerun.devices import calm_collector
 from moerun.errors import RunError
-from moerun.experts import attach
+from moerun.experts import Sums, attach
 from moerun.families import find_experts
 from moerun.forms import SlotForm
 from moerun.generate import Sampling, Timings
@@ -101,11 +101,16 @@ class Bench(AbstractContextManager["Bench"]):
         plan: Plan,
         *,
         folder: Path | None = None,
+        sums: Sums = "grouped_mm",
         report: Report | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """``folder``: keep the experts there, on disk. Raises RunError for what does not fit."""
+        """``folder``: keep the experts there, on disk. ``sums`` is as for `attach`.
+
+        Raises RunError for what does not fit.
+        """
         plan.check()
+        self._sums = sums
         tell = report or (lambda _: None)
         self.generated, self.routing, self.settings, self.plan = generated, routing, settings, plan
         index = generated.index
@@ -138,6 +143,7 @@ class Bench(AbstractContextManager["Bench"]):
         except BaseException:
             self._link.owned.close()
             raise
+        self.last_ids: list[int] = []  # what the last run decoded
         self.link_rates: list[float] = []
         self.compute: list[Timed] = []
         self.runs: dict[str, list[Timed]] = {policy.label: [] for policy in plan.policies}
@@ -163,7 +169,7 @@ class Bench(AbstractContextManager["Bench"]):
             self.compute.append(self._compute_alone())
             for policy in self.plan.policies:
                 tell(f"{of}: {policy.label}")
-                self.runs[policy.label].append(self._run_policy(policy))
+                self.runs[policy.label].append(self.run_policy(policy))
             if self.plan.released:
                 tell(f"{of}: {RELEASED}")
                 self.runs[RELEASED].append(self._run_released())
@@ -190,7 +196,7 @@ class Bench(AbstractContextManager["Bench"]):
         timings = self._decode(HitsOnly(self._link.slots, self.store.n_experts), None)
         return Timed(timings.measured_s, _NOTHING, 0)
 
-    def _run_policy(self, policy: PolicySpec) -> Timed:
+    def run_policy(self, policy: PolicySpec) -> Timed:
         session = Session(
             self._context,
             policy,
@@ -243,20 +249,25 @@ class Bench(AbstractContextManager["Bench"]):
         tokens: int | None = None,
     ) -> Marked:
         """Decode the forced tokens from the first on, as `moerun` decodes any."""
-        attach(self._experts, provider)
+        attach(self._experts, provider, self._sums)
         self._gates.start(session, predicts=predicts)
         timings = Marked(self.plan.warm_up if tokens is None else 0, on_warm)
-        prompt = torch.ones((1, 1), dtype=torch.int64, device=self.settings.device)
-        new_tokens = self.plan.forced_tokens if tokens is None else tokens
-        config = replace(Sampling(), stop=False).config(self.model, new_tokens)
-        with torch.inference_mode():
-            self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=config,
-                streamer=timings,
-            )
+        decode_forced(self.model, timings, tokens or self.plan.forced_tokens)
+        self.last_ids = timings.token_ids
         return timings
+
+
+def decode_forced(model: Any, timings: Marked, tokens: int) -> None:
+    """Decode after a prompt of one token, with `generate` as it stands; gates are forced before."""
+    prompt = torch.ones((1, 1), dtype=torch.int64, device=model.device)
+    config = replace(Sampling(), stop=False).config(model, tokens)
+    with torch.inference_mode():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            streamer=timings,
+        )
 
 
 def simulated_tokens_per_s(bench: Bench, policy: str, machine: Path) -> float:
