@@ -79,7 +79,10 @@ class Child:
 def compare(
     folder: Annotated[Path, typer.Option(help="Where the weights are written: on a real disk.")],
     shape: Annotated[str, typer.Option(help="As for moerun bench.")] = "mixtral-8x7b",
-    layers: Annotated[int | None, typer.Option(help="Only the first ones.")] = 3,
+    hidden: Annotated[
+        int, typer.Option(help="Scale the shape to this hidden size; 0: leave it as it is.")
+    ] = 1024,
+    layers: Annotated[int | None, typer.Option(help="Only the first ones.")] = 16,
     routing: Annotated[str, typer.Option(help="As for moerun bench.")] = "mixtral-like",
     tokens: Annotated[int, typer.Option(help="Measured tokens of each run.")] = 12,
     warm_up: Annotated[int, typer.Option(help="Tokens before them.")] = 4,
@@ -88,12 +91,12 @@ def compare(
     overhead_gib: Annotated[
         float,
         typer.Option(help="Of the limit: Python, torch, activations, staging, accelerate's layer."),
-    ] = 1.5,
+    ] = 0.6,
     limit: Annotated[bool, typer.Option(help="Limit memory to half of the experts.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
     """Print tokens/s of each engine and how many times accelerate's."""
-    case = Case(shape, layers, routing, tokens, warm_up, folder.absolute())
+    case = Case(shape, hidden or None, layers, routing, tokens, warm_up, folder.absolute())
     model = prepare(case)
     half_bytes = model.expert_bytes // 2
     overhead_bytes = model.index.dense_bytes + int(overhead_gib * 2**30)
@@ -122,6 +125,7 @@ def compare(
         "rows": rows,
         "shape": model.index.model,
         "layers": model.index.n_layers,
+        "hidden_size": model.config.hidden_size,
         "precision": PRECISION,
         "expert_bytes": model.records.record_bytes,
         "all_experts_bytes": model.expert_bytes,

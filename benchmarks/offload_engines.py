@@ -35,9 +35,13 @@ PRECISION = "bf16"
 
 @dataclass(frozen=True)
 class Case:
-    """What all engines run. ``folder`` holds the weights, once for each engine that reads them."""
+    """What all engines run. ``folder`` holds the weights, once for each engine that reads them.
+
+    ``hidden`` scales the shape's matrices to that hidden size, None leaves them.
+    """
 
     shape: str
+    hidden: int | None
     layers: int | None
     routing: str
     tokens: int
@@ -51,7 +55,11 @@ class Case:
     def model(self) -> GeneratedModel:
         config = find_config(self.shape, self.layers)
         config.dtype = torch.bfloat16
-        return GeneratedModel(config, name=shape_name(self.shape), precision=PRECISION, seed=0)
+        name = shape_name(self.shape)
+        if self.hidden:
+            _scale(config, self.hidden)
+            name += f", hidden size {self.hidden}"
+        return GeneratedModel(config, name=name, precision=PRECISION, seed=0)
 
     def load_routing(self, model: GeneratedModel) -> Routing:
         index = model.index
@@ -69,6 +77,13 @@ class Case:
     @property
     def store(self) -> Path:
         return self.folder / "store"
+
+
+def _scale(config: Any, hidden: int) -> None:
+    """Width by width in proportion, heads of the same size."""
+    for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, name, getattr(config, name) * hidden // config.hidden_size)
+    config.hidden_size = hidden
 
 
 def prepare(case: Case) -> GeneratedModel:
