@@ -132,20 +132,29 @@ def _write_fused(model: GeneratedModel, folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+def stock_model(generated: GeneratedModel, config: Any, experts: str | None = None) -> Any:
+    """transformers' own model with the generated weights on the CPU, all but the experts'.
+
+    ``experts`` names the implementation that computes them; None: the library's choice.
+    """
+    model: Any = empty_model(config, torch.bfloat16, experts=experts)
+    for _, module in find_experts(model):
+        for name, _ in list(module.named_parameters(recurse=False)):
+            setattr(module, name, None)
+    model.load_state_dict(dict(generated.dense()), strict=False, assign=True)
+    model.requires_grad_(False)
+    model.tie_weights()
+    rebuild_buffers(model, CPU)
+    return model
+
+
 class Stock:
     """A stock model with its gates forced; what its experts are is the engine's."""
 
     def __init__(self, case: Case, engine: str) -> None:
         generated = case.model()
         self.case = case
-        self.model: Any = empty_model(generated.config, torch.bfloat16, experts="eager")
-        for _, module in find_experts(self.model):
-            for name, _ in list(module.named_parameters(recurse=False)):
-                setattr(module, name, None)
-        self.model.load_state_dict(dict(generated.dense()), strict=False, assign=True)
-        self.model.requires_grad_(False)
-        self.model.tie_weights()
-        rebuild_buffers(self.model, CPU)
+        self.model: Any = stock_model(generated, generated.config, "eager")
         place = _place_accelerate if engine == "accelerate" else _place_mapped
         self.model = place(self.model, generated, case.fused(engine))
         self.gates = ForcedGates(self.model, case.load_routing(generated))

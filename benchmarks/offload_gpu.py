@@ -28,10 +28,10 @@ from moerun.bench.run import Bench, Marked, Plan, decode_forced
 from moerun.bench.shapes import find_config, shape_name
 from moerun.commands.options import quiet_libraries
 from moerun.devices import find_device
-from moerun.families import empty_model, find_experts
-from moerun.model import rebuild_buffers
+from moerun.families import find_experts
 from moerun.report import packages
 from moerun.runner import Settings
+from offload_engines import stock_model
 from torch import nn
 
 ACCELERATE = "accelerate bf16"
@@ -127,14 +127,7 @@ class Accelerate:
         refuse_too_big(room, device, on_disk=False)
         self._plan = plan
         # Of a fresh configuration: the generated model's says where its experts come from.
-        self._model: Any = empty_model(find_config(shape, layers), torch.bfloat16)
-        for _, module in find_experts(self._model):
-            for name, _ in list(module.named_parameters(recurse=False)):
-                setattr(module, name, None)
-        self._model.load_state_dict(dict(generated.dense()), strict=False, assign=True)
-        self._model.requires_grad_(False)
-        self._model.tie_weights()
-        rebuild_buffers(self._model, torch.device("cpu"))
+        self._model: Any = stock_model(generated, find_config(shape, layers))
         self._model = _dispatch(self._model, generated, device)
         self._gates = ForcedGates(self._model, routing)
 

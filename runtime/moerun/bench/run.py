@@ -270,18 +270,23 @@ def decode_forced(model: Any, timings: Marked, tokens: int) -> None:
         )
 
 
-def simulated_tokens_per_s(bench: Bench, policy: str, machine: Path) -> float:
-    """What `moesim` predicts for the measured tokens with a profile: asked by its command."""
-    plan = bench.plan
+def simulated_tokens_per_s(bench: Bench, machine: Path) -> dict[str, float]:
+    """What `moesim` predicts for the measured tokens, by policy: asked by its command.
+
+    The simulator starts cold, too: a run of the warm-up alone is taken off. Raises RunError with
+    its message where it fails.
+    """
+    found = {}
     with tempfile.TemporaryDirectory(prefix="moerun-bench-") as folder:
         trace = Path(folder) / "forced.parquet"
         bench.routing.write_trace(trace, bench.generated.index)
-        cold = 1 + plan.warm_up
-        ends_s = [
-            tokens / _simulate(bench, trace, policy, machine, tokens)
-            for tokens in (cold, plan.forced_tokens)
-        ]
-    return plan.tokens / (ends_s[1] - ends_s[0])
+        for policy in bench.plan.policies:
+            cold_s, all_s = (
+                tokens / _simulate(bench, trace, policy.label, machine, tokens)
+                for tokens in (1 + bench.plan.warm_up, bench.plan.forced_tokens)
+            )
+            found[policy.label] = bench.plan.tokens / (all_s - cold_s)
+    return found
 
 
 def _simulate(bench: Bench, trace: Path, policy: str, machine: Path, tokens: int) -> float:

@@ -105,7 +105,7 @@ def bench(
     from moerun.bench import report as reports
     from moerun.bench.generated import GeneratedModel
     from moerun.bench.routing import load_routing
-    from moerun.bench.run import RELEASED, Bench, Plan, simulated_tokens_per_s
+    from moerun.bench.run import Bench, Plan, simulated_tokens_per_s
     from moerun.bench.shapes import find_config, shape_name
 
     plan = Plan(specs, slots, tokens, warm_up, rounds, baseline is Baseline.released)
@@ -137,7 +137,6 @@ def bench(
         simulated = {}
         if machine is not None:
             tell("simulating")
-            names = [name for name in made.runs if name != RELEASED]
-            simulated = {name: simulated_tokens_per_s(made, name, machine) for name in names}
+            simulated = simulated_tokens_per_s(made, machine)
         rows = reports.rows_of(made, simulated)
         sys.stdout.write(reports.render(rows, format, reports.provenance(made)))
