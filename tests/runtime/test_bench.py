@@ -16,7 +16,7 @@ from moeroute import open_trace
 from moerun.bench.generated import GeneratedModel, RandomRecords, write_store
 from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import UNIFORM, Routing, load_routing
-from moerun.bench.run import RELEASED, Bench, Plan
+from moerun.bench.run import RELEASED, Bench, Plan, simulated_tokens_per_s
 from moerun.bench.shapes import PUBLISHED, find_config
 from moerun.errors import RunError
 from moerun.families import count_experts, empty_model, find_experts
@@ -260,3 +260,18 @@ def test_the_same_sample_without_polars(monkeypatch: pytest.MonkeyPatch) -> None
     assert load_routing("mixtral-like", **shape).sha256 == read.sha256
     with pytest.raises(RunError, match="needs polars"):
         load_routing("tiny", layers=8, experts=8, top_k=2, tokens=1)
+
+
+@pytest.mark.slow
+def test_the_simulator_is_asked_for_the_same_tokens(bench: Bench, tmp_path: Path) -> None:
+    machine = tmp_path / "slow.toml"
+    machine.write_text(
+        'name = "slow"\nsource = "published"\ndescription = ""\n'
+        "[link]\nbytes_per_s = 1e6\n[compute]\nlayer_s = 1e-6\n"
+    )
+    predicted = simulated_tokens_per_s(bench, machine)
+    assert sorted(predicted) == ["lfu", "lru", "lru-spec"]
+    for policy in ("lru", "lfu"):
+        # Behind so slow a link the bytes are the time.
+        moved = bench.runs[policy][0].bytes_moved
+        assert predicted[policy] == pytest.approx(TOKENS / (moved / 1e6 + TOKENS * 8e-6), rel=0.01)
