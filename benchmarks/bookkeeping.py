@@ -43,7 +43,7 @@ class InstantLink:
     def start(self, done: Done) -> None:
         self._done = done
 
-    def submit(self, key: int, slot: int, **_: object) -> None:
+    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
         self._done(key, None)
 
     def acquire(self, slot: int) -> None: ...

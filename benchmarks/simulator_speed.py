@@ -50,16 +50,17 @@ def slots(workload: Workload) -> int:
 
 def timed(workload: Workload, policy: str, machine: Machine, engine: Engine) -> float:
     """Seconds of one run."""
+    spec = find_policy(policy)
     began = time.process_time()
     engines.run(
         workload,
-        find_policy(policy),
+        spec,
         workload.context(slots(workload), "layer"),
-        lambda cache: costs_of(
+        costs_of(
             workload,
             machine,
             sizes_of(workload.meta, workload.meta.expert_bytes["2bit"]),
-            predicting=cache.prefetching,
+            predicting="predictions" in spec.requires,
         ),
         engine=engine,
     )
@@ -158,6 +159,7 @@ def repeated(workload: Workload, times: int) -> Workload:
         tokens=np.tile(workload.tokens, times),
         decode=np.tile(workload.decode, times),
         rows=np.tile(workload.rows, (times, 1)),
+        starts=(workload.starts + workload.n_steps * np.arange(times)[:, None]).ravel(),
     )
 
 

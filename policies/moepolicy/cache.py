@@ -19,11 +19,14 @@ from moepolicy.state import (
     COUNTERS,
     DEMAND,
     EVICTED,
+    EXCESS,
     FIRST,
+    IS_LOW,
     N_DEMAND,
     N_EVENTS,
     PLACE,
     PREFETCH,
+    STAND_INS,
     UNUSED,
     Cache,
     check,
@@ -39,6 +42,7 @@ class Transfer(NamedTuple):
     slot: int
     speculative: bool
     evicts: bool  # another expert gave up its slot for it
+    low: bool = False  # the record of the lower precision
 
 
 class Event(NamedTuple):
@@ -60,7 +64,7 @@ class ExpertCache:
     Drive it like this, a step at a time; ``start`` and ``finish`` may come at any moment, also
     between steps, but never two calls at once::
 
-        outcome = cache.begin(step)          # HIT, LATE, MISS or COMPUTE for each key
+        outcome = cache.begin(step)          # what each key is: see ``begin``
         while (copy := cache.start()):       # whenever the link could take one
             ...                              # bring copy.key's record into copy.slot
             cache.finish(copy.key)           # when it has arrived
@@ -78,23 +82,42 @@ class ExpertCache:
         journal: Journal | None = None,
         compile: bool = False,
         horizon: int = 0,
+        max_slots: int | None = None,
     ) -> None:
-        """``compile`` has the calls compiled together with the policy, which must lend itself to
-        it (see `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most."""
+        """With ``max_slots`` (a layer) the cache can be resized up to that. ``compile`` has the
+        calls compiled together with the policy, which must lend itself to it (see
+        `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most."""
+        self.context = context
         self.policy = policy
         self.name = name or type(policy).__name__
         self.observers = list(observers)
         self.journal = journal
         # No call decides more than a few things about each key.
         n_events = 6 * context.n_keys + 64 if observers else 0
-        self.arrays: Cache = new_cache(context, policy, n_events=n_events)
+        self.arrays: Cache = new_cache(context, policy, n_events=n_events, max_slots=max_slots)
+        most = context.slots if max_slots is None else max(context.slots, max_slots)
+        self.max_slots = min(most, context.n_experts)
         self._calls: Calls = self.compile_calls(horizon) if compile else Calls(self.arrays, policy)
         self._outcome = np.zeros(context.n_experts, np.int8)
 
     @property
     def n_slots(self) -> int:
-        """Slots over cache and staging together: the records a device arena must hold."""
-        return len(self.arrays.domains) * self.arrays.slots + self.arrays.staging_buffers
+        """Slots over cache and staging together: the records a device arena must hold now.
+
+        They are numbered from 0 until the first resize.
+        """
+        arrays = self.arrays
+        most = len(arrays.domains) * arrays.slots + arrays.staging_buffers
+        return most - int(arrays.spare[0])
+
+    @property
+    def shrinking(self) -> bool:
+        """Whether slots are still to go, as soon as what lies in them can."""
+        return bool(self.arrays.board[EXCESS])
+
+    def spare_slots(self) -> frozenset[int]:
+        """The slots that the cache could have and has not: nothing lies in them or is to come."""
+        return frozenset(self.arrays.spare[1 : 1 + self.arrays.spare[0]].tolist())
 
     def is_compiled(self) -> bool:
         """Whether an earlier run has left these calls compiled on disk. Raises NotCompilable."""
@@ -116,7 +139,11 @@ class ExpertCache:
         self._calls = calls
 
     def begin(self, step: Step) -> NDArray[np.int8]:
-        """Pin a step's demand; returns HIT, LATE, MISS or COMPUTE for each of its keys."""
+        """Pin a step's demand; returns for each of its keys what it is.
+
+        HIT: it is here. LATE, MISS: its copy will come. COMPUTE: it is to be run where the experts
+        are kept. SUBSTITUTE: ``stand_in`` runs in its place. SKIP: nothing runs.
+        """
         outcome = self._outcome[: len(step.experts)]
         self._log(Call.BEGIN, step.number)
         try:
@@ -140,7 +167,9 @@ class ExpertCache:
             return None
         keys, board = self.arrays.keys, self.arrays.board
         speculative, evicts = bool(keys.item(key, UNUSED)), board.item(EVICTED) >= 0
-        return Transfer(key, keys.item(key, PLACE), speculative, evicts)
+        return Transfer(
+            key, keys.item(key, PLACE), speculative, evicts, bool(keys.item(key, IS_LOW))
+        )
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
@@ -167,9 +196,34 @@ class ExpertCache:
         finally:
             self._publish()
 
+    def resize(self, slots: int) -> None:
+        """The cache is to have ``slots`` slots a layer, as soon as what it loses can go.
+
+        Raises PolicyError beyond ``max_slots``.
+        """
+        if not (self.arrays.resizable and 0 <= slots <= self.max_slots):
+            raise PolicyError(
+                f"a cache made for {self.max_slots} slots a layer cannot have {slots}"
+            )
+        self._log(Call.RESIZE, slots)
+        try:
+            self._calls.resize(slots)
+        except Exception as error:
+            raise self._failed(error) from error
+        finally:
+            self._publish()
+
     def slot_of(self, key: int) -> int:
         """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
         return self.arrays.keys.item(key, PLACE)
+
+    def is_low(self, key: int) -> bool:
+        """Whether the copy of ``key``, here or on its way, is of the lower precision."""
+        return bool(self.arrays.keys[key, IS_LOW])
+
+    def stand_in(self, rank: int) -> int:
+        """The key that runs in place of the ``rank``-th of the step in progress; -1: none."""
+        return int(self.arrays.scratch[STAND_INS, rank])
 
     def count(self, kind: Kind) -> int:
         return int(self.arrays.board[COUNTERS + kind])
@@ -228,5 +282,7 @@ def replay_journal(cache: ExpertCache, steps: Iterable[Step], journal: Journal) 
             cache.finish(key)
         elif call == Call.CONSUME:
             cache.consume(key)
+        elif call == Call.RESIZE:
+            cache.resize(key)
         else:
             cache.end()

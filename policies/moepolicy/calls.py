@@ -17,6 +17,7 @@ from moepolicy import machine
 from moepolicy.compiled import compiled, compiled_policy, is_compiled
 from moepolicy.machine import begin, consume, end, finish, start
 from moepolicy.policy import Policy
+from moepolicy.resize import resize
 from moepolicy.state import BACKLOG, Cache
 from moepolicy.steps import Step
 
@@ -24,13 +25,15 @@ from moepolicy.steps import Step
 class Call(IntEnum):
     """The calls that drive the state machine; a journal is a list of (call, key).
 
-    The key of a BEGIN is the step's number, that of a START or END -1."""
+    The key of a BEGIN is the step's number, that of a START or END -1, that of a RESIZE the new
+    slots a layer."""
 
     BEGIN = 0
     START = 1
     FINISH = 2
     CONSUME = 3
     END = 4
+    RESIZE = 5
 
 
 class Calls:
@@ -57,10 +60,13 @@ class Calls:
     def end(self) -> None:
         end(self.cache, self.policy)
 
+    def resize(self, slots: int) -> None:
+        resize(self.cache, self.policy, slots)
+
 
 # Entries of Mail.slip: the call and what it is about, then the rest of a step.
 CALL = 0
-ABOUT = 1  # the step's number or a key; on return what the call gave
+ABOUT = 1  # the step's number, a key or slots; on return what the call gave
 LAYER = 2
 N_DEMAND = 3
 TOKENS = 4
@@ -69,12 +75,8 @@ N_LOGITS = 6
 HORIZON = 7
 SLIP_ENTRIES = 8
 
-BEGIN, START, FINISH, CONSUME = (
-    int(Call.BEGIN),
-    int(Call.START),
-    int(Call.FINISH),
-    int(Call.CONSUME),
-)
+BEGIN, START, FINISH = int(Call.BEGIN), int(Call.START), int(Call.FINISH)
+CONSUME, END, RESIZE = int(Call.CONSUME), int(Call.END), int(Call.RESIZE)
 
 
 class Mail(NamedTuple):
@@ -113,6 +115,8 @@ def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, N
             finish(cache, policy, slip[ABOUT])
         elif call == CONSUME:
             consume(cache, slip[ABOUT])
+        elif call == RESIZE:
+            resize(cache, policy, slip[ABOUT])
         else:
             end(cache, policy)
 
@@ -175,7 +179,10 @@ class CompiledCalls(Calls):
         self._call(CONSUME, key)
 
     def end(self) -> None:
-        self._call(int(Call.END), -1)
+        self._call(END, -1)
+
+    def resize(self, slots: int) -> None:
+        self._call(RESIZE, slots)
 
     def _call(self, call: int, about: int) -> None:
         slip = self._mail.slip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,15 @@ def next_use(keys: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.
     ``keys[offsets[s]:offsets[s + 1]]`` is step ``s``'s demand, each key once.
     """
     following = np.full(len(keys), NO_USE, np.int64)
+    for block, found in next_use_blocks(keys, offsets):
+        following[block] = found
+    return following
+
+
+def next_use_blocks(
+    keys: NDArray[np.int32], offsets: NDArray[np.int64]
+) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """The same a stretch of ``keys`` at a time, the last one first."""
     later = np.full(int(keys.max(initial=-1)) + 1, NO_USE, np.int64)
     # From the end, a block at a time: sorting all of a long trace at once takes its memory
     # several times over.
@@ -32,10 +43,9 @@ def next_use(keys: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.
         same = demanded[order[1:]] == demanded[order[:-1]]
         found = later[demanded]
         found[order[:-1][same]] = steps[order[1:][same]]
-        following[block] = found
+        yield block, found
         firsts = order[np.append(True, ~same)] if len(order) else order
         later[demanded[firsts]] = steps[firsts]
-    return following
 
 
 def first_use(

@@ -38,6 +38,10 @@ class Composite(Policy):
         self.eviction.on_evict(key)
         self.prefetcher.on_evict(key)
 
+    def on_resize(self, slots: int) -> None:
+        self.eviction.on_resize(slots)
+        self.prefetcher.on_resize(slots)
+
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         return self.eviction.victim(layer, incoming, candidates)
 
@@ -46,6 +50,12 @@ class Composite(Policy):
 
     def on_miss(self, step: Step, rank: int) -> int:
         return self.eviction.on_miss(step, rank)
+
+    def precision(self, step: Step, rank: int) -> int:
+        return self.eviction.precision(step, rank)
+
+    def substitute(self, step: Step, rank: int, candidates: NDArray[np.int32]) -> int:
+        return self.eviction.substitute(step, rank, candidates)
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         return self.prefetcher.prefetch(step, keys)

@@ -84,10 +84,13 @@ class Fiddler(Policy):
         if context.counts is None:
             raise PolicyError("policy 'fiddler' needs the expert counts of a calibration trace")
         order = np.argsort(-context.counts, axis=1, kind="stable")
-        keep = np.zeros(context.counts.shape, np.bool_)
-        np.put_along_axis(keep, order[:, : context.slots], True, axis=1)
-        self.keep = keep.ravel()
+        self.rank = np.argsort(order, axis=1).ravel()  # of a key among its layer's
+        self.keep = self.rank < context.slots
         self.tokens = tokens
+
+    def on_resize(self, slots: int) -> None:
+        for key in range(len(self.keep)):
+            self.keep[key] = self.rank[key] < slots
 
     def on_miss(self, step: Step, rank: int) -> int:
         if self.keep[step.experts[rank]] or step.tokens > self.tokens:

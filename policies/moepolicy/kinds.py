@@ -21,6 +21,9 @@ class Kind(IntEnum):
     PROMOTE = 10  # a staged expert becomes a cached one
     USELESS = 11  # prefetched, and gone before it was used
     COMPUTE = 12  # a miss that is computed where the experts are kept, and not copied
+    SKIP = 13  # a miss that is neither copied nor computed: its part of the sum is left out
+    LOW = 14  # a miss whose copy brings the lower precision
+    SUBSTITUTE = 15  # a miss that another expert stands in for; other: that expert
 
 
 # Plain integers for the code that numba compiles.
@@ -28,4 +31,5 @@ HIT, LATE, MISS = int(Kind.HIT), int(Kind.LATE), int(Kind.MISS)
 QUEUE_PREFETCH, CANCEL, DROP = int(Kind.QUEUE_PREFETCH), int(Kind.CANCEL), int(Kind.DROP)
 LOAD, SPECULATE, BYPASS = int(Kind.LOAD), int(Kind.SPECULATE), int(Kind.BYPASS)
 EVICT, PROMOTE, USELESS = int(Kind.EVICT), int(Kind.PROMOTE), int(Kind.USELESS)
-COMPUTE = int(Kind.COMPUTE)
+COMPUTE, SKIP = int(Kind.COMPUTE), int(Kind.SKIP)
+LOW, SUBSTITUTE = int(Kind.LOW), int(Kind.SUBSTITUTE)

@@ -3,8 +3,8 @@
 Plain functions over NumPy arrays, so that numba can compile them as they stand. They know
 nothing of time: a driver (SimPy, the fast replay, the live runtime) calls ``begin`` and ``end``
 around each expert step, ``start`` whenever its link could take a copy, ``finish`` when a copy has
-arrived and ``consume`` when an expert's compute is done. The decisions are a deterministic
-function of that sequence of calls.
+arrived, ``consume`` when an expert's compute is done, and ``resize`` (`moepolicy.resize`) when the
+cache is to have another size. The decisions are a deterministic function of that sequence of calls.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from moepolicy.kinds import (
     BYPASS,
     CANCEL,
-    COMPUTE,
     DROP,
-    EVICT,
     HIT,
     LATE,
     LOAD,
@@ -27,7 +25,13 @@ from moepolicy.kinds import (
     PROMOTE,
     QUEUE_PREFETCH,
     SPECULATE,
-    USELESS,
+)
+from moepolicy.misses import (
+    drop_low_copies,
+    release_stand_in,
+    settle,
+    use_stand_in,
+    weigh,
 )
 from moepolicy.places import (
     domain_of,
@@ -35,14 +39,15 @@ from moepolicy.places import (
     gather_candidates,
     hold,
     join_queue,
+    leave_device,
     leave_queue,
     note,
     pop_free,
-    remove,
     stage,
     unstage,
 )
 from moepolicy.policy import Policy
+from moepolicy.resize import resize, take_from, trim
 from moepolicy.state import (
     ABSENT,
     BACKLOG,
@@ -50,6 +55,7 @@ from moepolicy.state import (
     CONSUMED,
     DEMAND,
     EVICTED,
+    EXCESS,
     FIRST,
     GUESSED,
     HELD,
@@ -78,7 +84,8 @@ from moepolicy.steps import Step
 def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -> None:
     """A step's demand is known: pin it, tell hits from misses, queue misses and prefetches.
 
-    ``outcome`` [n] is filled with HIT, LATE, MISS or COMPUTE for each key of ``step.experts``.
+    ``outcome`` [n] is filled with HIT, LATE, MISS (a copy will come), COMPUTE, SKIP or SUBSTITUTE
+    for each key of ``step.experts``.
     """
     n = len(step.experts)
     cache.board[STEP] = step.number
@@ -91,12 +98,20 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
         cache.keys[key, STAMP] = step.number * (cache.n_experts + 1) + n - rank
     if cache.prefetching:
         _disprove(cache, policy, step.layer)
+    if cache.lowering:
+        drop_low_copies(cache, policy, step)
+        if cache.board[EXCESS] > 0:
+            trim(cache, policy)
     for rank in range(n):
         outcome[rank] = _request(cache, policy, step, rank)
     for rank in range(n - 1, -1, -1):
         key = int(step.experts[rank])
         if outcome[rank] == HIT or outcome[rank] == LATE:
             policy.on_hit(key, cache.keys[key, STAMP])
+        elif cache.choosing:
+            use_stand_in(cache, policy, step, rank)
+    if cache.choosing:
+        weigh(cache, step, outcome)
     if cache.prefetching:
         for rank in range(n):
             key = int(step.experts[rank])
@@ -135,6 +150,8 @@ def finish(cache: Cache, policy: Policy, key: int) -> None:
     cache.board[BACKLOG] -= 1
     if row[TRANSIENT] and not row[PINNED]:
         _discard(cache, policy, key)
+    if cache.board[EXCESS] > 0:
+        trim(cache, policy)
 
 
 def consume(cache: Cache, key: int) -> None:
@@ -148,6 +165,10 @@ def end(cache: Cache, policy: Policy) -> None:
         key = int(cache.scratch[WANTED, rank])
         cache.keys[key, PINNED] = 0
         cache.keys[key, CONSUMED] = 0
+        if cache.choosing:
+            release_stand_in(cache, rank)
+    if cache.board[EXCESS] > 0:
+        trim(cache, policy)
     i = 0
     while i < cache.staging[N_HELD]:
         key = int(cache.staging[HELD + i])
@@ -165,6 +186,12 @@ def unreachable(cache: Cache) -> frozenset[Any]:
         without |= {_disprove, _promote, _queue_prefetches, _prefetch_slot}
     if not cache.retaining:
         without.add(_retain)
+    if not cache.resizable:
+        without |= {resize, trim}
+    if not cache.choosing:
+        without |= {settle, use_stand_in, weigh, release_stand_in}
+    if not cache.lowering:
+        without.add(drop_low_copies)
     return frozenset(without)
 
 
@@ -181,11 +208,9 @@ def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
         kind = MISS
         if row[STATUS] == QUEUED:
             leave_queue(cache, key)
-        if cache.choosing and policy.on_miss(step, rank) == COMPUTE:
-            note(cache, MISS, key, NOTHING)
-            kind = COMPUTE
-        else:
-            join_queue(cache, key, DEMAND)
+        if cache.choosing:
+            return settle(cache, policy, step, rank)
+        join_queue(cache, key, DEMAND)
     row[UNUSED] = 0
     note(cache, kind, key, NOTHING)
     return kind
@@ -272,39 +297,14 @@ def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
     held = cache.domains[domain]
     if held[N_FREE]:
         slot = pop_free(held, cache.slots)
+        hold(held, key)
     else:
         n = gather_candidates(cache, domain)
         if n == 0:
             return -1
         candidates = cache.scratch[CANDIDATES, :n]
         layer = key // cache.n_experts
-        slot = _take_from(cache, policy, policy.victim(layer, key, candidates), key)
-        if slot < 0:
-            return -1
-    hold(held, key)
-    return slot
-
-
-def _take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
-    """Evict ``victim`` for ``incoming`` and return its slot; -1 where the policy declined."""
-    if victim < 0:
-        return -1
-    if victim >= cache.keys.shape[0]:
-        raise ValueError("victim named a key that does not exist")
-    row = cache.keys[victim]
-    domain = domain_of(cache, victim)
-    if (
-        row[STATUS] != RESIDENT
-        or row[PINNED]
-        or row[STAGED]
-        or domain != domain_of(cache, incoming)
-    ):
-        raise ValueError("victim named a key that was not among the candidates")
-    slot = int(row[PLACE])
-    note(cache, EVICT, victim, incoming)
-    cache.board[EVICTED] = victim
-    remove(cache.domains[domain], victim)
-    _leave_device(cache, policy, victim)
+        return take_from(cache, policy, policy.victim(layer, key, candidates), key)
     return slot
 
 
@@ -341,7 +341,7 @@ def _promote(cache: Cache, policy: Policy, key: int) -> None:
         cache.keys[key, TRANSIENT] = 1
         note(cache, BYPASS, key, NOTHING)
     else:
-        _exchange(cache, key, slot)
+        _keep(cache, key, slot)
 
 
 def _retain(cache: Cache, policy: Policy, key: int) -> bool:
@@ -352,15 +352,14 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
         return False
     candidates = cache.scratch[CANDIDATES, :n]
     layer = key // cache.n_experts
-    slot = _take_from(cache, policy, policy.retain(layer, key, candidates), key)
+    slot = take_from(cache, policy, policy.retain(layer, key, candidates), key)
     if slot < 0:
         return False
-    hold(cache.domains[domain], key)
-    _exchange(cache, key, slot)
+    _keep(cache, key, slot)
     return True
 
 
-def _exchange(cache: Cache, key: int, slot: int) -> None:
+def _keep(cache: Cache, key: int, slot: int) -> None:
     """``key`` stays where it lies: its buffer joins the cache, ``slot`` becomes a buffer."""
     unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0
@@ -374,14 +373,4 @@ def _discard(cache: Cache, policy: Policy, key: int) -> None:
     unstage(cache, key)
     cache.keys[key, TRANSIENT] = 0
     free_buffer(cache, slot)
-    _leave_device(cache, policy, key)
-
-
-def _leave_device(cache: Cache, policy: Policy, key: int) -> None:
-    row = cache.keys[key]
-    row[STATUS] = ABSENT
-    row[PLACE] = -1
-    if row[UNUSED]:
-        row[UNUSED] = 0
-        note(cache, USELESS, key, NOTHING)
-    policy.on_evict(key)
+    leave_device(cache, policy, key)

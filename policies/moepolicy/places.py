@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.kinds import USELESS
+from moepolicy.policy import Policy
 from moepolicy.state import (
     ABSENT,
     BACKLOG,
@@ -15,12 +17,15 @@ from moepolicy.state import (
     COUNTERS,
     FIRST,
     HELD,
+    IS_LOW,
     LAST,
     N_EVENTS,
     N_FREE,
     N_HELD,
     NEXT,
+    NOTHING,
     PINNED,
+    PLACE,
     PREVIOUS,
     QUEUE,
     QUEUED,
@@ -28,6 +33,7 @@ from moepolicy.state import (
     STAGED,
     STATUS,
     STEP,
+    UNUSED,
     Cache,
 )
 
@@ -55,9 +61,9 @@ def gather_candidates(cache: Cache, domain: int) -> int:
     held = cache.domains[domain]
     for i in range(HELD, HELD + held[N_HELD]):
         key = held[i]
-        if cache.keys[key, STATUS] == RESIDENT and not cache.keys[key, PINNED]:
-            cache.scratch[CANDIDATES, n] = key
-            n += 1
+        # Written in any case and counted if it may go: no branch that depends on the data.
+        cache.scratch[CANDIDATES, n] = key
+        n += (cache.keys[key, STATUS] == RESIDENT) & (cache.keys[key, PINNED] == 0)
     return n
 
 
@@ -69,6 +75,21 @@ def hold(held: NDArray[np.int64], key: int) -> None:
         i -= 1
     held[i] = key
     held[N_HELD] += 1
+
+
+def exchange(held: NDArray[np.int64], leaving: int, arriving: int) -> None:
+    """Put a key in the place of another among a domain's keys, which go on ascending."""
+    last = HELD + held[N_HELD] - 1
+    i = HELD
+    while held[i] != leaving:
+        i += 1
+    while i < last and held[i + 1] < arriving:
+        held[i] = held[i + 1]
+        i += 1
+    while i > HELD and held[i - 1] > arriving:
+        held[i] = held[i - 1]
+        i -= 1
+    held[i] = arriving
 
 
 def remove(held: NDArray[np.int64], key: int) -> None:
@@ -86,6 +107,12 @@ def pop_free(held: NDArray[np.int64], capacity: int) -> int:
     """An unused slot of a domain or of staging, of which there is one."""
     held[N_FREE] -= 1
     return int(held[HELD + capacity + held[N_FREE]])
+
+
+def free_slot(held: NDArray[np.int64], capacity: int, slot: int) -> None:
+    """``slot`` of a domain is unused from now on."""
+    held[HELD + capacity + held[N_FREE]] = slot
+    held[N_FREE] += 1
 
 
 def stage(cache: Cache, key: int) -> None:
@@ -132,3 +159,15 @@ def leave_queue(cache: Cache, key: int) -> None:
     else:
         cache.board[LAST + queue] = row[PREVIOUS]
     row[STATUS] = ABSENT
+
+
+def leave_device(cache: Cache, policy: Policy, key: int) -> None:
+    """``key`` is gone from the slot it had."""
+    row = cache.keys[key]
+    row[STATUS] = ABSENT
+    row[PLACE] = -1
+    row[IS_LOW] = 0
+    if row[UNUSED]:
+        row[UNUSED] = 0
+        note(cache, USELESS, key, NOTHING)
+    policy.on_evict(key)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.kinds import LOAD
+from moepolicy.kinds import LOAD, LOW
 from moepolicy.steps import Step
 
 NO_USE = np.iinfo(np.int64).max
@@ -52,8 +52,8 @@ class Policy:
     the class as it stands; with any other state it runs interpreted.
 
     requires          what the context or the steps must carry: "future", "counts", "predictions",
-                      "logits",
-                      and what the machine must have: "cpu" workers
+                      "logits", and what the machine must have: "cpu" workers to COMPUTE, a "low"
+                      store of experts for LOW
     lossy             whether it can change what the model computes
     staging           buffers beside the slots: for bypasses and, where ``stage_prefetches``, for
                       prefetched experts until their first use
@@ -80,11 +80,15 @@ class Policy:
     def on_evict(self, key: int) -> None:
         """``key`` has left the device."""
 
+    def on_resize(self, slots: int) -> None:
+        """The cache is to have ``slots`` slots a layer now, as the context said until now."""
+
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         """Which of ``candidates`` (ascending keys, never empty) makes room for ``incoming``.
 
         -1 declines: a missing expert is then used from a staging buffer and not kept, a
-        prefetch is dropped. The array is only valid during the call.
+        prefetch is dropped. The array is only valid during the call. Where the cache must shrink,
+        ``incoming`` is one of the candidates itself, and goes if the policy declines.
         """
         raise NotImplementedError
 
@@ -96,11 +100,32 @@ class Policy:
         return -1
 
     def on_miss(self, step: Step, rank: int) -> int:
-        """What becomes of a miss, the step's ``rank``-th expert: Kind.LOAD or Kind.COMPUTE.
+        """What becomes of a miss, the step's ``rank``-th expert; asked in router order.
 
-        LOAD, the default, copies it; COMPUTE runs it where the experts are kept (on the CPU).
+        LOAD, the default, copies it. COMPUTE runs it where the experts are kept, on the CPU,
+        beside the rest. The others change what the model computes, and make a policy ``lossy``:
+        LOW copies its lower-precision record, SUBSTITUTE runs a resident expert in its place
+        (see ``substitute``), SKIP leaves it out of the sum; nothing is renormalised.
         """
         return LOAD
+
+    def precision(self, step: Step, rank: int) -> int:
+        """Whether a resident copy at the lower precision serves the step's ``rank``-th expert.
+
+        LOW, the default: it does, and is a hit. LOAD: only a full one will do; the low copy
+        leaves its slot and the expert is a miss. Asked before anything else is decided, of a
+        policy with an ``on_miss`` that requires "low".
+        """
+        return LOW
+
+    def substitute(self, step: Step, rank: int, candidates: NDArray[np.int32]) -> int:
+        """Who of ``candidates`` stands in for the step's ``rank``-th expert; -1: LOAD it.
+
+        The candidates are all of the layer's experts that lie in slots, ascending keys, never
+        empty: those the step wants anyway among them. The array is only valid during the call.
+        ``on_hit`` tells of the chosen one's use.
+        """
+        return -1
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         """Write the keys to fetch ahead into ``keys``, most wanted first; return how many.

@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moepolicy.answers import AdapmoeSkip, EmoeSubstitute, Hobbit
 from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
 from moepolicy.console import nearest
 from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
+from moepolicy.frequency import ClassLru, LeastStale, Lfru, LfuAging
 from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.queues import Arc, S3Fifo, Slru, TwoQ
+from moepolicy.scan import Clock, Sieve
 from moepolicy.speculation import LruSpec
 
 ENTRY_POINTS = "moe.policies"
@@ -24,9 +28,22 @@ BUILT_IN: dict[str, type[Policy]] = {
     "lru": Lru,
     "lfu": Lfu,
     "fifo": Fifo,
+    "clock": Clock,
+    "sieve": Sieve,
+    "slru": Slru,
+    "2q": TwoQ,
+    "s3-fifo": S3Fifo,
+    "arc": Arc,
+    "lfu-aging": LfuAging,
+    "lfru": Lfru,
+    "least-stale": LeastStale,
+    "class-lru": ClassLru,
     "random": Random,
     "static": Static,
     "fiddler": Fiddler,
+    "hobbit": Hobbit,
+    "adapmoe-skip": AdapmoeSkip,
+    "emoe-substitute": EmoeSubstitute,
     "belady": Belady,
     "belady-bypass": BeladyBypass,
     "clairvoyant": Clairvoyant,

@@ -8,20 +8,26 @@ from numpy.typing import NDArray
 
 def lowest(score: NDArray[np.int64], candidates: NDArray[np.int32]) -> int:
     """The candidate with the smallest score; equal scores: the lowest key."""
-    best = candidates[0]
+    least = score[candidates[0]]
     for i in range(1, len(candidates)):
-        if score[candidates[i]] < score[best]:
-            best = candidates[i]
-    return int(best)
+        least = min(least, score[candidates[i]])
+    return _first_with(score, least, candidates)
 
 
 def highest(score: NDArray[np.int64], candidates: NDArray[np.int32]) -> int:
     """The candidate with the greatest score; equal scores: the lowest key."""
-    best = candidates[0]
+    most = score[candidates[0]]
     for i in range(1, len(candidates)):
-        if score[candidates[i]] > score[best]:
-            best = candidates[i]
-    return int(best)
+        most = max(most, score[candidates[i]])
+    return _first_with(score, most, candidates)
+
+
+def _first_with(score: NDArray[np.int64], wanted: int, candidates: NDArray[np.int32]) -> int:
+    # A pass of its own: finding the extreme then takes no branch that depends on the data.
+    i = 0
+    while score[candidates[i]] != wanted:
+        i += 1
+    return int(candidates[i])
 
 
 def top_n(logits: NDArray[np.float32], n: int, first_key: int, keys: NDArray[np.int32]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,12 +38,17 @@ def generate(
     policy: opt.Policy = "lru",
     slots: opt.Slots = None,
     memory: opt.Memory = None,
+    memory_file: opt.MemoryFile = None,
+    context_tokens: opt.ContextTokens = None,
+    host_memory: opt.HostMemory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
+    chunk: opt.Chunk = None,
     link_gbps: opt.LinkGbps = None,
     cold: opt.Cold = False,
     threads: opt.Threads = None,
@@ -63,6 +69,10 @@ def generate(
             "they repeat the run exactly."
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Print what would take how much memory, and load nothing."),
+    ] = False,
     format: Annotated[
         Format,
         typer.Option(
@@ -81,13 +91,18 @@ def generate(
     if context.invoked_subcommand is not None:
         _refuse_misplaced(context, context.invoked_subcommand)
         return
-    from moerun.commands.run import run
+    from moerun.commands.run import run, show_plan
 
-    text = _prompt(prompt, prompt_file)
+    unprompted = plan and prompt is None and prompt_file is None
+    text = None if unprompted else _prompt(prompt, prompt_file)
     settings = opt.settings(
         policy=policy,
         slots=slots,
         memory=memory,
+        memory_file=memory_file,
+        context=context_tokens,
+        host_memory=host_memory,
+        chunk=chunk,
         scope=scope,
         device=device,
         streams=streams,
@@ -100,6 +115,10 @@ def generate(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
+    if text is None or plan:
+        show_plan(found, settings, sampling, text, format)
+        return
     if run(found, settings, sampling, text, trace=record, journal=journal, format=format):
         raise typer.Exit(console.INTERRUPTED)
 

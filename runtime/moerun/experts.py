@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
+from moerun.aside import AsideExpert
 from moerun.errors import RunError
 from moerun.forms import ExpertSlot, ExpertWeights, SlotForm
 from moerun.store import ExpertStore
@@ -29,11 +31,12 @@ class ExpertProvider(Protocol):
 
     def serve(
         self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, ExpertWeights | None]]:
+    ) -> Iterator[tuple[int, ExpertWeights | AsideExpert | None]]:
         """The distinct experts of top_k_index[T, K], each once, in the order they become ready.
 
-        Advancing the iterator means that the compute of the one before has been issued. None for
-        weights: the expert is skipped and adds nothing.
+        Advancing the iterator means that the compute of the one before has been issued, or begun
+        where another thread does it; when there are no more, that has ended, too. The weights may
+        be another expert's that stands in. None: the expert is skipped and adds nothing.
         """
 
 
@@ -90,10 +93,30 @@ def offloaded_experts(
     return sum_up(module, hidden_states, top_k_index, top_k_weights)
 
 
-def _compute(module: ExpertsModule, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+def compute_expert(module: ExpertsModule, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+    """x[T, H] through one expert of ``module``; the norm that some put behind it is still to do."""
     h = weights.up(x)
-    y = weights.down(module._apply_gate(h) if module.has_gate else module.act_fn(h))
-    return module.post_expert_norm(y) if module.has_post_expert_norm else y
+    return weights.down(module._apply_gate(h) if module.has_gate else module.act_fn(h))
+
+
+def _outputs(
+    module: ExpertsModule,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    rows: Callable[[int], torch.Tensor],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(expert, its output for ``rows(expert)``) for each that is not skipped, as they are ready."""
+    aside: list[tuple[int, Callable[[], torch.Tensor]]] = []
+    compute, offload = partial(compute_expert, module), module.offload
+    norm = module.post_expert_norm if module.has_post_expert_norm else None
+    for expert, found in offload.provider.serve(offload.layer, ids, weights):
+        if isinstance(found, AsideExpert):
+            aside.append((expert, found.begin(compute, rows(expert))))
+        elif found is not None:
+            y = compute(found, rows(expert))
+            yield expert, norm(y) if norm else y
+    for expert, result in aside:
+        yield expert, norm(result()) if norm else result()
 
 
 def _one_token(
@@ -103,10 +126,7 @@ def _one_token(
     offload = module.offload
     order: list[int] = ids[0].tolist()
     ready: dict[int, torch.Tensor] = {}
-    for expert, expert_weights in offload.provider.serve(offload.layer, ids, weights):
-        if expert_weights is None:
-            continue
-        y = _compute(module, expert_weights, x)
+    for expert, y in _outputs(module, ids, weights, lambda _: x):
         ready[expert] = y * weights[:, order.index(expert), None]
     if offload.sums == "grouped_mm":
         kept = [ready[expert] for expert in order if expert in ready]
@@ -121,17 +141,18 @@ def _sum_grouped(
     module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """A token's outputs side by side in router order, summed at the end: as grouped_mm does."""
-    (tokens, top_k), offload = ids.shape, module.offload
+    tokens, top_k = ids.shape
     flat, flat_weights = ids.reshape(-1), weights.reshape(-1, 1)
     ordered, places = torch.sort(flat)
     ends = torch.bincount(ordered, minlength=module.num_experts).cumsum(0).tolist()
     dtype = torch.result_type(x, weights)
     outputs = torch.zeros(tokens * top_k, x.shape[1], dtype=dtype, device=x.device)
-    for expert, expert_weights in offload.provider.serve(offload.layer, ids, weights):
-        if expert_weights is None:
-            continue
-        mine = places[ends[expert - 1] if expert else 0 : ends[expert]]
-        y = _compute(module, expert_weights, x[mine // top_k])
+
+    def of(expert: int) -> torch.Tensor:
+        return places[ends[expert - 1] if expert else 0 : ends[expert]]
+
+    for expert, y in _outputs(module, ids, weights, lambda expert: x[of(expert) // top_k]):
+        mine = of(expert)
         outputs[mine] = (y * flat_weights[mine]).to(dtype)
     return outputs.view(tokens, top_k, -1).sum(dim=1).to(x.dtype)
 
@@ -140,14 +161,17 @@ def _sum_eager(
     module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Outputs added expert by expert, by ascending number: as the eager implementation does."""
-    offload = module.offload
     ready: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for expert, expert_weights in offload.provider.serve(offload.layer, ids, weights):
-        if expert_weights is None:
-            continue
+    chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rows(expert: int) -> torch.Tensor:
         # Rows by rank first, as eager takes them: a row's place can show in a product's last bit.
         ranks, tokens = torch.where((ids == expert).T)
-        y = _compute(module, expert_weights, x[tokens])
+        chosen[expert] = ranks, tokens
+        return x[tokens]
+
+    for expert, y in _outputs(module, ids, weights, rows):
+        ranks, tokens = chosen[expert]
         ready[expert] = tokens, (y * weights[tokens, ranks, None]).to(x.dtype)
     total = torch.zeros_like(x)
     for expert in sorted(ready):

@@ -77,7 +77,7 @@ def compare(
     if repeats < 1:
         raise RunError(f"repeats must be 1 or more, not {repeats}")
     for policy in policies:
-        refuse_unservable(policy)
+        refuse_unservable(policy, low=settings.low is not None)
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:
         folder = Path(name)
         profiler = None
@@ -112,7 +112,16 @@ def _beside_simulated(
     slots = default_slots if settings.slots is None else settings.slots
     return [
         _comparison(
-            policy, live, simulate(_trace(folder, i), policy.label, slots, settings.scope, machine)
+            policy,
+            live,
+            simulate(
+                _trace(folder, i),
+                policy.label,
+                slots,
+                settings.scope,
+                machine,
+                low_bytes=settings.low.record_bytes if settings.low else None,
+            ),
         )
         for i, (policy, live) in enumerate(zip(policies, runs, strict=True))
     ]
@@ -147,13 +156,23 @@ def run_live(
         return generated
 
 
-def simulate(trace: Path, policy: str, slots: int, scope: str, machine: Path) -> dict[str, Any]:
+def simulate(
+    trace: Path,
+    policy: str,
+    slots: int,
+    scope: str,
+    machine: Path,
+    *,
+    low_bytes: int | None = None,
+) -> dict[str, Any]:
     """The row that `moesim compare` gives for one policy."""
     command = [
         *(sys.executable, "-c", "from moesim.cli import main; main()"),
         *("compare", policy, "--trace", str(trace), "--slots", str(slots), "--scope", scope),
-        *("--machine", str(machine), "--format", "json"),
+        *("--machine", str(machine), "--format", "json", "--no-limits"),
     ]
+    if low_bytes is not None:
+        command += ["--low-expert-bytes", str(low_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -13,9 +13,11 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from moerun.devices import naming_lack_of_memory
 from moerun.errors import RunError
-from moerun.session import Session, Totals
+from moerun.session import Session
 from moerun.text import TextStream
+from moerun.totals import Totals
 
 NO_TOKEN = -1
 
@@ -161,9 +163,15 @@ class Generation:
         tokenizer: Any,
         session: Session,
         on_text: Callable[[str], None] | None = None,
+        *,
+        context_tokens: int | None = None,
     ) -> None:
-        """``on_text`` is given the new text piece by piece as it becomes certain."""
+        """``on_text`` is given the new text piece by piece as it becomes certain.
+
+        ``context_tokens`` is what memory was planned for; None: whatever the model takes.
+        """
         self.model = model
+        self.context_tokens = context_tokens
         self.session = session
         self.prompt_tokens = 0
         self._tokenizer = tokenizer
@@ -185,7 +193,7 @@ class Generation:
     def run(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Generated:
         """Answer prompt_ids [1, tokens]. Raises RunError when the model cannot take them."""
         sampling.check()
-        room = check_length(self.model, prompt_ids.shape[1])
+        room = check_length(self.model, prompt_ids.shape[1], self.context_tokens)
         self._room = min(sampling.max_new_tokens, room)
         self.prompt_tokens = prompt_ids.shape[1]
         config = sampling.config(self.model, self._room)
@@ -195,7 +203,8 @@ class Generation:
         set_seed(sampling.seed)
         self.session.before_steps.append(self._look_up)
         try:
-            with torch.inference_mode():
+            out_of_memory = naming_lack_of_memory(prompt_ids.device, "generating")
+            with torch.inference_mode(), out_of_memory:
                 self.model.generate(
                     prompt_ids,
                     attention_mask=torch.ones_like(prompt_ids),
@@ -260,9 +269,16 @@ def context_tokens(model: Any) -> int | None:
     return int(limit) if limit else None
 
 
-def check_length(model: Any, prompt_tokens: int) -> int:
+def check_length(model: Any, prompt_tokens: int, planned_tokens: int | None = None) -> int:
     """How many tokens may follow the prompt; RunError when the prompt itself is too long."""
     limit = context_tokens(model)
+    if planned_tokens is not None and planned_tokens < (limit or planned_tokens + 1):
+        if prompt_tokens >= planned_tokens:
+            raise RunError(
+                f"the prompt has {prompt_tokens} tokens and memory was planned for a context of "
+                f"{planned_tokens}: shorten it, or give a larger --context"
+            )
+        return planned_tokens - prompt_tokens
     if limit is None:
         return 1 << 30
     if prompt_tokens >= limit:

@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from moepolicy import find_policy
 
+from moerun.asidecost import AsideBench, CpuCost
 from moerun.devices import calm_collector
 from moerun.errors import RunError
 from moerun.experts import attach
@@ -87,6 +88,7 @@ class MachineProfile:
     description: str
     link: LinkCost
     compute: ComputeCost
+    cpu: CpuCost
 
     def to_toml(self) -> str:
         """The profile as `moesim compare --machine FILE` reads it."""
@@ -95,7 +97,9 @@ class MachineProfile:
             'source = "measured"',
             f"description = {_quoted(self.description)}",
         ]
-        for section, values in (("link", self.link), ("compute", self.compute)):
+        sections: list[tuple[str, LinkCost | ComputeCost | CpuCost]]
+        sections = [("link", self.link), ("compute", self.compute), ("cpu", self.cpu)]
+        for section, values in sections:
             lines += ["", f"[{section}]"]
             lines += [f"{key} = {_number(value)}" for key, value in asdict(values).items()]
         return "\n".join(lines) + "\n"
@@ -181,6 +185,7 @@ class Profiler:
         self._settings = settings
         self._costs: list[ComputeCost] = []
         self._links: list[LinkCost] = []
+        self._cpus: list[CpuCost] = []
         with ExitStack() as stack:
             self._plain, self._guessing = (
                 stack.enter_context(
@@ -188,6 +193,10 @@ class Profiler:
                 )
                 for policy in ("lru", "lru-spec")
             )
+            runner = self._plain.runner
+            module = find_experts(runner.model)[0][1]
+            self._aside = AsideBench(store, settings, runner.session.link, module)
+            stack.callback(self._aside.close)
             self._stack = stack.pop_all()
         self._plain.run()  # the first one warms up
         self._guessing.run()
@@ -208,6 +217,7 @@ class Profiler:
         extra_s = max(extra_s, 0.0)
         self._costs.append(replace(cost, prefetch_s=extra_s))
         self._links.append(measure_link(self._store, self._settings))
+        self._cpus.append(self._aside.run())
 
     def result(self, name: str) -> MachineProfile:
         """The medians over all turns."""
@@ -223,6 +233,7 @@ class Profiler:
                 streams=self._settings.streams,
             ),
             compute=ComputeCost.median_of(self._costs),
+            cpu=CpuCost.median_of(self._cpus),
         )
 
 

@@ -231,6 +231,7 @@ def live_meta(runner: Runner, seed: int) -> TraceMeta:
             "slots": str(context.slots),
             "scope": context.scope,
             "device": str(runner.settings.device),
+            **({"low": low.index.precision} if (low := runner.settings.low) else {}),
         },
     )
 
@@ -254,7 +255,7 @@ def expert_bytes(index: StoreIndex) -> dict[str, int]:
 
 def journal_document(recorder: PassRecorder, runner: Runner, trace: Path | None) -> dict[str, Any]:
     """The calls and decisions of a run: enough, with its trace, to repeat it exactly."""
-    context = runner.context
+    context = runner.session.cache.context  # from which the calls of the journal lead on
     return {
         "policy": runner.settings.policy.label,
         "n_layers": context.n_layers,

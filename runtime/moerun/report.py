@@ -33,7 +33,8 @@ def decimal_bytes(n_bytes: int) -> str:
 class Report:
     """One live run; times are measured seconds, counts are of experts.
 
-    tokens_per_s is of decoding: tokens after the first over the time they took.
+    tokens_per_s is of decoding: tokens after the first over the time they took. The shares are of
+    the gates' weights: what was left out, computed by another expert or at the lower precision.
     """
 
     policy: str
@@ -56,13 +57,24 @@ class Report:
     bypasses: int
     prefetches: int
     useless_prefetches: int
+    cpu_experts: int
+    low_loads: int
+    substituted: int
+    skipped: int
+    skipped_share: float
+    substituted_share: float
+    low_share: float
     bytes_loaded: int
     hit_ratio: float
     time_s: float
     stall_s: float
     tokens_per_s: float
     prompt_tokens_per_s: float
+    disk_reads: int | None  # of loads, where host memory holds some experts and the disk all
     arena_bytes: int
+    memory_budget_bytes: int | None
+    memory_planned_bytes: int
+    memory_peak_bytes: int
     peak_host_bytes: int
     peak_device_bytes: int | None
     lossy: bool
@@ -73,6 +85,10 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
     from moerun.devices import peak_device_bytes, peak_host_bytes
 
     settings, totals = runner.settings, generated.totals
+    # What the report shows of the masses are their shares.
+    counts: dict[str, Any] = {
+        name: n for name, n in totals._asdict().items() if not name.endswith("_mass")
+    } | totals.shares
     return Report(
         policy=settings.policy.label,
         slots=runner.context.slots,
@@ -85,12 +101,16 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
         link_bytes_per_s=settings.link_bytes_per_s,
         prompt_tokens=generated.prompt_tokens,
         new_tokens=generated.new_tokens,
-        **totals._asdict() | {"stall_s": round(totals.stall_s, 6)},
+        **counts | {"stall_s": round(totals.stall_s, 6)},
         hit_ratio=totals.hit_ratio,
         time_s=round(generated.prompt_s + generated.decode_s, 6),
         tokens_per_s=round(generated.tokens_per_s, 3),
         prompt_tokens_per_s=round(generated.prompt_tokens_per_s, 3),
+        disk_reads=None if runner.host_tier is None else runner.host_tier.reads,
         arena_bytes=runner.arena_bytes,
+        memory_budget_bytes=runner.plan.budget_bytes,
+        memory_planned_bytes=runner.plan.total_bytes,
+        memory_peak_bytes=runner.peak_bytes,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(settings.device),
         lossy=settings.policy.policy.lossy,
@@ -141,6 +161,7 @@ def _table(report: Report) -> str:
     lossy = "  (changes what the model computes)" if report.lossy else ""
     cache = f"{report.slots} slots a layer, cache per {report.scope}, on {report.device}"
     useless = f", {report.useless_prefetches:,} useless" if report.prefetches else ""
+    beside = f"; {report.cpu_experts:,} computed on the CPU" if report.cpu_experts else ""
     lines = {
         "policy": f"{report.policy}{lossy}: {cache}",
         "speed": f"{report.tokens_per_s:.2f} tokens/s decoding, "
@@ -148,9 +169,12 @@ def _table(report: Report) -> str:
         "experts": f"{report.requests:,} wanted: {_share(report.hits, requests)} hits, "
         f"{_share(report.late, requests)} late, {_share(report.misses, requests)} misses",
         "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
-        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses",
+        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses{beside}"
+        + ("" if report.disk_reads is None else f"; {report.disk_reads:,} read from disk"),
+        **({"changed": _changed(report)} if report.lossy else {}),
         "stall": f"{report.stall_s:.2f} s of {report.time_s:.2f} s waiting for experts",
-        "memory": f"{format_bytes(report.arena_bytes)} expert slots; peak "
+        "memory": _against_budget(report)
+        + f"{format_bytes(report.arena_bytes)} expert slots; peak "
         f"{format_bytes(report.peak_host_bytes)} of host memory"
         + (
             f", {format_bytes(report.peak_device_bytes)} on {report.device}"
@@ -161,6 +185,27 @@ def _table(report: Report) -> str:
         + (" (interrupted)" if report.interrupted else ""),
     }
     return "".join(f"{name:8}  {line}\n" for name, line in lines.items())
+
+
+def _against_budget(report: Report) -> str:
+    from moerun.devices import format_bytes
+
+    if report.memory_budget_bytes is None:
+        return ""
+    return (
+        f"{format_bytes(report.memory_peak_bytes)} taken of "
+        f"{format_bytes(report.memory_budget_bytes)}; "
+    )
+
+
+def _changed(report: Report) -> str:
+    shares = {
+        "left out": report.skipped_share,
+        "computed by another expert": report.substituted_share,
+        "computed at the lower precision": report.low_share,
+    }
+    changes = [f"{100 * share:.1f} % {what}" for what, share in shares.items() if share]
+    return f"of the gates' weight {', '.join(changes) or 'nothing'}"
 
 
 def _share(count: int, of: int) -> str:

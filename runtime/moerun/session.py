@@ -30,9 +30,11 @@ from moepolicy import (
 from moepolicy.cache import Observer
 from numpy.typing import NDArray
 
+from moerun.aside import Aside
 from moerun.compiling import CompileBeside
 from moerun.errors import RunError
-from moerun.links import Link
+from moerun.links import Link, in_form
+from moerun.totals import Totals, totals_of
 
 
 class Gate(NamedTuple):
@@ -54,30 +56,14 @@ class Gate(NamedTuple):
 GateObserver = Callable[[int, Gate], None]
 
 
-class Totals(NamedTuple):
-    """Counts since the cache was made, under the names every report uses.
+class Opened(NamedTuple):
+    """What a step's experts are, keys in router order but for how many are on their way."""
 
-    ``loads`` counts the copies over the link, prefetches included.
-    """
-
-    steps: int
-    requests: int
-    hits: int
-    late: int
-    misses: int
-    loads: int
-    bypasses: int
-    prefetches: int
-    useless_prefetches: int
-    bytes_loaded: int
-    stall_s: float
-
-    @property
-    def hit_ratio(self) -> float:
-        return self.hits / self.requests if self.requests else 0.0
-
-    def since(self, before: Totals) -> Totals:
-        return Totals._make(now - then for now, then in zip(self, before, strict=True))
+    hits: list[int]
+    stand_ins: list[tuple[int, int]]  # (wanted, who runs in its place)
+    aside: list[int]
+    skipped: list[int]
+    absent: int
 
 
 class Session:
@@ -95,27 +81,38 @@ class Session:
         make_link: Callable[[int], Link],
         *,
         record_bytes: int,
+        low_record_bytes: int = 0,
+        make_aside: Callable[[Link], Aside] | None = None,
         journal: Journal | None = None,
         observers: Sequence[Observer] = (),
         compile: bool = False,
     ) -> None:
         """``make_link(n_slots)`` gives a link with so many slots, not yet started.
 
+        ``make_aside(link)`` gives what computes experts beside the device, for policies that
+        require "cpu"; the link has slots of a lower precision for those that require "low".
         ``compile``: take the policy's compiled calls into use as soon as there are some.
         """
         self.context = context
         self.policy = policy
         self.record_bytes = record_bytes
+        self.low_record_bytes = low_record_bytes
+        if "cpu" in policy.requires and make_aside is None:
+            raise PolicyError(f"policy '{policy.label}' needs experts computed beside the device")
         self.gate_observers: list[GateObserver] = []
         self.before_steps: list[Callable[[], None]] = []
         """Called before each step, when nothing is half done; what one raises ends the pass."""
         self.cache = self._new_cache(journal, observers)
         self.link = make_link(self.cache.n_slots)
+        self._in_memory = frozenset(range(self.cache.n_slots))
+        self._shrinking = False  # slots are to go as soon as they can
+        self.aside = make_aside(self.link) if make_aside else None
         self._mutex = threading.RLock()  # that of ``lock``, quicker to take
         self.lock = threading.Condition(self._mutex)  # held for every call of the cache
         self._wants_logits = "logits" in policy.requires
         self._wants_predictions = "predictions" in policy.requires
         self._under_way = 0
+        self._guessed: set[int] = set()  # of those, prefetches with streams of their own
         self._awaited: set[int] = set()
         self._arrived: deque[int] = deque()
         self._failure: Exception | None = None
@@ -135,21 +132,13 @@ class Session:
 
     @property
     def totals(self) -> Totals:
-        count = self.cache.count
         with self.lock:
-            prefetches = count(Kind.SPECULATE)
-            loads = count(Kind.LOAD) + prefetches
-            return Totals(
+            return totals_of(
+                self.cache,
                 steps=self._steps,
                 requests=self._requests,
-                hits=count(Kind.HIT),
-                late=count(Kind.LATE),
-                misses=count(Kind.MISS),
-                loads=loads,
-                bypasses=count(Kind.BYPASS),
-                prefetches=prefetches,
-                useless_prefetches=count(Kind.USELESS),
-                bytes_loaded=loads * self.record_bytes,
+                record_bytes=self.record_bytes,
+                low_record_bytes=self.low_record_bytes,
                 stall_s=self._stall_s,
             )
 
@@ -166,9 +155,11 @@ class Session:
         """The experts a batch wants at ``layer``, each as soon as it may be computed.
 
         top_k_index, top_k_weights [tokens, top_k]. Yields (expert, the link's slot it lies in):
-        hits first, in router order, then the others as they arrive. When the next one is asked
-        for, the compute of the one before must have been issued. Raises RunError or PolicyError
-        where an expert cannot be had.
+        hits first, in router order, then those that another expert stands in for, with that one's
+        slot, then the others as they arrive. Before them all come those that nothing runs for,
+        with None, and those computed beside the device, with an AsideExpert. When the next one is
+        asked for, the compute of the one before must have been issued. Raises RunError or
+        PolicyError where an expert cannot be had.
         """
         for call in self.before_steps:
             call()
@@ -180,20 +171,50 @@ class Session:
             observe(layer, gate)
         first = layer * self.context.n_experts
         try:
-            hits, absent = self._begin(layer, gate)
-            for key in hits:
+            opened = self._begin(layer, gate)
+            for key in opened.skipped:
+                yield key - first, None
+            for key in opened.aside:
+                yield key - first, self._beside(key)
+            for key in opened.hits:
                 yield key - first, self._acquire(key)
                 self._release(key)
-            for _ in range(absent):
+            for key, stand_in in opened.stand_ins:
+                yield key - first, self._acquire(stand_in)
+                self.link.release(self.cache.slot_of(stand_in))
+            for _ in range(opened.absent):
                 key = self._await_arrival()
                 yield key - first, self._acquire(key)
                 self._release(key)
+            if opened.aside:
+                self._join()
         except BaseException:
             with self.lock:
                 self._failure = self._failure or RunError("a step was left unfinished")
             raise
         with self._mutex:
             self.cache.end()
+            if self._shrinking:
+                self._fit_memory()
+            self._pump()
+
+    def resize(self, slots: int) -> None:
+        """Have ``slots`` slots a layer from now on; any thread may say so at any time.
+
+        What the step in progress uses stays until its end, and its memory with it. Raises
+        PolicyError beyond a layer's experts, RunError where memory for more is not there; the
+        cache is then as it was.
+        """
+        with self.lock:
+            before = self.context.slots
+            self.cache.resize(slots)
+            try:
+                self._fit_memory()
+            except RunError:
+                self.cache.resize(before)
+                self._fit_memory()
+                raise
+            self.context = self.context._replace(slots=slots)
             self._pump()
 
     def reset(self, *, journal: Journal | None = None, observers: Sequence[Observer] = ()) -> None:
@@ -201,7 +222,10 @@ class Session:
         with self.lock:
             while self._under_way:
                 self.lock.wait()
+            if self.aside:
+                self.aside.drop()
             self.cache = self._new_cache(journal, observers)
+            self._fit_memory()
             compiling, self._compiling = self._compiling, self._compile_beside()
             self._failure = None
             self._awaited.clear()
@@ -227,6 +251,8 @@ class Session:
         """End the link's threads; the totals stay readable."""
         with self.lock:
             self._failure = self._failure or RunError("the session is closed")
+        if self.aside:  # it may read what the link holds
+            self.aside.close()
         self.link.close()
         if self._compiling:
             self._compiling.close()
@@ -240,11 +266,27 @@ class Session:
     def _new_cache(self, journal: Journal | None, observers: Sequence[Observer]) -> ExpertCache:
         policy = self.policy.build(self.context)
         return ExpertCache(
-            self.context, policy, name=self.policy.label, observers=observers, journal=journal
+            self.context,
+            policy,
+            name=self.policy.label,
+            observers=observers,
+            journal=journal,
+            max_slots=self.context.n_experts,
         )
 
-    def _begin(self, layer: int, gate: Gate) -> tuple[list[int], int]:
-        """Open the step: the keys that are here, in router order, and how many are not."""
+    def _fit_memory(self) -> None:
+        """Give memory to the slots the cache has, and no others. The lock is held."""
+        spare = self.cache.spare_slots()
+        wanted = frozenset(range(self.cache.n_slots + len(spare))) - spare
+        withdrawn, granted = self._in_memory - wanted, wanted - self._in_memory
+        self._in_memory &= wanted
+        if withdrawn or granted:
+            self.link.resize(sorted(withdrawn), sorted(granted))
+        self._in_memory = wanted
+        self._shrinking = self.cache.shrinking
+
+    def _begin(self, layer: int, gate: Gate) -> Opened:
+        """Open the step."""
         experts, weights = demand_order(gate.ids, gate.weights)
         keys = experts + layer * self.context.n_experts
         logits = gate.logits if self._wants_logits else None
@@ -261,23 +303,31 @@ class Session:
                 tokens=len(gate.ids),
             )
             outcome = self.cache.begin(step).tolist()
+            if self._shrinking:
+                self._fit_memory()
             self._steps += 1
             self._requests += len(outcome)
-            if not SERVED.issuperset(outcome):
-                raise PolicyError(
-                    f"policy '{self.policy.label}' asks for an expert not to be fetched, which a "
-                    "live run cannot do"
-                )
-            hits = [key for key, kind in zip(keys.tolist(), outcome, strict=True) if kind == HIT]
-            self._awaited = set(keys.tolist()).difference(hits)
+            of: dict[int, list[int]] = {kind: [] for kind in OUTCOMES}
+            for key, kind in zip(keys.tolist(), outcome, strict=True):
+                of[kind].append(key)
+            ranks = [rank for rank, kind in enumerate(outcome) if kind == Kind.SUBSTITUTE]
+            stand_ins = [self.cache.stand_in(rank) for rank in ranks]
+            self._awaited = {*of[Kind.LATE], *of[Kind.MISS]}
+            for key in self._awaited & self._guessed:
+                self.link.want(key)
             absent = len(self._awaited)
             self._pump()
-        return hits, absent
+        replaced = list(zip(of[Kind.SUBSTITUTE], stand_ins, strict=True))
+        return Opened(of[Kind.HIT], replaced, of[Kind.COMPUTE], of[Kind.SKIP], absent)
+
+    def _beside(self, key: int) -> Any:
+        assert self.aside is not None  # or the session had refused the policy
+        return self.aside.expert(key)
 
     def _acquire(self, key: int) -> Any:
         slot = self.cache.slot_of(key)  # pinned: it cannot move
         self.link.acquire(slot)
-        return self.link.slots[slot]
+        return in_form(self.link.slots[slot], self.cache.is_low(key))
 
     def _release(self, key: int) -> None:
         self.link.release(self.cache.slot_of(key))
@@ -297,6 +347,16 @@ class Session:
             self._raise_failure()
             return self._arrived.popleft()
 
+    def _join(self) -> None:
+        """Wait for what is computed beside the device."""
+        assert self.aside is not None
+        try:
+            self._stall_s += self.aside.join()
+        except Exception as error:
+            with self.lock:
+                self._failure = self._failure or error
+            raise
+
     def _raise_failure(self) -> None:
         if self._failure:
             raise self._failure
@@ -304,25 +364,37 @@ class Session:
     def _pump(self) -> None:
         """Start copies while the link has a stream free. The lock is held."""
         while (
-            self._under_way < self.link.streams
-            and not self._failure
-            and self.cache.queued() is not None
+            not self._failure
+            and (kind := self.cache.queued()) is not None
+            and self._streams_taken(kind) < self.link.streams
         ):
             copy = self.cache.start()
             if copy is None:  # a demand waits for a staging buffer
                 return
             self._under_way += 1
-            self.link.submit(copy.key, copy.slot)
+            if self.link.chunked and copy.speculative:
+                self._guessed.add(copy.key)
+            self.link.submit(copy.key, copy.slot, copy.low, demand=not copy.speculative)
+
+    def _streams_taken(self, kind: Kind) -> int:
+        """Of the streams that take what is to be copied next."""
+        if not self.link.chunked:
+            return self._under_way
+        guesses = len(self._guessed)
+        return guesses if kind is Kind.SPECULATE else self._under_way - guesses
 
     def _on_copied(self, key: int, error: Exception | None) -> None:
         """A copy ended; called by the link's threads."""
         with self.lock:
             self._under_way -= 1
+            self._guessed.discard(key)
             try:
                 if error is not None:
                     raise error
                 if self._failure is None:
                     self.cache.finish(key)
+                    if self._shrinking:
+                        self._fit_memory()
                     if key in self._awaited:
                         self._awaited.discard(key)
                         self._arrived.append(key)
@@ -332,8 +404,7 @@ class Session:
             self.lock.notify_all()
 
 
-HIT = int(Kind.HIT)
-SERVED = frozenset({HIT, int(Kind.LATE), int(Kind.MISS)})
+OUTCOMES = (Kind.HIT, Kind.LATE, Kind.MISS, Kind.COMPUTE, Kind.SKIP, Kind.SUBSTITUTE)
 
 
 def pool_rows(predicted: NDArray[Any]) -> NDArray[Any]:

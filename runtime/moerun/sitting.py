@@ -13,15 +13,17 @@ import torch
 from moepolicy import PolicyError
 from rich.console import Console
 
+from moerun.budget import parse_budget
 from moerun.chat import Conversation, Lead, stops_of
 from moerun.errors import RunError
-from moerun.generate import NO_WORK, Generated, Generation, Sampling, check_length, context_tokens
+from moerun.generate import NO_WORK, Generated, Generation, Sampling, check_length
 from moerun.report import Format, render, report_of
 from moerun.runner import Runner
 
 COMMANDS = {
     "/reset": "forget the conversation",
     "/stats": "statistics until now",
+    "/memory": "how memory is spent; /memory 6GiB: another budget from now on",
     "/quit": "leave",
 }
 
@@ -34,7 +36,7 @@ class Sitting:
         stops = (*sampling.stop_strings, *stops_of(runner.tokenizer))
         self._sampling = replace(sampling, stop_strings=stops)
         self._talk = Conversation(runner.tokenizer, runner.settings.device, system)
-        self._limit = context_tokens(runner.model)
+        self._limit = runner.limit_tokens
         self._work = NO_WORK
         self._asked = 0
         self._said_dropped = False
@@ -81,8 +83,12 @@ class Sitting:
             raise RunError("what stdin gives is no UTF-8 text") from error
 
     def _command(self, line: str) -> bool:
-        """Do what a line of one word with a slash asks for."""
-        if not line.startswith("/") or len(line.split()) > 1:
+        """Do what a line of one word with a slash asks for, or /memory with an amount."""
+        name, *arguments = line.split()
+        if name == "/memory" and len(arguments) < 2:
+            self._memory(*arguments)
+            return True
+        if not line.startswith("/") or arguments:
             return False
         if line == "/reset":
             self._talk.turns.clear()
@@ -94,6 +100,15 @@ class Sitting:
         else:
             self._note(f"unknown command '{line}'; there are: {', '.join(COMMANDS)}")
         return True
+
+    def _memory(self, amount: str | None = None) -> None:
+        runner = self._runner
+        try:
+            if amount is not None:
+                runner.set_memory(parse_budget(amount, runner.settings.device))
+            sys.stderr.write(runner.plan.table())
+        except RunError as error:
+            self._note(f"memory as before: {error}")
 
     def _reply(self, line: str) -> None:
         """Answer; at a terminal an error ends the turn, not the conversation."""
@@ -114,7 +129,7 @@ class Sitting:
     def _prompt(self) -> torch.Tensor:
         """The conversation as int64[1, tokens]; RunError where even its last turn is too long."""
         prompt = self._talk.prompt(self._room())
-        check_length(self._runner.model, prompt.ids.shape[1])
+        check_length(self._runner.model, prompt.ids.shape[1], self._runner.context_tokens)
         if prompt.dropped and not self._said_dropped:
             self._said_dropped = True
             self._note(f"the context of {self._limit} tokens is full: oldest turns are dropped")

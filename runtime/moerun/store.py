@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from moerun.errors import RunError
 from moerun.index import DENSE_FILE, StoreIndex, read_index
 from moerun.layout import RecordLayout
 from moerun.tensorfile import TensorFile, memory_of, read_at
+
+Read = Callable[[Path, int, torch.Tensor], int]
+"""Fills a buffer from a file's offset; returns the bytes read. Raises OSError."""
 
 
 class Location(NamedTuple):
@@ -97,12 +101,21 @@ class ExpertStore:
         records = self.index.layers[layer]
         return Location(self.path / records.file, records.offsets[expert], self.record_bytes)
 
-    def read_into(self, key: int, buffer: torch.Tensor, *, verify: bool | None = None) -> None:
+    def read_into(
+        self,
+        key: int,
+        buffer: torch.Tensor,
+        *,
+        verify: bool | None = None,
+        read: Read | None = None,
+        pieces: Callable[[int], Iterator[slice]] | None = None,
+    ) -> None:
         """Read a record into `buffer`, contiguous uint8[record_bytes] in host memory.
 
         The interpreter's lock is released meanwhile. `verify` compares the CRC-32; None does it
-        the first time this store reads the record. Raises RunError that names the file, layer and
-        expert when it cannot be read or is not what was packed.
+        the first time this store reads the record. `read` is another way to read,
+        `pieces(record_bytes)` the pieces to do it in. Raises RunError that names the file, layer
+        and expert when it cannot be read or is not what was packed.
         """
         if buffer.dtype != torch.uint8 or buffer.nbytes != self.record_bytes:
             raise AssertionError(f"{buffer.dtype}[{buffer.nbytes}] for {self.record_bytes} bytes")
@@ -110,7 +123,8 @@ class ExpertStore:
         where = self.location(key)
         check = verify or (verify is None and not self._verified[key])
         crc32 = self.index.layers[layer].crc32[expert] if check else None
-        self._read(where, buffer, crc32, f"expert {expert} of layer {layer}")
+        fill = read or self._read_at
+        self._read(where, buffer, crc32, f"expert {expert} of layer {layer}", fill, pieces)
         if check:
             self._verified[key] = 1
 
@@ -124,14 +138,27 @@ class ExpertStore:
         assert attention is not None
         linear = next(linear for linear in attention.linears if linear.module == module)
         where = Location(self.path / attention.file, linear.offset, buffer.nbytes)
-        self._read(where, buffer, linear.crc32, module)
+        self._read(where, buffer, linear.crc32, module, self._read_at)
 
-    def _read(self, where: Location, buffer: torch.Tensor, crc32: int | None, what: str) -> None:
+    def _read_at(self, path: Path, offset: int, buffer: torch.Tensor) -> int:
+        return read_at(self._fd(path), offset, buffer)
+
+    def _read(
+        self,
+        where: Location,
+        buffer: torch.Tensor,
+        crc32: int | None,
+        what: str,
+        read: Read,
+        pieces: Callable[[int], Iterator[slice]] | None = None,
+    ) -> None:
         def damaged(how: str) -> RunError:
             return RunError(f"{what} {how} in {where.path}: copy the store again or pack it again")
 
         try:
-            got = read_at(self._fd(where.path), where.offset, buffer)
+            got = 0
+            for piece in pieces(where.nbytes) if pieces else (slice(0, where.nbytes),):
+                got += read(where.path, where.offset + piece.start, buffer[piece])
         except OSError as error:
             raise damaged(f"could not be read ({error.strerror})") from error
         if got != where.nbytes:

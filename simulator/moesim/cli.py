@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,10 @@ from moesim.commands.table2 import table2
 from moesim.engine import Segment
 from moesim.engines import Engine
 from moesim.errors import SimulationError
+from moesim.limits.gap import BASELINE
 from moesim.profile import load_machine, machine_names
-from moesim.report import Format, deliver, render
-from moesim.simulate import expert_size, simulate, workload_for
+from moesim.report import Compared, Format, beside_baseline, deliver, render
+from moesim.simulate import expert_size, low_expert_size, simulate, workload_for
 from moesim.timeline import write_timeline
 
 app = typer.Typer(
@@ -72,6 +74,17 @@ def compare(
         typer.Option(help="Size of an expert by its precision, of those the trace lists."),
     ] = None,
     expert_bytes: Annotated[int | None, typer.Option(help="Size of an expert in bytes.")] = None,
+    low_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of an expert in a second store, for policies that load some misses at a "
+            "lower precision, of those the trace lists.",
+            show_default=False,
+        ),
+    ] = None,
+    low_expert_bytes: Annotated[
+        int | None, typer.Option(help="The same in bytes.", show_default=False)
+    ] = None,
     engine: Annotated[
         Engine,
         typer.Option(help="simpy is the reference, replay the fast loop; the results are equal."),
@@ -79,6 +92,16 @@ def compare(
     tokens: Annotated[
         int | None, typer.Option(help="Only the trace's first tokens.", show_default=False)
     ] = None,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold", help="Empty the caches and make the policy afresh with every sequence."
+        ),
+    ] = False,
+    limits: Annotated[
+        bool,
+        typer.Option(help="Show beside every policy what none can beat; costs a pass or two."),
+    ] = True,
     timeline: Annotated[
         Path | None,
         typer.Option(
@@ -92,36 +115,46 @@ def compare(
 ) -> None:
     """Replay a trace under each policy and cache size, and print them side by side.
 
-    Everything printed is simulated. Each row also shows the fewest loads that any policy could
-    have done with the same slots, knowing the future.
+    Everything printed is simulated. Beside each policy stands what none can beat with the same
+    slots, knowing the future: how many times the fewest loads it copied (x limit), its tokens/s in
+    % of the most (limit %), and how much of the time that lru takes beyond the least it saves
+    (gap %; lru is simulated for that if it is not compared).
     """
     if precision is not None and expert_bytes is not None:
         raise typer.BadParameter("give --precision or --expert-bytes, not both")
+    if low_precision is not None and low_expert_bytes is not None:
+        raise typer.BadParameter("give --low-precision or --low-expert-bytes, not both")
     specs = [find_policy(name) for name in policies]
     profile = load_machine(machine)
     opened = open_trace(trace)
     size = expert_size(opened.meta, precision=precision, expert_bytes=expert_bytes)
+    low_size = low_expert_size(
+        opened.meta, size, precision=low_precision, expert_bytes=low_expert_bytes
+    )
     sizes = _slots(slots, opened.meta.n_experts)
     workload = workload_for(opened, specs)
     if tokens is not None:
         workload = workload.head(tokens)
+    run = partial(
+        simulate,
+        workload,
+        machine=profile,
+        scope=scope,
+        expert_bytes=size,
+        low_bytes=low_size,
+        engine=engine,
+        cold=cold,
+        limits=limits,
+    )
     points = [(count, spec) for count in sizes for spec in specs]
     results, timelines = [], []
     for count, spec in _progress(points):
         segments: list[Segment] | None = None if timeline is None else []
-        results.append(
-            simulate(
-                workload,
-                spec,
-                profile,
-                slots=count,
-                scope=scope,
-                expert_bytes=size,
-                engine=engine,
-                timeline=segments,
-            )
-        )
+        results.append(run(spec, slots=count, timeline=segments))
         timelines.append((f"{spec.label}, {count} slots", segments or []))
+    compared = [Compared(result, None) for result in results]
+    if limits:
+        compared = beside_baseline(results, lambda count: run(find_policy(BASELINE), slots=count))
     if timeline is not None:
         write_timeline(
             timeline,
@@ -131,8 +164,9 @@ def compare(
             piece_bytes=min(profile.link.chunk_bytes or size, size),
         )
     title = (
-        f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes, "
-        f"cache per {scope}.\n{opened.title}: "
+        f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes"
+        f"{f' ({low_size:,} at the lower precision)' if low_size else ''}, "
+        f"cache per {scope}{', cold at every sequence' if cold else ''}.\n{opened.title}: "
         f"{workload.n_decoded + workload.n_prompt:,} tokens x {opened.meta.n_layers} layers, "
         f"top-{opened.meta.top_k} of {opened.meta.n_experts} experts."
     )
@@ -142,7 +176,7 @@ def compare(
         "machine_source": profile.source,
         "moesim_version": __version__,
     }
-    deliver(render(results, format, title, provenance), out)
+    deliver(render(compared, format, title, provenance), out)
 
 
 app.command()(curve)

@@ -12,6 +12,9 @@ from moesim.errors import SimulationError
 from moesim.profile import Machine
 from moesim.workload import Workload
 
+YEAR_NS = 365 * 24 * 3600 * 10**9
+LONGEST_NS = 100 * YEAR_NS  # a run's; 64 bits hold 292 years
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -21,13 +24,16 @@ class Sizes:
     expert_params: int
     layer_bytes: int
     token_bytes: int
+    low_bytes: int = 0  # of an expert in the lower-precision store; 0: there is none
 
 
 class Costs(NamedTuple):
     """Durations for every engine; a named tuple of arrays and integers, as compiled code takes it.
 
     An expert crosses the link in ``n_pieces`` pieces, of which the last may be shorter. A copy
-    that returns its victim first (``write_back``) has twice as many.
+    that returns its victim first (``write_back``) has twice as many: what it returns is taken to
+    be as big as what it brings. The entries in ``low_`` are those of a copy of the lower
+    precision, where there are any; all but its last piece take ``piece_ns`` too.
     """
 
     tokens: NDArray[np.int32]  # [steps] the workload's own
@@ -45,8 +51,19 @@ class Costs(NamedTuple):
     streams: int
     write_back: bool
     read_ns: int  # an expert from disk to host memory; 0: no disk
-    host_experts: int
+    host_bytes: int  # of the host's cache
+    expert_bytes: int
+    low_bytes: int  # 0: no lower precision
+    low_expert_ns: NDArray[np.int64]
+    low_pieces: int
+    low_last_piece_ns: int
+    low_read_ns: int
     cpu_workers: int
+
+    @property
+    def host_experts(self) -> int:
+        """How many experts of full precision the host's cache holds."""
+        return self.host_bytes // self.expert_bytes
 
     def gate_ns(self, steps: slice) -> NDArray[np.int64]:
         """[steps] until the gate's choice is known, the pass's share included."""
@@ -68,22 +85,34 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
             f"machine '{machine.name}': chunk_bytes is {chunk:,}, more than an expert's "
             f"{sizes.expert_bytes:,}; leave it out to copy experts whole"
         )
-    n_pieces = -(-sizes.expert_bytes // chunk) if chunk else 1
-    last = sizes.expert_bytes - (n_pieces - 1) * chunk
+    n_pieces, last = _cut(sizes.expert_bytes, chunk)
+    # Without a second store its entries are the first one's, and nobody looks at them.
+    low_bytes = sizes.low_bytes or sizes.expert_bytes
+    low_pieces, low_last = _cut(low_bytes, chunk)
     # Tables by the number of tokens, not a duration a step: a workload can have 10^8 of them.
-    tokens, routed = _counts(workload.tokens), _counts(workload.routed)
+    tokens, routed = (_counts(*extent) for extent in workload.extent)
     expert = sizes.expert_bytes, sizes.expert_params
+    low = low_bytes, sizes.expert_params
+    layer_ns = [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens]
+    expert_ns = [machine.expert_ns(n, *expert) for n in routed]
+    cpu_ns = [machine.cpu_expert_ns(n, *expert) for n in routed]
+    copy_ns = machine.latency_ns + machine.read_ns(sizes.expert_bytes)
+    copy_ns += 2 * n_pieces * machine.copy_ns(chunk or sizes.expert_bytes)
+    step_ns = max(layer_ns) + machine.pass_ns(sizes.token_bytes)
+    most_ns = len(workload.keys) * (copy_ns + max(expert_ns) + max(cpu_ns))
+    if most_ns + workload.n_steps * step_ns > LONGEST_NS:
+        raise SimulationError(
+            f"machine '{machine.name}' is so slow that {workload.n_steps:,} steps may take "
+            f"{LONGEST_NS // YEAR_NS} years or more: check the rates and times of its profile"
+        )
     return Costs(
         tokens=workload.tokens,
         routed=workload.routed,
         begins_pass=workload.begins_pass,
         pass_ns=machine.pass_ns(sizes.token_bytes),
-        layer_ns=np.array(
-            [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens],
-            np.int64,
-        ),
-        expert_ns=np.array([machine.expert_ns(n, *expert) for n in routed], np.int64),
-        cpu_ns=np.array([machine.cpu_expert_ns(n, *expert) for n in routed], np.int64),
+        layer_ns=np.array(layer_ns, np.int64),
+        expert_ns=np.array(expert_ns, np.int64),
+        cpu_ns=np.array(cpu_ns, np.int64),
         latency_ns=machine.latency_ns,
         piece_ns=machine.copy_ns(chunk or sizes.expert_bytes),
         last_piece_ns=machine.copy_ns(last),
@@ -92,13 +121,24 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
         streams=machine.link.streams,
         write_back=machine.link.write_back,
         read_ns=machine.read_ns(sizes.expert_bytes),
-        host_experts=machine.host_experts(sizes.expert_bytes),
+        host_bytes=machine.disk.host_bytes if machine.disk else 0,
+        expert_bytes=sizes.expert_bytes,
+        low_bytes=sizes.low_bytes,
+        low_expert_ns=np.array([machine.expert_ns(n, *low) for n in routed], np.int64),
+        low_pieces=low_pieces,
+        low_last_piece_ns=machine.copy_ns(low_last),
+        low_read_ns=machine.read_ns(low_bytes),
         cpu_workers=machine.cpu.workers if machine.cpu else 0,
     )
 
 
-def _counts(column: NDArray[np.int32]) -> list[int]:
-    """0, 1, 2 ... to the greatest of ``column``; the least stands for those below it, so that no
-    table has an entry that no step can take."""
-    least, most = int(column.min()), int(column.max())
+def _cut(n_bytes: int, chunk_bytes: int) -> tuple[int, int]:
+    """The pieces that so many bytes travel in, and the bytes of the last."""
+    n_pieces = -(-n_bytes // chunk_bytes) if chunk_bytes else 1
+    return n_pieces, n_bytes - (n_pieces - 1) * chunk_bytes
+
+
+def _counts(least: int, most: int) -> list[int]:
+    """0, 1, 2 ... to ``most``; ``least`` stands for those below it, so that no table has an entry
+    that no step can take."""
     return [max(least, n) for n in range(most + 1)]

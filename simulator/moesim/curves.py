@@ -17,12 +17,15 @@ ONE_PASS = ("lru", "lfu", "belady", "belady-bypass")
 LIMIT = "belady-bypass"
 
 
-def hit_curve(workload: Workload, policy: str, scope: str) -> NDArray[np.float64]:
+def hit_curve(
+    workload: Workload, policy: str, scope: str, *, cold: bool = False
+) -> NDArray[np.float64]:
     """float64[n_experts + 1]: the hit ratio with 0, 1, ... n_experts slots a layer.
 
     Equal, at every size, to what the state machine counts for `lru`, `lfu` and `belady`, and
-    for `belady-bypass` to the limit, which that policy reaches. Caches start empty. Raises
-    SimulationError for a policy whose caches of different sizes do not nest.
+    for `belady-bypass` to the limit, which that policy reaches. Caches start empty, and if
+    ``cold`` again with every sequence. Raises SimulationError for a policy whose caches of
+    different sizes do not nest.
     """
     if policy not in ONE_PASS:
         raise SimulationError(
@@ -31,23 +34,28 @@ def hit_curve(workload: Workload, policy: str, scope: str) -> NDArray[np.float64
         )
     from moesim.stacks import hits_by_size
 
-    domain_of, n_domains, _ = domains(workload, 0, scope)
-    hits = hits_by_size(
-        workload.keys,
-        workload.next_use,
-        workload.offsets,
-        domain_of,
-        n_domains,
-        workload.n_keys,
-        ONE_PASS.index(policy),
-    )
+    hits = np.zeros(workload.n_keys + 1, np.int64)
+    for part in workload.sequences() if cold else [workload]:
+        domain_of, n_domains, _ = domains(part, 0, scope)
+        hits += hits_by_size(
+            part.keys,
+            part.next_use,
+            part.offsets,
+            domain_of,
+            n_domains,
+            part.n_keys,
+            ONE_PASS.index(policy),
+        )
     slots = np.arange(workload.meta.n_experts + 1)
     held = slots if scope == "layer" else slots * workload.meta.n_layers
     return np.asarray(hits[held] / len(workload.keys), np.float64)
 
 
 def shuffled(workload: Workload, seed: int) -> Workload:
-    """The same tokens and prompts in random order: what is left is popularity, not locality."""
+    """The same tokens and prompts in random order: what is left is popularity, not locality.
+
+    Its sequences have as many tokens and prompts as the workload's have, of any of them.
+    """
     starts = np.flatnonzero(np.diff(workload.rows[:, 0], prepend=-1) != 0)
     lengths = np.diff(np.append(starts, workload.n_steps))
     order = np.random.default_rng(seed).permutation(len(starts))
@@ -65,6 +73,9 @@ def shuffled(workload: Workload, seed: int) -> Workload:
         tokens=workload.tokens[steps],
         decode=workload.decode[steps],
         rows=workload.rows[steps],
+        starts=(np.cumsum(lengths[order]) - lengths[order])[
+            np.searchsorted(starts, workload.starts)
+        ],
     )
 
 

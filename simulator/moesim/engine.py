@@ -14,7 +14,7 @@ from typing import NamedTuple
 import simpy
 from moepolicy import ExpertCache, Kind, Transfer
 from moepolicy.kinds import COMPUTE as ON_CPU
-from moepolicy.kinds import HIT, LATE, MISS
+from moepolicy.kinds import HIT, LATE, MISS, SUBSTITUTE
 
 from moesim.costs import Costs
 from moesim.workload import Workload
@@ -59,7 +59,8 @@ class At(simpy.Event):
     """An event ``delay`` ns from now, with its place among those of its instant."""
 
     def __init__(self, env: Nanoseconds, delay: int, priority: int) -> None:
-        super().__init__(env)
+        self.env = env
+        self.callbacks = []
         self._ok = True
         self._value = None
         env.schedule(self, priority, delay)  # type: ignore[arg-type]
@@ -80,12 +81,27 @@ class Clock:
         if self.segments is not None:
             self.segments.append(Segment(*segment))
 
+    def follow(self, other: Clock) -> None:
+        """Let another run's time come after this one's; what it left under way is cut off."""
+        if self.segments is not None:
+            for segment in other.segments or ():
+                begins, ends = segment.begins, min(segment.ends, other.total_ns)
+                if begins <= ends:
+                    shift = self.total_ns
+                    self.segments.append(segment._replace(begins=shift + begins, ends=shift + ends))
+        self.total_ns += other.total_ns
+        self.decode_ns += other.decode_ns
+        self.prompt_ns += other.prompt_ns
+        self.stall_ns += other.stall_ns
+        self.link_busy_ns += other.link_busy_ns
+
 
 @dataclass(slots=True)
 class Copy:
     """An expert on its way, from the start of its copy to its arrival."""
 
     key: int
+    low: bool
     stream: int
     number: int  # copies are numbered as they start
     demand: bool  # wanted now; a guess becomes so when it is late
@@ -95,17 +111,17 @@ class Copy:
 
 @dataclass
 class Host:
-    """The host-memory cache in front of a disk: the most recently used experts."""
+    """The host-memory cache in front of a disk: the most recently used records."""
 
-    capacity: int
-    used: dict[int, None] = field(default_factory=dict)  # oldest first
+    capacity_bytes: int
+    used: dict[tuple[int, bool], int] = field(default_factory=dict)  # bytes, oldest first
 
-    def has(self, key: int) -> bool:
-        """Whether ``key`` is there; it is afterwards, if there is room for any."""
-        hit = key in self.used
-        self.used.pop(key, None)
-        self.used[key] = None
-        if len(self.used) > self.capacity:
+    def has(self, key: int, low: bool, n_bytes: int) -> bool:
+        """Whether the record is there; it is afterwards, if there is room for it at all."""
+        hit = self.used.pop((key, low), None) is not None
+        if n_bytes <= self.capacity_bytes:
+            self.used[key, low] = n_bytes
+        while sum(self.used.values()) > self.capacity_bytes:
             del self.used[next(iter(self.used))]
         return hit
 
@@ -124,7 +140,7 @@ class SimulatedLink:
         self.clock = clock
         self.arrived: dict[int, None] = {}  # in order of arrival, of those not yet collected
         self._copies: list[Copy] = []
-        self._host = Host(costs.host_experts)
+        self._host = Host(costs.host_bytes)
         self._bus_busy = False
         self._disk_free_at = 0
         self._started = 0
@@ -169,31 +185,38 @@ class SimulatedLink:
         return next((s for s in range(first, first + streams) if s not in taken), -1)
 
     def _start(self, transfer: Transfer, stream: int) -> None:
-        costs, now = self.costs, self.env.now
+        costs, now, low = self.costs, self.env.now, transfer.low
+        n_bytes = costs.low_bytes if low else costs.expert_bytes
+        demand = not transfer.speculative
         ready_at = now + costs.latency_ns
-        if costs.read_ns and not self._host.has(transfer.key):
+        if costs.read_ns and not self._host.has(transfer.key, low, n_bytes):
             begins = max(now, self._disk_free_at)
-            self._disk_free_at = begins + costs.read_ns
+            self._disk_free_at = begins + (costs.low_read_ns if low else costs.read_ns)
             ready_at = self._disk_free_at + costs.latency_ns
-            demand = int(not transfer.speculative)
-            self.clock.add(DISK_LANE, 0, begins, self._disk_free_at, transfer.key, demand)
-        pieces = costs.n_pieces * (2 if costs.write_back and transfer.evicts else 1)
+            self.clock.add(DISK_LANE, 0, begins, self._disk_free_at, transfer.key, int(demand))
+        n_pieces = costs.low_pieces if low else costs.n_pieces
+        pieces = n_pieces * (2 if costs.write_back and transfer.evicts else 1)
         self._started += 1
         self._copies.append(
-            Copy(transfer.key, stream, self._started, not transfer.speculative, ready_at, pieces)
+            Copy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
         )
         if ready_at > now:
             At(self.env, ready_at - now, COMPLETION).callbacks.append(self.kick)
 
     def _grant_bus(self) -> None:
         """The next piece: of demand before prefetch, of what started first."""
-        ready = [copy for copy in self._copies if copy.ready_at <= self.env.now]
+        now = self.env.now
+        ready = [copy for copy in self._copies if copy.ready_at <= now]
         if not ready:
             return
-        copy = min(ready, key=lambda c: (not c.demand, c.number))
-        last = (copy.pieces - 1) % self.costs.n_pieces == 0
-        took = self.costs.last_piece_ns if last else self.costs.piece_ns
-        now = self.env.now
+        copy = ready[0]
+        if len(ready) > 1:
+            copy = min(ready, key=lambda c: (not c.demand, c.number))
+        costs = self.costs
+        n_pieces, last_ns = costs.n_pieces, costs.last_piece_ns
+        if copy.low:
+            n_pieces, last_ns = costs.low_pieces, costs.low_last_piece_ns
+        took = last_ns if (copy.pieces - 1) % n_pieces == 0 else costs.piece_ns
         self._bus_busy = True
         self.clock.link_busy_ns += took
         self.clock.add(LINK_LANE, copy.stream, now, now + took, copy.key, int(copy.demand))
@@ -232,8 +255,8 @@ class Simulation:
         self.env = Nanoseconds(initial_time=0)
         self.clock = Clock(segments=[] if timeline else None)
         self.link = SimulatedLink(self.env, costs, cache, self.clock)
-        self._detail = cache.arrays.prefetching
-        self._expert_ns = costs.expert_ns.tolist()
+        self._detail = cache.arrays.prefetching or workload.logits is not None
+        self._expert_ns = costs.expert_ns.tolist(), costs.low_expert_ns.tolist()
 
     def run(self) -> Clock:
         """Replay the steps; returns where the time went."""
@@ -270,7 +293,11 @@ class Simulation:
         link.kick()
         link.arrived.clear()  # guesses that landed before they were wanted are plain hits now
         joins_at = self._run_on_cpu(outcome, routed)
-        ready = [key for key in keys if outcome[key] == HIT]
+        # What computes for each key that does not do it itself.
+        stand_ins = {
+            key: cache.stand_in(rank) for rank, key in enumerate(keys) if outcome[key] == SUBSTITUTE
+        }
+        ready = [key for key in keys if outcome[key] == HIT] + list(stand_ins)
         awaited = {key for key in keys if outcome[key] in (LATE, MISS)}
         while ready or awaited:
             began = self.env.now
@@ -282,8 +309,10 @@ class Simulation:
                 self.clock.stall_ns += self.env.now - began
                 continue
             key = ready.pop(0)
-            yield At(self.env, self._expert_ns[routed[key]], COMPUTE)
-            self.clock.add(COMPUTE_LANE, 0, began, self.env.now, key, 1)
+            runs = stand_ins.get(key, key)
+            took = self._expert_ns[cache.is_low(runs)][routed[key]]
+            yield At(self.env, took, COMPUTE)
+            self.clock.add(COMPUTE_LANE, 0, began, self.env.now, runs, 1)
             cache.consume(key)
             link.kick()
         if joins_at > self.env.now:

@@ -20,6 +20,7 @@ from moepolicy.calls import calls_are_compiled
 from moepolicy.compiled import NotCompilable, compiled, compiled_policy, is_compiled
 from moepolicy.state import Cache, new_cache
 
+from moesim import clocks
 from moesim import replay as twin
 from moesim.costs import Costs
 from moesim.engine import Clock, Simulation
@@ -31,6 +32,8 @@ WORTH_COMPILING = 100_000
 WORTH_LOADING = 20_000
 CHUNK = 1 << 15  # steps whose predictions are in memory together
 PREFIX = 256  # steps on which compiled code is held against its interpreted self
+
+Look = Callable[[Cache, int, int], None]
 
 
 class Engine(StrEnum):
@@ -48,24 +51,30 @@ def run(
     workload: Workload,
     policy: PolicySpec,
     context: Context,
-    costs: Callable[[Cache], Costs],
+    costs: Costs,
     *,
     engine: Engine = Engine.auto,
     timeline: bool = False,
     observers: tuple[Observer, ...] = (),
     journal: Journal | None = None,
+    n_steps: int = 0,
+    look: Look | None = None,
+    n_events: int = 0,
 ) -> tuple[Cache, Clock]:
     """Replay ``workload``; returns the cache as it ended and where the time went.
 
-    ``costs`` makes the durations once it is known whether the policy predicts. Observers and a
-    journal need SimPy, which tells of every event; "auto" then chooses it.
+    Observers and a journal need SimPy, which tells of every event; "auto" then chooses it.
+    ``n_steps`` says how many steps the policy will be asked for, where ``workload`` is not all of
+    them. The replay calls ``look`` after every stretch of at most CHUNK steps, whose events
+    (``n_events`` at most) the cache then holds.
     """
     if engine is Engine.auto:
         engine = Engine.simpy if observers or journal is not None else Engine.replay
     kind = _Simulation if engine is Engine.simpy else _Replay
-    job = kind(workload, policy, context, costs, timeline, observers, journal)
+    job = kind(workload, policy, context, costs, timeline, observers, journal, look, n_events)
     _asked[engine, policy.policy] += workload.n_steps
-    return job.run(compile=_worth_compiling(job) and _compiles(job))
+    asked = max(n_steps, _asked[engine, policy.policy])
+    return job.run(compile=_worth_compiling(job, asked) and _compiles(job))
 
 
 @dataclass
@@ -75,10 +84,12 @@ class _Job:
     workload: Workload
     policy: PolicySpec
     context: Context
-    costs: Callable[[Cache], Costs]
+    costs: Costs
     timeline: bool = False
     observers: tuple[Observer, ...] = ()
     journal: Journal | None = None
+    look: Look | None = None
+    n_events: int = 0
     engine: ClassVar[Engine]
 
     def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
@@ -91,9 +102,8 @@ class _Job:
         raise NotImplementedError
 
 
-def _worth_compiling(job: _Job) -> bool:
-    """Whether enough steps have been asked for to pay for code."""
-    asked = _asked[job.engine, job.policy.policy]
+def _worth_compiling(job: _Job, asked: int) -> bool:
+    """Whether so many steps under its policy pay for code."""
     if job.policy.policy in _interpreted:
         return False
     if asked >= WORTH_COMPILING:
@@ -109,7 +119,7 @@ def _compiles(job: _Job) -> bool:
     policy = job.policy
     if (job.engine, policy.policy) in _proven:
         return True
-    trial = replace(job, timeline=False, observers=(), journal=None)
+    trial = replace(job, timeline=False, observers=(), journal=None, look=None, n_events=0)
     try:
         states = [trial.run(compile=how, n_steps=PREFIX) for how in (False, True)]
         same = all(
@@ -135,7 +145,8 @@ def _compiles(job: _Job) -> bool:
 
 
 def _comparable(cache: Cache, clock: Clock) -> list[Any]:
-    return [cache.keys, cache.domains, cache.staging, cache.board, clock.total_ns, clock.stall_ns]
+    arrays = [cache.keys, cache.domains, cache.staging, cache.board, cache.mass]
+    return [*arrays, clock.total_ns, clock.stall_ns]
 
 
 class _Simulation(_Job):
@@ -153,9 +164,8 @@ class _Simulation(_Job):
             compile=compile,
             horizon=len(self.workload.predicted),
         )
-        costs = self.costs(cache.arrays)
         simulation = Simulation(
-            self.workload, cache, costs, timeline=self.timeline, n_steps=n_steps
+            self.workload, cache, self.costs, timeline=self.timeline, n_steps=n_steps
         )
         return cache.arrays, simulation.run()
 
@@ -171,13 +181,14 @@ class _Replay(_Job):
 
     def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
         n_steps = self.workload.n_steps if n_steps is None else min(n_steps, self.workload.n_steps)
-        policy, cache, costs, link = self._parts(n_steps)
+        policy, cache, link = self._parts(n_steps)
+        costs = self.costs
         function: Callable[..., Any] = twin.replay
         state: Any = policy
         if compile:
             state = compiled_policy(policy)
             function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
-        work = twin.work_of(self.workload)
+        work = clocks.work_of(self.workload)
         outcome = np.zeros(self.context.n_experts, np.int8)
         try:
             for first in range(0, n_steps, CHUNK):
@@ -186,25 +197,27 @@ class _Replay(_Job):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     function(cache, state, work, costs, link, steps, *details, outcome)
+                if self.look is not None:
+                    self.look(cache, *steps)
+                self.workload.release()
         except (ValueError, IndexError, RuntimeError) as error:
             raise PolicyError(f"policy '{self.policy.label}' failed: {error}") from error
-        return cache, twin.clock_of(link)
+        return cache, clocks.clock_of(link)
 
     def is_compiled(self) -> bool:
-        policy, cache, costs, link = self._parts(0)
-        state = compiled_policy(policy)
-        return is_compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
+        policy, cache, link = self._parts(0)
+        omit = twin.unreachable(cache, self.costs, link)
+        return is_compiled(twin.replay, compiled_policy(policy), omit=omit)
 
-    def _parts(self, n_steps: int) -> tuple[Policy, Cache, Costs, twin.Link]:
+    def _parts(self, n_steps: int) -> tuple[Policy, Cache, clocks.Link]:
         policy = self.policy.build(self.context)
-        cache = new_cache(self.context, policy)
-        costs = self.costs(cache)
-        n_segments = _most_segments(self.workload, costs, n_steps) if self.timeline else 0
-        return policy, cache, costs, twin.new_link(costs, self.workload.n_keys, n_segments)
+        cache = new_cache(self.context, policy, n_events=self.n_events)
+        n_segments = _most_segments(self.workload, self.costs, n_steps) if self.timeline else 0
+        return policy, cache, clocks.new_link(self.costs, self.workload.n_keys, n_segments)
 
 
 def _most_segments(workload: Workload, costs: Costs, n_steps: int) -> int:
     """An upper bound: every step may copy, read and compute everything it could want or guess."""
     per_step = 1 + workload.meta.n_experts * 2
-    pieces = 2 * costs.n_pieces + 1
+    pieces = 2 * max(costs.n_pieces, costs.low_pieces) + 1
     return n_steps * per_step * pieces

@@ -120,10 +120,6 @@ class Machine:
             return 0
         return _ns(self.disk.latency_s + expert_bytes / self.disk.bytes_per_s)
 
-    def host_experts(self, expert_bytes: int) -> int:
-        """How many experts the host's cache holds."""
-        return self.disk.host_bytes // expert_bytes if self.disk else 0
-
 
 def _expert_ns(cost: Compute | Cpu, tokens: int, expert_bytes: int, expert_params: int) -> int:
     read_s = expert_bytes / cost.memory_bytes_per_s

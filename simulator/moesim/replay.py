@@ -7,19 +7,21 @@ bytes become ready, or compute itself. Event for event it gives SimPy's timeline
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from moepolicy import machine
-from moepolicy.kinds import COMPUTE, HIT, LATE, MISS
+from moepolicy.kinds import COMPUTE, HIT, LATE, MISS, SKIP, SUBSTITUTE
 from moepolicy.machine import begin, consume, end, finish, start
 from moepolicy.state import (
     BACKLOG,
     DEMAND,
     EVICTED,
     FIRST,
+    IS_LOW,
     PREFETCH,
     RESIDENT,
+    STAND_INS,
     STATUS,
     UNUSED,
     Cache,
@@ -27,98 +29,36 @@ from moepolicy.state import (
 from moepolicy.steps import Step
 from numpy.typing import NDArray
 
+from moesim.clocks import (
+    ARRIVED,
+    BUS_COPY,
+    BUS_UNTIL,
+    COPY_IS_LOW,
+    DECODE_NS,
+    DISK_FREE_AT,
+    HOST_BYTES,
+    KEY,
+    LINK_BUSY_NS,
+    N_COPIES,
+    N_SEGMENTS,
+    NEVER,
+    NEWER,
+    NOW,
+    NUMBER,
+    OLDER,
+    PIECES,
+    PROMPT_NS,
+    READY_AT,
+    STALL_NS,
+    STARTED,
+    WANTED_NOW,
+    Link,
+    Work,
+)
 from moesim.costs import Costs
-from moesim.engine import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, Clock, Segment
-from moesim.workload import Workload
+from moesim.engine import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
 
-NEVER = np.iinfo(np.int64).max
 DONE = -1  # an expert's outcome once it is computed
-
-# Entries of Link.clock.
-NOW = 0
-BUS_UNTIL = 1  # end of the piece on the bus; NEVER when it is idle
-BUS_COPY = 2  # whose it is
-DISK_FREE_AT = 3
-STARTED = 4  # copies so far
-ARRIVED = 5  # arrivals so far
-N_SEGMENTS = 6
-HOST_TIME = 7  # uses of the host's cache so far
-N_HOST = 8  # experts in it
-DECODE_NS = 9
-PROMPT_NS = 10
-STALL_NS = 11
-LINK_BUSY_NS = 12
-N_COPIES = 13  # under way
-CLOCK_ENTRIES = 14
-
-# Columns of Link.copies, a row a stream. KEY is -1 where the stream is free.
-KEY = 0
-NUMBER = 1
-WANTED_NOW = 2
-READY_AT = 3
-PIECES = 4
-COPY_COLUMNS = 5
-
-
-class Link(NamedTuple):
-    """Everything of the machine that lasts from step to step."""
-
-    clock: NDArray[np.int64]  # [CLOCK_ENTRIES]
-    copies: NDArray[np.int64]  # [streams, COPY_COLUMNS]
-    arrival: NDArray[np.int64]  # [n_keys] which arrival the key's latest was
-    host_used: NDArray[np.int64]  # [n_keys] when the host last used it; 0: not in its cache
-    cpu_free_at: NDArray[np.int64]  # [workers]
-    segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
-
-
-class Work(NamedTuple):
-    """The steps of a workload, as compiled code takes them."""
-
-    keys: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    offsets: NDArray[np.int64]
-    layer: NDArray[np.int32]
-    tokens: NDArray[np.int32]
-    decode: NDArray[np.bool_]
-
-
-def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
-    clock = np.zeros(CLOCK_ENTRIES, np.int64)
-    clock[BUS_UNTIL] = NEVER
-    copies = np.full((costs.streams * (2 if costs.chunked else 1), COPY_COLUMNS), -1, np.int64)
-    return Link(
-        clock=clock,
-        copies=copies,
-        arrival=np.zeros(n_keys, np.int64),
-        host_used=np.zeros(n_keys, np.int64),
-        cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
-        segments=np.zeros((n_segments, 6), np.int64),
-    )
-
-
-def work_of(workload: Workload) -> Work:
-    return Work(
-        workload.keys,
-        workload.weights,
-        workload.offsets,
-        workload.layer,
-        workload.tokens,
-        workload.decode,
-    )
-
-
-def clock_of(link: Link) -> Clock:
-    """Where the time went until now."""
-    clock = link.clock
-    segments = link.segments[: clock[N_SEGMENTS]].tolist()
-    return Clock(
-        total_ns=int(clock[NOW]),
-        decode_ns=int(clock[DECODE_NS]),
-        prompt_ns=int(clock[PROMPT_NS]),
-        stall_ns=int(clock[STALL_NS]),
-        link_busy_ns=int(clock[LINK_BUSY_NS]),
-        segments=[Segment(*row) for row in segments] if len(link.segments) else None,
-    )
 
 
 def unreachable(cache: Cache, costs: Costs, link: Link) -> frozenset[Any]:
@@ -132,6 +72,8 @@ def unreachable(cache: Cache, costs: Costs, link: Link) -> frozenset[Any]:
         without.add(_host_has)
     if not cache.prefetching:
         without.add(_want)
+    if not cache.choosing:
+        without.add(_runs)
     return machine.unreachable(cache) | without
 
 
@@ -194,7 +136,7 @@ def _expert_step(
     for rank in range(n):
         if outcome[rank] == LATE:
             _want(link, step.experts[rank])
-        if outcome[rank] == COMPUTE:
+        if outcome[rank] == COMPUTE or outcome[rank] == SKIP:
             remaining -= 1
     hits = 0  # the ranks among which all hits are computed
     # One place for time to pass in, as compiled code has all that can happen then in each.
@@ -202,20 +144,31 @@ def _expert_step(
         began = clock[NOW]
         while hits < n and outcome[hits] != HIT:
             hits += 1
-        rank = hits if hits < n else _first_arrived(cache, link, step, outcome)
+        rank = hits if hits < n else _first_ready(cache, link, step, outcome)
+        runs = -1
         if rank >= 0:
+            runs = step.experts[rank]
             until = began + costs.expert_ns[costs.routed[at + rank]]
+            if cache.choosing:
+                runs = _runs(cache, runs, rank, outcome)
+                if cache.keys[runs, IS_LOW]:
+                    until = began + costs.low_expert_ns[costs.routed[at + rank]]
         else:
             until = NEVER if remaining > 0 else joins_at
         _advance(cache, policy, costs, link, until)
         if rank < 0:
             clock[STALL_NS] += clock[NOW] - began
         else:
-            _draw(link, COMPUTE_LANE, 0, began, clock[NOW], step.experts[rank], 1)
+            _draw(link, COMPUTE_LANE, 0, began, clock[NOW], runs, 1)
             consume(cache, step.experts[rank])
             outcome[rank] = DONE
             remaining -= 1
     end(cache, policy)
+
+
+def _runs(cache: Cache, key: int, rank: int, outcome: NDArray[np.int8]) -> int:
+    """What computes for the step's ``rank``-th expert, ``key``: itself, or its stand-in."""
+    return int(cache.scratch[STAND_INS, rank]) if outcome[rank] == SUBSTITUTE else key
 
 
 def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[np.int8]) -> int:
@@ -237,10 +190,13 @@ def _run_on_cpu(costs: Costs, link: Link, step: Step, at: int, outcome: NDArray[
     return joins_at
 
 
-def _first_arrived(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
-    """The rank of the awaited expert that arrived first; -1 while none has."""
+def _first_ready(cache: Cache, link: Link, step: Step, outcome: NDArray[np.int8]) -> int:
+    """After the hits: the first rank that has a stand-in, then that of the awaited expert which
+    arrived first; -1 while none has."""
     first = -1
     for rank in range(len(step.experts)):
+        if outcome[rank] == SUBSTITUTE:
+            return rank
         if outcome[rank] == LATE or outcome[rank] == MISS:
             key = step.experts[rank]
             if cache.keys[key, STATUS] == RESIDENT and (
@@ -323,10 +279,11 @@ def _free_stream(cache: Cache, costs: Costs, link: Link) -> int:
 def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -> None:
     clock = link.clock
     demand = 1 - cache.keys[key, UNUSED]
+    low = cache.keys[key, IS_LOW] if cache.lowering else 0
     ready_at = clock[NOW] + costs.latency_ns
-    if costs.read_ns and not _host_has(costs, link, key):
+    if costs.read_ns and not _host_has(costs, link, key, low):
         begins = max(clock[NOW], clock[DISK_FREE_AT])
-        clock[DISK_FREE_AT] = begins + costs.read_ns
+        clock[DISK_FREE_AT] = begins + (costs.low_read_ns if low else costs.read_ns)
         ready_at = clock[DISK_FREE_AT] + costs.latency_ns
         _draw(link, DISK_LANE, 0, begins, clock[DISK_FREE_AT], key, demand)
     clock[STARTED] += 1
@@ -337,26 +294,40 @@ def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -
     copy[WANTED_NOW] = demand
     copy[READY_AT] = ready_at
     twice = costs.write_back and cache.board[EVICTED] >= 0
-    copy[PIECES] = costs.n_pieces * 2 if twice else costs.n_pieces
+    n_pieces = costs.low_pieces if low else costs.n_pieces
+    copy[PIECES] = n_pieces * 2 if twice else n_pieces
+    copy[COPY_IS_LOW] = low
 
 
-def _host_has(costs: Costs, link: Link, key: int) -> bool:
-    """Whether the host's cache has ``key``; it does afterwards, if there is room for any."""
-    clock = link.clock
-    clock[HOST_TIME] += 1
-    hit = bool(link.host_used[key] > 0)
-    link.host_used[key] = clock[HOST_TIME]
-    if not hit:
-        clock[N_HOST] += 1
-        if clock[N_HOST] > costs.host_experts:
-            oldest = -1
-            for other in range(len(link.host_used)):
-                used = link.host_used[other]
-                if used > 0 and (oldest < 0 or used < link.host_used[oldest]):
-                    oldest = other
-            link.host_used[oldest] = 0
-            clock[N_HOST] -= 1
+def _host_has(costs: Costs, link: Link, key: int, low: int) -> bool:
+    """Whether the host's cache has the record; it does afterwards, if there is room for it."""
+    clock, host = link.clock, link.host
+    record = key + low * len(link.arrival)
+    n_bytes = costs.low_bytes if low else costs.expert_bytes
+    hit = bool(host[record, NEWER] >= 0)
+    if hit:
+        _host_drop(costs, link, record)
+    if n_bytes > costs.host_bytes:
+        return hit
+    ring = len(host) - 1
+    newest = host[ring, OLDER]
+    host[record, OLDER] = newest
+    host[record, NEWER] = ring
+    host[newest, NEWER] = record
+    host[ring, OLDER] = record
+    clock[HOST_BYTES] += n_bytes
+    while clock[HOST_BYTES] > costs.host_bytes:
+        _host_drop(costs, link, host[ring, NEWER])
     return hit
+
+
+def _host_drop(costs: Costs, link: Link, record: int) -> None:
+    older, newer = link.host[record, OLDER], link.host[record, NEWER]
+    link.host[older, NEWER] = newer
+    link.host[newer, OLDER] = older
+    link.host[record, NEWER] = -1
+    low = record >= len(link.arrival)
+    link.clock[HOST_BYTES] -= costs.low_bytes if low else costs.expert_bytes
 
 
 def _want(link: Link, key: int) -> None:
@@ -384,8 +355,10 @@ def _grant_bus(costs: Costs, link: Link) -> None:
     if chosen < 0:
         return
     copy = link.copies[chosen]
-    last = (copy[PIECES] - 1) % costs.n_pieces == 0
-    took = costs.last_piece_ns if last else costs.piece_ns
+    low = copy[COPY_IS_LOW]
+    took = costs.low_last_piece_ns if low else costs.last_piece_ns
+    if (copy[PIECES] - 1) % (costs.low_pieces if low else costs.n_pieces) != 0:
+        took = costs.piece_ns
     clock[BUS_UNTIL] = clock[NOW] + took
     clock[BUS_COPY] = chosen
     clock[LINK_BUSY_NS] += took

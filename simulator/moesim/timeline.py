@@ -29,7 +29,8 @@ def write_timeline(
 ) -> None:
     """Write the segments of (name, segments) runs; gzipped if the name ends in .gz.
 
-    ``piece_bytes`` is what a copy stream's segment carries (the last piece may carry less).
+    ``piece_bytes`` is what a copy stream's segment carries (the last piece may carry less, and so
+    may one of the lower precision).
     """
     with written_whole(path) as partial, _opened(path, partial) as out:
         out.write('{"displayTimeUnit": "ns", "traceEvents": [\n')

@@ -6,20 +6,21 @@ is one step a layer with the union of its tokens' experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from moepolicy import NO_LOGITS, NO_PREDICTIONS, Context, Step, demand_order, next_use, pool_logits
-from moeroute import DECODE, Trace
-from moeroute.schema import TraceMeta, prediction_column
+from moepolicy import NO_LOGITS, NO_PREDICTIONS, Context, Step, next_use, pool_logits
+from moeroute.schema import TraceMeta
 from numpy.typing import NDArray
 
 from moesim.errors import SimulationError
 
-BLOCK = 1 << 20  # rows that are made into steps together
+BLOCK = 1 << 20  # steps or demands looked at together
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Workload:
     tokens    int32[S] tokens the step serves
     decode    bool[S] a decoded token's step (else a prompt's)
     rows      int64[S, 2] the trace rows first and one past the last of the step's token or prompt
+    starts    int64[Q] the step that each of the trace's sequences begins with, the first 0
     """
 
     meta: TraceMeta
@@ -50,6 +52,8 @@ class Workload:
     row_layer: NDArray[np.int32]
     logits: NDArray[np.float16] | None
     predicted: tuple[NDArray[np.float16], ...]
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    maps: tuple[mmap.mmap, ...] = ()  # of the files that the arrays lie in, if they do
 
     @property
     def n_steps(self) -> int:
@@ -59,6 +63,11 @@ class Workload:
     def n_keys(self) -> int:
         return self.meta.n_layers * self.meta.n_experts
 
+    def release(self) -> None:
+        """Of arrays that lie in files, let go of what is in memory; it is read anew when used."""
+        for mapping in self.maps:
+            mapping.madvise(mmap.MADV_DONTNEED)
+
     def head(self, n_tokens: int) -> Workload:
         """The workload's first ``n_tokens`` tokens; a prompt that begins among them is whole."""
         if n_tokens < 1:
@@ -67,37 +76,65 @@ class Workload:
         before = np.concatenate(([0], np.cumsum(self.tokens[starts])))[:-1]
         later = starts[before >= n_tokens]
         n = int(later[0]) if len(later) else self.n_steps
-        demand = slice(0, int(self.offsets[n]))
+        return replace(self._cut(0, n), starts=self.starts[self.starts < n])
+
+    def sequences(self) -> Iterator[Workload]:
+        """Each sequence as a workload of its own: its future ends with it."""
+        for first, last in pairwise([*self.starts.tolist(), self.n_steps]):
+            yield self if last - first == self.n_steps else self._cut(first, last)
+
+    def _cut(self, first: int, last: int) -> Workload:
+        """Steps first..last-1 as one sequence; the trace's columns are shared."""
+        steps = slice(first, last)
+        demand = slice(int(self.offsets[first]), int(self.offsets[last]))
         return replace(
             self,
             keys=self.keys[demand],
             weights=self.weights[demand],
             routed=self.routed[demand],
-            offsets=self.offsets[: n + 1],
-            layer=self.layer[:n],
-            tokens=self.tokens[:n],
-            decode=self.decode[:n],
-            rows=self.rows[:n],
+            offsets=self.offsets[first : last + 1] - self.offsets[first],
+            layer=self.layer[steps],
+            tokens=self.tokens[steps],
+            decode=self.decode[steps],
+            rows=self.rows[steps],
+            starts=np.zeros(1, np.int64),
         )
 
     @cached_property
     def n_decoded(self) -> int:
         """Decoded tokens: the steps of the layer that most of them have."""
-        return self._count_tokens(self.decode)
+        return self._count_tokens(True)
 
     @cached_property
     def n_prompt(self) -> int:
         """Prompt tokens."""
-        return self._count_tokens(~self.decode)
+        return self._count_tokens(False)
 
-    def _count_tokens(self, chosen: NDArray[np.bool_]) -> int:
-        per_layer = np.bincount(self.layer[chosen], weights=self.tokens[chosen], minlength=1)
+    def _count_tokens(self, decode: bool) -> int:
+        per_layer = np.zeros(self.meta.n_layers, np.int64)
+        for steps in _blocks(self.n_steps):
+            chosen = self.decode[steps] == decode
+            np.add.at(per_layer, self.layer[steps][chosen], self.tokens[steps][chosen])
+            self.release()
         return int(per_layer.max())
+
+    @cached_property
+    def extent(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The least and the most tokens that a step serves, and that a step's key is used by."""
+        return self._extent(self.tokens), self._extent(self.routed)
+
+    def _extent(self, column: NDArray[np.int32]) -> tuple[int, int]:
+        least, most = int(column[0]), int(column[0])
+        for some in _blocks(len(column)):
+            least = min(least, int(column[some].min()))
+            most = max(most, int(column[some].max()))
+            self.release()
+        return least, most
 
     @cached_property
     def begins_pass(self) -> NDArray[np.bool_]:
         """bool[S]: whether the step is the first of its forward pass."""
-        return np.append(True, _changes(self.rows[:, 0]))
+        return np.append(True, changes(self.rows[:, 0]))
 
     @cached_property
     def next_use(self) -> NDArray[np.int64]:
@@ -107,7 +144,10 @@ class Workload:
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """int64[n_layers, n_experts]: how many of the steps demand each key."""
-        counts = np.bincount(self.keys, minlength=self.n_keys)
+        counts = np.zeros(self.n_keys, np.int64)
+        for some in _blocks(len(self.keys)):
+            counts += np.bincount(self.keys[some], minlength=self.n_keys)
+            self.release()
         return counts.reshape(self.meta.n_layers, self.meta.n_experts)
 
     def context(self, slots: int, scope: str) -> Context:
@@ -193,129 +233,11 @@ class Workload:
         return np.stack(rows)
 
 
-def load_workload(trace: Trace, *, logits: bool = False, predictions: bool = False) -> Workload:
-    """Read a trace's steps; gate logits and predictions only if some policy looks at them.
-
-    Raises TraceError where the trace lacks a column, SimulationError where its rows make no
-    steps.
-    """
-    columns = trace.arrays("sequence", "position", "phase", "layer", "experts")
-    if len(columns["layer"]) == 0:
-        raise SimulationError(f"{trace.path}: the trace has no rows")
-    _check_range(trace, columns)
-    row_layer = columns["layer"].astype(np.int32)
-    columns["weights"] = _weights(trace, columns["experts"])
-    steps = _Steps(columns, trace.meta.n_experts)
-    predicted = [prediction_column(j + 1) for j in range(trace.meta.horizon)] if predictions else []
-    return Workload(
-        meta=trace.meta,
-        title=trace.title,
-        digest=trace.digest,
-        **steps.arrays(),
-        row_layer=row_layer,
-        logits=trace.array("router_logits") if logits else None,
-        predicted=tuple(trace.array(name) for name in predicted),
-    )
-
-
-def _check_range(trace: Trace, columns: dict[str, NDArray[Any]]) -> None:
-    for name, limit in (("experts", trace.meta.n_experts), ("layer", trace.meta.n_layers)):
-        wrong = columns[name] >= limit
-        if wrong.any():
-            row = int(np.argwhere(wrong)[0, 0])
-            raise SimulationError(
-                f"{trace.path}: column {name}, row {row}: a value of {limit} or more, "
-                f"but the trace's metadata says {limit} {name.rstrip('s')}s"
-            )
-
-
-def _weights(trace: Trace, experts: NDArray[Any]) -> NDArray[np.float32]:
-    """Gate weights as applied; a recorder that had none counts every expert alike."""
-    if trace.has("weights"):
-        return np.asarray(trace.array("weights"), np.float32)
-    return np.full(experts.shape, 1.0 / experts.shape[1], np.float32)
-
-
-def _changes(column: NDArray[Any]) -> NDArray[np.bool_]:
+def changes(column: NDArray[Any]) -> NDArray[np.bool_]:
     """Where a value differs from the one before it; one entry fewer than ``column``."""
     changed: NDArray[np.bool_] = column[1:] != column[:-1]
     return changed
 
 
-class _Steps:
-    """Cuts a trace's rows into stretches of decoded tokens and prompts, and each into steps."""
-
-    def __init__(self, columns: dict[str, NDArray[Any]], n_experts: int) -> None:
-        """Takes ``columns`` away as it goes: a long trace fills the memory twice otherwise."""
-        self.layer = columns.pop("layer").astype(np.int32)
-        self.experts = columns.pop("experts").astype(np.int32)
-        self.weights = columns.pop("weights")
-        self.n_experts = n_experts
-        self.parts: list[dict[str, NDArray[Any]]] = []
-        decode = columns.pop("phase") == DECODE
-        new_sequence = _changes(columns.pop("sequence"))
-        new_token = np.append(True, new_sequence | _changes(columns.pop("position")))
-        self.token_starts = np.append(np.flatnonzero(new_token), len(decode))
-        change = (decode[1:] != decode[:-1]) | (new_sequence & ~decode[1:])
-        edges = [0, *(np.flatnonzero(change) + 1).tolist(), len(decode)]
-        for first, last in pairwise(edges):
-            if not decode[first]:
-                self._prompt(first, last)
-                continue
-            for start in range(first, last, BLOCK):
-                self._decoded(start, min(start + BLOCK, last))
-
-    def arrays(self) -> dict[str, Any]:
-        """The workload's arrays; each part's is let go as soon as it is joined."""
-        del self.layer, self.experts, self.weights, self.token_starts
-        joined = {
-            name: np.concatenate([part.pop(name) for part in self.parts])
-            for name in list(self.parts[0])
-        }
-        counts = joined.pop("n_keys")
-        joined["offsets"] = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=joined["offsets"][1:])
-        return joined
-
-    def _decoded(self, first: int, last: int) -> None:
-        """Rows first..last-1 are decoded tokens: each row is a step."""
-        n, top_k = last - first, self.experts.shape[1]
-        experts, weights = self.experts[first:last], self.weights[first:last]
-        order = np.argsort(-weights, axis=1, kind="stable")
-        experts = np.take_along_axis(experts, order, axis=1)
-        layer = self.layer[first:last]
-        bounds = np.searchsorted(self.token_starts, np.arange(first, last), side="right")
-        self.parts.append(
-            {
-                "keys": (experts + layer[:, None] * self.n_experts).astype(np.int32).ravel(),
-                "weights": np.take_along_axis(weights, order, axis=1).ravel(),
-                "routed": np.ones(n * top_k, np.int32),
-                "n_keys": np.full(n, top_k, np.int32),
-                "layer": layer,
-                "tokens": np.ones(n, np.int32),
-                "decode": np.ones(n, np.bool_),
-                "rows": np.stack(
-                    [self.token_starts[bounds - 1], self.token_starts[bounds]], axis=1
-                ),
-            }
-        )
-
-    def _prompt(self, first: int, last: int) -> None:
-        """Rows first..last-1 are one prompt: one step a layer, with the union of its experts."""
-        layers = self.layer[first:last]
-        for layer in np.unique(layers):
-            at = first + np.flatnonzero(layers == layer)
-            experts, weights = demand_order(self.experts[at], self.weights[at])
-            uses = np.bincount(self.experts[at].ravel(), minlength=self.n_experts)
-            self.parts.append(
-                {
-                    "keys": (experts + layer * self.n_experts).astype(np.int32),
-                    "weights": weights,
-                    "routed": uses[experts].astype(np.int32),
-                    "n_keys": np.array([len(experts)], np.int32),
-                    "layer": np.array([layer], np.int32),
-                    "tokens": np.array([len(at)], np.int32),
-                    "decode": np.zeros(1, np.bool_),
-                    "rows": np.array([[first, last]], np.int64),
-                }
-            )
+def _blocks(n: int) -> Iterator[slice]:
+    return (slice(start, start + BLOCK) for start in range(0, n, BLOCK))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,6 +18,7 @@ from moerun.errors import RunError
 from moerun.experts import ResidentProvider
 from moerun.forms import SlotForm
 from moerun.generate import Sampling
+from moerun.links import HostTier
 from moerun.model import load_offloaded
 from moerun.pack import pack
 from moerun.profile import measure
@@ -49,7 +52,9 @@ class Served:
 
         form = SlotForm(store.index.shape, store.index.precision, device)
         self.arena = torch.empty((slots, form.slot_bytes), dtype=torch.uint8, device=device)
-        self.link = CudaLink(store, [form.bind(m) for m in self.arena], device, streams=streams)
+        slots_of = [form.bind(memory) for memory in self.arena]
+        tier = HostTier(store, store.n_keys)
+        self.link = CudaLink(tier, slots_of, device, streams=streams)
         self.reports: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self.link.start(lambda key, error: self.reports.put((key, error)))
 
@@ -157,10 +162,82 @@ def test_more_slots_than_the_gpu_has_memory_for_are_refused(
 
     form = SlotForm(store.index.shape, store.index.precision, device)
     _, total = torch.cuda.mem_get_info(device)
-    with pytest.raises(RunError, match="does not have free: use fewer slots"):
+    with pytest.raises(RunError, match=r"does not have free .*: use fewer slots"):
         make_link(
             store, form, Settings(find_policy("lru"), device=device), total // form.slot_bytes + 1
         )
+
+
+def test_a_run_keeps_to_its_budget_and_gives_back_what_a_smaller_one_takes_away(
+    store: ExpertStore, device: torch.device
+) -> None:
+    policy = find_policy("lru-spec")
+    with Runner(store, Settings(policy, slots=0, device=device, context_tokens=256)) as runner:
+        least = runner.plan.least_bytes
+    row = store.n_layers * store.record_bytes
+    chosen = Settings(policy, memory_bytes=least + 6 * row, device=device, context_tokens=256)
+    with Runner(store, chosen) as runner:
+        assert runner.context.slots == 6
+        expected = runner.generate(PROSE, Sampling(max_new_tokens=100))
+        assert 6 * row < runner.peak_bytes <= least + 6 * row
+        before = torch.cuda.memory_allocated(device)
+        runner.set_memory(least + row)
+        assert before - torch.cuda.memory_allocated(device) >= 5 * row
+        assert runner.generate(PROSE, Sampling(max_new_tokens=100)) == expected
+        runner.set_slots(8)
+        assert runner.generate(PROSE, Sampling(max_new_tokens=100)) == expected
+
+
+def test_the_budget_may_change_while_text_is_generated(
+    store: ExpertStore, device: torch.device
+) -> None:
+    with Runner(store, Settings(find_policy("lru-spec"), slots=3, device=device)) as runner:
+        expected = runner.generate(PROSE, Sampling(max_new_tokens=60))
+        done = threading.Event()
+
+        def change() -> None:
+            while not done.is_set():
+                for slots in (0, 8, 1, 5, 3):
+                    runner.set_slots(slots)
+                    time.sleep(0.003)
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            assert runner.generate(PROSE, Sampling(max_new_tokens=60)) == expected
+        finally:
+            done.set()
+            thread.join()
+
+
+def test_memory_that_another_program_holds_is_named(
+    store: ExpertStore, device: torch.device
+) -> None:
+    free, total = torch.cuda.mem_get_info(device)
+    chosen = Settings(
+        find_policy("lru"), memory_bytes=2 * total, device=device, context_tokens=1 << 9
+    )
+    taken = torch.empty(free - (64 << 20), dtype=torch.uint8, device=device)
+    try:
+        with pytest.raises(RunError, match=r"free \(.* other programs and CUDA itself hold"):
+            Runner(store, chosen)
+    finally:
+        del taken
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("host_records", [2, 20, 64])
+def test_experts_come_from_disk_by_way_of_host_memory(
+    store: ExpertStore, device: torch.device, host_records: int
+) -> None:
+    texts = []
+    for host_bytes in (None, host_records * store.record_bytes):
+        chosen = Settings(
+            find_policy("lru-spec"), slots=2, device=device, streams=2, host_bytes=host_bytes
+        )
+        with Runner(store, chosen) as runner:
+            texts.append(runner.generate(PROSE, Sampling(max_new_tokens=24)))
+    assert texts[0] == texts[1] != ""
 
 
 @pytest.mark.parametrize("precision", ["4bit", "3bit", "2bit"])

@@ -24,7 +24,17 @@ def advance(policy: Any, counts: Any) -> None:
     policy.on_load(0, False, counts[0])
 
 
-@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass"])
+OWN = Path(__file__).parents[1] / "support" / "policies.py"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "lru-spec",
+        "belady-bypass",
+        pytest.param(f"{OWN}:AnythingAhead", marks=pytest.mark.slow),
+    ],
+)
 @given(scenario=scenarios(), seed=st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_compiled_calls_decide_what_interpreted_ones_do(

@@ -23,9 +23,9 @@ from moerun.families import count_experts, empty_model, find_experts
 from moerun.forms import SlotForm
 from moerun.runner import Settings
 from moerun.shape import ExpertShape
+from moesim.loading import load_workload
 from moesim.profile import Compute, Link, Machine
 from moesim.simulate import Result, simulate
-from moesim.workload import load_workload
 
 CPU = torch.device("cpu")
 WARM_UP, TOKENS, SLOTS = 5, 12, 3

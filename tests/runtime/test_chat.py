@@ -221,7 +221,7 @@ def test_commands_and_statistics(
     held(runner, monkeypatch, "/stats", "/hlep", "", "Hello", "/quit", "never read", tokens=3)
     said, errors = capsys.readouterr()
     assert said.count("\n") >= 1
-    assert "unknown command '/hlep'; there are: /reset, /stats, /quit" in errors
+    assert "unknown command '/hlep'; there are: /reset, /stats, /memory, /quit" in errors
     assert "0 prompt, 0 new" in errors
     assert re.search(r"tokens +\d+ prompt, 3 new\n$", errors)
 
@@ -245,6 +245,22 @@ def test_at_a_terminal_an_error_ends_the_turn_only(
     assert "3 new" in errors
 
 
+def test_memory_can_be_changed_between_two_messages(
+    store: ExpertStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = Settings(find_policy("lru"), memory_bytes=100 << 20, context_tokens=256)
+    with Runner(store, chosen) as runner:
+        assert (runner.context.slots, runner.limit_tokens) == (8, 256)
+        least = runner.plan.least_bytes
+        held(runner, monkeypatch, "Who?", f"/memory {least}", "Who?", "/memory 1MiB", "/memory")
+        said, errors = capsys.readouterr()
+        assert runner.context.slots == 0
+        assert runner.plan.budget_bytes == least
+    assert "memory as before: 1.00 MiB of memory is too little" in errors
+    assert errors.count("0 of 8 experts in each of 8 layers") == 2
+    assert len(said.strip().splitlines()) >= 2
+
+
 @pytest.fixture
 def terminal(store: ExpertStore) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """`moerun chat`, slow, and the end of its terminal where a person sits."""
@@ -252,7 +268,16 @@ def terminal(store: ExpertStore) -> Iterator[tuple[subprocess.Popen[bytes], int]
     process = subprocess.Popen(
         [
             *(sys.executable, "-c", "from moerun.cli import main; main()", "chat"),
-            *(str(store.path), "--slots", "1", "--link-gbps", "0.05", "--max-new-tokens", "400"),
+            *(
+                "--model",
+                str(store.path),
+                "--slots",
+                "1",
+                "--link-gbps",
+                "0.05",
+                "--max-new-tokens",
+                "400",
+            ),
         ],
         stdin=program,
         stdout=program,

@@ -166,9 +166,23 @@ def test_policies_are_listed(moerun: Call) -> None:
     assert "not live: needs the future" in lines["belady"]
 
 
+def test_a_second_store_is_packed_and_what_it_changed_is_said(moerun: Call) -> None:
+    options = ("--policy", "hobbit", "--prompt", PROMPT, "--slots", "2", "--max-new-tokens", "8")
+    done = moerun(*options, "--low", "2bit")
+    assert done.returncode == 0, done.stderr
+    assert "changed   of the gates' weight" in done.stderr
+    assert "% computed at the lower precision" in done.stderr
+    row = json.loads(moerun(*options, "--low", "2bit", "--format", "json").stdout)
+    assert row["low_loads"] > 0
+    assert 0 < row["low_share"] < 1
+    assert row["lossy"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--policy", "hobbit"), "policy 'hobbit' loads experts at a lower precision"),
+        (("--policy", "hobbit", "--low", "2bits"), "--low 2bits is neither a precision (native"),
         (("--policy", "lur"), "unknown policy 'lur'; did you mean 'lru'?"),
         (("--policy", "belady"), "policy 'belady' needs the future of a recorded trace"),
         (("--model", "small"), "there is no model 'small'"),
@@ -176,7 +190,7 @@ def test_policies_are_listed(moerun: Call) -> None:
         (("--device", "cuda:7"), "device 'cuda:7' is not there"),
         (("--slots", "-1"), "slots must be 0 or more, not -1"),
         (("--scope", "model"), "unknown scope 'model'"),
-        (("--memory", "100KiB"), "100.00 KiB is too small for the 1 staging buffers"),
+        (("--memory", "100KiB"), "100.00 KiB of memory is too little: the least that works is"),
         (("--memory", "lots"), "'lots' is no amount of memory"),
         (("--precision", "1bit"), "there is no precision '1bit'"),
         (("--streams", "9"), "streams must be 1, 2 or 3, not 9"),
@@ -222,7 +236,7 @@ def test_a_refused_prompt_leaves_no_recording(moerun: Call, tmp_path: Path) -> N
         ("serve", "--port", "70000"),
         ("serve", "--queue", "-1"),
         ("serve", "--api-key", ""),
-        ("chat", "tiny", "--slots", "2", "--memory", "1GiB"),
+        ("chat", "--slots", "2", "--memory", "1GiB"),
     ],
 )
 def test_wrong_usage_exits_with_2(moerun: Call, arguments: tuple[str, ...]) -> None:
@@ -319,6 +333,8 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     assert machine.link.bytes_per_s == 0.5e9
     assert machine.compute.layer_s > 0
     assert machine.compute.expert_s > 0
+    assert machine.cpu is not None
+    assert machine.cpu.expert_s > 0
     assert "tiny" in machine.description
 
 

@@ -11,10 +11,10 @@ from queue import SimpleQueue
 
 import pytest
 import torch
+from moerun.arena import device_memory
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
-from moerun.links import DiskLink, Throttle
-from moerun.links.disk import ColdRecords
+from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Throttle
 from moerun.pack import pack
 
 RECORD_BYTES = 4096
@@ -37,7 +37,7 @@ class FileRecords:
         if key == self.short:
             raise RunError(f"expert {key} is cut off in {self.path}")
         with self.path.open("rb") as file:
-            file.seek(key * RECORD_BYTES)
+            file.seek(key * self.record_bytes)
             file.readinto(memoryview(buffer.numpy()))
 
 
@@ -97,6 +97,29 @@ def test_a_record_that_must_be_derived_is_handed_over_from_scratch_memory(tmp_pa
     assert [reports.get(timeout=PATIENCE_S)[1] for _ in slots] == [None, None]
     link.close()
     assert [slot.total for slot in slots] == [5 * RECORD_BYTES, 10 * RECORD_BYTES]
+
+
+@pytest.mark.parametrize("slot_of", [LandingSlot, DerivingSlot])
+def test_a_record_of_either_precision_lands_in_its_own_form(
+    tmp_path: Path, slot_of: type[LandingSlot | DerivingSlot]
+) -> None:
+    class Smaller(FileRecords):
+        record_bytes = RECORD_BYTES // 2
+
+    full, low = [slot_of() for _ in range(2)], [DerivingSlot() for _ in range(2)]
+    slots = [DualSlot(*each) for each in zip(full, low, strict=True)]
+    reports: Reports = SimpleQueue()
+    records = FileRecords(tmp_path / "full")
+    link = DiskLink(records, slots, low=Smaller(tmp_path / "low"))
+    link.start(lambda key, error: reports.put((key, error)))
+    link.submit(3, 0)
+    link.submit(6, 1, low=True)
+    assert [reports.get(timeout=PATIENCE_S)[1] for _ in range(2)] == [None, None]
+    link.close()
+    assert [slot.total for slot in low] == [0, 4 * RECORD_BYTES // 2]  # it lies at half the way
+    if isinstance(full[0], DerivingSlot):
+        assert full[0].total == 4 * RECORD_BYTES
+    assert link.statistics.bytes_copied == RECORD_BYTES + RECORD_BYTES // 2
 
 
 def test_a_failed_read_is_reported_and_the_link_goes_on(tmp_path: Path) -> None:
@@ -192,7 +215,8 @@ def test_a_throttled_link_still_delivers(tmp_path: Path) -> None:
     assert link.statistics.busy_s >= 0.999 * 4 * RECORD_BYTES / 4e6
 
 
-def test_cold_records_do_not_stay_in_the_page_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("aligned", [True, False])
+def test_records_read_directly_do_not_stay_in_the_page_cache(tmp_path: Path, aligned: bool) -> None:
     store = pack(resolve("tiny"), tmp_path / "store")
     os.sync()  # what is not written yet cannot be dropped
     where = store.location(9)
@@ -212,8 +236,15 @@ def test_cold_records_do_not_stay_in_the_page_cache(tmp_path: Path) -> None:
     if not cached():
         pytest.skip("this file system keeps nothing in the page cache")
     expected = buffer.clone()
-    ColdRecords(store).read_into(9, buffer.zero_())
-    assert torch.equal(buffer, expected)
+    direct = DirectRecords(store)
+    memory = device_memory(store.record_bytes + 64, torch.device("cpu"))[64 * (not aligned) :]
+    found = memory[: store.record_bytes]
+    assert (found.data_ptr() % 4096 == 0) == aligned
+    with where.path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    direct.read_into(9, found)
+    direct.close()
+    assert torch.equal(found, expected)
     assert not cached()
 
 
@@ -256,8 +287,9 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, fake)
 
 
+@pytest.mark.parametrize("n_records", [N_KEYS, 1])
 def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_records: int
 ) -> None:
     from moerun.links.cuda import CudaLink
 
@@ -265,8 +297,8 @@ def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
     records = FileRecords(tmp_path / "records")
     slots = [LandingSlot(), LandingSlot()]
     reports: Reports = SimpleQueue()
-    link = CudaLink(records, slots, torch.device("cpu"))
-    assert cuda.registered == [N_KEYS * RECORD_BYTES]
+    link = CudaLink(HostTier(records, n_records), slots, torch.device("cpu"))
+    assert cuda.registered == [n_records * RECORD_BYTES]
     link.start(lambda key, error: reports.put((key, error)))
     for key in (4, 9):
         link.submit(key, 0)
@@ -299,4 +331,8 @@ def test_pinned_memory_that_is_not_given_is_one_clear_line(
     cuda = FakeCuda(monkeypatch)
     cuda.cudaHostRegister = lambda *_: 2
     with pytest.raises(RunError, match=r"pinned host memory.* \(CUDA error 2\)"):
-        CudaLink(FileRecords(tmp_path / "records"), [LandingSlot()], torch.device("cpu"))
+        CudaLink(
+            HostTier(FileRecords(tmp_path / "records"), N_KEYS),
+            [LandingSlot()],
+            torch.device("cpu"),
+        )

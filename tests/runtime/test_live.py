@@ -28,9 +28,9 @@ from moerun.record import EventLog, LiveRecording
 from moerun.runner import Runner, Settings
 from moerun.servable import unserved
 from moerun.store import ExpertStore
+from moesim import Workload, load_workload
 from moesim.profile import Compute, Link, Machine
 from moesim.simulate import simulate
-from moesim.workload import Workload, load_workload
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
 from transformers import AutoModelForCausalLM
@@ -390,16 +390,3 @@ def test_a_closed_runner_frees_its_slots_at_once(tiny: ExpertStore) -> None:
         assert slot() is None
     finally:
         gc.enable()
-
-
-def test_memory_sets_the_slots(tiny: ExpertStore) -> None:
-    slot_bytes, n_layers = tiny.record_bytes, tiny.n_layers
-    policy = find_policy("lru-spec")  # 4 staging buffers
-    just_three = (3 * n_layers + 4) * slot_bytes
-    for memory_bytes, slots in ((just_three, 3), (just_three - 1, 2), (4 * slot_bytes, 0)):
-        with Runner(tiny, Settings(policy, memory_bytes=memory_bytes)) as runner:
-            assert runner.context.slots == slots
-            assert runner.arena_bytes <= memory_bytes
-            assert runner.generate(PROSE, Sampling(max_new_tokens=2))
-    with pytest.raises(RunError, match=r"the least that works is 768\.00 KiB"):
-        Runner(tiny, Settings(policy, memory_bytes=4 * slot_bytes - 1))

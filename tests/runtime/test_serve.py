@@ -123,7 +123,16 @@ def server(home: Path, folder: Path) -> Iterator[Served]:
     pack(resolve("tiny"), folder / "store", name="tiny").close()
     policy = folder / "faulty.py"
     policy.write_text(FAULTY_POLICY)
-    arguments = (folder / "store", "--policy", f"{policy}:Faulty", "--slots", "2", "--queue", "1")
+    arguments = (
+        "--model",
+        folder / "store",
+        "--policy",
+        f"{policy}:Faulty",
+        "--slots",
+        "2",
+        "--queue",
+        "1",
+    )
     with serving(home, *arguments, "--link-gbps", "0.1", FAULTY=str(folder / "fault")) as served:
         yield served
 
@@ -378,7 +387,7 @@ def test_after_an_error_the_next_request_is_answered(
 
 
 def test_a_signal_lets_the_answer_end_and_prints_the_statistics(home: Path) -> None:
-    everywhere = ("tiny", "--drain", "60", "--host", "0.0.0.0")
+    everywhere = ("--drain", "60", "--host", "0.0.0.0")
     with serving(home, *everywhere, MOERUN_API_KEY="") as served:
         assert "anyone who reaches this address can use it" in served.said
         stream = chat(served.client(key="none"), max_tokens=100, stream=True)
@@ -396,7 +405,7 @@ def test_a_signal_lets_the_answer_end_and_prints_the_statistics(home: Path) -> N
 
 @pytest.mark.slow
 def test_no_time_to_drain_cuts_the_answer_and_refuses_those_who_wait(home: Path) -> None:
-    with serving(home, "tiny", "--slots", "1", "--link-gbps", "0.05", "--drain", "0") as served:
+    with serving(home, "--slots", "1", "--link-gbps", "0.05", "--drain", "0") as served:
         client = served.client()
         pieces = iter(chat(client, max_tokens=400, stream=True))
         next(pieces)
@@ -425,7 +434,16 @@ def test_an_address_that_is_taken_is_said_before_a_model_is_looked_for(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        arguments = ["moerun", "serve", "nowhere/no-model", "--threads", "1", "--port", str(port)]
+        arguments = [
+            "moerun",
+            "serve",
+            "--model",
+            "nowhere/no-model",
+            "--threads",
+            "1",
+            "--port",
+            str(port),
+        ]
         monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as end:
             main()

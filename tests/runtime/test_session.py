@@ -18,10 +18,10 @@ from moerun.errors import RunError
 from moerun.links import DiskLink, Link
 from moerun.record import EventLog, Pass, rows_of
 from moerun.session import Gate, Session
+from moesim import Workload, load_workload
 from moesim.profile import Compute, Machine
 from moesim.profile import Link as SimulatedLink
 from moesim.simulate import simulate
-from moesim.workload import Workload, load_workload
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot, ShuffledLink
 
 

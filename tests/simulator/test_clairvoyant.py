@@ -90,7 +90,7 @@ def test_it_comes_near_the_limit(gbytes_per_s: float, scope: str) -> None:
         for name in ("lru", "belady", "clairvoyant")
     ]
     limit_s = NS * min_time_ns(workload, machine, sizes_of(workload.meta, size), 4, scope)
-    lru, belady, clairvoyant = gap_closed(results, limit_s)
+    lru, belady, clairvoyant = gap_closed(results)
     assert (lru.loads, lru.time) == (0, 0)
     assert results[2].time_s < 1.1 * limit_s < results[1].time_s
     assert clairvoyant.time is not None
@@ -109,11 +109,16 @@ def test_a_gap_needs_its_two_ends() -> None:
         simulate(workload, find_policy(name), machine, slots=4) for name in ("lru", "belady")
     )
     with pytest.raises(SimulationError, match="is measured from 'lru': compare it too"):
-        gap_closed([belady], 0.0)
+        gap_closed([belady])
     with pytest.raises(SimulationError, match="different traces, caches or machines"):
-        gap_closed([lru, simulate(workload, find_policy("lru"), machine, slots=2)], 0.0)
-    same = gap_closed([lru, belady], lru.time_s)
-    assert same[1].time is None  # nothing to close
+        gap_closed([lru, simulate(workload, find_policy("lru"), machine, slots=2)])
+    blind = simulate(workload, find_policy("lfu"), machine, slots=4, limits=False)
+    assert blind.limit_loads is None
+    with pytest.raises(SimulationError, match="without their limits"):
+        gap_closed([lru, blind])
+    # With room for every expert each is copied once, and there is nothing to close.
+    roomy = simulate(workload, find_policy("lru"), machine, slots=8)
+    assert gap_closed([roomy])[0].loads is None
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_compare_with_nothing_else_prints_a_table() -> None:
     assert done.stderr == ""
     assert "Simulated on rtx3060 (published constants)" in done.stdout
     assert done.stdout.count("belady") == 3  # a quarter, half and three quarters of the experts
-    assert "limit (fewest loads any policy could do" in done.stdout
+    assert "limit: the fewest loads and the least time" in done.stdout
 
 
 def test_json_and_csv_rows_agree_and_have_the_promised_names(tmp_path: Path) -> None:
@@ -113,6 +113,15 @@ def test_a_mistake_is_one_clear_line(arguments: list[str], code: int, says: str)
     if code == 1:
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
+
+
+def test_a_machine_so_slow_that_its_clock_would_overflow_is_named(tmp_path: Path) -> None:
+    profile = tmp_path / "slow.toml"
+    profile.write_text("[link]\nbytes_per_s = 1e-9\n")
+    done = moesim("compare", "lru", "--machine", profile, "--tokens", "20", "--slots", "2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: machine 'slow' is so slow that 160 steps may take 100 ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_truncated_trace_is_named(tmp_path: Path) -> None:

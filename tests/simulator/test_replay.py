@@ -19,7 +19,9 @@ from support.machines import full_machines, machine, machines
 from support.traces import traces, write_trace
 
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
-POLICIES = [*policy_names(), "lru-spec:n=1,staging=1", f"{OWN}:SlotSpec"]
+CHOOSING = [f"{OWN}:{name}" for name in ("Anything", "AnythingAhead", "AnythingStaged")]
+POLICIES = [*policy_names(), "lru-spec:n=1,staging=1", f"{OWN}:SlotSpec", *CHOOSING]
+SIZES = Sizes(10, 5, 3, 2, low_bytes=4)
 
 
 def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, engine: str) -> Any:
@@ -28,7 +30,7 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
         workload,
         find_policy(policy),
         workload.context(slots, scope),
-        lambda cache: costs_of(workload, on, Sizes(10, 5, 3, 2), predicting=cache.prefetching),
+        costs_of(workload, on, SIZES, predicting="predictions" in find_policy(policy).requires),
         engine=Engine(engine),
         timeline=True,
     )
@@ -36,13 +38,14 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
     times = (clock.total_ns, clock.decode_ns, clock.prompt_ns, clock.stall_ns, clock.link_busy_ns)
     board = cache.board.tolist()
     board[2] = 0  # events told so far: only SimPy tells
-    return times, board, cache.keys.tolist(), cache.domains.tolist(), sorted(clock.segments)
+    arrays = [array.tolist() for array in (cache.mass, cache.keys, cache.domains)]
+    return times, board, arrays, sorted(clock.segments)
 
 
 def load(tmp_path: Path, case: Any) -> tuple[Any, int]:
     (tokens, predicted), n_experts, slots = case
-    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted)
-    return load_workload(open_trace(path), predictions=True), slots
+    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted, logits=True)
+    return load_workload(open_trace(path), predictions=True, logits=True), slots
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -58,7 +61,17 @@ def test_the_replay_is_simpy_to_the_nanosecond(
 
 # Compiling takes seconds for each policy and set of features: here every feature is on.
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["lru-spec", "belady-bypass", "fiddler"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "lru-spec",
+        "belady-bypass",
+        "fiddler",
+        *["clock", "sieve", "slru", "2q", "s3-fifo", "arc"],
+        *["lfu-aging", "lfru", "least-stale", "class-lru"],
+        CHOOSING[1],
+    ],
+)
 @given(traces(), full_machines, st.sampled_from(["layer", "global"]))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_compiling_changes_nothing(
@@ -115,7 +128,7 @@ def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
             workload,
             policy,
             workload.context(2, "layer"),
-            lambda _: costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+            costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
         )
         return cache.board.tolist(), clock.total_ns
 

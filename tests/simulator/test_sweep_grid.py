@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from moepolicy import PolicyError, PolicySpec, find_policy
 from moeroute import TraceError, open_trace
-from moesim import SimulationError
+from moesim import SimulationError, load_workload
 from moesim.engines import Engine
 from moesim.sweep.grid import Grid, load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.plan import make_plan
 from moesim.sweep.worker import slots_in
-from moesim.workload import load_workload
 from support.traces import decoded, random_trace, write_trace
 
 POLICIES = Path(__file__).parents[1] / "support" / "sweep_policies.py"
@@ -26,6 +26,7 @@ memory = ["1.5GiB", "500 MB", 4096]
 scopes = ["layer", "global"]
 machines = ["rtx3060", "t4"]
 precisions = ["fp16"]
+low_precision = "2bit"
 engine = "simpy"
 
 [parameters.lru-spec]
@@ -44,7 +45,7 @@ def test_a_file_with_every_entry(tmp_path: Path) -> None:
     grid = make_grid(load_grid(path))
     assert grid.traces == ("tiny",)  # one value stands for a list
     assert grid.memory == (3 * 2**29, 500_000_000, 4096)
-    assert grid.engine == "simpy"
+    assert (grid.engine, grid.low_precision) == ("simpy", "2bit")
     labels = [spec.label for spec in grid.specs()]
     assert labels == ["lru", "lru-spec:staging=2,n=1", "lru-spec:staging=2,n=2"]
 
@@ -184,7 +185,7 @@ def test_a_name_that_is_not_there_stops_the_sweep(
 def test_a_key_names_what_the_result_depends_on(tmp_path: Path, trace: str) -> None:
     def key(**changes: Any) -> str:
         axes = {"policies": ("lru",), "traces": (trace,), "slots": (1,), **changes}
-        (point,) = make_plan(Grid(**axes)).points
+        (point,) = (p for p in make_plan(Grid(**axes)).points if not p.reference)
         return point.key
 
     other = str(random_trace(tmp_path / "other.parquet", seed=1))
@@ -200,6 +201,8 @@ def test_a_key_names_what_the_result_depends_on(tmp_path: Path, trace: str) -> N
         key(policies=("random:seed=2",)),
         key(scopes=("global",)),
         key(expert_bytes=(11,)),
+        key(cold=True),
+        key(limits=False),
         key(traces=(other,)),
         mine,
     ]
@@ -229,3 +232,17 @@ def test_a_row_states_parameters_left_at_their_defaults(tmp_path: Path) -> None:
     plan = make_plan(Grid(("lru-spec:n=1",), (str(path),), (1,)))
     row = plan.labels(plan.points[0])
     assert json.loads(row["parameters"]) == {"n": 1, "staging": 4}
+
+
+def test_only_policies_that_require_it_have_a_second_store() -> None:
+    grid = make_grid({"policies": ["lru", "hobbit"], "slots": 2, "precisions": ["fp32", "2bit"]})
+    without = {(p.policy, p.precision): p for p in make_plan(grid).points}
+    chosen = make_plan(replace(grid, low_precision="2bit"))
+    points = {(p.policy, p.precision): p for p in chosen.points}
+    hobbit, lru = points[1, "fp32"], points[0, "fp32"]
+    assert (hobbit.low_bytes, lru.low_bytes) == (40_960, 0)
+    assert lru.key == without[0, "fp32"].key
+    assert hobbit.key != without[1, "fp32"].key
+    refused = points[1, "2bit"].refused
+    assert refused is not None
+    assert "no fewer than the other's" in refused

@@ -28,7 +28,8 @@ from support.traces import random_trace
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     traces = tuple(str(random_trace(tmp_path / f"{seed}.parquet", seed=seed)) for seed in (0, 1))
-    return make_plan(Grid(("lru", "lfu", "random:seed=1", "random:seed=2"), traces, (1, 2, 3)))
+    policies = ("lru", "lfu", "random:seed=1", "random:seed=2")
+    return make_plan(Grid(policies, traces, (1, 2, 3), limits=False))
 
 
 class Scripted:
@@ -203,7 +204,7 @@ def test_points_that_come_to_the_same_are_run_once(tmp_path: Path) -> None:
         profile.write_text(f"name = '{name}'\n[link]\nbytes_per_s = 1e9\n")
         names.append(str(profile))
     trace = str(random_trace(tmp_path / "t.parquet"))
-    plan = make_plan(Grid(("lru",), (trace,), (1,), machines=tuple(names)))
+    plan = make_plan(Grid(("lru",), (trace,), (1,), machines=tuple(names), limits=False))
     pool = Scripted(plan)
     with Journal(tmp_path / "j") as journal:
         sweep = Sweep(plan, journal)
@@ -258,6 +259,9 @@ def row(policy: str, tokens_per_s: float, **more: Any) -> dict[str, Any]:
         "hit_ratio": 0.5,
         "loads": 10,
         "limit_loads": 5,
+        "limit_tokens_per_s": 10.0,
+        "share_of_limit": tokens_per_s / 10,
+        "gap_closed_time": 0.25,
     } | more
 
 
@@ -280,6 +284,7 @@ def test_the_best_policy_is_one_that_could_run_and_changes_nothing() -> None:
     assert found[0]["clairvoyant_tokens_per_s"] == 9.0
     printed = render(found, Format.table)
     assert "skip*" in printed
+    assert "25.0" in printed  # of the gap
     assert "precision fp16" in printed  # the same throughout: said once
     assert len(render(found, Format.csv).splitlines()) == 4
     assert json.loads(render(found, Format.json)) == found

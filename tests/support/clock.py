@@ -10,6 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 from moepolicy import Call, Context, Event, ExpertCache, Journal, Kind, Step, find_policy, next_use
 
+COPIED = (Kind.HIT, Kind.LATE, Kind.MISS)
+
 
 class Recording:
     """Everything one run decided."""
@@ -58,13 +60,14 @@ def drive(
     streams: int = 1,
     check: bool = False,
     compile: bool = False,
+    resizes: bool = False,
     compile_at: int | None = None,
 ) -> tuple[ExpertCache, Recording]:
     """Run ``steps``; a generator seeded with ``seed`` plays the clock.
 
-    Calls are compiled from the start, or from amid the step ``compile_at`` on.
-
-    Fails if the machine ever stops with work left to do.
+    ``resizes`` changes the cache's size at moments of the generator's choice. Calls are compiled
+    from the start, or from amid the step ``compile_at`` on. Fails if the machine ever stops with
+    work left to do.
     """
     clock, seen = random.Random(seed), Recording()
     horizon = max(len(step.predicted) for step in steps)
@@ -76,18 +79,28 @@ def drive(
         journal=seen.journal,
         compile=compile,
         horizon=horizon,
+        max_slots=context.n_experts if resizes else None,
     )
     flying: list[int] = []
     for number, step in enumerate(steps):
         for key in clock.sample(flying, clock.randint(0, len(flying))):
             flying.remove(key)
             cache.finish(key)
-        cache.begin(step)
+        if resizes:
+            _maybe_resize(cache, clock)
+        outcome = cache.begin(step).tolist()
         if number == compile_at:
             cache.use(cache.compile_calls(horizon))
-        left = set(step.experts.tolist())
+        # The others are computed from no copy of their own.
+        left = {
+            key for key, kind in zip(step.experts.tolist(), outcome, strict=True) if kind in COPIED
+        }
+        if check:
+            cache.check()
         while left:
             _one_move(cache, clock, flying, left, streams)
+            if resizes:
+                _maybe_resize(cache, clock)
             if check:
                 cache.check()
         cache.end()
@@ -95,6 +108,11 @@ def drive(
             cache.check()
         assert not any(cache.arrays.keys[step.experts, 1]), "a pin outlived its step"
     return cache, seen
+
+
+def _maybe_resize(cache: ExpertCache, clock: random.Random) -> None:
+    if clock.random() < 0.3:
+        cache.resize(clock.randint(0, cache.max_slots))
 
 
 def _one_move(

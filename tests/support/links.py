@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from moerun.arena import Arena
 from moerun.errors import RunError
-from moerun.links import Done, LinkStatistics, Records
+from moerun.links import Done, LinkStatistics, Records, in_form
+from moerun.links.turns import Pieces
 
 RECORD_BYTES = 4096
 
@@ -24,10 +26,11 @@ class MemoryRecords:
         self.n_keys = n_keys
         self.broken = broken
 
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
         if key in self.broken:
             raise RunError(f"expert {key} in store.safetensors: checksum mismatch")
-        buffer.view(torch.int32).fill_(key)
+        for piece in pieces(RECORD_BYTES) if pieces else (slice(None),):
+            buffer[piece].view(torch.int32).fill_(key)
 
 
 class MemorySlot:
@@ -41,13 +44,22 @@ class MemorySlot:
 class ShuffledLink:
     """A link whose copies under way end in random order, after random delays."""
 
-    def __init__(self, records: Records, slots: Sequence[Any], streams: int, seed: int) -> None:
+    def __init__(
+        self,
+        records: Records,
+        slots: Sequence[Any],
+        streams: int,
+        seed: int,
+        low: Records | None = None,
+    ) -> None:
         self.streams = streams
+        self.chunked = False
+        self._low = low
         self.statistics = LinkStatistics()
         self.slots = slots
         self._records = records
         self._random = random.Random(seed)
-        self._jobs: list[tuple[int, int]] = []
+        self._jobs: list[tuple[int, int, bool]] = []
         self._wake = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -56,11 +68,17 @@ class ShuffledLink:
         self._done = done
         self._thread.start()
 
-    def submit(self, key: int, slot: int) -> None:
+    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
         with self._wake:
-            self._jobs.append((key, slot))
+            self._jobs.append((key, slot, low))
             assert len(self._jobs) <= self.streams
             self._wake.notify()
+
+    def want(self, key: int) -> None: ...
+
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        assert isinstance(self.slots, Arena)
+        self.slots.resize(withdrawn, granted)
 
     def acquire(self, slot: int) -> None: ...
 
@@ -82,7 +100,12 @@ class ShuffledLink:
                     return
             time.sleep(self._random.choice([0.0, 0.0, 1e-5, 2e-4]))
             with self._wake:
-                key, slot = self._jobs.pop(self._random.randrange(len(self._jobs)))
-            self._records.read_into(key, self.slots[slot].landing)
-            self.slots[slot].arrive(self.slots[slot].landing)
+                key, slot, low = self._jobs.pop(self._random.randrange(len(self._jobs)))
+            records = self._low if low and self._low else self._records
+            into = in_form(self.slots[slot], low)
+            record = into.landing
+            if record is None:
+                record = torch.empty(records.record_bytes, dtype=torch.uint8)
+            records.read_into(key, record)
+            into.arrive(record)
             self._done(key, None)

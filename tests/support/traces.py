@@ -15,8 +15,9 @@ def write_trace(
     tokens: list[tuple[int, int, list[list[int]]]],
     n_experts: int,
     predicted: Any = None,
+    logits: bool = False,
 ) -> Path:
-    """A trace of (sequence, phase, experts of each layer) tokens."""
+    """A trace of (sequence, phase, experts of each layer) tokens; ``logits`` are any at all."""
     n_layers, top_k = len(tokens[0][2]), len(tokens[0][2][0])
     n = len(tokens) * n_layers
     meta = TraceMeta(
@@ -42,6 +43,9 @@ def write_trace(
         layer=np.tile(np.arange(n_layers), len(tokens)).astype(np.uint16),
         experts=np.array([t[2] for t in tokens], np.uint16).reshape(n, top_k),
         weights=np.tile(np.linspace(0.6, 0.4, top_k, dtype=np.float32), (n, 1)),
+        router_logits=np.random.default_rng(n).normal(size=(n, n_experts)).astype(np.float16)
+        if logits
+        else None,
         predicted=() if predicted is None else (np.asarray(predicted, np.float16),),
     )
     with TraceWriter(path, meta) as writer:

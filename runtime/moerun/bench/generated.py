@@ -33,7 +33,7 @@ from moerun.model import rebuild_buffers
 from moerun.packing import SCALE_UNIT, Scheme
 from moerun.plan import layer_bytes, packages, token_bytes
 from moerun.shape import ExpertShape, scheme_of
-from moerun.store import ExpertStore
+from moerun.store import ExpertStore, Read
 from moerun.tensorfile import TensorFileWriter, bytes_of, header_of, memory_of
 
 WEIGHT_STD = 0.02
@@ -204,11 +204,21 @@ class GeneratedStore(ExpertStore):
             if progress:
                 progress(key + 1, self.n_keys)
 
-    def read_into(self, key: int, buffer: torch.Tensor, *, verify: bool | None = None) -> None:
+    def read_into(
+        self,
+        key: int,
+        buffer: torch.Tensor,
+        *,
+        verify: bool | None = None,
+        read: Read | None = None,
+        pieces: Callable[[int], Iterator[slice]] | None = None,
+    ) -> None:
+        """As a store does, from no file: there is nothing to verify or to ``read`` otherwise."""
         if self._memory is None:
             self._records.write(key, buffer)
-        else:
-            buffer.copy_(self._memory[key])
+            return
+        for piece in pieces(self.record_bytes) if pieces else (slice(None),):
+            buffer[piece].copy_(self._memory[key][piece])
 
 
 def write_store(

@@ -28,8 +28,9 @@ from moerun.generate import Sampling, Timings
 from moerun.links import Link, Throttle
 from moerun.runner import Settings, make_link
 from moerun.servable import refuse_unservable
-from moerun.session import Session, Totals
+from moerun.session import Session
 from moerun.store import ExpertStore
+from moerun.totals import Totals
 
 RELEASED = "released"
 LINK_PROBE_S = 0.5  # what a measurement of the link aims at

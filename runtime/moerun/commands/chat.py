@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -11,16 +12,21 @@ from moerun.commands import options as opt
 
 
 def chat(
-    model: opt.ModelArgument = "tiny",
+    model: opt.Model = "tiny",
     policy: opt.Policy = "lru",
     slots: opt.Slots = None,
     memory: opt.Memory = None,
+    memory_file: opt.MemoryFile = None,
+    context: opt.ContextTokens = None,
+    host_memory: opt.HostMemory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
+    chunk: opt.Chunk = None,
     link_gbps: opt.LinkGbps = None,
     cold: opt.Cold = False,
     threads: opt.Threads = None,
@@ -40,12 +46,17 @@ def chat(
 
     The model's own chat template makes the prompt; a model without one continues a script of
     "User:" and "Assistant:" lines. Oldest turns are dropped when the context is full. Ctrl-C stops
-    an answer, at the prompt it leaves, as Ctrl-D does. Commands: /reset, /stats, /quit.
+    an answer, at the prompt it leaves, as Ctrl-D does. Commands: /reset, /stats, /memory,
+    /quit.
     """
     settings = opt.settings(
         policy=policy,
         slots=slots,
         memory=memory,
+        memory_file=memory_file,
+        context=context,
+        host_memory=host_memory,
+        chunk=chunk,
         scope=scope,
         device=device,
         streams=streams,
@@ -57,11 +68,14 @@ def chat(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
+    from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.runner import Runner
     from moerun.sitting import Sitting
 
-    with Runner(found, settings) as runner:
+    with Runner(found, settings, report=say) as runner:
+        tell_plan(runner)
         calm_collector()
         if Sitting(runner, sampling, system).hold():
             raise typer.Exit(console.INTERRUPTED)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +39,7 @@ def fidelity(
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
     link_gbps: opt.LinkGbps = None,
@@ -78,6 +79,7 @@ def fidelity(
     )
     sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
     from moerun.fidelity import compare
 
     with Console(stderr=True).status("preparing") as status:

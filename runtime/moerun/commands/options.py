@@ -28,13 +28,6 @@ Model = Annotated[
         "folder of a store made by 'moerun pack'."
     ),
 ]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="tiny (bundled), a checkpoint's folder, owner/name on the Hugging Face hub, or the "
-        "folder of a store made by 'moerun pack'."
-    ),
-]
 Policy = Annotated[
     str,
     typer.Option(
@@ -53,7 +46,34 @@ Slots = Annotated[
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="Instead of --slots: memory for expert slots and staging, as 9GiB or 500MB.",
+        help="Instead of --slots: all the memory the run may take of the device, as 9GiB or "
+        "500MB; auto: most of what is free.",
+        show_default=False,
+    ),
+]
+MemoryFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Instead of --memory: a file that holds it. Change the file, and the run follows "
+        "while it generates.",
+        show_default=False,
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Host memory for experts between disk and device, as 16GiB: the others are read from "
+        "disk when they are wanted. Default on a GPU: all of them are in host memory; on the CPU "
+        "experts go from disk to their slots.",
+        show_default=False,
+    ),
+]
+ContextTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        help="Tokens that --memory has room for, prompt and answer. Default: what the prompt and "
+        "--max-new-tokens need; where no prompt is known, 2048 or the model's.",
         show_default=False,
     ),
 ]
@@ -78,8 +98,24 @@ Store = Annotated[
         show_default=False,
     ),
 ]
+Low = Annotated[
+    str | None,
+    typer.Option(
+        help="For policies that load some misses at a lower precision: fp16, bf16, 4bit, 3bit or "
+        "2bit, packed like --precision, or the folder of a store.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
 Streams = Annotated[int, typer.Option(help="Copies under way at once: 1 to 3.")]
+Chunk = Annotated[
+    str | None,
+    typer.Option(
+        help="Let experts travel in pieces of this size, as 4MiB: what is wanted overtakes a "
+        "prefetch between two of them. Default: whole.",
+        show_default=False,
+    ),
+]
 LinkGbps = Annotated[
     float | None,
     typer.Option(
@@ -142,6 +178,10 @@ def settings(
     link_gbps: float | None,
     slots: int | None = None,
     memory: str | None = None,
+    memory_file: Path | None = None,
+    host_memory: str | None = None,
+    chunk: str | None = None,
+    context: int | None = None,
     scope: str = "layer",
     cold: bool = False,
     threads: int | None = None,
@@ -151,20 +191,35 @@ def settings(
 ) -> Settings:
     """What the options say; RunError, PolicyError or wrong usage where they make no sense."""
     spec = find_policy(policy)
-    if slots is not None and memory is not None:
-        raise typer.BadParameter("give --slots or --memory, not both")
+    given = {"--slots": slots, "--memory": memory, "--memory-file": memory_file}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"give {' or '.join(chosen)}, not both")
+    if context is not None and context < 2:
+        raise RunError(f"context must be 2 or more tokens, not {context}")
+    if context is not None and chosen in ([], ["--slots"]):
+        raise typer.BadParameter("--context is what --memory plans for: give that, too")
     if horizon is not None and horizon < 0:
         raise RunError(f"horizon must be 0 or more, not {horizon}")
+    from moerun.budget import parse_budget, read_budget
     from moerun.devices import find_device, parse_bytes, use_threads
     from moerun.runner import Settings
 
     use_threads(threads)
+    found = find_device(device)
+    budget = None if memory is None else parse_budget(memory, found)
+    if memory_file is not None:
+        budget = read_budget(memory_file, found)
     return Settings(
         policy=spec,
         slots=slots,
-        memory_bytes=None if memory is None else parse_bytes(memory),
+        memory_bytes=budget,
+        memory_file=memory_file,
+        host_bytes=None if host_memory is None else parse_bytes(host_memory),
+        chunk_bytes=0 if chunk is None else parse_bytes(chunk),
+        context_tokens=context,
         scope=scope,
-        device=find_device(device),
+        device=found,
         streams=streams,
         link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9,
         cold=cold,
@@ -211,6 +266,27 @@ def store(
             report=report,
             progress=progress,
         )
+
+
+def low_store(model: str, low: str | None) -> ExpertStore | None:
+    """The second store that --low asks for; None where it does not."""
+    if low is None:
+        return None
+    from moerun.shape import PRECISIONS
+    from moerun.stores import is_store
+
+    if low not in PRECISIONS:
+        if not is_store(Path(low).expanduser()):
+            raise RunError(
+                f"--low {low} is neither a precision ({', '.join(PRECISIONS)}) nor a store's folder"
+            )
+        return store(low, "native", None)
+    if is_store(Path(model).expanduser()):
+        raise RunError(
+            f"{model} is a packed store, which cannot be packed again at {low}: give --low the "
+            "folder of a store packed from the same checkpoint"
+        )
+    return store(model, low, None)
 
 
 def quiet_libraries() -> None:

@@ -32,8 +32,9 @@ def profile(
 ) -> None:
     """Measure this machine with this model, for moesim.
 
-    Writes a machine profile: link rate and latency, and what tokens, layers and experts cost. Run
-    it while nothing else keeps the machine busy.
+    Writes a machine profile: link rate and latency, and what tokens, layers and experts cost, also
+    experts computed on the CPU where they are kept. Run it while nothing else keeps the machine
+    busy.
     """
     settings = opt.settings(
         policy="lru",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from moerun.devices import calm_collector
-from moerun.generate import Generation, Sampling
+from moerun.forms import SlotForm
+from moerun.generate import Generation, Sampling, encode
+from moerun.model import load_tokenizer
 from moerun.record import LiveRecording
 from moerun.report import Format, provenance, render, report_of
-from moerun.runner import Runner, Settings
+from moerun.runner import Runner, Settings, plan_memory
 from moerun.store import ExpertStore
 
 
@@ -30,7 +34,9 @@ def run(
     An interrupted run still reports and records what it did until then.
     """
     streaming = format is Format.table
-    with Runner(store, settings) as runner:
+    settings = fitted(store, settings, sampling, prompt)
+    with Runner(store, settings, report=say) as runner:
+        tell_plan(runner)
         calm_collector()
         prompt_ids = runner.encode(prompt)
         recorded = trace is not None or journal is not None
@@ -70,6 +76,41 @@ def _answer(
     if recording:
         recording.finish()
     return interrupted
+
+
+def show_plan(
+    store: ExpertStore, settings: Settings, sampling: Sampling, prompt: str | None, format: Format
+) -> None:
+    """Print the memory plan of a run that is not made. Raises RunError where it cannot be."""
+    if prompt is not None:
+        settings = fitted(store, settings, sampling, prompt)
+    form = SlotForm(store.index.shape, store.index.precision, settings.device)
+    plan = plan_memory(store, settings, form.slot_bytes)
+    if format is Format.table:
+        sys.stdout.write(plan.table())
+    elif format is Format.json:
+        sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+    else:
+        rows = plan.to_json()
+        sys.stdout.write(f"{','.join(rows)}\n{','.join(map(str, rows.values()))}\n")
+
+
+def fitted(store: ExpertStore, settings: Settings, sampling: Sampling, prompt: str) -> Settings:
+    """Settings whose memory is planned for just this prompt and its answer."""
+    tokens = encode(load_tokenizer(store.path), prompt, torch.device("cpu")).shape[1]
+    context = settings.context_tokens or tokens + sampling.max_new_tokens
+    return replace(settings, context_tokens=context, prompt_tokens=tokens)
+
+
+def tell_plan(runner: Runner) -> None:
+    """How the memory is spent, where a budget was given."""
+    if runner.settings.memory_bytes is not None:
+        say(runner.plan.table().rstrip())
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _stream(text: str) -> None:

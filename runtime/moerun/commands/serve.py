@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: opt.ModelArgument = "tiny",
+    model: opt.Model = "tiny",
     policy: opt.Policy = "lru",
     slots: opt.Slots = None,
     memory: opt.Memory = None,
+    memory_file: opt.MemoryFile = None,
+    context: opt.ContextTokens = None,
+    host_memory: opt.HostMemory = None,
     scope: opt.Scope = "layer",
     precision: opt.Precision = "native",
     attention: opt.Attention = "native",
     store: opt.Store = None,
+    low: opt.Low = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
+    chunk: opt.Chunk = None,
     link_gbps: opt.LinkGbps = None,
     cold: opt.Cold = False,
     threads: opt.Threads = None,
@@ -79,6 +85,10 @@ def serve(
         policy=policy,
         slots=slots,
         memory=memory,
+        memory_file=memory_file,
+        context=context,
+        host_memory=host_memory,
+        chunk=chunk,
         scope=scope,
         device=device,
         streams=streams,
@@ -94,6 +104,8 @@ def serve(
 
     taken = bind(host, port)
     found = opt.store(model, precision, store, attention)
+    settings = replace(settings, low=opt.low_store(model, low))
+    from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.runner import Runner
     from moerun.serving.app import Service
@@ -101,7 +113,8 @@ def serve(
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     if api_key is None and not _loopback(taken.getsockname()[0]):
         err.print("anyone who reaches this address can use it: give --api-key", style="yellow")
-    with Runner(found, settings) as runner:
+    with Runner(found, settings, report=say) as runner:
+        tell_plan(runner)
         calm_collector()
         defaults = Defaults(temperature, top_p, max_new_tokens)
         service = Service(runner, queue=queue, defaults=defaults, api_key=api_key)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from moerun.arena import Arena, device_memory
 from moerun.errors import RunError
+from moerun.layout import RECORD_ALIGN
+from moerun.links.turns import Job, Pieces, Turns
 
 Done = Callable[[int, Exception | None], None]
 """Told of each copy, by the link's own thread: the key, and what went wrong (None: it is there)."""
@@ -35,8 +38,11 @@ class Records(Protocol):
     @property
     def record_bytes(self) -> int: ...
 
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
-        """Fill ``buffer``, uint8[record_bytes] on the host; the errors name expert and file."""
+    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
+        """Fill ``buffer``, uint8[record_bytes] on the host, in ``pieces`` if they are given.
+
+        The errors name expert and file.
+        """
 
 
 class Slot(Protocol):
@@ -49,23 +55,42 @@ class Slot(Protocol):
         """Make the expert whose record is in ``record`` computable; work on the current stream."""
 
 
+class DualSlot(NamedTuple):
+    """Memory for an expert of either precision, one at a time, in the form of each."""
+
+    full: Slot
+    low: Slot
+
+
+def in_form(slot: Slot | DualSlot, low: bool) -> Slot:
+    """The slot as an expert of the one precision, or of the lower one, is computed from it."""
+    if isinstance(slot, DualSlot):
+        return slot.low if low else slot.full
+    return slot
+
+
 class Link(Protocol):
     """Copies expert records into numbered device slots, ``streams`` of them at a time.
 
-    The caller never has more than ``streams`` copies under way and never overwrites a slot that a
-    pinned key lies in; the link sees to it that a copy into a slot waits for the kernels that
-    still read it, and that a kernel waits for exactly its expert.
+    Where records travel in pieces (``chunked``) demand and prefetch have so many streams each, and
+    demand overtakes between two pieces. The caller has no more copies under way and never
+    overwrites a slot that a pinned key lies in; the link sees to it that a copy into a slot waits
+    for the kernels that still read it, and that a kernel waits for exactly its expert.
     """
 
     streams: int
-    slots: Sequence[Any]  # each a Slot
+    chunked: bool
+    slots: Sequence[Any]  # each a Slot, or a DualSlot where there is a lower precision
     statistics: LinkStatistics
 
     def start(self, done: Done) -> None:
         """Begin work; ``done`` is called from the link's threads. Once, before any ``submit``."""
 
-    def submit(self, key: int, slot: int) -> None:
-        """Copy ``key``'s record into ``slot``. Returns at once."""
+    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+        """Copy ``key``'s record, or that of the lower precision, into ``slot``. Returns at once."""
+
+    def want(self, key: int) -> None:
+        """A prefetch under way turned out to be wanted now."""
 
     def acquire(self, slot: int) -> None:
         """The compute issued from now on reads ``slot``, whose copy is done."""
@@ -73,14 +98,14 @@ class Link(Protocol):
     def release(self, slot: int) -> None:
         """The compute issued up to now was the last to read ``slot``'s present content."""
 
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        """Free the memory of some slots, then give some theirs. Raises RunError if there is none.
+
+        Nothing travels to those that go, and no compute to come reads them.
+        """
+
     def close(self) -> None:
         """End the threads, after the copies under way. Harmless when repeated."""
-
-
-class Job(NamedTuple):
-    key: int
-    slot: int
-    submitted_s: float  # time.perf_counter
 
 
 @dataclass
@@ -109,41 +134,58 @@ class ThreadedLink:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         *,
         record_bytes: int,
         streams: int,
         throttle: Throttle | None,
         scratch_device: torch.device,
+        low_record_bytes: int = 0,
+        chunk_bytes: int = 0,
     ) -> None:
-        """Raises RunError for streams out of range."""
+        """With ``chunk_bytes`` records travel in pieces. Raises RunError for streams or pieces out
+        of range."""
         if not 1 <= streams <= 3:
             raise RunError(f"streams must be 1, 2 or 3, not {streams}")
+        if chunk_bytes < 0 or chunk_bytes % RECORD_ALIGN:
+            raise RunError(f"a chunk must be a multiple of {RECORD_ALIGN} bytes, not {chunk_bytes}")
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()
-        scratch_bytes = record_bytes if slots and slots[0].landing is None else 0
+        self._bytes = record_bytes, low_record_bytes
+        # For records that cannot land in their slots.
+        scratch_bytes = max(
+            self._bytes[low] if slots and in_form(slots[0], low).landing is None else 0
+            for low in (False, True)
+        )
         self._scratch = [
-            torch.empty(scratch_bytes, dtype=torch.uint8, device=scratch_device)
-            for _ in range(streams)
+            device_memory(max(scratch_bytes, 1), scratch_device)
+            for _ in range(streams * (2 if chunk_bytes else 1))
         ]
-        self._record_bytes = record_bytes
         self._throttle = throttle
+        self.chunked = chunk_bytes > 0
+        self._chunk_bytes = chunk_bytes
+        self._turns = Turns()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        # Guesses that travel in pieces have streams of their own, so that demand finds one free.
+        self._guesses: SimpleQueue[Job | None] = SimpleQueue() if chunk_bytes else self._jobs
+        self._submitted = 0
+        self._travelling: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._done: Done | None = None
         self._closing = False
-        self._ready = threading.Barrier(streams + 1)
+        self._ready = threading.Barrier(len(self._scratch) + 1)
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
+    def copy(self, stream: int, job: Job) -> None:
         """Bring the record and make the slot computable; returns when it is, or raises."""
         raise NotImplementedError
 
-    def landing(self, stream: int, slot: int) -> torch.Tensor:
-        """Where a record for ``slot`` is to land: in the slot, or in the stream's own memory."""
-        landing = self.slots[slot].landing
-        return self._scratch[stream] if landing is None else landing
+    def destination(self, stream: int, slot: int, low: bool) -> tuple[Slot, torch.Tensor]:
+        """The slot, and where a record for it is to land: there, or in the stream's own memory."""
+        into = in_form(self.slots[slot], low)
+        landing = into.landing
+        return into, self._scratch[stream][: self._bytes[low]] if landing is None else landing
 
     def start(self, done: Done) -> None:
         self._done = done
@@ -151,7 +193,7 @@ class ThreadedLink:
         self._threads = [
             # A daemon: a caller that dies without closing must not hang at exit.
             threading.Thread(target=self._work, args=(i,), name=f"link-{i}", daemon=True)
-            for i in range(self.streams)
+            for i in range(len(self._scratch))
         ]
         for thread in self._threads:
             thread.start()
@@ -159,13 +201,37 @@ class ThreadedLink:
         # Setting it in one thread makes it the default of all that are yet to come.
         torch.set_num_threads(compute_threads)
 
-    def submit(self, key: int, slot: int) -> None:
-        self._jobs.put(Job(key, slot, time.perf_counter()))
+    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+        self._submitted += 1
+        job = Job(key, slot, low, time.perf_counter(), self._submitted, demand)
+        self._travelling[key] = job
+        (self._jobs if demand else self._guesses).put(job)
+
+    def want(self, key: int) -> None:
+        if (job := self._travelling.get(key)) is not None:
+            self._turns.want(job)
+
+    def pieces(self, job: Job, n_bytes: int) -> Iterator[slice]:
+        """The pieces of a record, each while it has the bus; all of it at once if not chunked."""
+        if not self.chunked:
+            yield slice(0, n_bytes)
+            return
+        for at in range(0, n_bytes, self._chunk_bytes):
+            end = min(at + self._chunk_bytes, n_bytes)
+            self._turns.take(job)
+            yield slice(at, end)
+            if self._throttle:
+                self._sleep_until(self._throttle.deadline_s(job.begin_s, end - at))
+            self._turns.give(job)
+
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        assert isinstance(self.slots, Arena), "these slots were made to stay"
+        self.slots.resize(withdrawn, granted)
 
     def close(self) -> None:
         self._closing = True  # nobody waits for a capped copy any more
-        for _ in self._threads:
-            self._jobs.put(None)
+        for i in range(len(self._threads)):
+            (self._jobs if i < self.streams else self._guesses).put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -183,30 +249,36 @@ class ThreadedLink:
         torch.get_num_threads()
         self._ready.wait()
         ended_s = reported_s = 0.0
-        while (job := self._jobs.get()) is not None:
+        jobs = self._jobs if stream < self.streams else self._guesses
+        while (job := jobs.get()) is not None:
             # What is asked for while the copy before it is being reported follows without a gap,
             # as on a bus that has its next command queued.
             chained = job.submitted_s <= reported_s
-            ended_s = self._carry(stream, job, ended_s if chained else job.submitted_s)
+            job.begin_s = ended_s if chained else job.submitted_s
+            ended_s = self._carry(stream, job)
             reported_s = time.perf_counter()
 
-    def _carry(self, stream: int, job: Job, begin_s: float) -> float:
+    def _carry(self, stream: int, job: Job) -> float:
         """Copy, wait for the cap, report; returns when the copy ended."""
         assert self._done is not None
+        n_bytes = self._bytes[job.low]
         try:
-            self.copy(stream, job.key, job.slot)
+            self.copy(stream, job)
         except Exception as error:
+            self._turns.give(job)  # it may have failed in the middle of a piece
+            self._travelling.pop(job.key)
             self._done(job.key, error)
             return time.perf_counter()
+        self._travelling.pop(job.key)
         ended_s = time.perf_counter()
-        if self._throttle:
-            deadline_s = self._throttle.deadline_s(begin_s, self._record_bytes)
+        if self._throttle and not self.chunked:
+            deadline_s = self._throttle.deadline_s(job.begin_s, n_bytes)
             self._sleep_until(deadline_s)
             ended_s = max(ended_s, deadline_s)
         with self._lock:
             self.statistics.copies += 1
-            self.statistics.bytes_copied += self._record_bytes
-            self.statistics.busy_s += ended_s - begin_s
+            self.statistics.bytes_copied += n_bytes
+            self.statistics.busy_s += ended_s - job.begin_s
         self._done(job.key, None)
         return ended_s
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from moerun.devices import format_bytes
 from moerun.errors import RunError
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle
+from moerun.links.base import DualSlot, Slot, ThreadedLink, Throttle
+from moerun.links.host import HostTier
+from moerun.links.turns import Job
 
 
 class CudaLink(ThreadedLink):
-    """Copies records from a pinned host arena, which holds them all, into slots on the device.
+    """Copies records from pinned host memory, which holds all or some, into slots on the device.
 
     Each slot has two events. ``copied`` is recorded behind its copy, and the compute stream waits
     for it before it reads the slot; ``used`` is recorded behind its last kernel, and the next copy
@@ -21,29 +24,47 @@ class CudaLink(ThreadedLink):
 
     def __init__(
         self,
-        store: Records,
-        slots: Sequence[Slot],
+        tier: HostTier,
+        slots: Sequence[Slot | DualSlot],
         device: torch.device,
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        low: HostTier | None = None,
+        chunk_bytes: int = 0,
     ) -> None:
-        """Loads every record of the store into pinned memory; RunError where it does not fit."""
+        """Pins the memory of the tier, and of the lower precision's, and fills them where all
+        records fit. Raises RunError."""
         super().__init__(
             slots,
-            record_bytes=store.record_bytes,
+            record_bytes=tier.record_bytes,
             streams=streams,
             throttle=throttle,
             scratch_device=device,
+            low_record_bytes=low.record_bytes if low else 0,
+            chunk_bytes=chunk_bytes,
         )
         self.device = device
-        self._host: torch.Tensor | None = _pinned_copy(store)
+        self._tiers: list[HostTier] = []
+        for each in (tier, low):
+            if each is not None:
+                self._pin(each)
         self._copied = [_event() for _ in slots]
         self._used: list[torch.cuda.Event | None] = [None] * len(slots)
         self._lanes = [
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for _ in range(streams)
+            for _ in self._scratch
         ]
+
+    def record(self, key: int) -> torch.Tensor:
+        """The record of ``key`` in host memory, uint8[record_bytes]; not to be written to."""
+        tier = self._tiers[0]
+        assert tier.n_records == tier.n_keys, "not all records are there"
+        return tier.memory[key]
+
+    @property
+    def tier(self) -> HostTier | None:
+        return self._tiers[0] if self._tiers else None
 
     def acquire(self, slot: int) -> None:
         torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
@@ -53,41 +74,74 @@ class CudaLink(ThreadedLink):
         event.record(torch.cuda.current_stream(self.device))
         self._used[slot] = event
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
-        assert self._host is not None
-        lane = self._lanes[stream]
+    def copy(self, stream: int, job: Job) -> None:
+        lane, slot, tier = self._lanes[stream], job.slot, self._tiers[job.low]
         if (used := self._used[slot]) is not None:
             lane.wait_event(used)
-        with torch.cuda.stream(lane):
-            record = self.landing(stream, slot)
-            record.copy_(self._host[key], non_blocking=True)
-            self.slots[slot].arrive(record)
-        self._copied[slot].record(lane)
-        self._copied[slot].synchronize()
+        held = tier.hold(job.key)
+        try:
+            with torch.cuda.stream(lane):
+                into, record = self.destination(stream, slot, job.low)
+                for piece in self.pieces(job, len(held)):
+                    record[piece].copy_(held[piece], non_blocking=True)
+                    if self.chunked:  # the bus is handed on when the piece has crossed it
+                        self._copied[slot].record(lane)
+                        self._copied[slot].synchronize()
+                into.arrive(record)
+            self._copied[slot].record(lane)
+            self._copied[slot].synchronize()
+        finally:
+            tier.drop(job.key)
+
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        for slot in withdrawn:
+            if (used := self._used[slot]) is not None:
+                used.synchronize()
+        try:
+            super().resize(withdrawn, granted)
+        finally:
+            if withdrawn:
+                torch.cuda.empty_cache()  # or torch would keep it from other programs
+        for slot in granted:
+            self._copied += [_event() for _ in range(slot + 1 - len(self._copied))]
+            self._used += [None] * (slot + 1 - len(self._used))
+            # Kernels issued earlier may still use what this memory was before.
+            self.release(slot)
 
     def close(self) -> None:
         super().close()
-        if self._host is not None:
+        if self._tiers:
             torch.cuda.synchronize(self.device)
-            _unpin(self._host)
-            self._host = None
+            self._unpin_all()
+
+    def _pin(self, tier: HostTier) -> None:
+        try:
+            if tier.n_records == tier.n_keys:
+                tier.fill()
+            _pin(tier)
+        except BaseException:
+            self._unpin_all()
+            raise
+        self._tiers.append(tier)
+
+    def _unpin_all(self) -> None:
+        while self._tiers:
+            tier = self._tiers.pop()
+            _unpin(tier.memory)
+            tier.close()
 
 
-def _pinned_copy(store: Records) -> torch.Tensor:
-    """All records in page-locked host memory: uint8[n_keys, record_bytes]."""
-    n_bytes = store.n_keys * store.record_bytes
-    try:
-        # Registered rather than allocated pinned: torch's pinned allocator rounds up to a power
-        # of two, which for all experts of a model can be as much again.
-        host = torch.empty((store.n_keys, store.record_bytes), dtype=torch.uint8)
-        for key in range(store.n_keys):
-            store.read_into(key, host[key])
-        status = int(_runtime().cudaHostRegister(host.data_ptr(), n_bytes, 0))
-    except (RuntimeError, MemoryError) as error:
-        raise RunError(_no_host_memory(n_bytes)) from error
+def _pin(tier: HostTier) -> None:
+    """Page-lock a tier's memory."""
+    # Registered rather than allocated pinned: torch's pinned allocator rounds up to a power of
+    # two, which for all experts of a model can be as much again.
+    status = int(_runtime().cudaHostRegister(tier.memory.data_ptr(), tier.memory.nbytes, 0))
     if status != 0:
-        raise RunError(f"{_no_host_memory(n_bytes)} (CUDA error {status})")
-    return host
+        raise RunError(
+            f"the experts take {format_bytes(tier.memory.nbytes)} of pinned host memory, which "
+            f"this machine does not give (CUDA error {status}): keep only some there "
+            "(--host-memory), or choose a lower precision"
+        )
 
 
 def _unpin(host: torch.Tensor) -> None:
@@ -100,10 +154,3 @@ def _runtime() -> Any:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def _no_host_memory(n_bytes: int) -> str:
-    return (
-        f"the experts take {n_bytes / 2**30:.2f} GiB of pinned host memory, which this machine "
-        "does not give: choose a lower precision"
-    )

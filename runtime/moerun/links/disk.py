@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from moerun.errors import RunError
-from moerun.links.base import Records, Slot, ThreadedLink, Throttle
-from moerun.store import ExpertStore
-
-
-class ColdRecords:
-    """A store whose records never stay in the page cache.
-
-    So a machine with memory to spare reads as one does whose memory is too small for the model.
-    """
-
-    def __init__(self, store: ExpertStore) -> None:
-        """Raises RunError where the system gives no say over its page cache."""
-        if not hasattr(os, "posix_fadvise"):
-            raise RunError("this system does not let a program read past its cache: leave --cold")
-        self.n_keys = store.n_keys
-        self.record_bytes = store.record_bytes
-        self._store = store
-
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
-        self._store.read_into(key, buffer)
-        where = self._store.location(key)
-        fd = os.open(where.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.posix_fadvise(fd, where.offset, where.nbytes, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+from moerun.links.base import DualSlot, Records, Slot, ThreadedLink, Throttle
+from moerun.links.direct import DirectRecords
+from moerun.links.host import HostTier
+from moerun.links.turns import Job
 
 
 class DiskLink(ThreadedLink):
-    """Reads records from the store's files into slots in host memory.
+    """Reads records from the store's files, or from a host tier, into slots in host memory.
 
     Reading releases the interpreter lock, so it overlaps with compute. A read that fails is
     reported with the store's message, which names the expert and the file.
@@ -46,10 +23,12 @@ class DiskLink(ThreadedLink):
     def __init__(
         self,
         store: Records,
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | DualSlot],
         *,
         streams: int = 1,
         throttle: Throttle | None = None,
+        low: Records | None = None,
+        chunk_bytes: int = 0,
     ) -> None:
         super().__init__(
             slots,
@@ -57,8 +36,11 @@ class DiskLink(ThreadedLink):
             streams=streams,
             throttle=throttle,
             scratch_device=torch.device("cpu"),
+            low_record_bytes=low.record_bytes if low else 0,
+            chunk_bytes=chunk_bytes,
         )
-        self._store = store
+        self._stores = [store, *([low] if low else [])]
+        self.tier = store if isinstance(store, HostTier) else None
 
     def acquire(self, slot: int) -> None:
         """Nothing to do: compute on the CPU runs when it is called."""
@@ -66,7 +48,17 @@ class DiskLink(ThreadedLink):
     def release(self, slot: int) -> None:
         """Nothing to do: compute on the CPU is over when its call returns."""
 
-    def copy(self, stream: int, key: int, slot: int) -> None:
-        record = self.landing(stream, slot)
-        self._store.read_into(key, record)
-        self.slots[slot].arrive(record)
+    def close(self) -> None:
+        super().close()
+        for records in self._stores:
+            if isinstance(records, DirectRecords | HostTier):  # a store is its opener's
+                records.close()
+
+    def copy(self, stream: int, job: Job) -> None:
+        into, record = self.destination(stream, job.slot, job.low)
+        records = self._stores[job.low]
+        if self.chunked:
+            records.read_into(job.key, record, pieces=partial(self.pieces, job))
+        else:
+            records.read_into(job.key, record)
+        into.arrive(record)

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from moerun.chat import encode_chat, stops_of
 from moerun.errors import RunError
-from moerun.generate import context_tokens, encode
+from moerun.generate import encode
 from moerun.runner import Runner
 from moerun.serving.gates import Counted, Guarded
 from moerun.serving.metrics import CONTENT_TYPE, Metrics
@@ -43,7 +43,7 @@ class Service:
         self.worker = Worker(runner, queue, self.metrics.generated)
         self._runner = runner
         self._defaults = defaults
-        self._limit = context_tokens(runner.model)
+        self._limit = runner.limit_tokens
         # Fast tokenizers do not bear two threads: the worker decodes with the runner's.
         self._tokenizer = copy.deepcopy(runner.tokenizer)
         self._encoding = asyncio.Lock()

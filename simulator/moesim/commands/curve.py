@@ -15,8 +15,8 @@ from rich.table import Table
 
 from moesim import __version__
 from moesim.curves import LIMIT, hit_curve, shuffled
+from moesim.loading import load_workload
 from moesim.report import Format, deliver
-from moesim.workload import load_workload
 
 
 def curve(
@@ -30,6 +30,9 @@ def curve(
     scope: Annotated[
         str, typer.Option(help="One cache a layer, or one for all: layer, global.")
     ] = "layer",
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Empty the caches with every sequence.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the shuffled copy of the trace.", min=0)] = 0,
     format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
     out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
@@ -44,7 +47,7 @@ def curve(
     workload = load_workload(opened)
     mixed = shuffled(workload, seed)
     curves = {
-        name: [hit_curve(of, name, scope) for of in (workload, mixed)]
+        name: [hit_curve(of, name, scope, cold=cold) for of in (workload, mixed)]
         for name in dict.fromkeys([*policies, LIMIT])
     }
     rows: list[dict[str, Any]] = [
@@ -56,6 +59,7 @@ def curve(
             "shuffled_hit_ratio": float(curves[policy][1][slots]),
             "limit_hit_ratio": float(curves[LIMIT][0][slots]),
             "shuffled_limit_hit_ratio": float(curves[LIMIT][1][slots]),
+            "cold": cold,
             "seed": seed,
             "kind": "simulated",
             "trace": workload.title,
@@ -65,7 +69,8 @@ def curve(
         for policy in policies
         for slots in range(1, workload.meta.n_experts + 1)
     ]
-    title = f"Hit ratio in %, cache per {scope}. {opened.title}; shuffled with seed {seed}."
+    when = ", cold at every sequence" if cold else ""
+    title = f"Hit ratio in %, cache per {scope}{when}. {opened.title}; shuffled with seed {seed}."
     deliver(_render(rows, format, title), out)
 
 

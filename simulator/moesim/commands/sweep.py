@@ -72,11 +72,28 @@ def sweep(
     expert_bytes: Annotated[
         str | None, typer.Option(help="Instead of --precision: expert sizes in bytes.")
     ] = None,
+    low_precision: Annotated[
+        str | None,
+        typer.Option(help="Of a second store, for policies that load some misses so: 2bit."),
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(help="Values of a policy's parameter: lru-spec:n=1,2,3; may be repeated."),
     ] = None,
     engine: Annotated[Engine | None, typer.Option(help="As for compare.")] = None,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Empty caches and a fresh policy with every sequence."),
+    ] = False,
+    limits: Annotated[
+        bool | None,
+        typer.Option(
+            "--limits/--no-limits",
+            help="Columns of what no policy can beat, and of the gap from lru closed. "
+            "Default: yes; costs some passes for each cache size.",
+            show_default=False,
+        ),
+    ] = None,
     on: Annotated[
         str,
         typer.Option(
@@ -117,10 +134,13 @@ def sweep(
         "machines": [name for text in machine or [] for name in _split(text) or []],
         "precisions": _split(precision),
         "expert_bytes": _split(expert_bytes),
+        "low_precision": low_precision,
         "parameters": _parameters(param or []),
         "engine": engine,
+        "cold": cold or None,
+        "limits": limits,
     }
-    given = {name: value for name, value in flags.items() if value}
+    given = {name: value for name, value in flags.items() if value or value is False}
     axes = make_grid(merge(load_grid(grid) if grid else {}, given))
     settings = Settings(on, workers, resume, restart, state)
     began = time.monotonic()

@@ -38,7 +38,9 @@ def remembered(
 
 
 @remembered
-def min_loads(workload: Workload, slots: int, scope: str, *, bypass: bool = True) -> int:
+def min_loads(
+    workload: Workload, slots: int, scope: str, *, bypass: bool = True, cold: bool = False
+) -> int:
     """The fewest copies over the link that serve every step from caches that start empty.
 
     With bypass (what no policy can beat, prefetching or not, unless it computes a miss on the
@@ -46,8 +48,11 @@ def min_loads(workload: Workload, slots: int, scope: str, *, bypass: bool = True
     experts, the ``slots`` that are used soonest. Without (what no policy can beat that copies
     only on demand and keeps what it copied while its step lasts): it keeps the step's experts,
     and of the others those used soonest; of a step wider than the cache any ``slots`` experts.
-    ``slots`` is per layer; scope "global" pools them. SimulationError for another scope.
+    ``slots`` is per layer; scope "global" pools them. ``cold``: the caches start empty with every
+    sequence. SimulationError for another scope.
     """
+    if cold:
+        return sum(min_loads(part, slots, scope, bypass=bypass) for part in workload.sequences())
     counts = windows(workload, *domains(workload, slots, scope), workload.n_steps, bypass=bypass)
     return int(counts[0, 0, 0])
 
@@ -76,7 +81,7 @@ def windows(
     strides, the loads from empty caches and those of them that the best content would spare."""
     from moesim.limits.kernels import window_loads
 
-    return window_loads(
+    found = window_loads(
         workload.next_use,
         workload.offsets,
         domain_of,
@@ -86,3 +91,5 @@ def windows(
         count,
         bypass,
     )
+    workload.release()
+    return found

@@ -38,6 +38,7 @@ class _Work(NamedTuple):
 
     compute_ns: Counts
     requests: Counts
+    prompts: Counts  # steps of prompts
     longest_ns: Counts  # of the stretch's experts
 
     def merged(self, n: int) -> _Work:
@@ -46,20 +47,23 @@ class _Work(NamedTuple):
         return _Work(
             np.add.reduceat(self.compute_ns, at),
             np.add.reduceat(self.requests, at),
+            np.add.reduceat(self.prompts, at),
             np.maximum.reduceat(self.longest_ns, at),
         )
 
     def growing(self, count: int) -> _Work:
         """[n, count]: from each of these, windows of 1, 2, ... ``count`` of them."""
         ahead = (sliding_window_view(np.pad(c, (0, count - 1)), count) for c in self)
-        compute_ns, requests, longest_ns = ahead
+        compute_ns, requests, prompts, longest_ns = ahead
         return _Work(
             np.cumsum(compute_ns, axis=1),
             np.cumsum(requests, axis=1),
+            np.cumsum(prompts, axis=1),
             np.maximum.accumulate(longest_ns, axis=1),
         )
 
 
+@remembered
 def min_time_ns(
     workload: Workload,
     machine: Machine,
@@ -68,14 +72,23 @@ def min_time_ns(
     scope: str,
     *,
     buffers: int = 0,
+    cold: bool = False,
+    decoding: bool = False,
 ) -> int:
     """The least ns in which ``machine`` can serve ``workload`` from caches that start empty.
 
     No policy beats it that computes what the router chose, at one precision. ``buffers``: how
     many staging buffers may keep prefetched experts beside the ``slots`` a layer; 0 where
     prefetches go to slots. Where the machine has CPU workers, any expert may be computed there.
-    Of a link that writes victims back only the way in is counted.
+    Of a link that writes victims back only the way in is counted. ``cold``: the caches start
+    empty, and the link idle, with every sequence. ``decoding``: only the time spent on decoded
+    tokens, whatever their prompts take.
     """
+    if cold:
+        return sum(
+            min_time_ns(part, machine, sizes, slots, scope, buffers=buffers, decoding=decoding)
+            for part in workload.sequences()
+        )
     from moesim.limits.kernels import longest_path
 
     costs = costs_of(workload, machine, sizes, predicting=False)
@@ -83,12 +96,15 @@ def min_time_ns(
     host = costs.host_experts + n_domains * capacity
     loads = net_loads(workload, capacity, scope == "layer")
     reads = net_loads(workload, host, False) if costs.read_ns else loads
-    work, single = _units(workload, costs, capacity, host, buffers)
+    work, single = _units(workload, costs, capacity, host, buffers, decoding=decoding)
     bounds = []
     for (stride, count), copies, fetched in zip(_scales(workload), loads, reads, strict=True):
         window = work.merged(stride).growing(count)
         leads = costs.gate_ns(slice(None, None, stride * workload.meta.n_layers))[:, None]
-        bounds.append(_bound(window, leads, copies, fetched, costs, buffers, cold=True).ravel())
+        least = _bound(window, leads, copies, fetched, costs, buffers, cold=True)
+        if decoding:
+            least[window.prompts > 0] = 0
+        bounds.append(least.ravel())
     strides, counts = np.array(_scales(workload), np.int64).reshape(-1, 2).T
     return int(longest_path(single, np.concatenate(bounds), strides, counts))
 
@@ -123,7 +139,7 @@ def net_loads(workload: Workload, capacity: int, per_layer: bool) -> list[NDArra
 
 
 def _units(
-    workload: Workload, costs: Costs, capacity: int, host: int, buffers: int
+    workload: Workload, costs: Costs, capacity: int, host: int, buffers: int, *, decoding: bool
 ) -> tuple[_Work, Counts]:
     """What each unit (as many steps as layers) has to do, and the least time of its single
     steps together: of a prompt's step wider than the cache, say."""
@@ -138,14 +154,18 @@ def _units(
         steps = _Work(
             leads + np.add.reduceat(expert_ns, at),
             width,
+            (~workload.decode[first : first + len(at)]).astype(np.int64),
             np.maximum.reduceat(expert_ns, at),
         )
         loads, reads = np.maximum(width - capacity, 0), np.maximum(width - host, 0)
         if first == 0:
             loads[0] = reads[0] = width[0]
         least = _bound(steps, leads, loads, reads, costs, buffers, cold=first == 0)
+        if decoding:
+            least[steps.prompts > 0] = 0
         sums.append(np.add.reduceat(least, np.arange(0, len(at), unit)))
         parts.append(steps.merged(unit))
+        workload.release()
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     return _Work(*columns), np.concatenate(sums)
 

@@ -72,8 +72,8 @@ def run_sweep(
                 journal.finished.setdefault(key, row)
         sweep = Sweep(plan, journal, watcher)
         kept = _kept(sweep, watcher)
-        todo = sweep.n_left
-        if todo:
+        todo = sweep.asked_left
+        if sweep.n_left:
             with _keeping(sweep):
                 sweep.run(_pool(sweep, settings))
         rows = sweep.rows()
@@ -84,7 +84,11 @@ def run_sweep(
         with _keeping(sweep):
             write(table(rows), plan, out)
         journal.remove()
-    failures = {plan.name(p): sweep.failed[p.key] for p in plan.points if p.key in sweep.failed}
+    failures = {
+        plan.name(point): sweep.failed[point.key]
+        for point in plan.points
+        if point.key in sweep.failed and not point.reference
+    }
     return Report(rows, failures, kept=kept, ran=todo)
 
 
@@ -125,7 +129,7 @@ def _kept(sweep: Sweep, watcher: Watcher) -> int:
     found = set(sweep.journal.finished)
     if found - keys:
         watcher.say(f"{len(found - keys)} finished points are not in this grid: not in its result")
-    return len(found & keys)
+    return len(found & sweep.plan.asked)
 
 
 def _pool(sweep: Sweep, settings: Settings) -> Pool:
@@ -153,9 +157,10 @@ def _keeping(sweep: Sweep) -> Iterator[None]:
 def _left(sweep: Sweep) -> str:
     journal = sweep.journal
     journal.drop_scratch()
-    done = len({point.key for point in sweep.plan.points} & set(journal.finished))
+    journal.recount()
+    done = len(sweep.plan.asked & journal.finished.keys())
     if not journal.finished:
         journal.remove()
         return "no point was finished"
-    total = done + sweep.n_left
+    total = done + sweep.asked_left
     return f"{done} of {total} points are kept in {journal.folder}: --resume goes on from them"

@@ -10,7 +10,10 @@ A TOML grid has these entries, all optional but ``policies``; one value may stan
     machines = ["rtx3060", "mine.toml"]  # names or profiles
     precisions = ["2bit", "fp16"]        # of those the traces list; or
     expert_bytes = [50_000_000]
+    low_precision = "2bit"               # of a second store, for policies that require one
     engine = "auto"
+    cold = false                         # empty caches at the start of every sequence
+    limits = true                        # beside every row what no policy can beat
 
     [parameters.lru-spec]                # every combination, for each policy of that name
     n = [1, 2, 3]
@@ -56,7 +59,10 @@ class Grid:
     machines: tuple[str, ...] = ("rtx3060",)
     precisions: tuple[str, ...] = ()  # without these and expert_bytes: a trace's own
     expert_bytes: tuple[int, ...] = ()
+    low_precision: str | None = None
     engine: Engine = Engine.auto
+    cold: bool = False
+    limits: bool = True
     parameters: Parameters | None = None
 
     def specs(self) -> list[PolicySpec]:
@@ -136,6 +142,10 @@ def make_grid(entries: Mapping[str, Any]) -> Grid:
     for name, value in entries.items():
         if name == "engine":
             values[name] = _engine(value)
+        elif name == "low_precision":
+            values[name] = _text(name, value)
+        elif name in ("cold", "limits"):
+            values[name] = _yes_or_no(name, value)
         elif name == "parameters":
             values[name] = _parameters(value)
         else:
@@ -204,6 +214,12 @@ def _engine(value: Any) -> Engine:
         return Engine(value)
     except ValueError:
         raise SimulationError(f"unknown engine {value!r}; {nearest(str(value), Engine)}") from None
+
+
+def _yes_or_no(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise SimulationError(f"{name}: {value!r} is not true or false")
+    return value
 
 
 def _parameters(value: Any) -> dict[str, dict[str, tuple[str, ...]]]:

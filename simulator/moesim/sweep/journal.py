@@ -60,6 +60,11 @@ class Journal:
             os.fsync(self._file.fileno())
             self._synced_at = time.monotonic()
 
+    def recount(self) -> None:
+        """After an interruption, which may have come between keeping a point and counting it."""
+        self._file.flush()
+        self.finished = self._read()
+
     def clear(self) -> None:
         """Forget every point."""
         self._file.truncate(0)

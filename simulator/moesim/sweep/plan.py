@@ -7,20 +7,21 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import moepolicy
-from moepolicy import PolicySpec
+from moepolicy import PolicySpec, find_policy
 from moeroute import Trace, TraceError, open_trace, prediction_column, sample_names
 from moeroute.schema import TraceMeta
 
 import moesim
 from moesim.errors import SimulationError
+from moesim.limits.gap import BASELINE
 from moesim.profile import Machine, load_machine
-from moesim.simulate import expert_size
+from moesim.simulate import expert_size, low_expert_size
 from moesim.sweep.grid import Grid
 
 # Parts of moesim that decide nothing about a simulation.
@@ -47,7 +48,8 @@ class Point:
     """One simulation. ``trace``, ``policy`` and ``machine`` number the plan's.
 
     A cache has ``slots`` a layer or, where that is None, what ``memory_bytes`` holds. ``key``
-    names everything the result depends on; ``refused`` says why a point cannot run.
+    names everything the result depends on; ``refused`` says why a point cannot run. A
+    ``reference`` is none of the grid's: others are measured from it, and it is no row.
     """
 
     key: str
@@ -59,7 +61,9 @@ class Point:
     memory_bytes: int | None
     expert_bytes: int
     precision: str | None
+    low_bytes: int = 0  # of an expert in a second store, where the policy requires one
     refused: str | None = None
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,18 @@ class NamedPolicy:
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker must know to run any point."""
+    """What every worker must know to run any point.
+
+    ``timings`` is how many points differ only in what takes how long.
+    """
 
     traces: tuple[Source, ...]
     policies: tuple[NamedPolicy, ...]
     machines: tuple[Machine, ...]
     engine: str
+    cold: bool
+    limits: bool
+    timings: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,19 @@ class Plan:
         if point.precision is not None:
             parts.append(point.precision)
         return " ".join(parts)
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """The keys of the grid's own points."""
+        return frozenset(point.key for point in self.points if not point.reference)
+
+    def references(self) -> dict[str, str]:
+        """Of every point's key, that of the point it is measured from: the same under LRU."""
+        bases: dict[tuple[Any, ...], str] = {}
+        for point in self.points:
+            if self.job.policies[point.policy].label == BASELINE:
+                bases[_setting(point)] = point.key
+        return {p.key: bases[_setting(p)] for p in self.points if _setting(p) in bases}
 
     def labels(self, point: Point) -> dict[str, Any]:
         """The columns that say what a row is of."""
@@ -140,17 +163,24 @@ def make_plan(grid: Grid) -> Plan:
     specs = grid.specs()
     if not specs:
         raise SimulationError("the grid has no policies")
+    n_asked = len(specs)
+    if grid.limits and BASELINE not in {spec.label for spec in specs}:
+        specs.append(find_policy(BASELINE))
     machines = [load_machine(name) for name in grid.machines]
     traces = [open_trace(name) for name in grid.traces]
-    layout = _Layout(grid, specs, machines, traces)
+    layout = _Layout(grid, specs, machines, traces, n_asked)
     points = [point for number in range(len(traces)) for point in layout.points(number)]
-    if all(point.refused for point in points):
-        raise none_valid(len(points), [point.refused or "" for point in points])
+    asked = [point for point in points if not point.reference]
+    if all(point.refused for point in asked):
+        raise none_valid(len(asked), [point.refused or "" for point in asked])
     job = Job(
         traces=tuple(layout.sources),
         policies=tuple(layout.policies),
         machines=tuple(machines),
         engine=grid.engine.value,
+        cold=grid.cold,
+        limits=grid.limits,
+        timings=len(machines) * max(1, len(grid.precisions or grid.expert_bytes)),
     )
     return Plan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
 
@@ -175,9 +205,12 @@ class _Layout:
         specs: list[PolicySpec],
         machines: list[Machine],
         traces: list[Trace],
+        n_asked: int,
     ) -> None:
+        """Policies from number ``n_asked`` on are only there to measure from."""
         self.grid = grid
         self.specs = specs
+        self.n_asked = n_asked
         self.policies = [_travelling(spec) for spec in specs]
         self.machines = [machine_digest(machine) for machine in machines]
         self.traces = traces
@@ -218,6 +251,7 @@ class _Layout:
         policy: int,
     ) -> Point:
         trace, spec, refused, size = self.traces[number], self.specs[policy], None, 0
+        low, low_bytes = self.grid.low_precision, 0
         try:
             for need, column in COLUMNS.items():
                 if need in spec.requires:
@@ -225,6 +259,8 @@ class _Layout:
             size = expert_size(trace.meta, precision=precision, expert_bytes=expert_bytes)
             if precision is None and expert_bytes is None:
                 precision = next(iter(trace.meta.expert_bytes))
+            if "low" in spec.requires:
+                low_bytes = low_expert_size(trace.meta, size, precision=low, expert_bytes=None)
         except (SimulationError, TraceError) as error:
             refused = str(error)
         source = self.sources[number]
@@ -237,8 +273,12 @@ class _Layout:
             "slots": slots,
             "memory_bytes": budget,
             "expert_bytes": size,
+            "cold": self.grid.cold,
+            "limits": self.grid.limits,
             "moesim": code_digest(),
         }
+        if low_bytes:
+            what |= {"low_bytes": low_bytes}
         if refused:
             what |= {"precision": precision, "path": source.path}
         return Point(
@@ -250,8 +290,10 @@ class _Layout:
             slots=slots,
             expert_bytes=size,
             precision=precision,
+            low_bytes=low_bytes,
             memory_bytes=budget,
             refused=refused,
+            reference=policy >= self.n_asked,
         )
 
 
@@ -279,6 +321,12 @@ def machine_digest(machine: Machine) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _setting(point: Point) -> tuple[Any, ...]:
+    """What two points share whose policies are compared."""
+    size = point.slots, point.memory_bytes
+    return point.trace, point.machine, point.scope, *size, point.expert_bytes, point.precision
 
 
 def _place(name: str, trace: Trace) -> str:

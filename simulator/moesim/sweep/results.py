@@ -14,6 +14,7 @@ from moeroute.parquet import is_url
 
 from moesim.errors import SimulationError
 from moesim.files import written_whole
+from moesim.limits import Gap
 from moesim.simulate import Result
 from moesim.sweep.plan import Plan
 from moesim.sweep.worker import versions
@@ -64,7 +65,7 @@ def columns() -> dict[str, type]:
     for name, kind in get_type_hints(Result).items():
         kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         found.setdefault(name, next(one for one in kinds if one is not type(None)))
-    return found
+    return found | dict.fromkeys(Gap("", None, None).row(), float)
 
 
 def write(frame: pl.DataFrame, plan: Plan, out: str) -> None:

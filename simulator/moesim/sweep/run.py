@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesim.limits import gap_of
 from moesim.sweep.journal import Journal
 from moesim.sweep.plan import Plan
 from moesim.sweep.pool import Finished, Lost, Pool
@@ -46,16 +47,36 @@ class Sweep:
         self.watcher = watcher or Watcher()
         self.failed: dict[str, str] = {p.key: p.refused for p in plan.points if p.refused}
         self._state = _State()
+        self._references = plan.references() if plan.grid.limits else {}
+        measured = self._measured_from()
         # Points that come to the same (two budgets for as many slots) are run once.
         self._todo = {
             point.key: number
             for number, point in reversed(list(enumerate(plan.points)))
-            if point.key not in journal.finished and not point.refused
+            if point.key not in journal.finished
+            and not point.refused
+            and (not point.reference or point.key in measured)
+        }
+
+    def _measured_from(self) -> set[str]:
+        """Keys of the points that others are still to be measured from."""
+        finished = self.journal.finished
+        return {
+            self._references[point.key]
+            for point in self.plan.points
+            if point.key in self._references
+            and not point.reference
+            and "gap_closed_time" not in finished.get(point.key, {})
         }
 
     @property
     def n_left(self) -> int:
         return len(self._todo)
+
+    @property
+    def asked_left(self) -> int:
+        """Of the points left, those of the grid."""
+        return len(self.plan.asked & self._todo.keys())
 
     def run(self, pool: Pool) -> None:
         """Run what is left. Finished points are in the journal however this ends.
@@ -122,14 +143,19 @@ class Sweep:
             self._settle(at, Outcome(None, f"{event.reason}, as did the one that tried before"))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a point, in the plan's order: what it is of, how it went, what came out."""
+        """One row a point of the grid, in the plan's order: what it is of, how it went, what came
+        out, and how it compares with LRU."""
         rows = []
         for point in self.plan.points:
+            if point.reference:
+                continue
             row = self.plan.labels(point)
             error = self.failed.get(point.key)
             if error is not None:
                 rows.append(row | {"status": "failed", "error": error})
             elif point.key in self.journal.finished:
                 found = self.journal.finished[point.key]
-                rows.append(found | row | {"status": "ok", "error": None})
+                base = self.journal.finished.get(self._references.get(point.key, ""))
+                gap = gap_of(base, found).row() if base else {}
+                rows.append(found | row | gap | {"status": "ok", "error": None})
         return rows

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moesim.report import Format
+from moesim.report import Format, percent
 
 SETTING = ("trace_path", "scope", "precision", "expert_bytes", "machine", "memory_bytes")
 
@@ -52,6 +52,9 @@ def _best_of(rows: list[Row]) -> Row:
         "hit_ratio": first["hit_ratio"],
         "loads": first["loads"],
         "limit_loads": first["limit_loads"],
+        "limit_tokens_per_s": first["limit_tokens_per_s"],
+        "share_of_limit": first["share_of_limit"],
+        "gap_closed_time": first.get("gap_closed_time"),
         "second": second and second["policy"],
         "second_tokens_per_s": second and second["tokens_per_s"],
         "clairvoyant_tokens_per_s": clairvoyant[0]["tokens_per_s"] if clairvoyant else None,
@@ -91,7 +94,16 @@ def _table(rows: Sequence[Row]) -> str:
     for name in varied:
         right = name in ("slots", "memory_bytes")
         table.add_column(shown[name], justify="right" if right else "left")
-    for name in ("best policy", "tokens/s", "hit %", "x limit", "second", "by %", "clairvoyant"):
+    for name in (
+        "best policy",
+        "tokens/s",
+        "hit %",
+        "x limit",
+        "limit %",
+        "gap %",
+        "second",
+        "by %",
+    ):
         left = name in ("best policy", "second")
         table.add_column(name, justify="left" if left else "right")
     for row in rows:
@@ -109,15 +121,16 @@ def _scores(row: Row) -> list[str]:
     lead = ""
     if row["second"]:
         lead = f"{100 * (row['tokens_per_s'] / row['second_tokens_per_s'] - 1):.1f}"
-    limit, beyond = row["limit_loads"], row["clairvoyant_tokens_per_s"]
+    limit, share = row["limit_loads"], row["share_of_limit"]
     return [
         _short(row["policy"]) + ("*" if row["lossy"] else ""),
         f"{row['tokens_per_s']:.2f}",
         f"{100 * row['hit_ratio']:.1f}",
         f"{row['loads'] / limit:.2f}" if limit else "",
+        "" if share is None else f"{100 * share:.1f}",
+        percent(row["gap_closed_time"]),
         _short(row["second"] or ""),
         lead,
-        "" if beyond is None else f"{beyond:.2f}",
     ]
 
 

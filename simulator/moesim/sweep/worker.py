@@ -17,12 +17,16 @@ from moepolicy import PolicyError, PolicySpec, find_policy
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
+from moesim.costs import costs_of
 from moesim.engines import Engine
 from moesim.errors import SimulationError
-from moesim.simulate import simulate
+from moesim.loading import load_workload
+from moesim.onepass import Decisions, decide, timeless
+from moesim.profile import Machine
+from moesim.simulate import simulate, sizes_of
 from moesim.sweep.plan import Job, NamedPolicy, Point, Source, code_digest
 from moesim.sweep.scratch import shared_workload
-from moesim.workload import Workload, load_workload
+from moesim.workload import Workload
 
 PACKAGES = ("numpy", "numba", "polars", "simpy")
 EXPECTED = (PolicyError, SimulationError, TraceError, OSError)
@@ -48,6 +52,7 @@ class Worker:
         self.scratch = scratch
         self.node = node
         self._held: tuple[int, Workload | str] | None = None
+        self._decided: tuple[object, Decisions] | None = None
         self._classes: dict[str, PolicySpec] = {}
 
     def run(self, point: Point) -> Outcome:
@@ -69,16 +74,38 @@ class Worker:
         if slots is None:
             assert point.memory_bytes is not None
             slots = slots_in(point.memory_bytes, point.expert_bytes, policy, workload, point.scope)
+        machine = self.job.machines[point.machine]
         result = simulate(
             workload,
             policy,
-            self.job.machines[point.machine],
+            machine,
             slots=slots,
             scope=point.scope,
             expert_bytes=point.expert_bytes,
+            low_bytes=point.low_bytes,
             engine=Engine(self.job.engine),
+            decisions=self._decisions(point, workload, policy, machine, slots),
+            cold=self.job.cold,
+            limits=self.job.limits,
         )
         return result.row() | {"engine": self.job.engine} | versions()
+
+    def _decisions(
+        self, point: Point, workload: Workload, policy: PolicySpec, machine: Machine, slots: int
+    ) -> Decisions | None:
+        """What the policy decides whatever the machine, if that is so and several are asked for;
+        kept until a point asks for other decisions."""
+        job, scope = self.job, point.scope
+        if job.timings < 2 or job.cold or Engine(job.engine) is Engine.simpy:
+            return None
+        if not timeless(workload, policy, machine, slots, scope):
+            return None
+        key = point.trace, point.policy, scope, slots
+        if self._decided is None or self._decided[0] != key:
+            sizes = sizes_of(workload.meta, point.expert_bytes)
+            costs = costs_of(workload, machine, sizes, predicting=False)
+            self._decided = key, decide(workload, policy, costs, slots, scope)
+        return self._decided[1]
 
     def _policy(self, number: int) -> PolicySpec:
         policy = self.job.policies[number]
@@ -100,7 +127,7 @@ class Worker:
     def _load(self, source: Source) -> Workload | str:
         name = f"{source.digest[:16]}-{source.predictions:d}{source.logits:d}"
         try:
-            return shared_workload(self.scratch, name, lambda: read_source(source))
+            return shared_workload(self.scratch, name, lambda to: read_source(source, to))
         except EXPECTED as error:
             return f"on node {self.node}: {error}" if self.node else str(error)
 
@@ -126,8 +153,11 @@ def slots_in(
     return min(free // meta.n_layers, meta.n_experts)
 
 
-def read_source(source: Source) -> Workload:
-    """Load a trace. SimulationError if it is not the one that the sweep was planned with."""
+def read_source(source: Source, folder: Path) -> None:
+    """Load a trace into ``folder``.
+
+    SimulationError if it is not the one that the sweep was planned with.
+    """
     trace = open_trace(source.place)
     # The digest of a remote trace means fetching all of it once more, and every node sees the
     # same object.
@@ -136,7 +166,7 @@ def read_source(source: Source) -> Workload:
             f"{source.place} is not the trace the sweep began with: its digest is"
             f" {trace.digest[:12]}, not {source.digest[:12]}"
         )
-    return load_workload(trace, logits=source.logits, predictions=source.predictions)
+    load_workload(trace, logits=source.logits, predictions=source.predictions, folder=folder)
 
 
 @cache

@@ -60,7 +60,7 @@ def _reach(
     machine = constants.machine(write_back=False)
     found = {
         policy.label: simulate(
-            workload, policy, machine, slots=card.slots, expert_bytes=expert_bytes
+            workload, policy, machine, slots=card.slots, expert_bytes=expert_bytes, limits=False
         ).tokens_per_s
         for policy in policies
     }

@@ -155,5 +155,7 @@ class Bench:
             workload, slots = self.layers, 0
             if reading.streamed:
                 policy = PolicySpec("whole-layers", WholeLayers)
-        result = simulate(workload, policy, machine, slots=slots, expert_bytes=expert_bytes)
+        result = simulate(
+            workload, policy, machine, slots=slots, expert_bytes=expert_bytes, limits=False
+        )
         return 1 / result.tokens_per_s

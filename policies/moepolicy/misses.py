@@ -1,0 +1,141 @@
+"""What becomes of a miss where the policy has a say, and the account of what that changes.
+
+Parts of the state machine that a cache whose policy loads every miss never comes to.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.kinds import COMPUTE, EVICT, LOAD, LOW, MISS, SKIP, SUBSTITUTE
+from moepolicy.places import domain_of, free_slot, join_queue, leave_device, note, remove
+from moepolicy.policy import Policy
+from moepolicy.state import (
+    ALL_MASS,
+    CANDIDATES,
+    DEMAND,
+    HELD,
+    IS_LOW,
+    LOW_MASS,
+    N_HELD,
+    NOTHING,
+    PINNED,
+    PLACE,
+    RESIDENT,
+    SKIPPED_MASS,
+    STAND_INS,
+    STATUS,
+    SUBSTITUTED_MASS,
+    UNUSED,
+    Cache,
+)
+from moepolicy.steps import Step
+
+
+def drop_low_copies(cache: Cache, policy: Policy, step: Step) -> None:
+    """Of the step's experts that are here at the lower precision, those of which the policy asks
+    for the full one leave their slots, for that to come wherever it will."""
+    for rank in range(len(step.experts)):
+        key = int(step.experts[rank])
+        row = cache.keys[key]
+        if row[STATUS] != RESIDENT or not row[IS_LOW]:
+            continue
+        answer = policy.precision(step, rank)
+        if answer == LOAD:
+            note(cache, EVICT, key, key)
+            held = cache.domains[domain_of(cache, key)]
+            remove(held, key)
+            free_slot(held, cache.slots, int(row[PLACE]))
+            leave_device(cache, policy, key)
+        elif answer != LOW:
+            raise ValueError("precision answered neither LOW nor LOAD")
+
+
+def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
+    """Ask what becomes of a miss and see to it. Returns the step's outcome for it: COMPUTE, SKIP,
+    SUBSTITUTE, or MISS where a copy, of whichever precision, will come."""
+    key = int(step.experts[rank])
+    note(cache, MISS, key, NOTHING)
+    answer = policy.on_miss(step, rank)
+    if answer == COMPUTE:
+        if not cache.computing:
+            raise ValueError('on_miss answered COMPUTE: put "cpu" into what the policy requires')
+        note(cache, COMPUTE, key, NOTHING)
+        return COMPUTE
+    if answer == SKIP:
+        cache.keys[key, PINNED] = 0
+        note(cache, SKIP, key, NOTHING)
+        return SKIP
+    if answer == SUBSTITUTE:
+        stand_in = _find_stand_in(cache, policy, step, rank)
+        if stand_in >= 0:
+            cache.keys[key, PINNED] = 0
+            cache.keys[stand_in, PINNED] = 1
+            cache.keys[stand_in, UNUSED] = 0
+            cache.scratch[STAND_INS, rank] = stand_in
+            note(cache, SUBSTITUTE, key, stand_in)
+            return SUBSTITUTE
+    elif answer == LOW:
+        if not cache.lowering:
+            raise ValueError('on_miss answered LOW: put "low" into what the policy requires')
+        cache.keys[key, IS_LOW] = 1
+        note(cache, LOW, key, NOTHING)
+    elif answer != LOAD:
+        raise ValueError("on_miss answered none of LOAD, COMPUTE, LOW, SUBSTITUTE and SKIP")
+    join_queue(cache, key, DEMAND)
+    return MISS
+
+
+def _find_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
+    """Who stands in for the step's ``rank``-th expert; -1 where nobody does.
+
+    What lies in a staging buffer may be gone before the step is over, and is not offered.
+    """
+    n = 0
+    first = step.layer * cache.n_experts
+    held = cache.domains[step.layer if cache.per_layer else 0]
+    for i in range(HELD, HELD + held[N_HELD]):
+        key = held[i]
+        if first <= key < first + cache.n_experts and cache.keys[key, STATUS] == RESIDENT:
+            cache.scratch[CANDIDATES, n] = key
+            n += 1
+    if n == 0:
+        return -1
+    chosen = policy.substitute(step, rank, cache.scratch[CANDIDATES, :n])
+    if chosen < 0:
+        return -1
+    for i in range(n):
+        if cache.scratch[CANDIDATES, i] == chosen:
+            return int(chosen)
+    raise ValueError("substitute named a key that was not among the candidates")
+
+
+def use_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> None:
+    """Tell the policy that the expert which stands in for the ``rank``-th, if any, is used."""
+    stand_in = int(cache.scratch[STAND_INS, rank])
+    if stand_in >= 0:
+        policy.on_hit(stand_in, step.number * (cache.n_experts + 1) + len(step.experts) - rank)
+
+
+def weigh(cache: Cache, step: Step, outcome: NDArray[np.int8]) -> None:
+    """Add the step's gate weights to the account."""
+    mass = cache.mass
+    for rank in range(len(step.experts)):
+        weight = step.weights[rank]
+        kind = outcome[rank]
+        mass[ALL_MASS] += weight
+        if kind == SKIP:
+            mass[SKIPPED_MASS] += weight
+        elif kind == SUBSTITUTE:
+            mass[SUBSTITUTED_MASS] += weight
+        elif cache.keys[step.experts[rank], IS_LOW]:
+            mass[LOW_MASS] += weight
+
+
+def release_stand_in(cache: Cache, rank: int) -> None:
+    """The step is over: whoever stood in for its ``rank``-th expert is pinned no more."""
+    stand_in = cache.scratch[STAND_INS, rank]
+    if stand_in >= 0:
+        cache.keys[stand_in, PINNED] = 0
+        cache.scratch[STAND_INS, rank] = -1

@@ -1,0 +1,116 @@
+"""How slots are given up: by one expert to another, or for good when the cache is to be smaller.
+
+The budget of a running cache is tunable, as SwapMoE's is (arXiv 2308.15030): each domain has
+between none and a fixed number of slots, and what it is to lose goes as soon as it can.
+"""
+
+from __future__ import annotations
+
+from moepolicy.kinds import EVICT
+from moepolicy.places import (
+    domain_of,
+    exchange,
+    gather_candidates,
+    leave_device,
+    note,
+    pop_free,
+    remove,
+)
+from moepolicy.policy import Policy
+from moepolicy.state import (
+    CANDIDATES,
+    EVICTED,
+    EXCESS,
+    HELD,
+    LIMIT,
+    N_FREE,
+    N_HELD,
+    NOTHING,
+    PINNED,
+    PLACE,
+    RESIDENT,
+    STAGED,
+    STATUS,
+    Cache,
+)
+
+
+def resize(cache: Cache, policy: Policy, slots: int) -> None:
+    """The cache is to have ``slots`` slots a layer, which the caller knows to be within bounds.
+
+    May come between any two other calls. New slots are free at once. Of those that go, the free
+    ones go first, then the policy's victims; pinned experts and those in flight stay until a
+    ``finish`` or ``end`` lets them go, and until then nothing new comes to their domain.
+    """
+    n_domains = cache.domains.shape[0]
+    n_layers = cache.keys.shape[0] // cache.n_experts
+    limit = slots * n_layers // n_domains
+    cache.board[LIMIT] = limit
+    policy.on_resize(slots)
+    excess = 0
+    for domain in range(n_domains):
+        held = cache.domains[domain]
+        while held[N_HELD] + held[N_FREE] < limit:
+            slot = cache.spare[cache.spare[0]]
+            cache.spare[0] -= 1
+            held[HELD + cache.slots + held[N_FREE]] = slot
+            held[N_FREE] += 1
+        excess += held[N_HELD] + held[N_FREE] - limit
+    cache.board[EXCESS] = excess
+    trim(cache, policy)
+
+
+def trim(cache: Cache, policy: Policy) -> None:
+    """Withdraw the slots beyond the limit, as far as what lies in them can go now."""
+    for domain in range(cache.domains.shape[0]):
+        held = cache.domains[domain]
+        while held[N_HELD] + held[N_FREE] > cache.board[LIMIT]:
+            slot = _given_up(cache, policy, domain)
+            if slot < 0:
+                break
+            cache.spare[0] += 1
+            cache.spare[cache.spare[0]] = slot
+            cache.board[EXCESS] -= 1
+
+
+def _given_up(cache: Cache, policy: Policy, domain: int) -> int:
+    """A slot of ``domain``, emptied if need be; -1 while everything in it must stay."""
+    held = cache.domains[domain]
+    if held[N_FREE]:
+        return pop_free(held, cache.slots)
+    n = gather_candidates(cache, domain)
+    if n == 0:
+        return -1
+    candidates = cache.scratch[CANDIDATES, :n]
+    # Who goes if one of them came only now? Where the policy would not let it in, that one.
+    newcomer = int(candidates[n - 1])
+    victim = policy.victim(newcomer // cache.n_experts, newcomer, candidates)
+    if victim < 0:
+        victim = newcomer
+    slot = _slot_of_victim(cache, victim, domain)
+    note(cache, EVICT, victim, NOTHING)
+    remove(held, victim)
+    leave_device(cache, policy, victim)
+    return slot
+
+
+def take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
+    """Give ``victim``'s slot to ``incoming`` and return it; -1 where the policy declined."""
+    if victim < 0:
+        return -1
+    domain = domain_of(cache, incoming)
+    slot = _slot_of_victim(cache, victim, domain)
+    note(cache, EVICT, victim, incoming)
+    cache.board[EVICTED] = victim
+    exchange(cache.domains[domain], victim, incoming)
+    leave_device(cache, policy, victim)
+    return slot
+
+
+def _slot_of_victim(cache: Cache, victim: int, domain: int) -> int:
+    if victim >= cache.keys.shape[0]:
+        raise ValueError("victim named a key that does not exist")
+    row = cache.keys[victim]
+    if row[STATUS] != RESIDENT or row[PINNED] or row[STAGED] or domain_of(cache, victim) != domain:
+        raise ValueError("victim named a key that was not among the candidates")
+    return int(row[PLACE])

@@ -1,0 +1,86 @@
+"""Eviction by a hand that passes over a queue of loads and spares what was used: CLOCK, SIEVE."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.lists import NEWER, Queues, among
+from moepolicy.policy import Context
+
+
+class Clock(Queues):
+    """Evict in the order of loads, but give an expert used since another turn.
+
+    The second chance of Corbató, "A Paging Experiment with the Multics System" (1968).
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context, 1)
+        self.used = np.zeros(self.n_keys, np.bool_)  # since its load or its last turn
+
+    def on_hit(self, key: int, now: int) -> None:
+        self.used[key] = not self.guessed[key]
+        self.guessed[key] = False
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        self.used[key] = False
+        self.guessed[key] = speculative
+        self.enter(key, self.head(key, 0), now)
+
+    def on_evict(self, key: int) -> None:
+        self.leave(key)
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        head = self.head(incoming, 0)
+        every = self.all_may_go(incoming, 1, candidates)
+        key = self.links[head, NEWER]
+        # What is pinned keeps its place. What is spared goes to the end unused: it ends there.
+        while self.used[key] or not (every or among(candidates, key)):
+            newer = self.links[key, NEWER]
+            if every or among(candidates, key):
+                self.used[key] = False
+                self.leave(key)
+                self.append(key, head)
+                newer = key if newer == head else newer
+            key = newer
+        return int(key)
+
+
+class Sieve(Queues):
+    """Evict the first expert unused since the hand's last round, which leaves the rest in place.
+
+    SIEVE: Zhang et al., NSDI 2024.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context, 1)
+        self.used = np.zeros(self.n_keys, np.bool_)  # since its load or the hand's last round
+        # Where the hand of each head rests: on a key, or on the head once it is past the newest.
+        self.hand = np.arange(len(self.links))
+
+    def on_hit(self, key: int, now: int) -> None:
+        self.used[key] = not self.guessed[key]
+        self.guessed[key] = False
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        self.used[key] = False
+        self.guessed[key] = speculative
+        self.enter(key, self.head(key, 0), now)
+
+    def on_evict(self, key: int) -> None:
+        head = self.head(key, 0)
+        if self.hand[head] == key:
+            self.hand[head] = self.links[key, NEWER]
+        self.leave(key)
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        head = self.head(incoming, 0)
+        every = self.all_may_go(incoming, 1, candidates)
+        key = self.hand[head]
+        while key == head or self.used[key] or not (every or among(candidates, key)):
+            if key != head and (every or among(candidates, key)):
+                self.used[key] = False
+            key = self.links[key, NEWER]
+        self.hand[head] = key
+        return int(key)

@@ -1,0 +1,188 @@
+"""Three tiers: experts on disk, some of them in host memory, fewer on the device."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moepolicy import find_policy
+from moeroute import open_trace
+from moerun.checkpoints import resolve
+from moerun.errors import RunError
+from moerun.generate import Sampling
+from moerun.links import HostTier
+from moerun.pack import pack
+from moerun.record import LiveRecording
+from moerun.runner import Runner, Settings
+from moerun.store import ExpertStore
+from moesim.engine import DISK_LANE, Host, Segment
+from moesim.loading import load_workload
+from moesim.profile import Compute, Disk, Link, Machine
+from moesim.simulate import simulate
+from support.links import RECORD_BYTES, MemoryRecords
+
+PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
+PATIENCE_S = 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> ExpertStore:
+    return pack(resolve("tiny"), tmp_path / "tiny")
+
+
+def is_of(record: torch.Tensor, key: int) -> bool:
+    return bool((record.view(torch.int32) == key).all())
+
+
+@settings(deadline=None)
+@given(keys=st.lists(st.integers(0, 7), max_size=40), capacity=st.integers(1, 8))
+def test_it_keeps_what_the_simulators_host_cache_keeps(keys: list[int], capacity: int) -> None:
+    tier, host = HostTier(MemoryRecords(8), capacity), Host(capacity * RECORD_BYTES)
+    buffer = torch.empty(RECORD_BYTES, dtype=torch.uint8)
+    for key in keys:
+        reads, hits = tier.reads, tier.hits
+        tier.read_into(key, buffer)
+        assert is_of(buffer, key)
+        assert (tier.hits - hits, tier.reads - reads) == (
+            (1, 0) if host.has(key, False, RECORD_BYTES) else (0, 1)
+        )
+
+
+def test_a_record_in_use_is_not_overwritten() -> None:
+    tier = HostTier(MemoryRecords(4), 2)
+    held = tier.hold(0)
+    for key in (1, 2, 3, 1):
+        tier.hold(key)
+        tier.drop(key)
+    assert is_of(held, 0)
+    tier.drop(0)
+    tier.hold(3)
+    tier.drop(3)
+    tier.hold(0)  # it was the one used longest ago as soon as it could go
+    assert (tier.hits, tier.reads) == (0, 7)
+
+
+def test_threads_share_it_and_find_what_they_asked_for() -> None:
+    tier, wrong = HostTier(MemoryRecords(12), 3), []
+
+    def work(seed: int) -> None:
+        choose = random.Random(seed)
+        for _ in range(200):
+            key = choose.randrange(12)
+            record = tier.hold(key)
+            if not is_of(record, key):
+                wrong.append(key)
+            tier.drop(key)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert not wrong
+    assert tier.hits + tier.reads == 600
+
+
+def test_a_read_that_fails_leaves_its_place_to_others() -> None:
+    tier = HostTier(MemoryRecords(4, broken=frozenset({2})), 1)
+    for _ in range(2):
+        with pytest.raises(RunError, match="expert 2 in store"):
+            tier.hold(2)
+    assert is_of(tier.hold(1), 1)
+
+
+def test_a_live_run_reads_from_disk_what_the_simulated_one_does(
+    tiny: ExpertStore, tmp_path: Path
+) -> None:
+    with Runner(tiny, Settings(find_policy("lru"), slots=3)) as runner:
+        expected = runner.generate(PROSE, Sampling(max_new_tokens=12))
+    host_bytes = 40 * tiny.record_bytes
+    chosen = Settings(find_policy("lru"), slots=3, host_bytes=host_bytes)
+    with Runner(tiny, chosen) as runner:
+        recording = LiveRecording(runner, tmp_path / "t.parquet", None, seed=0)
+        recording.recorder.begin_sequence()
+        assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == expected
+        recording.finish()
+        assert runner.host_tier is not None
+        reads, loads = runner.host_tier.reads, runner.session.totals.loads
+    machine = Machine(
+        "m", "", "measured", Link(1e9), Compute(layer_s=1e-4), Disk(1e9, host_bytes=host_bytes)
+    )
+    segments: list[Segment] = []
+    result = simulate(
+        load_workload(open_trace(tmp_path / "t.parquet")),
+        chosen.policy,
+        machine,
+        slots=3,
+        expert_bytes=tiny.record_bytes,
+        timeline=segments,
+    )
+    simulated = sum(segment.lane == DISK_LANE for segment in segments)
+    assert (reads, loads) == (simulated, result.loads)
+    assert tiny.n_keys // 2 < reads < loads
+
+
+@pytest.mark.parametrize("host_records", [None, 20])
+def test_a_disk_that_fails_while_text_is_generated_is_named(
+    tiny: ExpertStore, host_records: int | None
+) -> None:
+    host_bytes = None if host_records is None else host_records * tiny.record_bytes
+    chosen = Settings(
+        find_policy("lru-spec"), slots=1, streams=2, host_bytes=host_bytes, cold=host_bytes is None
+    )
+    with Runner(tiny, chosen) as runner:
+        layers = iter(range(1000))
+
+        def cut(layer: int, _gate: object) -> None:
+            if next(layers) == 5 * tiny.n_layers:
+                os.truncate(tiny.location(6 * tiny.n_experts).path, 8192)
+
+        runner.session.gate_observers.append(cut)
+        outcome: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                runner.generate(PROSE, Sampling(max_new_tokens=60, stop=False))
+            except RunError as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    (error,) = outcome
+    assert "of layer 6 is cut off after" in str(error)
+    assert "experts-00006.safetensors" in str(error)
+
+
+def test_host_memory_for_less_than_the_copies_under_way_is_refused(tiny: ExpertStore) -> None:
+    chosen = Settings(find_policy("lru"), streams=2, host_bytes=tiny.record_bytes)
+    with pytest.raises(RunError, match=r"hold 1 experts .* give --host-memory 393216 \(bytes\)"):
+        Runner(tiny, chosen)
+
+
+def test_host_memory_that_is_not_there_is_refused(
+    tiny: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moerun.links import host
+
+    monkeypatch.setattr(host, "free_bytes", lambda _: 10 * tiny.record_bytes)
+    chosen = Settings(find_policy("lru"), host_bytes=11 * tiny.record_bytes)
+    with pytest.raises(RunError, match="of host memory, of which this machine has"):
+        Runner(tiny, chosen)
