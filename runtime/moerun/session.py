@@ -307,18 +307,26 @@ class Session:
                 self._fit_memory()
             self._steps += 1
             self._requests += len(outcome)
-            of: dict[int, list[int]] = {kind: [] for kind in OUTCOMES}
-            for key, kind in zip(keys.tolist(), outcome, strict=True):
-                of[kind].append(key)
-            ranks = [rank for rank, kind in enumerate(outcome) if kind == Kind.SUBSTITUTE]
-            stand_ins = [self.cache.stand_in(rank) for rank in ranks]
-            self._awaited = {*of[Kind.LATE], *of[Kind.MISS]}
+            opened = self._opened(keys.tolist(), outcome)
             for key in self._awaited & self._guessed:
                 self.link.want(key)
-            absent = len(self._awaited)
             self._pump()
+        return opened
+
+    def _opened(self, keys: list[int], outcome: list[int]) -> Opened:
+        """Sort a step's keys by what they are, and note which are awaited. The lock is held."""
+        hits = [key for key, kind in zip(keys, outcome, strict=True) if kind == HIT]
+        if FETCHED.issuperset(outcome):  # nothing but hits and copies: nearly every step
+            self._awaited = set(keys).difference(hits)
+            return Opened(hits, [], [], [], len(self._awaited))
+        of: dict[int, list[int]] = {kind: [] for kind in OUTCOMES}
+        for key, kind in zip(keys, outcome, strict=True):
+            of[kind].append(key)
+        ranks = [rank for rank, kind in enumerate(outcome) if kind == Kind.SUBSTITUTE]
+        stand_ins = [self.cache.stand_in(rank) for rank in ranks]
+        self._awaited = {*of[Kind.LATE], *of[Kind.MISS]}
         replaced = list(zip(of[Kind.SUBSTITUTE], stand_ins, strict=True))
-        return Opened(of[Kind.HIT], replaced, of[Kind.COMPUTE], of[Kind.SKIP], absent)
+        return Opened(hits, replaced, of[Kind.COMPUTE], of[Kind.SKIP], len(self._awaited))
 
     def _beside(self, key: int) -> Any:
         assert self.aside is not None  # or the session had refused the policy
@@ -404,6 +412,8 @@ class Session:
             self.lock.notify_all()
 
 
+HIT = int(Kind.HIT)
+FETCHED = frozenset({HIT, int(Kind.LATE), int(Kind.MISS)})
 OUTCOMES = (Kind.HIT, Kind.LATE, Kind.MISS, Kind.COMPUTE, Kind.SKIP, Kind.SUBSTITUTE)
 
 
