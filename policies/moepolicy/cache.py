@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.calls import Call, Calls, CompiledCalls
+from moepolicy.calls import Call, Calls, CompiledCalls, calls_are_compiled
 from moepolicy.kinds import Kind
 from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.state import (
-    BACKLOG,
     COUNTERS,
     DEMAND,
     EVICTED,
@@ -98,9 +97,7 @@ class ExpertCache:
         self.arrays: Cache = new_cache(context, policy, n_events=n_events, max_slots=max_slots)
         most = context.slots if max_slots is None else max(context.slots, max_slots)
         self.max_slots = min(most, context.n_experts)
-        self._calls = (
-            CompiledCalls(self.arrays, policy, horizon) if compile else Calls(self.arrays, policy)
-        )
+        self._calls: Calls = self.compile_calls(horizon) if compile else Calls(self.arrays, policy)
         self._outcome = np.zeros(context.n_experts, np.int8)
 
     @property
@@ -122,6 +119,25 @@ class ExpertCache:
         """The slots that the cache could have and has not: nothing lies in them or is to come."""
         return frozenset(self.arrays.spare[1 : 1 + self.arrays.spare[0]].tolist())
 
+    def is_compiled(self) -> bool:
+        """Whether an earlier run has left these calls compiled on disk. Raises NotCompilable."""
+        return calls_are_compiled(self.arrays, self.policy)
+
+    def compile_calls(self, horizon: int) -> CompiledCalls:
+        """The same calls compiled, or loaded from disk, for ``use``.
+
+        Another thread may do it while the cache is driven: it neither reads nor changes what the
+        cache knows. Raises NotCompilable, or numba's own errors, for a policy beyond compiling.
+        """
+        return CompiledCalls(self.arrays, self.policy, horizon)
+
+    def use(self, calls: Calls) -> None:
+        """Make every call by ``calls`` from now on; between two calls, at any time.
+
+        All state is in the arrays, which both kinds share, so nothing else changes.
+        """
+        self._calls = calls
+
     def begin(self, step: Step) -> NDArray[np.int8]:
         """Pin a step's demand; returns for each of its keys what it is.
 
@@ -129,9 +145,6 @@ class ExpertCache:
         are kept. SUBSTITUTE: ``stand_in`` runs in its place. SKIP: nothing runs.
         """
         outcome = self._outcome[: len(step.experts)]
-        backlog = int(self.arrays.board[BACKLOG])
-        if backlog != step.backlog:
-            step = step._replace(backlog=backlog)
         self._log(Call.BEGIN, step.number)
         try:
             self._calls.begin(step, outcome)
@@ -152,9 +165,11 @@ class ExpertCache:
             self._publish()
         if key < 0:
             return None
-        row = self.arrays.keys[key]
-        evicts = bool(self.arrays.board[EVICTED] >= 0)
-        return Transfer(key, int(row[PLACE]), bool(row[UNUSED]), evicts, bool(row[IS_LOW]))
+        keys, board = self.arrays.keys, self.arrays.board
+        speculative, evicts = bool(keys.item(key, UNUSED)), board.item(EVICTED) >= 0
+        return Transfer(
+            key, keys.item(key, PLACE), speculative, evicts, bool(keys.item(key, IS_LOW))
+        )
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
@@ -200,7 +215,7 @@ class ExpertCache:
 
     def slot_of(self, key: int) -> int:
         """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
-        return int(self.arrays.keys[key, PLACE])
+        return self.arrays.keys.item(key, PLACE)
 
     def is_low(self, key: int) -> bool:
         """Whether the copy of ``key``, here or on its way, is of the lower precision."""
@@ -219,9 +234,9 @@ class ExpertCache:
     def queued(self) -> Kind | None:
         """What ``start`` would try to copy next: LOAD (demand), SPECULATE (a prefetch), nothing."""
         board = self.arrays.board
-        if board[FIRST + DEMAND] >= 0:
+        if board.item(FIRST + DEMAND) >= 0:
             return Kind.LOAD
-        return Kind.SPECULATE if board[FIRST + PREFETCH] >= 0 else None
+        return Kind.SPECULATE if board.item(FIRST + PREFETCH) >= 0 else None
 
     def check(self) -> None:
         """AssertionError if an invariant of the state machine does not hold."""

@@ -18,7 +18,7 @@ from moepolicy.compiled import compiled, compiled_policy, is_compiled
 from moepolicy.machine import begin, consume, end, finish, start
 from moepolicy.policy import Policy
 from moepolicy.resize import resize
-from moepolicy.state import Cache
+from moepolicy.state import BACKLOG, Cache
 from moepolicy.steps import Step
 
 
@@ -44,6 +44,8 @@ class Calls:
         self.policy = policy
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
+        """Write what becomes of each key; the step's backlog is the link's as it is now."""
+        step = step._replace(backlog=self.cache.board.item(BACKLOG))
         begin(self.cache, self.policy, step, outcome)
 
     def start(self) -> int:
@@ -123,8 +125,8 @@ class CompiledCalls(Calls):
     """The same calls compiled together with the policy; the state stays in the same arrays."""
 
     def __init__(self, cache: Cache, policy: Policy, horizon: int) -> None:
-        """``horizon`` is the most rows of predictions a step has. Raises NotCompilable, or
-        numba's own errors, where the policy is beyond compiling."""
+        """``horizon`` is the most rows of predictions a step has; any more are left out. Raises
+        NotCompilable, or numba's own errors, where the policy is beyond compiling."""
         super().__init__(cache, policy)
         n = cache.n_experts
         self._mail = Mail(
@@ -146,18 +148,18 @@ class CompiledCalls(Calls):
         n = len(step.experts)
         mail.experts[:n] = step.experts
         mail.weights[:n] = step.weights
-        n_logits, horizon = len(step.logits), len(step.predicted)
+        n_logits, horizon = len(step.logits), min(len(step.predicted), len(mail.predicted))
         if n_logits:
             mail.logits[:] = step.logits
         if horizon:
-            mail.predicted[:horizon] = step.predicted
+            mail.predicted[:horizon] = step.predicted[:horizon]
         mail.slip[:] = (
             BEGIN,
             step.number,
             step.layer,
             n,
             step.tokens,
-            step.backlog,
+            self.cache.board.item(BACKLOG),
             n_logits,
             horizon,
         )
@@ -168,7 +170,7 @@ class CompiledCalls(Calls):
         slip = self._mail.slip
         slip[CALL] = START
         self._resume()
-        return int(slip[ABOUT])
+        return slip.item(ABOUT)
 
     def finish(self, key: int) -> None:
         self._call(FINISH, key)

@@ -11,6 +11,7 @@ import typer
 from moepolicy import PolicyError, console, find_policy, policy_names
 
 from moerun.commands import options as opt
+from moerun.commands.bench import bench
 from moerun.commands.chat import chat
 from moerun.commands.fidelity import fidelity
 from moerun.commands.pack import pack
@@ -153,6 +154,7 @@ app.command()(serve)
 app.command()(pack)
 app.command()(profile)
 app.command()(fidelity)
+app.command()(bench)
 app.command()(perplexity)
 
 

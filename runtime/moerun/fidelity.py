@@ -145,6 +145,7 @@ def run_live(
         runner.session.settle()
         calm_collector()
         recording = LiveRecording(runner, trace, None, sampling.seed)
+        runner.session.wait_compiled()
         recording.recorder.begin_sequence()
         try:
             generated = runner.generation().run(ids, sampling)

@@ -201,8 +201,7 @@ class Generation:
         self._end_ids = tuple(end) if isinstance(end, list) else (end,)
         self._text = TextStream(self._tokenizer, self._on_text, sampling.stop_strings)
         set_seed(sampling.seed)
-        observers = self.session.gate_observers
-        observers.append(self._look_up)
+        self.session.before_steps.append(self._look_up)
         try:
             out_of_memory = naming_lack_of_memory(prompt_ids.device, "generating")
             with torch.inference_mode(), out_of_memory:
@@ -216,7 +215,7 @@ class Generation:
         except Cancelled:
             pass
         finally:
-            observers.remove(self._look_up)
+            self.session.before_steps.remove(self._look_up)
         self.end_text()
         return self.outcome()
 
@@ -243,7 +242,7 @@ class Generation:
         self._text.push(token)
         return self._text.stopped or self._cancelled.is_set()
 
-    def _look_up(self, *_: object) -> None:
+    def _look_up(self) -> None:
         """Between two layers nothing is left half done."""
         if self._cancelled.is_set():
             raise Cancelled

@@ -47,7 +47,7 @@ def dense_model(store: ExpertStore, device: torch.device | str) -> Any:
         _empty_experts(model, store)
         install_attention(model, store, torch.device(device))
         _load_dense(model, file, torch.device(device), store.index.dense_skew)
-    _rebuild_buffers(model, torch.device(device))
+    rebuild_buffers(model, torch.device(device))
     model.generation_config = _generation_config(store.path, config)
     return model
 
@@ -96,7 +96,7 @@ def _load_dense(model: Any, file: TensorFile, device: torch.device, skews: dict[
         raise RunError(f"{file.path} does not fit config.json ({wrong}): pack the store again")
 
 
-def _rebuild_buffers(model: Any, device: torch.device) -> None:
+def rebuild_buffers(model: Any, device: torch.device) -> None:
     """Buffers that no checkpoint holds (rotary frequencies): computed as at a stock load."""
     for module in model.modules():
         names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]

@@ -196,8 +196,8 @@ def build_index(
         dense_precision=plan.precisions.dense,
         dense_bytes=plan.dense_bytes,
         dense_skew=model.dense_skew(),
-        layer_bytes=_layer_bytes(dense | packed, model.layers),
-        token_bytes=_token_bytes(dense, config),
+        layer_bytes=layer_bytes(dense | packed, model.layers),
+        token_bytes=token_bytes(dense, config),
         shape=model.shape,
         layout=plan.layout,
         layers=_layers(model, plan, crc32),
@@ -236,14 +236,14 @@ def _attention(file: RecordFile, crc32: Checksums) -> AttentionRecords:
     return AttentionRecords(file.precision, file.name, file_bytes, tuple(linears))
 
 
-def _layer_bytes(dense: dict[str, int], layers: tuple[str, ...]) -> int:
+def layer_bytes(dense: dict[str, int], layers: tuple[str, ...]) -> int:
     """Mean over MoE layers of what a layer has besides its routed experts."""
     # model.layers.3.mlp.experts -> model.layers.3.
     prefixes = tuple(f"{'.'.join(name.split('.')[:3])}." for name in layers)
     return sum(size for name, size in dense.items() if name.startswith(prefixes)) // len(layers)
 
 
-def _token_bytes(dense: dict[str, int], config: Any) -> int:
+def token_bytes(dense: dict[str, int], config: Any) -> int:
     """One row of the embedding, and the head (the embedding again where they are tied)."""
     embedding: int = next((size for name, size in dense.items() if "embed_tokens" in name), 0)
     return embedding // int(config.vocab_size) + dense.get("lm_head.weight", embedding)

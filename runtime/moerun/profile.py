@@ -248,6 +248,7 @@ class _Bench:
         decoded_tokens: int | None,
     ) -> None:
         self.runner = Runner(store, settings)
+        self.runner.session.wait_compiled()
         self.watch = Stopwatch(self.runner.session, settings.device)
         attach([module for _, module in find_experts(self.runner.model)], self.watch)
         limit = context_tokens(self.runner.model) or (1 << 30)

@@ -104,6 +104,8 @@ class Runner:
             make_aside=(
                 partial(make_aside, store, settings) if "cpu" in settings.policy.requires else None
             ),
+            # The compiler takes some 100 MB of host memory, which a budget's plan does not count.
+            compile=settings.memory_bytes is None,
         )
         try:
             with naming_lack_of_memory(settings.device, "loading the weights"):

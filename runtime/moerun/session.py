@@ -31,6 +31,7 @@ from moepolicy.cache import Observer
 from numpy.typing import NDArray
 
 from moerun.aside import Aside
+from moerun.compiling import CompileBeside
 from moerun.errors import RunError
 from moerun.links import Link, in_form
 from moerun.totals import Totals, totals_of
@@ -84,11 +85,13 @@ class Session:
         make_aside: Callable[[Link], Aside] | None = None,
         journal: Journal | None = None,
         observers: Sequence[Observer] = (),
+        compile: bool = False,
     ) -> None:
         """``make_link(n_slots)`` gives a link with so many slots, not yet started.
 
         ``make_aside(link)`` gives what computes experts beside the device, for policies that
         require "cpu"; the link has slots of a lower precision for those that require "low".
+        ``compile``: take the policy's compiled calls into use as soon as there are some.
         """
         self.context = context
         self.policy = policy
@@ -97,12 +100,17 @@ class Session:
         if "cpu" in policy.requires and make_aside is None:
             raise PolicyError(f"policy '{policy.label}' needs experts computed beside the device")
         self.gate_observers: list[GateObserver] = []
+        self.before_steps: list[Callable[[], None]] = []
+        """Called before each step, when nothing is half done; what one raises ends the pass."""
         self.cache = self._new_cache(journal, observers)
         self.link = make_link(self.cache.n_slots)
         self._in_memory = frozenset(range(self.cache.n_slots))
         self._shrinking = False  # slots are to go as soon as they can
         self.aside = make_aside(self.link) if make_aside else None
-        self.lock = threading.Condition()  # held for every call of the cache
+        self._mutex = threading.RLock()  # that of ``lock``, quicker to take
+        self.lock = threading.Condition(self._mutex)  # held for every call of the cache
+        self._wants_logits = "logits" in policy.requires
+        self._wants_predictions = "predictions" in policy.requires
         self._under_way = 0
         self._guessed: set[int] = set()  # of those, prefetches with streams of their own
         self._awaited: set[int] = set()
@@ -112,6 +120,8 @@ class Session:
         self._requests = 0
         self._stall_s = 0.0
         self._noted: dict[int, tuple[Any, Any]] = {}
+        self._compile = compile
+        self._compiling = self._compile_beside()
         self.link.start(self._on_copied)
 
     def __enter__(self) -> Session:
@@ -151,7 +161,12 @@ class Session:
         asked for, the compute of the one before must have been issued. Raises RunError or
         PolicyError where an expert cannot be had.
         """
-        gate = to_host(top_k_index, top_k_weights, *self._noted.pop(layer, (None, None)))
+        for call in self.before_steps:
+            call()
+        logits, predicted = self._noted.pop(layer, (None, None))
+        if not (self._wants_logits or self.gate_observers):
+            logits = None  # nobody looks at them: they need not travel
+        gate = to_host(top_k_index, top_k_weights, logits, predicted)
         for observe in self.gate_observers:
             observe(layer, gate)
         first = layer * self.context.n_experts
@@ -177,7 +192,7 @@ class Session:
             with self.lock:
                 self._failure = self._failure or RunError("a step was left unfinished")
             raise
-        with self.lock:
+        with self._mutex:
             self.cache.end()
             if self._shrinking:
                 self._fit_memory()
@@ -211,12 +226,20 @@ class Session:
                 self.aside.drop()
             self.cache = self._new_cache(journal, observers)
             self._fit_memory()
+            compiling, self._compiling = self._compiling, self._compile_beside()
             self._failure = None
             self._awaited.clear()
             self._arrived.clear()
             self._noted.clear()
             self._steps = self._requests = 0
             self._stall_s = 0.0
+        if compiling:
+            compiling.close()
+
+    def wait_compiled(self) -> None:
+        """Wait until the policy's calls are compiled, where they can be and are to be."""
+        if self._compiling:
+            self._compiling.finish()
 
     def settle(self) -> None:
         """Wait until no copy is under way."""
@@ -231,6 +254,14 @@ class Session:
         if self.aside:  # it may read what the link holds
             self.aside.close()
         self.link.close()
+        if self._compiling:
+            self._compiling.close()
+
+    def _compile_beside(self) -> CompileBeside | None:
+        if not self._compile:
+            return None
+        # Nobody can predict further ahead than there are layers.
+        return CompileBeside(self.cache, self.lock, self.context.n_layers)
 
     def _new_cache(self, journal: Journal | None, observers: Sequence[Observer]) -> ExpertCache:
         policy = self.policy.build(self.context)
@@ -258,15 +289,16 @@ class Session:
         """Open the step."""
         experts, weights = demand_order(gate.ids, gate.weights)
         keys = experts + layer * self.context.n_experts
-        predicted = gate.predicted
-        with self.lock:
+        logits = gate.logits if self._wants_logits else None
+        predicted = gate.predicted if self._wants_predictions else None
+        with self._mutex:
             self._raise_failure()
             step = Step(
                 number=self._steps,
                 layer=layer,
                 experts=keys,
                 weights=weights,
-                logits=NO_LOGITS if gate.logits is None else pool_logits(gate.logits),
+                logits=NO_LOGITS if logits is None else pool_logits(logits),
                 predicted=NO_PREDICTIONS if predicted is None else pool_rows(predicted),
                 tokens=len(gate.ids),
             )
@@ -275,18 +307,26 @@ class Session:
                 self._fit_memory()
             self._steps += 1
             self._requests += len(outcome)
-            of: dict[int, list[int]] = {kind: [] for kind in OUTCOMES}
-            for key, kind in zip(keys.tolist(), outcome, strict=True):
-                of[kind].append(key)
-            ranks = [rank for rank, kind in enumerate(outcome) if kind == Kind.SUBSTITUTE]
-            stand_ins = [self.cache.stand_in(rank) for rank in ranks]
-            self._awaited = {*of[Kind.LATE], *of[Kind.MISS]}
+            opened = self._opened(keys.tolist(), outcome)
             for key in self._awaited & self._guessed:
                 self.link.want(key)
-            absent = len(self._awaited)
             self._pump()
+        return opened
+
+    def _opened(self, keys: list[int], outcome: list[int]) -> Opened:
+        """Sort a step's keys by what they are, and note which are awaited. The lock is held."""
+        hits = [key for key, kind in zip(keys, outcome, strict=True) if kind == HIT]
+        if FETCHED.issuperset(outcome):  # nothing but hits and copies: nearly every step
+            self._awaited = set(keys).difference(hits)
+            return Opened(hits, [], [], [], len(self._awaited))
+        of: dict[int, list[int]] = {kind: [] for kind in OUTCOMES}
+        for key, kind in zip(keys, outcome, strict=True):
+            of[kind].append(key)
+        ranks = [rank for rank, kind in enumerate(outcome) if kind == Kind.SUBSTITUTE]
+        stand_ins = [self.cache.stand_in(rank) for rank in ranks]
+        self._awaited = {*of[Kind.LATE], *of[Kind.MISS]}
         replaced = list(zip(of[Kind.SUBSTITUTE], stand_ins, strict=True))
-        return Opened(of[Kind.HIT], replaced, of[Kind.COMPUTE], of[Kind.SKIP], absent)
+        return Opened(hits, replaced, of[Kind.COMPUTE], of[Kind.SKIP], len(self._awaited))
 
     def _beside(self, key: int) -> Any:
         assert self.aside is not None  # or the session had refused the policy
@@ -299,7 +339,7 @@ class Session:
 
     def _release(self, key: int) -> None:
         self.link.release(self.cache.slot_of(key))
-        with self.lock:
+        with self._mutex:
             self.cache.consume(key)
             self._pump()
 
@@ -372,11 +412,15 @@ class Session:
             self.lock.notify_all()
 
 
+HIT = int(Kind.HIT)
+FETCHED = frozenset({HIT, int(Kind.LATE), int(Kind.MISS)})
 OUTCOMES = (Kind.HIT, Kind.LATE, Kind.MISS, Kind.COMPUTE, Kind.SKIP, Kind.SUBSTITUTE)
 
 
 def pool_rows(predicted: NDArray[Any]) -> NDArray[Any]:
     """float16[horizon, tokens, n_experts] -> float32[horizon, n_experts], pooled over tokens."""
+    if predicted.shape[1] == 1:
+        return predicted[:, 0].astype(np.float32)
     return np.stack([pool_logits(rows) for rows in predicted])
 
 
@@ -386,18 +430,32 @@ def to_host(ids: torch.Tensor, weights: torch.Tensor, logits: Any, predicted: An
     Logits and predictions become float16, what a trace stores, before anyone decides by them: a
     replay of the trace must be asked the same question.
     """
+    if ids.is_cpu:
+        return Gate(
+            ids.numpy(),
+            weights.float().numpy(),
+            None if logits is None else _half(logits),
+            None if predicted is None else _half(predicted),
+        )
     parts = [ids, weights.float()]
     parts += [part.to(torch.float16) for part in (logits, predicted) if part is not None]
-    if ids.device.type != "cpu":
-        flat = torch.cat([part.reshape(-1).double() for part in parts]).cpu()
-        pieces = torch.split(flat, [part.numel() for part in parts])
-        parts = [
-            piece.view(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)
-        ]
-    arrays = [part.numpy() for part in parts]
+    flat = torch.cat([part.reshape(-1).double() for part in parts]).cpu()
+    pieces = torch.split(flat, [part.numel() for part in parts])
+    arrays = [
+        piece.view(part.shape).to(part.dtype).numpy()
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
     return Gate(
         arrays[0],
         arrays[1],
         arrays[2] if logits is not None else None,
         arrays[-1] if predicted is not None else None,
     )
+
+
+def _half(tensor: torch.Tensor) -> NDArray[np.float16]:
+    """In float16, by NumPy where it can: for a row of logits it takes a fifth of torch's time."""
+    if tensor.dtype is torch.float32:
+        halves: NDArray[np.float16] = tensor.numpy().astype(np.float16)
+        return halves
+    return tensor.to(torch.float16).numpy()

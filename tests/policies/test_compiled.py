@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moepolicy import Context, PolicyError, compiled, find_policy
+from moepolicy import Context, ExpertCache, PolicyError, compiled, find_policy
 from moepolicy.compiled import compiled_policy
 from moepolicy.fingerprint import fingerprint
 from support.clock import context_for, drive, make_steps, scenarios
@@ -46,6 +46,33 @@ def test_compiled_calls_decide_what_interpreted_ones_do(
     cache.check()
     assert got.events == expected.events
     assert got.journal == expected.journal
+
+
+@given(scenario=scenarios(), seed=st.integers(0, 2**32), at=st.integers(0, 20))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_compiled_calls_take_over_amid_a_step(scenario: dict[str, Any], seed: int, at: int) -> None:
+    steps, context = scenario["steps"], scenario["context"]
+    run = {"seed": seed, "streams": scenario["streams"]}
+    _, expected = drive("lru-spec", context, steps, **run)
+    cache, got = drive("lru-spec", context, steps, **run, compile_at=at % len(steps))
+    cache.check()
+    assert got.events == expected.events
+    assert got.journal == expected.journal
+
+
+def test_predictions_beyond_the_horizon_are_left_out() -> None:
+    ahead = np.zeros((3, 4), np.float32)
+    ahead[0, 2] = 1.0
+    steps = make_steps([(0, [0]), (1, [2])], 4, [ahead, ahead])
+    context = context_for(steps, 2, 4, 1, 2, "layer")
+    cache = ExpertCache(
+        context, find_policy("lru-spec:n=1").build(context), compile=True, horizon=1
+    )
+    cache.begin(steps[0])
+    cache.start()
+    copy = cache.start()
+    assert copy is not None
+    assert (copy.key, copy.speculative) == (4 + 2, True)
 
 
 def test_a_policy_that_raises_is_named_compiled_too(tmp_path: Path) -> None:

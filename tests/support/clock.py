@@ -61,13 +61,16 @@ def drive(
     check: bool = False,
     compile: bool = False,
     resizes: bool = False,
+    compile_at: int | None = None,
 ) -> tuple[ExpertCache, Recording]:
     """Run ``steps``; a generator seeded with ``seed`` plays the clock.
 
-    ``resizes`` changes the cache's size at moments of the generator's choice. Fails if the machine
-    ever stops with work left to do.
+    ``resizes`` changes the cache's size at moments of the generator's choice. Calls are compiled
+    from the start, or from amid the step ``compile_at`` on. Fails if the machine ever stops with
+    work left to do.
     """
     clock, seen = random.Random(seed), Recording()
+    horizon = max(len(step.predicted) for step in steps)
     cache = ExpertCache(
         context,
         find_policy(policy).build(context),
@@ -75,17 +78,19 @@ def drive(
         observers=[seen.events.append],
         journal=seen.journal,
         compile=compile,
-        horizon=max(len(step.predicted) for step in steps),
+        horizon=horizon,
         max_slots=context.n_experts if resizes else None,
     )
     flying: list[int] = []
-    for step in steps:
+    for number, step in enumerate(steps):
         for key in clock.sample(flying, clock.randint(0, len(flying))):
             flying.remove(key)
             cache.finish(key)
         if resizes:
             _maybe_resize(cache, clock)
         outcome = cache.begin(step).tolist()
+        if number == compile_at:
+            cache.use(cache.compile_calls(horizon))
         # The others are computed from no copy of their own.
         left = {
             key for key, kind in zip(step.experts.tolist(), outcome, strict=True) if kind in COPIED

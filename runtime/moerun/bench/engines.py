@@ -1,0 +1,165 @@
+"""What serves experts in a bench besides a session: hits alone, and the engine to be beaten."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from moerun.errors import RunError
+from moerun.links import Done, Link, Throttle
+
+
+class LentLink:
+    """One link that sessions use in turns, so that its memory is filled only once.
+
+    What a session does not decide (its slots, its memory) is the link's own; the owner closes it.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.owned = link
+        self._done: Done | None = None
+        link.start(self._on_copied)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.owned, name)
+
+    def start(self, done: Done) -> None:
+        """Copies that end from now on are the caller's."""
+        self._done = done
+
+    def close(self) -> None:
+        """The link goes on: it is lent."""
+        self._done = None
+
+    def _on_copied(self, key: int, error: Exception | None) -> None:
+        if self._done is not None:
+            self._done(key, error)
+
+
+def copy_all(link: LentLink, copies: Sequence[tuple[int, int]]) -> float:
+    """Seconds that these copies (key, slot) take behind each other, as many at once as it can."""
+    ended: SimpleQueue[Exception | None] = SimpleQueue()
+    link.start(lambda _key, error: ended.put(error))
+    began_s = time.perf_counter()
+    waiting = iter(copies)
+    under_way = 0
+    for _ in range(link.streams):
+        under_way += _submit_next(link, waiting)
+    while under_way:
+        if (error := ended.get()) is not None:
+            raise error
+        under_way += _submit_next(link, waiting) - 1
+    return time.perf_counter() - began_s
+
+
+def _submit_next(link: LentLink, waiting: Iterator[tuple[int, int]]) -> int:
+    copy = next(waiting, None)
+    if copy is None:
+        return 0
+    link.submit(*copy)
+    return 1
+
+
+class HitsOnly:
+    """Every expert is there already: what decoding takes where nothing has to be moved.
+
+    A slot stands in for the expert, whichever lies in it: the compute is the same.
+    """
+
+    def __init__(self, slots: Sequence[Any], n_experts: int) -> None:
+        self._slots = slots
+        self._n_experts = n_experts
+
+    def serve(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> Iterator[tuple[int, Any]]:
+        for expert in dict.fromkeys(top_k_index.flatten().tolist()):
+            yield expert, self._slots[(layer * self._n_experts + expert) % len(self._slots)]
+
+
+class ReleasedEngine:
+    """A faithful model of the released mixtral-offloading engine, on the same link and slots.
+
+    As its source does (expert_cache.py of dvmazur/mixtral-offloading): an LRU of the layer's
+    experts, no speculation, and everything one after the other on one stream. Experts that are
+    there compute first; for each missing one the layer's least recently used is written back to
+    the host, though it has not changed, and then the missing one is copied and computed.
+    """
+
+    def __init__(
+        self,
+        link: Any,
+        *,
+        n_layers: int,
+        n_experts: int,
+        slots: int,
+        record_bytes: int,
+        throttle: Throttle | None,
+        device: torch.device,
+    ) -> None:
+        """Raises RunError without slots, with which it cannot run."""
+        if slots < 1:
+            raise RunError("the released engine needs 1 slot a layer or more")
+        self._link = link
+        self._n_experts = n_experts
+        self._record_bytes = record_bytes
+        self._throttle = throttle
+        self._device = device
+        self._host = torch.empty(record_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._packed = torch.empty(record_bytes, dtype=torch.uint8, device=device)
+        self._free = [list(range(i * slots, (i + 1) * slots)) for i in range(n_layers)]
+        self._held: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(n_layers)]
+        self.hits = self.misses = self.written_back = 0
+
+    @property
+    def bytes_moved(self) -> int:
+        """Over the link, both ways."""
+        return (self.misses + self.written_back) * self._record_bytes
+
+    def serve(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> Iterator[tuple[int, Any]]:
+        held = self._held[layer]
+        wanted = list(dict.fromkeys(top_k_index.flatten().tolist()))
+        hits = [expert for expert in wanted if expert in held]
+        for expert in hits:
+            held.move_to_end(expert)
+        self.hits += len(hits)
+        for expert in hits:
+            yield expert, self._use(held[expert])
+        for expert in wanted:
+            if expert not in hits:
+                held[expert] = self._bring(layer, expert)
+                yield expert, self._use(held[expert])
+
+    def _use(self, slot: int) -> Any:
+        self._link.acquire(slot)
+        return self._link.slots[slot]
+
+    def _bring(self, layer: int, expert: int) -> int:
+        self.misses += 1
+        if self._free[layer]:
+            slot = self._free[layer].pop()
+        else:
+            _, slot = self._held[layer].popitem(last=False)
+            self.written_back += 1
+            self._write_back(slot)
+        self._link.release(slot)  # compute that reads it has been issued before
+        copy_all(self._link, [(layer * self._n_experts + expert, slot)])
+        return slot
+
+    def _write_back(self, slot: int) -> None:
+        began_s = time.perf_counter()
+        # A slot that keeps another form than the record has none to send: as many bytes then.
+        landing = self._link.slots[slot].landing
+        self._host.copy_(self._packed if landing is None else landing, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        if self._throttle:
+            left_s = self._throttle.deadline_s(began_s, self._record_bytes) - time.perf_counter()
+            time.sleep(max(left_s, 0.0))

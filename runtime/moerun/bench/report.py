@@ -1,0 +1,221 @@
+"""What a bench found: a row a policy, and what it was found with."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from moerun.bench.run import RELEASED, Bench, Timed
+from moerun.report import Format, packages
+
+if TYPE_CHECKING:
+    import torch
+
+RELEASED_LABEL = f"{RELEASED} (model of mixtral-offloading)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy. Medians over the rounds; spread is (largest - smallest) / median.
+
+    bound_s_per_token  max(bytes / link rate, compute): no engine that moves these bytes is faster
+    over_bound         how far the run is from that: 0.05 is 5 % slower
+    simulated_tokens_per_s  moesim's prediction, where a machine profile was given
+    """
+
+    policy: str
+    tokens_per_s: float
+    spread: float
+    hit_ratio: float
+    late_ratio: float
+    miss_ratio: float
+    useless_prefetches: int
+    gb_per_token: float
+    link_gb_per_s: float
+    compute_s_per_token: float
+    link_s_per_token: float
+    bound_s_per_token: float
+    over_bound: float
+    simulated_tokens_per_s: float | None
+    rounds: tuple[float, ...]
+    """tokens/s of each round."""
+
+
+def rows_of(bench: Bench, simulated: dict[str, float]) -> list[Row]:
+    tokens = bench.plan.tokens
+    link_rate = median(bench.link_rates)
+    compute_s = median(run.decode_s for run in bench.compute) / tokens
+    return [
+        _row(name, runs, tokens, link_rate, compute_s, simulated.get(name))
+        for name, runs in bench.runs.items()
+    ]
+
+
+def _row(
+    name: str,
+    runs: list[Timed],
+    tokens: int,
+    link_rate: float,
+    compute_s: float,
+    simulated: float | None,
+) -> Row:
+    middle = sorted(runs, key=lambda run: run.decode_s)[len(runs) // 2]
+    totals = middle.totals
+    rates = tuple(tokens / run.decode_s for run in runs)
+    token_s = 1 / median(rates)
+    moved = median(run.bytes_moved for run in runs) / tokens
+    link_s = moved / link_rate
+    bound_s = max(link_s, compute_s)
+    wanted = max(totals.requests, 1)
+    return Row(
+        policy=RELEASED_LABEL if name == RELEASED else name,
+        tokens_per_s=median(rates),
+        spread=(max(rates) - min(rates)) / median(rates),
+        hit_ratio=totals.hits / wanted,
+        late_ratio=totals.late / wanted,
+        miss_ratio=totals.misses / wanted,
+        useless_prefetches=totals.useless_prefetches,
+        gb_per_token=moved / 1e9,
+        link_gb_per_s=moved / token_s / 1e9,
+        compute_s_per_token=compute_s,
+        link_s_per_token=link_s,
+        bound_s_per_token=bound_s,
+        over_bound=token_s / bound_s - 1,
+        simulated_tokens_per_s=simulated,
+        rounds=rates,
+    )
+
+
+def provenance(bench: Bench) -> dict[str, Any]:
+    """What produced the rows."""
+    index, settings, plan = bench.generated.index, bench.settings, bench.plan
+    return {
+        "kind": "measured, random weights, forced routing",
+        "shape": index.model,
+        "layers": index.n_layers,
+        "experts": index.n_experts,
+        "top_k": index.top_k,
+        "precision": index.precision,
+        "expert_bytes": bench.store.record_bytes,
+        "slots": plan.slots,
+        "scope": settings.scope,
+        "device": str(settings.device),
+        "experts_in": "memory" if bench.on_disk is None else "files",
+        "cold": settings.cold,
+        "streams": settings.streams,
+        "link_cap_bytes_per_s": settings.link_bytes_per_s,
+        "link_bytes_per_s": median(bench.link_rates),
+        "tokens": plan.tokens,
+        "warm_up": plan.warm_up,
+        "rounds": plan.rounds,
+        "routing": bench.routing.source,
+        "routing_sha256": bench.routing.sha256,
+        "seed": bench.generated.seed,
+        "hardware": hardware(settings.device),
+        "python": platform.python_version(),
+        "packages": packages(),
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine, in the words it uses itself."""
+    import torch
+
+    found: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "system": platform.platform(),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": gpu.name,
+            "gpu_memory_gb": round(gpu.total_memory / 1e9, 1),
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def render(rows: list[Row], format: Format, made_by: dict[str, Any]) -> str:
+    if format is Format.table:
+        return _table(rows, made_by)
+    if format is Format.json:
+        return json.dumps({"rows": [asdict(row) for row in rows], **made_by}, indent=1) + "\n"
+    out = io.StringIO()
+    plain = [asdict(row) for row in rows]
+    for row in plain:
+        row["rounds"] = " ".join(f"{rate:.4g}" for rate in row["rounds"])
+    writer = csv.DictWriter(out, fieldnames=list(plain[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    return out.getvalue()
+
+
+def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    table.add_column("policy", no_wrap=True)
+    names = ("tok/s", "spread", "hit | late | miss %", "GB/token", "GB/s", "bound ms", "over")
+    simulated = any(row.simulated_tokens_per_s is not None for row in rows)
+    for name in (*names, "sim tok/s")[: len(names) + simulated]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        shares = (row.hit_ratio, row.late_ratio, row.miss_ratio)
+        cells = [
+            row.policy.partition(" (")[0],
+            f"{row.tokens_per_s:.2f}",
+            f"{100 * row.spread:.0f} %",
+            " | ".join(f"{100 * share:.1f}" for share in shares),
+            f"{row.gb_per_token:.4f}",
+            f"{row.link_gb_per_s:.2f}",
+            f"{1e3 * row.bound_s_per_token:.2f}",
+            f"{100 * row.over_bound:+.0f} %",
+        ]
+        if simulated:
+            rate = row.simulated_tokens_per_s
+            cells.append("" if rate is None else f"{rate:.2f}")
+        table.add_row(*cells)
+    out = io.StringIO()
+    Console(file=out, width=110).print(table)
+    return out.getvalue() + _legend(rows, made_by)
+
+
+def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
+    machine = made_by["hardware"]
+    lines = [
+        f"{made_by['shape']}, {made_by['layers']} layers, {made_by['precision']} experts of "
+        f"{made_by['expert_bytes'] / 1e6:.1f} MB (random weights) in {made_by['experts_in']}; "
+        f"{made_by['slots']} slots a layer, cache per {made_by['scope']}, on {made_by['device']}",
+        f"routing forced: {made_by['routing']} (sha256 {made_by['routing_sha256'][:12]}), "
+        f"{made_by['tokens']} tokens after {made_by['warm_up']} of warm-up, "
+        f"{made_by['rounds']} rounds in turns, medians",
+        f"link {made_by['link_bytes_per_s'] / 1e9:.2f} GB/s, compute alone "
+        f"{1e3 * rows[0].compute_s_per_token:.2f} ms a token; bound = max(bytes / link, compute)",
+        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads",
+    ]
+    if any(row.policy == RELEASED_LABEL for row in rows):
+        lines.append(
+            f"{RELEASED}: our model of the released mixtral-offloading engine (serial copies, "
+            "evicted experts written back, no speculation), not its own code"
+        )
+    return "".join(f"{line}\n" for line in lines)

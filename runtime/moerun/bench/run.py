@@ -1,0 +1,305 @@
+"""One bench: a model of random weights decodes forced routing under several policies in turns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from moepolicy import Context, PolicySpec
+
+from moerun.bench.engines import HitsOnly, LentLink, ReleasedEngine, copy_all
+from moerun.bench.generated import GeneratedModel, GeneratedStore, Progress, write_store
+from moerun.bench.room import Room, refuse_too_big
+from moerun.bench.routing import ForcedGates, Routing
+from moerun.devices import calm_collector
+from moerun.errors import RunError
+from moerun.experts import Sums, attach
+from moerun.families import find_experts
+from moerun.forms import SlotForm
+from moerun.generate import Sampling, Timings
+from moerun.links import Link, Throttle
+from moerun.runner import Settings, make_link
+from moerun.servable import refuse_unservable
+from moerun.session import Session
+from moerun.store import ExpertStore
+from moerun.totals import Totals
+
+RELEASED = "released"
+LINK_PROBE_S = 0.5  # what a measurement of the link aims at
+_NOTHING = Totals._make([0] * len(Totals._fields))
+Report = Callable[[str], None]
+
+
+class Timed(NamedTuple):
+    """One run of one row: seconds of the measured tokens, and what they moved."""
+
+    decode_s: float
+    totals: Totals
+    bytes_moved: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run: token counts are of decoded tokens, ``slots`` is per layer."""
+
+    policies: tuple[PolicySpec, ...]
+    slots: int
+    tokens: int
+    warm_up: int
+    rounds: int
+    released: bool
+
+    @property
+    def forced_tokens(self) -> int:
+        """A first token stands for the prompt."""
+        return 1 + self.warm_up + self.tokens
+
+    def check(self) -> None:
+        """Raises RunError or PolicyError naming what is out of range."""
+        for name, least in (("slots", 0), ("tokens", 1), ("warm_up", 0), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise RunError(
+                    f"{name.replace('_', '-')} must be {least} or more, not {getattr(self, name)}"
+                )
+        for policy in self.policies:
+            refuse_unservable(policy)
+
+
+class Marked(Timings):
+    """Notes when each token came, and calls back when warm-up ends."""
+
+    def __init__(self, warm_up: int, on_warm: Callable[[], None]) -> None:
+        super().__init__()
+        self._warm_up = warm_up
+        self._on_warm = on_warm
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.token_s) == self._warm_up + 1:
+            self._on_warm()
+
+    @property
+    def measured_s(self) -> float:
+        return self.token_s[-1] - self.token_s[self._warm_up]
+
+
+class Bench(AbstractContextManager["Bench"]):
+    """A model, its gates forced, and a link whose slots every policy takes over in its turn."""
+
+    def __init__(
+        self,
+        generated: GeneratedModel,
+        routing: Routing,
+        settings: Settings,
+        plan: Plan,
+        *,
+        folder: Path | None = None,
+        sums: Sums = "grouped_mm",
+        report: Report | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """``folder``: keep the experts there, on disk. ``sums`` is as for `attach`.
+
+        Raises RunError for what does not fit.
+        """
+        plan.check()
+        self._sums = sums
+        tell = report or (lambda _: None)
+        self.generated, self.routing, self.settings, self.plan = generated, routing, settings, plan
+        index = generated.index
+        self.form = SlotForm(index.shape, index.precision, settings.device)
+        self._context = Context(
+            n_layers=index.n_layers,
+            n_experts=index.n_experts,
+            top_k=index.top_k,
+            slots=min(plan.slots, index.n_experts),
+            scope=settings.scope,
+            counts=routing.counts(),
+        )
+        staging = max((p.build(self._context).staging for p in plan.policies), default=1)
+        self._n_slots = index.n_layers * self._context.slots + staging
+        room = Room(
+            expert_bytes=generated.expert_bytes,
+            slot_bytes=self._n_slots * self.form.slot_bytes,
+            dense_bytes=index.dense_bytes,
+        )
+        refuse_too_big(room, settings.device, on_disk=folder is not None)
+        tell(f"making {generated.expert_bytes / 1e9:.1f} GB of random experts")
+        self.on_disk = folder
+        self.store = self._make_store(folder, progress)
+        self._link = LentLink(make_link(self.store, self.form, settings, self._n_slots))
+        try:
+            tell("making the model")
+            self.model = generated.build(settings.device)
+            self._experts = [module for _, module in find_experts(self.model)]
+            self._gates = ForcedGates(self.model, routing)
+        except BaseException:
+            self._link.owned.close()
+            raise
+        self.last_ids: list[int] = []  # what the last run decoded
+        self.link_rates: list[float] = []
+        self.compute: list[Timed] = []
+        self.runs: dict[str, list[Timed]] = {policy.label: [] for policy in plan.policies}
+        if plan.released:
+            self.runs[RELEASED] = []
+
+    def __exit__(self, *_: object) -> None:
+        self._gates.close()
+        self._link.owned.close()
+        self.store.close()
+
+    def run(self, report: Report | None = None) -> None:
+        """All rounds; each measures the link, compute alone, then every policy."""
+        tell = report or (lambda _: None)
+        tell("warming up")
+        self._measure_link()
+        self._decode(HitsOnly(self._link.slots, self.store.n_experts), None, tokens=2)
+        calm_collector()
+        for number in range(1, self.plan.rounds + 1):
+            of = f"round {number} of {self.plan.rounds}"
+            tell(f"{of}: the link, and compute alone")
+            self.link_rates.append(self._measure_link())
+            self.compute.append(self._compute_alone())
+            for policy in self.plan.policies:
+                tell(f"{of}: {policy.label}")
+                self.runs[policy.label].append(self.run_policy(policy))
+            if self.plan.released:
+                tell(f"{of}: {RELEASED}")
+                self.runs[RELEASED].append(self._run_released())
+
+    def _make_store(self, folder: Path | None, progress: Progress | None) -> ExpertStore:
+        if folder is not None:
+            return write_store(self.generated, folder, progress)
+        # A GPU's link copies all records into pinned memory of its own.
+        held = self.settings.device.type == "cpu"
+        return GeneratedStore(self.generated, held=held, progress=progress)
+
+    def _measure_link(self) -> float:
+        """bytes/s of copies that each begin as the one before ends, as far as a cap lets them."""
+        n, n_keys = self._n_slots, self.store.n_keys
+        took_s = copy_all(self._link, [(key % n_keys, key) for key in range(n)])
+        if self.settings.link_bytes_per_s is not None:
+            return self.settings.link_bytes_per_s
+        copies = min(max(n, int(LINK_PROBE_S / took_s * n)), 4096)
+        if copies > n:
+            took_s = copy_all(self._link, [(key % n_keys, key % n) for key in range(copies)])
+        return copies * self.store.record_bytes / took_s
+
+    def _compute_alone(self) -> Timed:
+        timings = self._decode(HitsOnly(self._link.slots, self.store.n_experts), None)
+        return Timed(timings.measured_s, _NOTHING, 0)
+
+    def run_policy(self, policy: PolicySpec) -> Timed:
+        session = Session(
+            self._context,
+            policy,
+            lambda _n_slots: cast(Link, self._link),
+            record_bytes=self.store.record_bytes,
+            compile=True,
+        )
+        with session:
+            session.wait_compiled()
+            warm: list[Totals] = []
+            predicts = "predictions" in policy.requires
+            timings = self._decode(
+                session, session, lambda: warm.append(session.totals), predicts=predicts
+            )
+            totals = session.totals.since(warm[0])
+            session.settle()
+        return Timed(timings.measured_s, totals, totals.bytes_loaded)
+
+    def _run_released(self) -> Timed:
+        rate = self.settings.link_bytes_per_s
+        engine = ReleasedEngine(
+            self._link,
+            n_layers=self.store.n_layers,
+            n_experts=self.store.n_experts,
+            slots=self._context.slots,
+            record_bytes=self.store.record_bytes,
+            throttle=Throttle(rate) if rate else None,
+            device=self.settings.device,
+        )
+        warm: list[tuple[int, int, int]] = []
+        timings = self._decode(
+            engine, None, lambda: warm.append((engine.hits, engine.misses, engine.bytes_moved))
+        )
+        hits, misses, moved = (
+            now - then
+            for now, then in zip(
+                (engine.hits, engine.misses, engine.bytes_moved), warm[0], strict=True
+            )
+        )
+        totals = _NOTHING._replace(requests=hits + misses, hits=hits, misses=misses, loads=misses)
+        return Timed(timings.measured_s, totals, moved)
+
+    def _decode(
+        self,
+        provider: Any,
+        session: Session | None,
+        on_warm: Callable[[], None] = lambda: None,
+        *,
+        predicts: bool = False,
+        tokens: int | None = None,
+    ) -> Marked:
+        """Decode the forced tokens from the first on, as `moerun` decodes any."""
+        attach(self._experts, provider, self._sums)
+        self._gates.start(session, predicts=predicts)
+        timings = Marked(self.plan.warm_up if tokens is None else 0, on_warm)
+        decode_forced(self.model, timings, tokens or self.plan.forced_tokens)
+        self.last_ids = timings.token_ids
+        return timings
+
+
+def decode_forced(model: Any, timings: Marked, tokens: int) -> None:
+    """Decode after a prompt of one token, with `generate` as it stands; gates are forced before."""
+    prompt = torch.ones((1, 1), dtype=torch.int64, device=model.device)
+    config = replace(Sampling(), stop=False).config(model, tokens)
+    with torch.inference_mode():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            streamer=timings,
+        )
+
+
+def simulated_tokens_per_s(bench: Bench, machine: Path) -> dict[str, float]:
+    """What `moesim` predicts for the measured tokens, by policy: asked by its command.
+
+    The simulator starts cold, too: a run of the warm-up alone is taken off. Raises RunError with
+    its message where it fails.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="moerun-bench-") as folder:
+        trace = Path(folder) / "forced.parquet"
+        bench.routing.write_trace(trace, bench.generated.index)
+        for policy in bench.plan.policies:
+            cold_s, all_s = (
+                tokens / _simulate(bench, trace, policy.label, machine, tokens)
+                for tokens in (1 + bench.plan.warm_up, bench.plan.forced_tokens)
+            )
+            found[policy.label] = bench.plan.tokens / (all_s - cold_s)
+    return found
+
+
+def _simulate(bench: Bench, trace: Path, policy: str, machine: Path, tokens: int) -> float:
+    command = [
+        *(sys.executable, "-c", "from moesim.cli import main; main()"),
+        *("compare", policy, "--trace", str(trace), "--tokens", str(tokens)),
+        *("--slots", str(bench.plan.slots), "--scope", bench.settings.scope),
+        *("--machine", str(machine), "--expert-bytes", str(bench.store.record_bytes)),
+        *("--format", "json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RunError(f"moesim could not simulate policy '{policy}': {last}")
+    return float(json.loads(done.stdout)[0]["tokens_per_s"])

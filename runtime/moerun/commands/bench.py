@@ -1,0 +1,142 @@
+"""`moerun bench`: what policies would do on this machine, without a model's weights."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from moepolicy import find_policy
+from rich.console import Console
+
+from moerun.commands import options as opt
+from moerun.commands.progress import pack_progress
+from moerun.errors import RunError
+from moerun.report import Format
+
+
+class Baseline(StrEnum):
+    released = "released"
+
+
+def bench(
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="A model's dimensions: mixtral-8x7b, mixtral-8x22b, qwen3-30b-a3b, gpt-oss-20b, "
+            "olmoe-1b-7b, tiny (bundled), or the path of a config.json."
+        ),
+    ] = "mixtral-8x7b",
+    precision: opt.Precision = "2bit",
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="What the gates decide: a recorded trace (a file, or the sample mixtral-like or "
+            "tiny), or 'uniform', drawn without any locality."
+        ),
+    ] = "mixtral-like",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="May be given several times. Default: lru and lru-spec.", show_default=False
+        ),
+    ] = None,
+    baseline: Annotated[
+        Baseline | None,
+        typer.Option(
+            help="Run this beside the policies: 'released' is a model of the released "
+            "mixtral-offloading engine (serial copies, evicted experts written back, no "
+            "speculation).",
+            show_default=False,
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Experts cached per layer.")] = 4,
+    scope: opt.Scope = "layer",
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Only the shape's first layers.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Measured tokens of each run.")] = 64,
+    warm_up: Annotated[int, typer.Option(help="Tokens before them, from a cold cache.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Runs of each policy, in turns.")] = 3,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the experts in files in this folder. Default: in memory.",
+            show_default=False,
+        ),
+    ] = None,
+    device: opt.Device = "auto",
+    streams: opt.Streams = 1,
+    link_gbps: opt.LinkGbps = None,
+    cold: opt.Cold = False,
+    threads: opt.Threads = None,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            help="A machine's profile ('moerun profile'): print what moesim predicts, too.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    format: opt.Output = Format.table,
+) -> None:
+    """Decode with random weights of a model's true size under recorded routing.
+
+    Needs no checkpoint: tokens/s of each policy on this machine, beside the bound that its link
+    and its compute set, before anyone downloads 90 GB.
+    """
+    specs = tuple(find_policy(name) for name in policy or ("lru", "lru-spec"))
+    if cold and store is None:
+        raise typer.BadParameter("--cold is about files: give --store")
+    settings = opt.settings(
+        policy=specs[0].label,
+        slots=slots,
+        scope=scope,
+        device=device,
+        streams=streams,
+        link_gbps=link_gbps,
+        cold=cold,
+        threads=threads,
+    )
+    opt.quiet_libraries()
+    from moerun.bench import report as reports
+    from moerun.bench.generated import GeneratedModel
+    from moerun.bench.routing import load_routing
+    from moerun.bench.run import Bench, Plan, simulated_tokens_per_s
+    from moerun.bench.shapes import find_config, shape_name
+
+    plan = Plan(specs, slots, tokens, warm_up, rounds, baseline is Baseline.released)
+    plan.check()
+    if machine is not None and not machine.is_file():
+        raise RunError(f"{machine} is not there: give --machine a file from 'moerun profile'")
+    config = find_config(shape, layers)
+    generated = GeneratedModel(config, name=shape_name(shape), precision=precision, seed=seed)
+    index = generated.index
+    forced = load_routing(
+        routing,
+        layers=index.n_layers,
+        experts=index.n_experts,
+        top_k=index.top_k,
+        tokens=plan.forced_tokens,
+    )
+    console = Console(stderr=True)
+
+    def tell(text: str) -> None:
+        console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+    with pack_progress(console) as progress:
+        made = Bench(
+            generated, forced, settings, plan, folder=store, report=tell, progress=progress
+        )
+    with made:
+        with console.status("starting") as status:
+            made.run(status.update)
+        simulated = {}
+        if machine is not None:
+            tell("simulating")
+            simulated = simulated_tokens_per_s(made, machine)
+        rows = reports.rows_of(made, simulated)
+        sys.stdout.write(reports.render(rows, format, reports.provenance(made)))

@@ -1,0 +1,48 @@
+"""Compiled calls for a live cache: made beside it by a thread, taken into use between two calls."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+
+from moepolicy import ExpertCache
+
+PATIENCE_S = 20.0
+"""How long a run must last before a policy is compiled for it: compiling takes seconds, and most
+of the interpreter. Code that an earlier run left on disk is taken at once."""
+
+
+class CompileBeside:
+    """Brings one cache its compiled calls; until then, and without them, it runs interpreted."""
+
+    def __init__(self, cache: ExpertCache, lock: threading.Condition, horizon: int) -> None:
+        """``lock`` is held for every call of the cache; steps have ``horizon`` predictions at
+        most."""
+        self._cache = cache
+        self._lock = lock
+        self._horizon = horizon
+        self._closing = threading.Event()
+        self._at_once = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Have it done, and wait for it."""
+        self._at_once.set()
+        self._thread.join()
+
+    def close(self) -> None:
+        """Give up what has not begun; wait for what has, which must not outlive the interpreter."""
+        self._closing.set()
+        self._at_once.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        # What is beyond compiling fails here in numba's many ways, and runs interpreted.
+        with suppress(Exception):
+            if not self._cache.is_compiled():
+                self._at_once.wait(PATIENCE_S)
+            if not self._closing.is_set():
+                calls = self._cache.compile_calls(self._horizon)
+                with self._lock:
+                    self._cache.use(calls)

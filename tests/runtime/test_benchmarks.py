@@ -1,0 +1,89 @@
+"""The scripts in benchmarks/ run, on a small shape and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from moerun.bench.shapes import find_config
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = find_config("mixtral-8x7b", layers=4)
+    config.hidden_size, config.intermediate_size, config.vocab_size = 256, 512, 100
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    folder: Path = tmp_path_factory.mktemp("shapes") / "small"
+    config.save_pretrained(folder)
+    return folder
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_every_step(tmp_path: Path, shape: Path) -> None:
+    done = run(
+        *("bash", str(BENCHMARKS / "gpu.sh"), str(tmp_path)),
+        PYTHON=sys.executable,
+        DEVICE="cpu",
+        SHAPE=str(shape),
+        TOKENS="3",
+        ROUNDS="1",
+        LAYERS="2",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {step["step"]: step["exit"] for step in summary["steps"]} == dict.fromkeys(
+        ["machine", "tests", "bench-2bit", "bench-4bit", "accelerate", "bookkeeping"], 0
+    )
+    for name in ("bench-2bit", "bench-4bit", "offload_gpu", "bookkeeping"):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["rows"]
+        assert found["hardware"]["cpu"]
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_fails_the_script_and_not_the_others(tmp_path: Path) -> None:
+    done = run(
+        *("bash", str(BENCHMARKS / "gpu.sh"), str(tmp_path)),
+        PYTHON=sys.executable,
+        DEVICE="cpu",
+        SHAPE="no-such-shape",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 1
+    exits = {
+        s["step"]: s["exit"] for s in json.loads((tmp_path / "summary.json").read_text())["steps"]
+    }
+    assert exits["bench-2bit"] == 1
+    assert exits["bookkeeping"] == 0
+
+
+@pytest.mark.slow
+def test_every_engine_decodes_the_same_from_disk(tmp_path: Path, shape: Path) -> None:
+    done = run(
+        *(sys.executable, str(BENCHMARKS / "offload_cpu.py"), "--folder", str(tmp_path / "w")),
+        *("--shape", str(shape), "--hidden", "0", "--layers", "4", "--rounds", "1"),
+        *("--tokens", "4", "--warm-up", "1", "--no-limit", "--out", str(tmp_path / "out.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [row["engine"] for row in found["rows"]] == ["lru", "lru-spec", "accelerate", "mmap"]
+    assert all(row["same_tokens_as_mmap"] for row in found["rows"])
+    assert found["limit_covers"] == "nothing"
