@@ -315,6 +315,8 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(
     process.send_signal(signal.SIGINT)
     seen = read_until(person, "\n> ")
     assert re.search(r"\(\d+ tokens, stopped, .* tokens/s", seen)
+    # Between printing its prompt and listening, readline would keep a signal for the next key.
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     seen = read_until(person, " new (interrupted)")
     assert "Traceback" not in seen
