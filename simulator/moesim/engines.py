@@ -132,7 +132,8 @@ def _compiles(job: _Job) -> bool:
     except NotCompilable as error:
         reason = str(error)
     except Exception as error:  # numba's own, of many classes: the policy's code is beyond it
-        reason = str(error).strip().splitlines()[0]
+        # The first line of numba's message says where it was, the second what it met there.
+        reason = ": ".join(str(error).strip().splitlines()[:2])
     if reason:
         _interpreted[policy.policy] = reason
         print(
