@@ -154,9 +154,13 @@ def _state_class(cls: Any, fields: tuple[str, ...]) -> Any:
 
 @cache
 def _resolve_method(name: str) -> None:
-    """Teach numba that ``state.name(...)`` is the policy class's method of that name."""
+    """Teach numba that ``state.name(...)`` is the policy class's method of that name.
+
+    What numba's ``overload_method`` does, but that another class may have a field of the name.
+    """
     from numba import types
-    from numba.extending import overload_method
+    from numba.core.typing.templates import infer_getattr, make_overload_method_template
+    from numba.extending import overload as overloaded
 
     def overload(state: Any, *args: Any) -> Any:  # noqa: ARG001  numba matches the arguments
         cls = getattr(state.instance_class, "policy_class", None)
@@ -169,4 +173,12 @@ def _resolve_method(name: str) -> None:
 
         return call
 
-    overload_method(types.NamedTuple, name)(overload)
+    template: Any = make_overload_method_template(types.NamedTuple, name, overload, inline="never")
+    resolve = template._resolve
+
+    def of_this_class(self: Any, typ: Any, attr: str) -> Any:
+        return None if attr in typ.fields else resolve(self, typ, attr)
+
+    template._resolve = of_this_class
+    infer_getattr(template)
+    overloaded(overload)(overload)

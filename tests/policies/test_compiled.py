@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moepolicy import Context, ExpertCache, PolicyError, compiled, find_policy
+from moepolicy import Context, ExpertCache, Policy, PolicyError, compiled, find_policy
 from moepolicy.compiled import compiled_policy
 from moepolicy.fingerprint import fingerprint
 from support.clock import context_for, drive, make_steps, scenarios
@@ -144,3 +144,38 @@ def test_any_change_of_the_code_changes_its_fingerprint() -> None:
     lru = find_policy("lru").policy
     assert isinstance(advance, FunctionType)
     assert with_globals() != fingerprint(advance, (lru,), frozenset())
+
+
+class Method(Policy):
+    def __init__(self) -> None:
+        self.step = 1
+
+    def total(self) -> int:
+        return self.step
+
+
+class Field(Policy):
+    def __init__(self) -> None:
+        self.total = np.full(1, 41)
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        self.total[0] += 1
+
+
+def load_once(policy: Any, counts: Any) -> None:
+    policy.on_load(0, False, counts[0])
+
+
+def ask_total(policy: Any, counts: Any) -> None:
+    counts[0] = policy.total()
+
+
+def test_what_is_a_method_of_one_policy_may_be_a_field_of_another() -> None:
+    counts = np.zeros(1, np.int64)
+    state = compiled_policy(Method())
+    compiled.compiled(ask_total, state)(state, counts)
+    assert counts[0] == 1
+    field = Field()
+    state = compiled_policy(field)
+    compiled.compiled(load_once, state)(state, counts)
+    assert field.total[0] == 42
