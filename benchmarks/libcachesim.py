@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -290,16 +289,6 @@ def print_table(cells: list[Cell]) -> None:
             print(f"{where}{rates}{cell.ratio():8.2f}")
 
 
-def hardware() -> dict[str, Any]:
-    import os
-
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()}
-
-
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
@@ -326,10 +315,10 @@ def main(
         measure(cells, Path(folder), rounds)
     print_table(cells)
     if out is not None:
-        names = ("numpy", "numba", "libcachesim")
+        from hardware import hardware  # not beside the import of the child, which has no such path
+
         about = {
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in names},
+            "libcachesim": importlib.metadata.version("libcachesim"),
             "hardware": hardware(),
             "seed": SEED,
             "rounds": rounds,

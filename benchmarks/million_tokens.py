@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from hardware import hardware
 from moeroute.synthetic import write_synthetic
 
 POLICIES = (
@@ -141,7 +141,7 @@ def main(
             cost = cost_of("compare", "lru", "--trace", str(few), *common[2:], *one)
             report("lru, 4 slots", n, cost)
     if out is not None:
-        about = {"python": sys.version.split()[0], "machine": platform.processor(), "rows": rows}
+        about = {"hardware": hardware(), "rows": rows}
         out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from hardware import hardware
 from moepolicy import compiled, find_policy
 from moeroute import open_trace
 from moesim import Machine, Workload, engines, load_machine, load_workload
@@ -179,12 +178,7 @@ def main(
     for each in rows:
         print(line(each))
     if out is not None:
-        about = {
-            "machine": f"{cpu_model()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "packages": {name: version(name) for name in ("numba", "numpy", "simpy")},
-            "rows": rows,
-        }
+        about = {"hardware": hardware(), "rows": rows}
         out.write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -206,12 +200,6 @@ def line(row: dict[str, Any]) -> str:
         f"{row['engine']:7}{row['policy']:15}{row['machine']:22}{row['experts']:4} experts"
         f"{row['steps_per_s'] / 1e6:9.3f} M steps/s  {extra}"
     )
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":
