@@ -265,9 +265,11 @@ def test_memory_can_be_changed_between_two_messages(
 def terminal(store: ExpertStore) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """`moerun chat`, slow, and the end of its terminal where a person sits."""
     person, program = pty.openpty()
+    # A shell has its background jobs ignore interrupts, and they would hand that down.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from moerun.cli import main; main()", "chat"),
+            *(sys.executable, "-c", f"{heard}; from moerun.cli import main; main()", "chat"),
             *(
                 "--model",
                 str(store.path),
