@@ -19,7 +19,7 @@ from moepolicy.eviction import Lru
 from moerun.checkpoints import resolve
 from moerun.pack import pack
 from moerun.runner import Runner, Settings
-from moerun.session import Totals
+from moerun.totals import Totals
 from transformers import AutoModelForCausalLM
 
 TEXT = (

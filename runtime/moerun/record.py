@@ -11,9 +11,10 @@ from moepolicy import Event, Journal
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
+from moerun.gates import Gate
 from moerun.index import StoreIndex
 from moerun.report import packages
-from moerun.session import Gate, Session
+from moerun.session import Session
 from moerun.shape import NATIVE, PLAIN, PRECISIONS
 
 if TYPE_CHECKING:

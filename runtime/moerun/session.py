@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from moepolicy import (
     NO_LOGITS,
@@ -28,32 +27,13 @@ from moepolicy import (
     pool_logits,
 )
 from moepolicy.cache import Observer
-from numpy.typing import NDArray
 
 from moerun.aside import Aside
 from moerun.compiling import CompileBeside
 from moerun.errors import RunError
+from moerun.gates import Gate, GateObserver, pool_rows, to_host
 from moerun.links import Link, in_form
 from moerun.totals import Totals, totals_of
-
-
-class Gate(NamedTuple):
-    """What one layer's gate decided for a batch, on the host; what a step and a trace row hold.
-
-    ids        integer[tokens, top_k]
-    weights    float32[tokens, top_k] as applied
-    logits     float16[tokens, n_experts], or None where nobody looks at them
-    predicted  float16[horizon, tokens, n_experts]: row j is the gate of layer + 1 + j; NaN past
-               the last layer. None without predictions
-    """
-
-    ids: NDArray[Any]
-    weights: NDArray[Any]
-    logits: NDArray[Any] | None = None
-    predicted: NDArray[Any] | None = None
-
-
-GateObserver = Callable[[int, Gate], None]
 
 
 class Opened(NamedTuple):
@@ -415,47 +395,3 @@ class Session:
 HIT = int(Kind.HIT)
 FETCHED = frozenset({HIT, int(Kind.LATE), int(Kind.MISS)})
 OUTCOMES = (Kind.HIT, Kind.LATE, Kind.MISS, Kind.COMPUTE, Kind.SKIP, Kind.SUBSTITUTE)
-
-
-def pool_rows(predicted: NDArray[Any]) -> NDArray[Any]:
-    """float16[horizon, tokens, n_experts] -> float32[horizon, n_experts], pooled over tokens."""
-    if predicted.shape[1] == 1:
-        return predicted[:, 0].astype(np.float32)
-    return np.stack([pool_logits(rows) for rows in predicted])
-
-
-def to_host(ids: torch.Tensor, weights: torch.Tensor, logits: Any, predicted: Any) -> Gate:
-    """A gate's choice as NumPy arrays, in one copy where it lies on another device.
-
-    Logits and predictions become float16, what a trace stores, before anyone decides by them: a
-    replay of the trace must be asked the same question.
-    """
-    if ids.is_cpu:
-        return Gate(
-            ids.numpy(),
-            weights.float().numpy(),
-            None if logits is None else _half(logits),
-            None if predicted is None else _half(predicted),
-        )
-    parts = [ids, weights.float()]
-    parts += [part.to(torch.float16) for part in (logits, predicted) if part is not None]
-    flat = torch.cat([part.reshape(-1).double() for part in parts]).cpu()
-    pieces = torch.split(flat, [part.numel() for part in parts])
-    arrays = [
-        piece.view(part.shape).to(part.dtype).numpy()
-        for piece, part in zip(pieces, parts, strict=True)
-    ]
-    return Gate(
-        arrays[0],
-        arrays[1],
-        arrays[2] if logits is not None else None,
-        arrays[-1] if predicted is not None else None,
-    )
-
-
-def _half(tensor: torch.Tensor) -> NDArray[np.float16]:
-    """In float16, by NumPy where it can: for a row of logits it takes a fifth of torch's time."""
-    if tensor.dtype is torch.float32:
-        halves: NDArray[np.float16] = tensor.numpy().astype(np.float16)
-        return halves
-    return tensor.to(torch.float16).numpy()

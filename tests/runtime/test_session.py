@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from moepolicy import Context, Event, ExpertCache, Kind, PolicyError, find_policy, replay_journal
 from moeroute import TraceMeta, TraceWriter, open_trace
 from moerun.errors import RunError
+from moerun.gates import Gate
 from moerun.links import DiskLink, Link
 from moerun.record import EventLog, Pass, rows_of
-from moerun.session import Gate, Session
+from moerun.session import Session
 from moesim import Workload, load_workload
 from moesim.profile import Compute, Machine
 from moesim.profile import Link as SimulatedLink
