@@ -48,7 +48,33 @@ class Slru(Queues):
         return key if key >= 0 else self.oldest_of(self.head(incoming, 1), every, candidates)
 
 
-class TwoQ(Queues):
+class FirstLoads(Queues):
+    """A list of first loads, one of the others, and of what left the first one, its ghosts.
+
+    ``ghosts`` is how many are remembered, as a share of the cache.
+    """
+
+    def __init__(self, context: Context, ghosts: float) -> None:
+        super().__init__(context, 3)
+        self.n_ghosts = int(self.capacity * ghosts)
+        self.recalled = np.full(1, NONE)  # a ghost for which room is being made
+
+    def on_evict(self, key: int) -> None:
+        ghosts = self.head(key, 2)
+        remember = self.at[key] == self.head(key, 0) and not self.guessed[key]
+        self.leave(key)
+        if remember:
+            self.append(key, ghosts)
+            self.trim(ghosts, self.n_ghosts)
+
+    def recall(self, key: int) -> None:
+        """Take ``key`` out of the ghosts, if it is one, before room is made for it."""
+        if self.at[key] == self.head(key, 2):
+            self.leave(key)
+            self.recalled[0] = key
+
+
+class TwoQ(FirstLoads):
     """Evict in the order of loads, unless loaded again soon after: those are kept by recency.
 
     2Q, the full version (Johnson and Shasha, VLDB 1994): ``first`` is the share of the cache for
@@ -56,12 +82,10 @@ class TwoQ(Queues):
     """
 
     def __init__(self, context: Context, first: float = 0.25, ghosts: float = 0.5) -> None:
-        super().__init__(context, 3)
         check_share("2q", "first", first)
         check_share("2q", "ghosts", ghosts)
+        super().__init__(context, ghosts)
         self.n_first = int(self.capacity * first)
-        self.n_ghosts = int(self.capacity * ghosts)
-        self.recalled = np.full(1, NONE)  # a ghost for which room is being made
 
     def on_hit(self, key: int, now: int) -> None:
         self.guessed[key] = False
@@ -76,14 +100,6 @@ class TwoQ(Queues):
         self.enter(key, self.head(key, int(self.recalled[0] == key)), now)
         self.recalled[0] = NONE
 
-    def on_evict(self, key: int) -> None:
-        ghosts = self.head(key, 2)
-        remember = self.at[key] == self.head(key, 0) and not self.guessed[key]
-        self.leave(key)
-        if remember:
-            self.append(key, ghosts)
-            self.trim(ghosts, self.n_ghosts)
-
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         self.recall(incoming)
         every = self.all_may_go(incoming, 2, candidates)
@@ -95,14 +111,8 @@ class TwoQ(Queues):
             key = self.oldest_of(main, every, candidates)
         return key if key >= 0 else self.oldest_of(first, every, candidates)
 
-    def recall(self, key: int) -> None:
-        """Take ``key`` out of the ghosts, if it is one, before room is made for it."""
-        if self.at[key] == self.head(key, 2):
-            self.leave(key)
-            self.recalled[0] = key
 
-
-class S3Fifo(Queues):
+class S3Fifo(FirstLoads):
     """Evict from a small queue of first loads what was not used there twice, before the rest.
 
     S3-FIFO (Yang et al., SOSP 2023), as its authors' libCacheSim has it: until the cache is full,
@@ -111,14 +121,12 @@ class S3Fifo(Queues):
     """
 
     def __init__(self, context: Context, small: float = 0.1, ghosts: float = 0.9) -> None:
-        super().__init__(context, 3)
         check_share("s3-fifo", "small", small)
         check_share("s3-fifo", "ghosts", ghosts)
+        super().__init__(context, ghosts)
         self.n_small = max(1, int(self.capacity * small))
-        self.n_ghosts = int(self.capacity * ghosts)
         self.uses = np.zeros(self.n_keys, np.int64)  # since it entered its queue
         self.full = np.zeros(len(self.links), np.bool_)  # at its head
-        self.recalled = np.full(1, NONE)  # a ghost for which room is being made
 
     def on_hit(self, key: int, now: int) -> None:
         if not self.guessed[key]:
@@ -135,14 +143,6 @@ class S3Fifo(Queues):
         self.guessed[key] = speculative
         self.uses[key] = 0
         self.enter(key, self.head(key, int(to_main)), now)
-
-    def on_evict(self, key: int) -> None:
-        ghosts = self.head(key, 2)
-        remember = self.at[key] == self.head(key, 0) and not self.guessed[key]
-        self.leave(key)
-        if remember:
-            self.append(key, ghosts)
-            self.trim(ghosts, self.n_ghosts)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         self.recall(incoming)
@@ -184,12 +184,6 @@ class S3Fifo(Queues):
                 newer = key if newer == main else newer
             key = newer
         return NONE
-
-    def recall(self, key: int) -> None:
-        """Take ``key`` out of the ghosts, if it is one, before room is made for it."""
-        if self.at[key] == self.head(key, 2):
-            self.leave(key)
-            self.recalled[0] = key
 
 
 # ARC's lists: used once or again, in the cache or (ghosts) evicted from it.
