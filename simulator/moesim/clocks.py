@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from moepolicy.steps import Step
 from numpy.typing import NDArray
 
 from moesim.costs import Costs
@@ -107,4 +108,26 @@ def clock_of(link: Link) -> Clock:
         stall_ns=int(clock[STALL_NS]),
         link_busy_ns=int(clock[LINK_BUSY_NS]),
         segments=[Segment(*row) for row in segments] if len(link.segments) else None,
+    )
+
+
+def step_at(
+    work: Work,
+    number: int,
+    row: int,
+    logits: NDArray[np.float32],
+    predicted: NDArray[np.float32],
+    backlog: int,
+) -> Step:
+    """Step ``number``, whose logits and predictions are in ``row``, or in the one there is."""
+    at, until = work.offsets[number], work.offsets[number + 1]
+    return Step(
+        number,
+        work.layer[number],
+        work.keys[at:until],
+        work.weights[at:until],
+        logits[min(row, len(logits) - 1)],
+        predicted[min(row, len(predicted) - 1)],
+        work.tokens[number],
+        backlog,
     )

@@ -17,10 +17,9 @@ from moepolicy.kinds import HIT
 from moepolicy.machine import begin, consume, end, finish, start, unreachable
 from moepolicy.policy import Context
 from moepolicy.state import BACKLOG, PINNED, Cache, new_cache
-from moepolicy.steps import Step
 from numpy.typing import NDArray
 
-from moesim.clocks import Work, work_of
+from moesim.clocks import Work, step_at, work_of
 from moesim.workload import Workload
 
 CHUNK = 1 << 15  # steps whose predictions are in memory together
@@ -66,18 +65,8 @@ def decide(
 ) -> None:
     """Steps first to one before last; the arguments are those of `moesim.replay.replay`."""
     for number in range(steps[0], steps[1]):
-        at, until = work.offsets[number], work.offsets[number + 1]
-        row = number - steps[0]
-        step = Step(
-            number,
-            work.layer[number],
-            work.keys[at:until],
-            work.weights[at:until],
-            logits[min(row, len(logits) - 1)],
-            predicted[min(row, len(predicted) - 1)],
-            work.tokens[number],
-            cache.board[BACKLOG],
-        )
+        backlog = cache.board[BACKLOG]
+        step = step_at(work, number, number - steps[0], logits, predicted, backlog)
         begin(cache, policy, step, outcome)
         for rank in range(len(step.experts)):
             if outcome[rank] == HIT:

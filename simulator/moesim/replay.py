@@ -54,6 +54,7 @@ from moesim.clocks import (
     WANTED_NOW,
     Link,
     Work,
+    step_at,
 )
 from moesim.costs import Costs
 from moesim.engine import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
@@ -99,19 +100,9 @@ def replay(
         _advance(cache, policy, costs, link, began + until_gate)
         layer = work.layer[number]
         _draw(link, COMPUTE_LANE, 0, began, clock[NOW], -1 - layer, 1)
-        at, until = work.offsets[number], work.offsets[number + 1]
-        row = number - steps[0]
-        step = Step(
-            number,
-            layer,
-            work.keys[at:until],
-            work.weights[at:until],
-            logits[min(row, len(logits) - 1)],
-            predicted[min(row, len(predicted) - 1)],
-            work.tokens[number],
-            cache.board[BACKLOG],
-        )
-        _expert_step(cache, policy, costs, link, step, at, outcome)
+        backlog = cache.board[BACKLOG]
+        step = step_at(work, number, number - steps[0], logits, predicted, backlog)
+        _expert_step(cache, policy, costs, link, step, work.offsets[number], outcome)
         if work.decode[number]:
             clock[DECODE_NS] += clock[NOW] - began
         else:

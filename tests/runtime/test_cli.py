@@ -14,12 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 from moeroute import open_trace
 from moerun.checkpoints import resolve
 from moerun.cli import main
@@ -27,14 +26,6 @@ from support.moe_models import random_model, save_checkpoint
 
 PROMPT = "It was the best of times"
 PATIENCE_S = 120
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

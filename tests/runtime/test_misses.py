@@ -48,14 +48,6 @@ def always(answer: Kind) -> Any:
     return find_policy(f"{OWN}:AnswersLow:answer={int(answer)}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExpertStore]:
     """The bundled model's experts by precision."""

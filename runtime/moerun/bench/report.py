@@ -204,7 +204,7 @@ def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
     machine = made_by["hardware"]
     lines = [
         f"{made_by['shape']}, {made_by['layers']} layers, {made_by['precision']} experts of "
-        f"{made_by['expert_bytes'] / 1e6:.1f} MB (random weights) in {made_by['experts_in']}; "
+        f"{made_by['expert_bytes'] / 1e6:,.3g} MB (random weights) in {made_by['experts_in']}; "
         f"{made_by['slots']} slots a layer, cache per {made_by['scope']}, on {made_by['device']}",
         f"routing forced: {made_by['routing']} (sha256 {made_by['routing_sha256'][:12]}), "
         f"{made_by['tokens']} tokens after {made_by['warm_up']} of warm-up, "
