@@ -21,6 +21,7 @@ import typer
 from moepolicy import Context, find_policy
 from moerun.bench.report import hardware
 from moerun.bench.routing import UNIFORM, Routing, load_routing
+from moerun.compiling import Compiling
 from moerun.links import Done, LinkStatistics
 from moerun.report import packages
 from moerun.session import Session
@@ -97,7 +98,8 @@ def measure(
     routing = load_routing(source, layers=LAYERS, experts=experts, top_k=top_k, tokens=2 * tokens)
     context = Context(LAYERS, experts, top_k, experts if hits else experts // 2)
     spec = find_policy(policy)
-    session = Session(context, spec, InstantLink, record_bytes=1, compile=compile)
+    compiling = Compiling.ALWAYS if compile else Compiling.NEVER
+    session = Session(context, spec, InstantLink, record_bytes=1, compiling=compiling)
     with session:
         if hits:
             serve_all(session, experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from enum import Enum
 
 from moepolicy import ExpertCache
 
@@ -12,15 +13,30 @@ PATIENCE_S = 20.0
 of the interpreter. Code that an earlier run left on disk is taken at once."""
 
 
+class Compiling(Enum):
+    """What may be done to have compiled calls: each takes more memory than the one before."""
+
+    NEVER = "never"
+    KEPT = "kept"  # load what an earlier run has left on disk
+    ALWAYS = "always"  # and compile where none has
+
+
 class CompileBeside:
     """Brings one cache its compiled calls; until then, and without them, it runs interpreted."""
 
-    def __init__(self, cache: ExpertCache, lock: threading.Condition, horizon: int) -> None:
+    def __init__(
+        self,
+        cache: ExpertCache,
+        lock: threading.Condition,
+        horizon: int,
+        allowed: Compiling = Compiling.ALWAYS,
+    ) -> None:
         """``lock`` is held for every call of the cache; steps have ``horizon`` predictions at
-        most."""
+        most. ``allowed`` is KEPT or ALWAYS."""
         self._cache = cache
         self._lock = lock
         self._horizon = horizon
+        self._allowed = allowed
         self._closing = threading.Event()
         self._at_once = threading.Event()
         self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
@@ -41,6 +57,8 @@ class CompileBeside:
         # What is beyond compiling fails here in numba's many ways, and runs interpreted.
         with suppress(Exception):
             if not self._cache.is_compiled():
+                if self._allowed is Compiling.KEPT:
+                    return
                 self._at_once.wait(PATIENCE_S)
             if not self._closing.is_set():
                 calls = self._cache.compile_calls(self._horizon)

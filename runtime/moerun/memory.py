@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from moerun.attention import packed_attention_bytes
+from moerun.compiling import Compiling
 from moerun.devices import format_bytes, resident_bytes
 from moerun.errors import RunError
-from moerun.families import read_config
+from moerun.forms import SlotForm
 from moerun.shape import scheme_of
 from moerun.store import ExpertStore
-from moerun.tensorfile import TensorFile
+from moerun.tensorfile import bytes_of
 
 MIB = 1 << 20
 # What libraries take for themselves as they are first used, measured: on the CPU mostly code that
@@ -25,21 +26,47 @@ MIB = 1 << 20
 LIBRARIES_BYTES = {"cpu": 48 * MIB, "cuda": 96 * MIB}
 # Of `moerun.fused`: 64 rows of 64 tokens in float32, for four programs a multiprocessor.
 PARTIAL_SUMS_BYTES = 16 * MIB
+# What numba takes to load a policy's kept code (measured: 103 to 105 MiB, whichever the policy),
+# and to compile it (171 to 215 MiB).
+COMPILED_BYTES = {Compiling.NEVER: 0, Compiling.KEPT: 112 * MIB, Compiling.ALWAYS: 256 * MIB}
+COMPILED_SHARE = 16  # compiled calls may cost slots of no more than this part of a budget
 DEFAULT_CONTEXT = 2048  # tokens planned for where neither the user nor a prompt says how many
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a run holds besides its expert slots, in bytes."""
+    """What a run holds besides its expert slots, in bytes.
+
+    aside_bytes      of what computes experts on the CPU, where that is the device
+    host_tier_bytes  of the experts kept between disk and device, where the host is the device
+    compiled_bytes   of numba and the policy's compiled code, where the host is the device
+    """
 
     weights_bytes: int
     kv_cache_bytes: int
     workspace_bytes: int
     context_tokens: int
+    aside_bytes: int = 0
+    host_tier_bytes: int = 0
+    compiled_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_cache_bytes + self.workspace_bytes
+        return sum(n_bytes for _, n_bytes, _ in self.rows())
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """What takes how many bytes, and why; what a run does not have is left out."""
+        optional = [
+            ("CPU experts", self.aside_bytes, "computed beside the others"),
+            ("host memory", self.host_tier_bytes, "experts between disk and slots"),
+            ("compiled", self.compiled_bytes, "numba and the policy's code"),
+        ]
+        return [
+            ("weights", self.weights_bytes, "all but the experts"),
+            ("KV cache", self.kv_cache_bytes, f"{self.context_tokens:,} tokens of context"),
+            ("workspace", self.workspace_bytes, "activations, logits, libraries"),
+            *(row for row in optional if row[1]),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +80,7 @@ class MemoryPlan:
     n_experts: int
     staging: int
     slot_bytes: int
+    compiling: Compiling = Compiling.ALWAYS  # what may be done to have the policy's calls compiled
 
     @property
     def slots_bytes(self) -> int:
@@ -72,25 +100,40 @@ class MemoryPlan:
         if budget_bytes < self.least_bytes:
             raise RunError(
                 f"{format_bytes(budget_bytes)} of memory is too little: the least that works is "
-                f"{exact(self.least_bytes)} (weights besides the experts "
-                f"{format_bytes(self.needs.weights_bytes)}, cache of {self.needs.context_tokens:,} "
-                f"tokens {format_bytes(self.needs.kv_cache_bytes)}, workspace "
-                f"{format_bytes(self.needs.workspace_bytes)}, {self.staging} staging "
-                f"buffer{'s' if self.staging > 1 else ''} "
-                f"{format_bytes(self.staging * self.slot_bytes)}); each slot in all "
+                f"{exact(self.least_bytes)} ({self._least()}); each slot in all "
                 f"{self.n_layers} layers takes {format_bytes(self.n_layers * self.slot_bytes)} more"
             )
         slots = (budget_bytes - self.least_bytes) // (self.n_layers * self.slot_bytes)
         return replace(self, budget_bytes=budget_bytes, slots=min(slots, self.n_experts))
 
+    def with_compiling(self) -> MemoryPlan:
+        """This plan, in a budget on the CPU, with what there is room for of compiled policy calls.
+
+        They save some microseconds a layer, a slot saves copies: compiling gets what slots leave
+        unused, code that is kept on disk may cost a small part of the budget.
+        """
+        assert self.budget_bytes is not None
+        unused_bytes = self.budget_bytes - self.total_bytes
+        for chosen in (Compiling.ALWAYS, Compiling.KEPT):
+            n_bytes = COMPILED_BYTES[chosen]
+            needs = replace(self.needs, compiled_bytes=n_bytes)
+            plan = replace(self, needs=needs, compiling=chosen)
+            small = chosen is Compiling.KEPT and n_bytes <= self.budget_bytes // COMPILED_SHARE
+            if n_bytes <= unused_bytes or (small and plan.least_bytes <= self.budget_bytes):
+                return plan.within(self.budget_bytes)
+        return replace(self, compiling=Compiling.NEVER)
+
+    def _least(self) -> str:
+        """What the smallest budget would be spent on."""
+        parts = [f"{name} {format_bytes(n_bytes)}" for name, n_bytes, _ in self.needs.rows()]
+        buffers = f"{self.staging} staging buffer{'s' if self.staging > 1 else ''}"
+        return ", ".join([*parts, f"{buffers} {format_bytes(self.staging * self.slot_bytes)}"])
+
     def rows(self) -> list[tuple[str, int, str]]:
         """What takes how many bytes, and why: for a table."""
-        needs = self.needs
         slots = f"{self.slots} of {self.n_experts} experts in each of {self.n_layers} layers"
         return [
-            ("weights", needs.weights_bytes, "all but the experts"),
-            ("KV cache", needs.kv_cache_bytes, f"{needs.context_tokens:,} tokens of context"),
-            ("workspace", needs.workspace_bytes, "activations, logits, libraries"),
+            *self.needs.rows(),
             ("staging", self.staging * self.slot_bytes, f"{self.staging} experts in passing"),
             ("slots", self.slots * self.n_layers * self.slot_bytes, slots),
             ("total", self.total_bytes, "" if self.budget_bytes is None else self._unused()),
@@ -98,7 +141,7 @@ class MemoryPlan:
 
     def table(self) -> str:
         return "".join(
-            f"{name:10} {format_bytes(n_bytes):>11}  {why}".rstrip() + "\n"
+            f"{name:11} {format_bytes(n_bytes):>11}  {why}".rstrip() + "\n"
             for name, n_bytes, why in self.rows()
         )
 
@@ -132,28 +175,34 @@ def needs_of(
     context_tokens: int | None,
     prompt_tokens: int | None,
     horizon: int,
-    streams: int,
+    copies: int,
+    low: ExpertStore | None = None,
+    aside: bool = False,
+    host_tier_bytes: int = 0,
 ) -> Needs:
     """What serving ``store`` takes besides slots. Reads no weights.
 
-    A prompt may be as long as ``prompt_tokens`` (None: the whole context, less one token).
+    A prompt may be as long as ``prompt_tokens`` (None: the whole context, less one token);
+    ``copies`` may be under way at once; ``aside``: some experts are computed on the CPU.
     """
-    config = read_config(store.path).get_text_config()
+    config = store.config().get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     context = min(context_tokens or DEFAULT_CONTEXT, limit or (1 << 30))
     batch = max(1, min(prompt_tokens or context - 1, context))
-    with TensorFile(store.dense_path) as file:
-        weights = sum(entry.nbytes for entry in file.entries.values())
-        itemsize = max(
-            (e.dtype.itemsize for e in file.entries.values() if len(e.shape) > 1), default=4
-        )
+    dense = store.dense_tensors()
+    itemsize = max((dtype.itemsize for dtype, shape in dense.values() if len(shape) > 1), default=4)
+    weights = sum(bytes_of(dtype, shape) for dtype, shape in dense.values())
+    on_host = device.type == "cpu"
+    quantised = max(_quantised_bytes(each, device, copies, batch) for each in (store, low) if each)
     return Needs(
         weights_bytes=weights + packed_attention_bytes(store, device),
         kv_cache_bytes=kv_cache_bytes(config, context, itemsize),
         workspace_bytes=_activation_bytes(config, store, batch, context, itemsize, horizon)
-        + _quantised_bytes(store, device, streams, batch)
+        + quantised
         + LIBRARIES_BYTES[device.type],
         context_tokens=context,
+        aside_bytes=_aside_bytes(config, store, batch, itemsize) if aside and on_host else 0,
+        host_tier_bytes=host_tier_bytes if on_host else 0,
     )
 
 
@@ -161,7 +210,7 @@ def baseline_bytes(store: ExpertStore) -> int:
     """What the process has in memory before it loads the model, whose code it has loaded."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(read_config(store.path))]  # imports the class
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(store.config())]  # imports the class
     return resident_bytes()
 
 
@@ -211,24 +260,39 @@ def _activation_bytes(
     if _attends_eagerly(config):
         scores += 3 * heads * batch * context * wide
     attention = projected + repeated + scores
-    shape = store.index.shape
-    matrix = max(param.rows_columns[0] for param in shape.params if param.is_matrix)
-    shared = getattr(config, "intermediate_size", 0) or 0
-    inside = 3 * max(matrix, shared) + 3 * hidden
-    experts = batch * (store.index.top_k + 2) * hidden * wide + batch * inside * itemsize
+    inside = _inside_bytes(config, store, batch, itemsize)
+    experts = batch * (store.index.top_k + 2) * hidden * wide + inside
     gates = batch * store.n_experts * 4 * (3 + 2 * horizon)
     around = 6 * batch * hidden * wide
     logits = 64 * config.vocab_size  # float32, sorted with their places, summed: sampling
     return int(around + max(attention, experts) + gates + logits)
 
 
-def _quantised_bytes(store: ExpertStore, device: torch.device, streams: int, batch: int) -> int:
+def _inside_bytes(config: Any, store: ExpertStore, batch: int, itemsize: int) -> int:
+    """What one expert holds between its matrices, or the layer's shared one."""
+    sides = (param.rows_columns for param in store.index.shape.params if param.is_matrix)
+    shared = getattr(config, "intermediate_size", 0) or 0
+    widest = max(shared, *(rows for rows, _ in sides))
+    return batch * (3 * widest + 3 * int(config.hidden_size)) * itemsize
+
+
+def _aside_bytes(config: Any, store: ExpertStore, batch: int, itemsize: int) -> int:
+    """The slot of what computes beside the device, its buffer and what it derives the slot with,
+    and its own activations: its inputs wait for it, and it computes one expert at a time."""
+    form = SlotForm(store.index.shape, store.index.precision, torch.device("cpu"))
+    quantised = scheme_of(store.index.precision) is not None
+    buffers = 3 * form.record_bytes if quantised else 0
+    inputs = batch * store.index.top_k * int(config.hidden_size) * itemsize
+    return form.slot_bytes + buffers + inputs + _inside_bytes(config, store, batch, itemsize)
+
+
+def _quantised_bytes(store: ExpertStore, device: torch.device, copies: int, batch: int) -> int:
     """What quantised weights need beside their own memory: on the CPU to derive what its kernels
     read from an expert's record, on a GPU what the programs that share a row have each summed."""
     index = store.index
     quantised = scheme_of(index.precision) is not None
     if device.type == "cpu":
-        return 3 * streams * store.record_bytes if quantised else 0
+        return 3 * copies * store.record_bytes if quantised else 0
     rows = [linear.rows for linear in index.attention.linears] if index.attention else []
     if quantised:
         rows += [param.rows_columns[0] for param in index.shape.params if param.is_matrix]

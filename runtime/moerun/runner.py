@@ -9,29 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from moepolicy import Context, PolicySpec
-from numpy.typing import NDArray
 
 from moerun.arena import Arena, device_memory, lacking
 from moerun.aside import Aside
 from moerun.budget import BudgetWatch
-from moerun.devices import (
-    format_bytes,
-    free_bytes,
-    naming_lack_of_memory,
-    peak_device_bytes,
-    peak_host_bytes,
-    who_holds,
-)
+from moerun.devices import naming_lack_of_memory, peak_device_bytes, peak_host_bytes
 from moerun.errors import RunError
 from moerun.forms import ExpertSlot, SlotForm
 from moerun.generate import Generation, Sampling, context_tokens, encode
 from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Link, Records, Throttle
 from moerun.links.host import host_tier
-from moerun.memory import MemoryPlan, baseline_bytes, needs_of
+from moerun.memory import baseline_bytes
 from moerun.model import load_offloaded
+from moerun.planning import plan_context, plan_memory, require_free
 from moerun.predict import GatePredictor, find_routers
 from moerun.servable import refuse_unservable
 from moerun.session import Session
@@ -65,8 +57,17 @@ class Settings:
     @property
     def predicts(self) -> int:
         """How many layers ahead the gates are asked."""
-        needed = int("predictions" in self.policy.requires)
+        return self.ahead(self.policy)
+
+    def ahead(self, policy: PolicySpec) -> int:
+        """How many layers ahead the gates are asked under ``policy``."""
+        needed = int("predictions" in policy.requires)
         return needed if self.horizon is None else max(self.horizon, needed)
+
+    @property
+    def copies(self) -> int:
+        """How many may be under way at once: in pieces, prefetches have streams of their own."""
+        return self.streams * (2 if self.chunk_bytes else 1)
 
 
 class Runner:
@@ -88,8 +89,7 @@ class Runner:
         self.store = store
         self.settings = settings
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
-        self.slot_bytes = max(self.form.slot_bytes, low_slot_bytes(settings))
-        self.plan = plan_memory(store, settings, self.slot_bytes)
+        self.plan = plan_memory(store, settings)
         self._baseline_bytes = baseline_bytes(store)
         if settings.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(settings.device)
@@ -104,8 +104,7 @@ class Runner:
             make_aside=(
                 partial(make_aside, store, settings) if "cpu" in settings.policy.requires else None
             ),
-            # The compiler takes some 100 MB of host memory, which a budget's plan does not count.
-            compile=settings.memory_bytes is None,
+            compiling=self.plan.compiling,
         )
         try:
             with naming_lack_of_memory(settings.device, "loading the weights"):
@@ -181,7 +180,7 @@ class Runner:
     @property
     def arena_bytes(self) -> int:
         """Device memory of all slots, staging included."""
-        return self.session.cache.n_slots * self.slot_bytes
+        return self.session.cache.n_slots * self.plan.slot_bytes
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Token ids, int64[1, tokens], on the model's device."""
@@ -268,13 +267,13 @@ def make_slot(form: SlotForm, settings: Settings) -> ExpertSlot | DualSlot:
 
     Raises RunError where there is no memory left for it.
     """
-    n_bytes = max(form.slot_bytes, low_slot_bytes(settings))
+    low = _low_form(settings.low, settings.device) if settings.low else None
+    n_bytes = max(form.slot_bytes, low.slot_bytes if low else 0)
     with lacking(n_bytes, settings.device):
         memory = device_memory(n_bytes, settings.device)
     slot = form.bind(memory[: form.slot_bytes])
-    if settings.low is None:
+    if low is None:
         return slot
-    low = _low_form(settings.low, settings.device)
     return DualSlot(slot, low.bind(memory[: low.slot_bytes]))
 
 
@@ -302,11 +301,6 @@ def check_low(store: ExpertStore, low: ExpertStore | None) -> None:
         )
 
 
-def low_slot_bytes(settings: Settings) -> int:
-    """Memory that a slot needs for an expert of the lower precision; 0 without one."""
-    return _low_form(settings.low, settings.device).slot_bytes if settings.low else 0
-
-
 def _low_form(low: ExpertStore, device: torch.device) -> SlotForm:
     return SlotForm(low.index.shape, low.index.precision, device)
 
@@ -317,77 +311,4 @@ def make_tier(store: ExpertStore, settings: Settings) -> HostTier:
     if host_bytes is None or host_bytes >= all_bytes:
         # What is read only once may stay in the file cache, for the next start.
         return host_tier(store, None)
-    copies = settings.streams * (2 if settings.chunk_bytes else 1)
-    return host_tier(DirectRecords(store), host_bytes, copies)
-
-
-def plan_memory(store: ExpertStore, settings: Settings, slot_bytes: int) -> MemoryPlan:
-    """How the run's memory is spent. RunError where a budget is too small, or is not there."""
-    # Staging may depend on the parameters, so a policy is made to ask it.
-    staging = settings.policy.build(plan_context(store, settings, 0)).staging
-    plan = MemoryPlan(
-        needs=needs_of(
-            store,
-            settings.device,
-            context_tokens=settings.context_tokens,
-            prompt_tokens=settings.prompt_tokens,
-            horizon=settings.predicts,
-            streams=settings.streams,
-        ),
-        budget_bytes=None,
-        slots=settings.slots if settings.slots is not None else store.n_experts // 2,
-        n_layers=store.n_layers,
-        n_experts=store.n_experts,
-        staging=staging,
-        slot_bytes=slot_bytes,
-    )
-    if settings.memory_bytes is None:
-        return plan
-    plan = plan.within(settings.memory_bytes)
-    require_free(plan.total_bytes, settings.memory_bytes, settings.device)
-    return plan
-
-
-def require_free(n_bytes: int, budget_bytes: int, device: torch.device) -> None:
-    """RunError where a device does not have what a budget is about to take."""
-    free = free_bytes(device)
-    if n_bytes > free:
-        raise RunError(
-            f"of the {format_bytes(budget_bytes)} asked for, {format_bytes(n_bytes)} are needed "
-            f"now and {device} has {format_bytes(free)} free{who_holds(device)}: give less "
-            "--memory (or 'auto'), or end what else uses it"
-        )
-
-
-def plan_context(store: ExpertStore, settings: Settings, slots: int) -> Context:
-    """The cache that a policy is made for."""
-    counts = None
-    if "counts" in settings.policy.requires:
-        counts = calibration_counts(store, settings)
-    return Context(
-        n_layers=store.n_layers,
-        n_experts=store.n_experts,
-        top_k=store.index.top_k,
-        slots=slots,
-        scope=settings.scope,
-        counts=counts,
-    )
-
-
-def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int64]:
-    """How often each expert is used in the calibration trace: int64[n_layers, n_experts]."""
-    from moeroute import open_trace
-
-    trace = open_trace(settings.calibration or "tiny")
-    meta = trace.meta
-    if (meta.n_layers, meta.n_experts) != (store.n_layers, store.n_experts):
-        hint = "give one of this model" if settings.calibration else "give one with --calibration"
-        raise RunError(
-            f"policy '{settings.policy.label}' needs the expert counts of a trace, and "
-            f"{trace.path} is of {meta.n_layers} layers of {meta.n_experts} experts, the model of "
-            f"{store.n_layers} of {store.n_experts}: {hint}"
-        )
-    columns = trace.arrays("layer", "experts")
-    keys = columns["layer"].astype(np.int64)[:, None] * meta.n_experts + columns["experts"]
-    counts = np.bincount(keys.ravel(), minlength=store.n_keys)
-    return counts.reshape(store.n_layers, store.n_experts)
+    return host_tier(DirectRecords(store), host_bytes, settings.copies)

@@ -29,7 +29,7 @@ from moepolicy import (
 from moepolicy.cache import Observer
 
 from moerun.aside import Aside
-from moerun.compiling import CompileBeside
+from moerun.compiling import CompileBeside, Compiling
 from moerun.errors import RunError
 from moerun.gates import Gate, GateObserver, pool_rows, to_host
 from moerun.links import Link, in_form
@@ -65,13 +65,13 @@ class Session:
         make_aside: Callable[[Link], Aside] | None = None,
         journal: Journal | None = None,
         observers: Sequence[Observer] = (),
-        compile: bool = False,
+        compiling: Compiling = Compiling.NEVER,
     ) -> None:
         """``make_link(n_slots)`` gives a link with so many slots, not yet started.
 
         ``make_aside(link)`` gives what computes experts beside the device, for policies that
         require "cpu"; the link has slots of a lower precision for those that require "low".
-        ``compile``: take the policy's compiled calls into use as soon as there are some.
+        ``compiling``: what to do to have the policy's compiled calls, used once there are some.
         """
         self.context = context
         self.policy = policy
@@ -100,7 +100,7 @@ class Session:
         self._requests = 0
         self._stall_s = 0.0
         self._noted: dict[int, tuple[Any, Any]] = {}
-        self._compile = compile
+        self._allowed = compiling
         self._compiling = self._compile_beside()
         self.link.start(self._on_copied)
 
@@ -238,10 +238,10 @@ class Session:
             self._compiling.close()
 
     def _compile_beside(self) -> CompileBeside | None:
-        if not self._compile:
+        if self._allowed is Compiling.NEVER:
             return None
         # Nobody can predict further ahead than there are layers.
-        return CompileBeside(self.cache, self.lock, self.context.n_layers)
+        return CompileBeside(self.cache, self.lock, self.context.n_layers, self._allowed)
 
     def _new_cache(self, journal: Journal | None, observers: Sequence[Observer]) -> ExpertCache:
         policy = self.policy.build(self.context)

@@ -8,11 +8,12 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from moerun.errors import RunError
+from moerun.families import read_config
 from moerun.index import DENSE_FILE, StoreIndex, read_index
 from moerun.layout import RecordLayout
 from moerun.tensorfile import TensorFile, memory_of, read_at
@@ -90,10 +91,18 @@ class ExpertStore:
     def n_weights(self) -> int:
         """Weights of the model: what the bytes of the store stand for."""
         index = self.index
-        with TensorFile(self.dense_path) as file:
-            dense = sum(math.prod(entry.shape) for entry in file.entries.values())
+        dense = sum(math.prod(shape) for _, shape in self.dense_tensors().values())
         attention = index.attention.n_weights if index.attention else 0
         return dense + attention + self.n_keys * index.shape.n_weights
+
+    def config(self) -> Any:
+        """The model's configuration, as transformers has it; RunError where it is damaged."""
+        return read_config(self.path)
+
+    def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every weight that is neither an expert's nor packed attention's."""
+        with TensorFile(self.dense_path) as file:
+            return {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
 
     def location(self, key: int) -> Location:
         """Raises RunError for a key that the store does not have."""

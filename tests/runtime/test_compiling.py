@@ -9,7 +9,7 @@ import pytest
 import torch
 from moepolicy import Context, ExpertCache, find_policy
 from moepolicy.calls import CompiledCalls
-from moerun.compiling import CompileBeside
+from moerun.compiling import CompileBeside, Compiling
 from moerun.links import DiskLink
 from moerun.session import Session
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot
@@ -34,7 +34,7 @@ def session(policy: str) -> Session:
         lambda n: DiskLink(MemoryRecords(CONTEXT.n_keys), [MemorySlot() for _ in range(n)]),
         record_bytes=RECORD_BYTES,
         journal=[],
-        compile=True,
+        compiling=Compiling.ALWAYS,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import PolicyError, find_policy, replay_journal
+from moerun import planning
 from moerun import runner as runner_module
 from moerun.budget import parse_budget
 from moerun.checkpoints import resolve
@@ -119,7 +120,7 @@ def test_memory_that_is_not_free_is_refused_before_loading(
     tiny: ExpertStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner_module, "load_offloaded", None)
-    monkeypatch.setattr(runner_module, "free_bytes", lambda _: 20 * MIB)
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 20 * MIB)
     with pytest.raises(RunError, match=r"cpu has 20\.00 MiB free: give less --memory"):
         Runner(tiny, Settings(find_policy("lru"), memory_bytes=1 << 40))
 
@@ -129,13 +130,13 @@ def test_gpu_memory_that_others_hold_is_named_as_such(monkeypatch: pytest.Monkey
     for name, n_bytes in (("memory_reserved", 100 * MIB), ("memory_allocated", 60 * MIB)):
         monkeypatch.setattr(torch.cuda, name, lambda _, n_bytes=n_bytes: n_bytes)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500 * MIB, 8000 * MIB))
-    runner_module.require_free(540 * MIB, 1 << 40, gpu)
+    planning.require_free(540 * MIB, 1 << 40, gpu)
     holds = (
         r"cuda:0 has 540\.00 MiB free \(500\.00 MiB of 7\.81 GiB are; other programs and CUDA "
         r"itself hold 7\.23 GiB\)"
     )
     with pytest.raises(RunError, match=holds):
-        runner_module.require_free(541 * MIB, 1 << 40, gpu)
+        planning.require_free(541 * MIB, 1 << 40, gpu)
 
 
 def test_auto_takes_most_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

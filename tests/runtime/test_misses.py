@@ -285,10 +285,10 @@ def test_a_slot_is_as_big_as_the_bigger_form(stores: dict[str, ExpertStore]) -> 
     small, big = stores["2bit"], stores["native"]
     for store, low in ((big, small), (small, big)):
         with Runner(store, Settings(find_policy("lru"), slots=2, low=low)) as runner:
-            assert runner.slot_bytes >= max(small.record_bytes, big.record_bytes)
-            assert runner.arena_bytes == runner.session.cache.n_slots * runner.slot_bytes
+            assert runner.plan.slot_bytes >= max(small.record_bytes, big.record_bytes)
+            assert runner.arena_bytes == runner.session.cache.n_slots * runner.plan.slot_bytes
     with Runner(small, Settings(find_policy("lru"), slots=0, low=big)) as runner:
-        budget = runner.plan.least_bytes + 3 * small.n_layers * runner.slot_bytes
+        budget = runner.plan.least_bytes + 3 * small.n_layers * runner.plan.slot_bytes
     with Runner(small, Settings(find_policy("lru"), memory_bytes=budget, low=big)) as runner:
         assert runner.context.slots == 3
         assert runner.plan.total_bytes <= budget

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from moerun.devices import calm_collector
-from moerun.forms import SlotForm
 from moerun.generate import Generation, Sampling, encode
 from moerun.model import load_tokenizer
+from moerun.planning import plan_memory
 from moerun.record import LiveRecording
 from moerun.report import Format, provenance, render, report_of
-from moerun.runner import Runner, Settings, plan_memory
+from moerun.runner import Runner, Settings
 from moerun.store import ExpertStore
 
 
@@ -84,8 +84,7 @@ def show_plan(
     """Print the memory plan of a run that is not made. Raises RunError where it cannot be."""
     if prompt is not None:
         settings = fitted(store, settings, sampling, prompt)
-    form = SlotForm(store.index.shape, store.index.precision, settings.device)
-    plan = plan_memory(store, settings, form.slot_bytes)
+    plan = plan_memory(store, settings)
     if format is Format.table:
         sys.stdout.write(plan.table())
     elif format is Format.json:
