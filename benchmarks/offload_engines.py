@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from moepolicy import find_policy
-from moerun.bench.generated import GeneratedModel, write_store
+from moerun.bench.generated import GeneratedModel
+from moerun.bench.ondisk import write_store
 from moerun.bench.routing import ForcedGates, Routing, load_routing
 from moerun.bench.run import Bench, Marked, Plan, decode_forced
 from moerun.bench.shapes import find_config, shape_name
@@ -206,7 +207,7 @@ class Ours:
         generated = case.model()
         spec = find_policy(policy)
         slots = generated.n_experts // 2
-        plan = Plan((spec,), slots, case.tokens, case.warm_up, 1, released=False)
+        plan = Plan((spec,), case.tokens, case.warm_up, 1, released=False)
         self._policy = spec
         self._case = case
         self._bench = Bench(

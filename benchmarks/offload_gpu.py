@@ -53,7 +53,7 @@ def main(
     """Print tokens/s of each and how many times accelerate's."""
     quiet_libraries()
     on, spec = find_device(device), find_policy(policy)
-    plan = Plan((spec,), slots, tokens, warm_up, rounds, released=False)
+    plan = Plan((spec,), tokens, warm_up, rounds, released=False)
     config = find_config(shape, layers)
     config.dtype = torch.bfloat16
     name = shape_name(shape)

@@ -9,7 +9,7 @@ import platform
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from moerun.generate import Sampling, Work
@@ -171,7 +171,7 @@ def _table(report: Report) -> str:
         "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
         f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses{beside}"
         + ("" if report.disk_reads is None else f"; {report.disk_reads:,} read from disk"),
-        **({"changed": _changed(report)} if report.lossy else {}),
+        **({"changed": changed(report)} if report.lossy else {}),
         "stall": f"{report.stall_s:.2f} s of {report.time_s:.2f} s waiting for experts",
         "memory": _against_budget(report)
         + f"{format_bytes(report.arena_bytes)} expert slots; peak "
@@ -198,11 +198,23 @@ def _against_budget(report: Report) -> str:
     )
 
 
-def _changed(report: Report) -> str:
+class Shares(Protocol):
+    """What a lossy policy changed, of the gates' weight."""
+
+    @property
+    def skipped_share(self) -> float: ...
+    @property
+    def substituted_share(self) -> float: ...
+    @property
+    def low_share(self) -> float: ...
+
+
+def changed(row: Shares) -> str:
+    """That in words."""
     shares = {
-        "left out": report.skipped_share,
-        "computed by another expert": report.substituted_share,
-        "computed at the lower precision": report.low_share,
+        "left out": row.skipped_share,
+        "computed by another expert": row.substituted_share,
+        "computed at the lower precision": row.low_share,
     }
     changes = [f"{100 * share:.1f} % {what}" for what, share in shares.items() if share]
     return f"of the gates' weight {', '.join(changes) or 'nothing'}"

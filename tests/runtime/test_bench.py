@@ -13,8 +13,8 @@ import pytest
 import torch
 from moepolicy import find_policy
 from moeroute import open_trace
-from moerun.bench.generated import GeneratedModel, RandomRecords, write_store
-from moerun.bench.room import Room, refuse_too_big
+from moerun.bench.generated import GeneratedModel, RandomRecords
+from moerun.bench.ondisk import write_store
 from moerun.bench.routing import UNIFORM, Routing, load_routing
 from moerun.bench.run import RELEASED, Bench, Plan, simulated_tokens_per_s
 from moerun.bench.shapes import PUBLISHED, find_config
@@ -42,7 +42,7 @@ def tiny_routing(tokens: int = 1 + WARM_UP + TOKENS) -> Routing:
 @pytest.fixture(scope="module")
 def bench() -> Any:
     policies = tuple(find_policy(name) for name in ("lru", "lfu", "lru-spec"))
-    plan = Plan(policies, SLOTS, TOKENS, WARM_UP, 2, released=True)
+    plan = Plan(policies, TOKENS, WARM_UP, 2, released=True)
     settings = Settings(policy=policies[0], slots=SLOTS)
     with Bench(tiny_model(), tiny_routing(), settings, plan) as made:
         made.run()
@@ -164,13 +164,6 @@ def test_shapes_have_the_weights_of_their_names(shape: str, billions: float) -> 
     )
 
 
-def test_what_does_not_fit_is_refused_with_its_sizes() -> None:
-    room = Room(expert_bytes=10**15, slot_bytes=2 * 10**9, dense_bytes=3 * 10**9)
-    with pytest.raises(RunError, match=r"experts 1000000\.00 GB, slots 2\.00 GB.*--layers"):
-        refuse_too_big(room, CPU, on_disk=False)
-    refuse_too_big(Room(10**15, 4096, 4096), CPU, on_disk=True)
-
-
 @pytest.mark.parametrize(
     ("experts", "tokens", "message"),
     [
@@ -250,7 +243,7 @@ def test_numbers_out_of_range() -> None:
     with pytest.raises(RunError, match="no precision '5bit'"):
         tiny_model("5bit")
     with pytest.raises(RunError, match="rounds must be 1 or more, not 0"):
-        Plan((find_policy("lru"),), SLOTS, TOKENS, WARM_UP, 0, released=False).check()
+        Plan((find_policy("lru"),), TOKENS, WARM_UP, 0, released=False).check()
 
 
 def test_the_same_sample_without_polars(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from moerun.errors import RunError
-from moerun.links import Done, Link, Throttle
+from moerun.links import Done, Link, Throttle, in_form
 
 
 class LentLink:
@@ -68,18 +67,21 @@ def _submit_next(link: LentLink, waiting: Iterator[tuple[int, int]]) -> int:
 class HitsOnly:
     """Every expert is there already: what decoding takes where nothing has to be moved.
 
-    A slot stands in for the expert, whichever lies in it: the compute is the same.
+    A slot stands in for the expert, whichever lies in it at full precision: the compute is the
+    same. Or none is computed at all: what decoding takes besides.
     """
 
-    def __init__(self, slots: Sequence[Any], n_experts: int) -> None:
+    def __init__(self, slots: Sequence[Any], n_experts: int, *, computing: bool = True) -> None:
         self._slots = slots
         self._n_experts = n_experts
+        self._computing = computing
 
     def serve(
         self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> Iterator[tuple[int, Any]]:
         for expert in dict.fromkeys(top_k_index.flatten().tolist()):
-            yield expert, self._slots[(layer * self._n_experts + expert) % len(self._slots)]
+            slot = self._slots[(layer * self._n_experts + expert) % len(self._slots)]
+            yield expert, in_form(slot, low=False) if self._computing else None
 
 
 class ReleasedEngine:
@@ -102,9 +104,7 @@ class ReleasedEngine:
         throttle: Throttle | None,
         device: torch.device,
     ) -> None:
-        """Raises RunError without slots, with which it cannot run."""
-        if slots < 1:
-            raise RunError("the released engine needs 1 slot a layer or more")
+        """``slots``, 1 or more, are a layer's."""
         self._link = link
         self._n_experts = n_experts
         self._record_bytes = record_bytes
@@ -139,7 +139,7 @@ class ReleasedEngine:
 
     def _use(self, slot: int) -> Any:
         self._link.acquire(slot)
-        return self._link.slots[slot]
+        return in_form(self._link.slots[slot], low=False)
 
     def _bring(self, layer: int, expert: int) -> int:
         self.misses += 1
@@ -156,7 +156,7 @@ class ReleasedEngine:
     def _write_back(self, slot: int) -> None:
         began_s = time.perf_counter()
         # A slot that keeps another form than the record has none to send: as many bytes then.
-        landing = self._link.slots[slot].landing
+        landing = in_form(self._link.slots[slot], low=False).landing
         self._host.copy_(self._packed if landing is None else landing, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()

@@ -7,34 +7,42 @@ more than copying it.
 
 from __future__ import annotations
 
+import copy
 import math
-import shutil
-import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moerun.attention import install_attention
 from moerun.errors import RunError
 from moerun.experts import IMPLEMENTATION, register
 from moerun.families import (
     count_experts,
     empty_model,
     expert_shape,
+    find_attention,
     find_experts,
     shared_experts_of,
     top_k_of,
 )
-from moerun.index import DENSE_FILE, INDEX_FILE, LayerRecords, StoreIndex, experts_file, write_json
-from moerun.layout import RECORD_ALIGN, RecordLayout
+from moerun.index import (
+    ATTENTION_FILE,
+    AttentionRecords,
+    LayerRecords,
+    LinearRecord,
+    StoreIndex,
+    experts_file,
+)
+from moerun.layout import RECORD_ALIGN
 from moerun.model import rebuild_buffers
-from moerun.packing import SCALE_UNIT, Scheme
-from moerun.plan import layer_bytes, packages, token_bytes
-from moerun.shape import ExpertShape, scheme_of
+from moerun.packing import SCALE_UNIT, SCHEMES, Scheme
+from moerun.plan import Precisions, layer_bytes, packages, token_bytes
+from moerun.shape import NATIVE, PLAIN, ExpertShape, scheme_of
 from moerun.store import ExpertStore, Read
-from moerun.tensorfile import TensorFileWriter, bytes_of, header_of, memory_of
+from moerun.tensorfile import bytes_of, header_of
 
 WEIGHT_STD = 0.02
 _DRAWN = 1 << 20  # dense weights repeat a block of so many
@@ -93,38 +101,67 @@ def _normals(n: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Te
 class GeneratedModel:
     """A model of a configuration whose weights are drawn as they are asked for."""
 
-    def __init__(self, config: Any, *, name: str, precision: str, seed: int) -> None:
-        """Raises RunError where the precision does not fit the configuration's matrices."""
+    def __init__(
+        self, config: Any, *, name: str, precision: str, seed: int, attention: str = NATIVE
+    ) -> None:
+        """``precision`` is the experts'; both precisions are chosen from as for a pack.
+
+        Raises RunError where one does not fit the configuration's matrices.
+        """
         register()
+        self.name = name
         self.config = config
         self.seed = seed
-        self.dtype = config.dtype or torch.bfloat16
+        self.precisions = Precisions.chosen(precision, attention, None)
+        native = config.dtype or torch.bfloat16
+        self.dtype = PLAIN.get(self.precisions.dense, native)
         self._model: Any = empty_model(config, self.dtype, experts=IMPLEMENTATION)
         found = find_experts(self._model)
         if not found:
             raise RunError(f"{name} has no layers with experts: keep more of its layers")
         self._modules = [module for module, _ in found]
         self.n_experts = count_experts(found[0][1])
-        self.shape = expert_shape(found[0][1], self.dtype)
+        self.shape = expert_shape(found[0][1], native)
         self.records = RandomRecords(self.shape, precision, seed)
         for _, module in found:
             for parameter, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, parameter, None)
-        self.index = self._index(name, precision)
+        self._projections: dict[str, RandomRecords] = {}
+        if self.precisions.packs_attention:
+            self._projections = self._draw_attention()
+        self._dense = self._dense_tensors()
+        self.index = self._index(precision)
+
+    def at(self, precision: str) -> GeneratedModel:
+        """The same model with its experts at another precision."""
+        other = copy.copy(self)
+        other.precisions = replace(self.precisions, expert=precision)
+        other.records = RandomRecords(self.shape, precision, self.seed)
+        other.index = other._index(precision)
+        return other
+
+    def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every weight that is neither an expert's nor packed attention's."""
+        return dict(self._dense)
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight that is no routed expert's, on the CPU: norms 1, the others normal."""
+        """Those weights, on the CPU: norms 1, the others normal."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        for name, parameter in self._model.named_parameters():
-            if parameter.dim() == 1 and name.endswith("weight"):
-                yield name, torch.ones(parameter.shape, dtype=parameter.dtype)
+        for name, (dtype, shape) in self._dense.items():
+            if len(shape) == 1 and name.endswith("weight"):
+                yield name, torch.ones(shape, dtype=dtype)
             else:
-                drawn = _normals(parameter.numel(), parameter.dtype, generator)
-                yield name, drawn.view(parameter.shape)
+                yield name, _normals(math.prod(shape), dtype, generator).view(shape)
 
-    def build(self, device: torch.device) -> Any:
-        """The model, ready to run but for its experts. Once."""
+    def write_attention(self, module: str, buffer: torch.Tensor) -> None:
+        """Fill ``buffer``, uint8, with the record of a packed projection, by its module's name."""
+        self._projections[module].write(list(self._projections).index(module), buffer)
+
+    def build(self, store: ExpertStore, device: torch.device) -> Any:
+        """The model, ready to run but for its experts, its attention read from ``store`` where
+        that is packed. Once."""
         model = self._model
+        install_attention(model, store, device)
         state = {name: tensor.to(device) for name, tensor in self.dense()}
         model.load_state_dict(state, strict=False, assign=True)
         model.requires_grad_(False)
@@ -139,49 +176,93 @@ class GeneratedModel:
         model.generation_config = GenerationConfig.from_model_config(self.config)
         return model
 
-    def _index(self, name: str, precision: str) -> StoreIndex:
-        dense = {
-            tensor: bytes_of(parameter.dtype, parameter.shape)
-            for tensor, parameter in self._model.named_parameters()
+    def record_lengths(self) -> dict[str, int]:
+        """Of a layer's records, by their names in its file."""
+        return {f"expert.{e}": self.records.record_bytes for e in range(self.n_experts)}
+
+    def _draw_attention(self) -> dict[str, RandomRecords]:
+        """By module; projections of one shape share what is drawn."""
+        precision = self.precisions.attention
+        drawn: dict[tuple[int, int], RandomRecords] = {}
+        found = {}
+        for name, linear in find_attention(self._model):
+            rows, columns = linear.weight.shape
+            SCHEMES[precision].check(name, columns)
+            if (rows, columns) not in drawn:
+                shape = ExpertShape.matrix(rows, columns)
+                drawn[rows, columns] = RandomRecords(shape, precision, self.seed)
+            found[name] = drawn[rows, columns]
+        return found
+
+    def _dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        packed = {f"{module}.weight" for module in self._projections}
+        return {
+            name: (parameter.dtype, tuple(parameter.shape))
+            for name, parameter in self._model.named_parameters()
+            if name not in packed
         }
-        header, entries = header_of(
-            _record_tensors(self.records.layout, self.n_experts), align=4096
-        )
-        offsets = tuple(entry.offset for entry in entries.values())
-        file_bytes = len(header) + sum(entry.nbytes for entry in entries.values())
+
+    def _index(self, precision: str) -> StoreIndex:
+        dense = {name: bytes_of(dtype, shape) for name, (dtype, shape) in self._dense.items()}
+        packed = {name: records.record_bytes for name, records in self._projections.items()}
+        file_bytes, offsets = _laid_out(self.record_lengths())
         return StoreIndex(
-            model=name,
+            model=self.name,
             revision=None,
             model_type=self.config.model_type,
             top_k=top_k_of(self.config),
             n_shared_experts=shared_experts_of(self.config),
             precision=precision,
-            dense_precision="native",
+            dense_precision=self.precisions.dense,
             dense_bytes=sum(dense.values()),
             dense_skew={},
-            layer_bytes=layer_bytes(dense, tuple(self._modules)),
+            layer_bytes=layer_bytes(dense | packed, tuple(self._modules)),
             token_bytes=token_bytes(dense, self.config),
             shape=self.shape,
             layout=self.records.layout,
             layers=tuple(
-                LayerRecords(module, experts_file(i), file_bytes, offsets, (0,) * self.n_experts)
+                LayerRecords(
+                    module, experts_file(i), file_bytes, tuple(offsets), (0,) * self.n_experts
+                )
                 for i, module in enumerate(self._modules)
             ),
             source_digest=f"random weights, seed {self.seed}",
             source_bytes=0,
             packages=packages(),
+            attention=self._attention_records() if packed else None,
         )
+
+    def _attention_records(self) -> AttentionRecords:
+        lengths = {name: records.record_bytes for name, records in self._projections.items()}
+        file_bytes, offsets = _laid_out(lengths)
+        linears = tuple(
+            LinearRecord(name, linear.out_features, linear.in_features, offset, crc32=0)
+            for (name, linear), offset in zip(find_attention(self._model), offsets, strict=True)
+        )
+        return AttentionRecords(self.precisions.attention, ATTENTION_FILE, file_bytes, linears)
 
     @property
     def expert_bytes(self) -> int:
         """Of all experts together."""
         return self.index.n_layers * self.n_experts * self.records.record_bytes
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of everything else, as it is stored."""
+        attention = self.index.attention
+        return self.index.dense_bytes + (attention.file_bytes if attention else 0)
 
-def _record_tensors(
-    layout: RecordLayout, n_experts: int
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    return {f"expert.{e}": (torch.uint8, (layout.record_bytes,)) for e in range(n_experts)}
+
+def record_tensors(lengths: dict[str, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Records by name, as safetensors is told of them: their bytes."""
+    return {name: (torch.uint8, (n_bytes,)) for name, n_bytes in lengths.items()}
+
+
+def _laid_out(lengths: dict[str, int]) -> tuple[int, list[int]]:
+    """Bytes of a file of such records, and where each lies."""
+    header, entries = header_of(record_tensors(lengths), align=RECORD_ALIGN)
+    file_bytes = len(header) + sum(entry.nbytes for entry in entries.values())
+    return file_bytes, [entry.offset for entry in entries.values()]
 
 
 class GeneratedStore(ExpertStore):
@@ -191,6 +272,7 @@ class GeneratedStore(ExpertStore):
         """``held``: draw every record now; else each time it is read, which is for a link that
         copies them all into memory of its own. Raises RunError where memory does not suffice."""
         super().__init__(Path(f"<random {model.index.model}>"), model.index)
+        self._model = model
         self._records = model.records
         self._memory: torch.Tensor | None = None
         if not held:
@@ -220,81 +302,11 @@ class GeneratedStore(ExpertStore):
         for piece in pieces(self.record_bytes) if pieces else (slice(None),):
             buffer[piece].copy_(self._memory[key][piece])
 
+    def read_attention(self, module: str, buffer: torch.Tensor) -> None:
+        self._model.write_attention(module, buffer)
 
-def write_store(
-    model: GeneratedModel, folder: Path, progress: Progress | None = None
-) -> ExpertStore:
-    """The model as a store on disk, the one that is there if it is of the same model and seed.
+    def config(self) -> Any:
+        return self._model.config
 
-    Raises RunError where the folder holds something else or the disk is too small.
-    """
-    if (folder / INDEX_FILE).is_file():
-        return _same(ExpertStore.open(folder), model)
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} exists already and is no store: give a new folder")
-    _check_space(model, folder)
-    partial_folder = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    layers = []
-    report = partial(_report, progress, model.index.n_layers * model.n_experts)
-    for layer, records in enumerate(model.index.layers):
-        crc32 = _write_layer(model, partial_folder / records.file, layer, report)
-        layers.append(crc32)
-    dense = {name: (t.dtype, tuple(t.shape)) for name, t in model.dense()}
-    with TensorFileWriter(partial_folder / DENSE_FILE, dense) as writer:
-        for name, tensor in model.dense():
-            writer.write(name, tensor)
-    model.config.save_pretrained(partial_folder)
-    described = model.index.to_json()
-    for described_layer, crc32 in zip(described["layers"], layers, strict=True):
-        described_layer["crc32"] = list(crc32)
-    write_json(partial_folder / INDEX_FILE, described)
-    if folder.exists():
-        folder.rmdir()
-    partial_folder.rename(folder)
-    return ExpertStore.open(folder)
-
-
-def _write_layer(
-    model: GeneratedModel, path: Path, layer: int, report: Callable[[int], None]
-) -> tuple[int, ...]:
-    crc32 = []
-    buffer = torch.empty(model.records.record_bytes, dtype=torch.uint8)
-    tensors = _record_tensors(model.records.layout, model.n_experts)
-    with TensorFileWriter(path, tensors, align=RECORD_ALIGN) as writer:
-        for expert in range(model.n_experts):
-            key = layer * model.n_experts + expert
-            buffer.zero_()
-            model.records.write(key, buffer)
-            writer.write(f"expert.{expert}", buffer)
-            crc32.append(zlib.crc32(memory_of(buffer)))
-            report(key + 1)
-    return tuple(crc32)
-
-
-def _report(progress: Progress | None, of: int, done: int) -> None:
-    if progress:
-        progress(done, of)
-
-
-def _same(store: ExpertStore, model: GeneratedModel) -> ExpertStore:
-    ours, theirs = model.index, store.index
-    for what in ("model", "precision", "n_layers", "source_digest"):
-        if getattr(ours, what) != getattr(theirs, what):
-            raise RunError(
-                f"{store.path} holds {theirs.model} in {theirs.precision}, {theirs.n_layers} "
-                f"layers, {theirs.source_digest}: give another --store, or remove it"
-            )
-    return store
-
-
-def _check_space(model: GeneratedModel, folder: Path) -> None:
-    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    needed = model.expert_bytes + model.index.dense_bytes
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise RunError(
-            f"the experts take {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free: "
-            "choose a lower precision, fewer --layers, or another --store"
-        )
+    def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return self._model.dense_tensors()

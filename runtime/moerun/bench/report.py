@@ -13,10 +13,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from moerun.bench.run import RELEASED, Bench, Timed
-from moerun.report import Format, packages
+from moerun.report import Format, changed, packages
 
 if TYPE_CHECKING:
     import torch
+
+    from moerun.totals import Totals
 
 RELEASED_LABEL = f"{RELEASED} (model of mixtral-offloading)"
 
@@ -25,17 +27,28 @@ RELEASED_LABEL = f"{RELEASED} (model of mixtral-offloading)"
 class Row:
     """One policy. Medians over the rounds; spread is (largest - smallest) / median.
 
+    cpu_ratio          of the experts wanted, those computed on the CPU
+    skipped_share, substituted_share, low_share
+                       of the gates' weight, what was left out, computed by another expert or at
+                       the lower precision; all 0 but for policies that are ``lossy``
+    compute_s_per_token  of the device alone, with every expert there; without those that the policy
+                       has computed elsewhere or nowhere
     bound_s_per_token  max(bytes / link rate, compute): no engine that moves these bytes is faster
     over_bound         how far the run is from that: 0.05 is 5 % slower
     simulated_tokens_per_s  moesim's prediction, where a machine profile was given
     """
 
     policy: str
+    lossy: bool
     tokens_per_s: float
     spread: float
     hit_ratio: float
     late_ratio: float
     miss_ratio: float
+    cpu_ratio: float
+    skipped_share: float
+    substituted_share: float
+    low_share: float
     useless_prefetches: int
     gb_per_token: float
     link_gb_per_s: float
@@ -49,38 +62,34 @@ class Row:
 
 
 def rows_of(bench: Bench, simulated: dict[str, float]) -> list[Row]:
-    tokens = bench.plan.tokens
-    link_rate = median(bench.link_rates)
-    compute_s = median(run.decode_s for run in bench.compute) / tokens
+    lossy = {policy.label for policy in bench.plan.policies if policy.policy.lossy}
     return [
-        _row(name, runs, tokens, link_rate, compute_s, simulated.get(name))
+        _row(name, name in lossy, runs, bench, simulated.get(name))
         for name, runs in bench.runs.items()
     ]
 
 
-def _row(
-    name: str,
-    runs: list[Timed],
-    tokens: int,
-    link_rate: float,
-    compute_s: float,
-    simulated: float | None,
-) -> Row:
+def _row(name: str, lossy: bool, runs: list[Timed], bench: Bench, simulated: float | None) -> Row:
+    tokens = bench.plan.tokens
     middle = sorted(runs, key=lambda run: run.decode_s)[len(runs) // 2]
     totals = middle.totals
     rates = tuple(tokens / run.decode_s for run in runs)
     token_s = 1 / median(rates)
     moved = median(run.bytes_moved for run in runs) / tokens
-    link_s = moved / link_rate
+    link_s = moved / median(bench.link_rates)
+    compute_s = _compute_s(bench, totals) / tokens
     bound_s = max(link_s, compute_s)
     wanted = max(totals.requests, 1)
     return Row(
         policy=RELEASED_LABEL if name == RELEASED else name,
+        lossy=lossy,
         tokens_per_s=median(rates),
         spread=(max(rates) - min(rates)) / median(rates),
         hit_ratio=totals.hits / wanted,
         late_ratio=totals.late / wanted,
         miss_ratio=totals.misses / wanted,
+        cpu_ratio=totals.cpu_experts / wanted,
+        **totals.shares,
         useless_prefetches=totals.useless_prefetches,
         gb_per_token=moved / 1e9,
         link_gb_per_s=moved / token_s / 1e9,
@@ -91,6 +100,16 @@ def _row(
         simulated_tokens_per_s=simulated,
         rounds=rates,
     )
+
+
+def _compute_s(bench: Bench, totals: Totals) -> float:
+    """The device's own compute of the measured tokens: of the experts, those it computed."""
+    all_s = median(run.decode_s for run in bench.compute)
+    spared = (totals.cpu_experts + totals.skipped) / max(totals.requests, 1)
+    if not spared:
+        return all_s
+    rest_s = min(median(run.decode_s for run in bench.without_experts), all_s)
+    return all_s - spared * (all_s - rest_s)
 
 
 def provenance(bench: Bench) -> dict[str, Any]:
@@ -104,12 +123,18 @@ def provenance(bench: Bench) -> dict[str, Any]:
         "top_k": index.top_k,
         "precision": index.precision,
         "expert_bytes": bench.store.record_bytes,
-        "slots": plan.slots,
+        "attention": index.attention_precision,
+        "low": bench.low.index.precision if bench.low else None,
+        "slots": bench.slots,
         "scope": settings.scope,
         "device": str(settings.device),
         "experts_in": "memory" if bench.on_disk is None else "files",
         "cold": settings.cold,
         "streams": settings.streams,
+        "chunk_bytes": settings.chunk_bytes,
+        "host_bytes": settings.host_bytes,
+        "memory": bench.memory.to_json(),
+        "compute_alone_s_per_token": median(run.decode_s for run in bench.compute) / plan.tokens,
         "link_cap_bytes_per_s": settings.link_bytes_per_s,
         "link_bytes_per_s": median(bench.link_rates),
         "tokens": plan.tokens,
@@ -203,19 +228,32 @@ def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
 def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
     machine = made_by["hardware"]
     lines = [
-        f"{made_by['shape']}, {made_by['layers']} layers, {made_by['precision']} experts of "
+        f"{made_by['shape']}, {made_by['layers']} layers, {made_by['attention']} attention, "
+        f"{made_by['precision']} experts of "
         f"{made_by['expert_bytes'] / 1e6:,.3g} MB (random weights) in {made_by['experts_in']}; "
         f"{made_by['slots']} slots a layer, cache per {made_by['scope']}, on {made_by['device']}",
         f"routing forced: {made_by['routing']} (sha256 {made_by['routing_sha256'][:12]}), "
         f"{made_by['tokens']} tokens after {made_by['warm_up']} of warm-up, "
         f"{made_by['rounds']} rounds in turns, medians",
         f"link {made_by['link_bytes_per_s'] / 1e9:.2f} GB/s, compute alone "
-        f"{1e3 * rows[0].compute_s_per_token:.2f} ms a token; bound = max(bytes / link, compute)",
+        f"{1e3 * made_by['compute_alone_s_per_token']:.2f} ms a token; bound = max(bytes / link, "
+        "compute)",
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads",
     ]
+    lines += [_answers(row) for row in rows if row.lossy or row.cpu_ratio]
     if any(row.policy == RELEASED_LABEL for row in rows):
         lines.append(
             f"{RELEASED}: our model of the released mixtral-offloading engine (serial copies, "
             "evicted experts written back, no speculation), not its own code"
         )
     return "".join(f"{line}\n" for line in lines)
+
+
+def _answers(row: Row) -> str:
+    """What a policy made of misses besides loading them."""
+    found = []
+    if row.cpu_ratio:
+        found.append(f"{100 * row.cpu_ratio:.1f} % of the experts computed on the CPU")
+    if row.lossy:
+        found.append(f"changes what the model computes: {changed(row)}")
+    return f"{row.policy}: {'; '.join(found)}"

@@ -1,13 +1,12 @@
-"""Whether a bench fits this machine, known before anything is made."""
+"""Whether a bench fits this machine, known before anything is made, and what of it would."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
+from moerun.devices import free_bytes
 from moerun.errors import RunError
 
 _SPARE_BYTES = 1 << 30  # activations, the libraries, what the system needs
@@ -15,48 +14,73 @@ _SPARE_BYTES = 1 << 30  # activations, the libraries, what the system needs
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes: of all experts, of the slots they come and go in, of every other weight."""
+    """Bytes: of all experts, of the slots they come and go in, of every other weight.
+
+    Of these, ``layer_bytes`` of the other weights are each of ``n_layers``; ``staging_bytes`` are
+    slots however many layers there are. ``tier_bytes``: host memory for experts on disk.
+    """
 
     expert_bytes: int
     slot_bytes: int
     dense_bytes: int
+    staging_bytes: int = 0
+    n_layers: int = 1
+    layer_bytes: int = 0
+    tier_bytes: int | None = None
+
+    def of_layers(self, n: int) -> Room:
+        """The same with fewer layers."""
+        return replace(
+            self,
+            expert_bytes=self.expert_bytes * n // self.n_layers,
+            slot_bytes=self.slot_bytes * n // self.n_layers,
+            dense_bytes=self.dense_bytes - (self.n_layers - n) * self.layer_bytes,
+            n_layers=n,
+        )
+
+    def on_device(self) -> int:
+        return self.slot_bytes + self.staging_bytes + self.dense_bytes + _SPARE_BYTES
+
+    def in_host(self, device: torch.device, *, on_disk: bool) -> int:
+        """Host memory; the device's, too, where that is the same."""
+        on_host = device.type == "cpu"
+        held = self.expert_bytes
+        if on_disk and (on_host or self.tier_bytes is not None):
+            held = self.tier_bytes or 0
+        return held + (self.on_device() if on_host else 0)
 
     def __str__(self) -> str:
         return (
-            f"experts {self.expert_bytes / 1e9:.2f} GB, slots {self.slot_bytes / 1e9:.2f} GB, "
-            f"other weights {self.dense_bytes / 1e9:.2f} GB"
+            f"experts {self.expert_bytes / 1e9:.2f} GB, slots "
+            f"{(self.slot_bytes + self.staging_bytes) / 1e9:.2f} GB, other weights "
+            f"{self.dense_bytes / 1e9:.2f} GB"
         )
 
 
 def refuse_too_big(room: Room, device: torch.device, *, on_disk: bool) -> None:
-    """RunError naming the sizes where host or device memory does not suffice."""
-    on_device = room.slot_bytes + room.dense_bytes + _SPARE_BYTES
-    in_host = 0 if on_disk and device.type == "cpu" else room.expert_bytes
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        if on_device > free:
-            raise RunError(_too_big(room, on_device, str(device), free, "fewer --slots"))
-    else:
-        in_host += on_device
-    free = host_bytes_available()
-    if in_host > free:
-        how = "fewer --layers" if device.type == "cuda" else "--store FOLDER, fewer --layers"
-        raise RunError(_too_big(room, in_host, "this machine's memory", free, how))
+    """RunError naming the sizes, and what would fit, where host or device memory does not do."""
+    lack = _lack(room, device, on_disk=on_disk)
+    if lack is None:
+        return
+    fewer = range(room.n_layers - 1, 0, -1)
+    fit = [n for n in fewer if _lack(room.of_layers(n), device, on_disk=on_disk) is None]
+    ways = [f"--layers {fit[0]} or fewer"] if fit else []
+    if not on_disk and _lack(room, device, on_disk=True) is None:
+        ways.append("--store FOLDER (experts on disk)")
+    if _lack(replace(room, slot_bytes=0), device, on_disk=on_disk) is None:
+        ways.append("fewer --slots")
+    raise RunError(f"{lack}: give {', '.join([*ways, 'or a lower --precision'])}")
 
 
-def _too_big(room: Room, needed: int, where: str, free: int, how: str) -> str:
-    return (
-        f"this needs {needed / 1e9:.2f} GB of {where} ({room}), of which {free / 1e9:.2f} GB are "
-        f"free: give {how} or a lower --precision"
-    )
-
-
-def host_bytes_available() -> int:
-    """What programs can have without swapping: page cache counts as free where it is known."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # another system than Linux
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _lack(room: Room, device: torch.device, *, on_disk: bool) -> str | None:
+    """What is needed of which memory and not there; None where all is."""
+    needs = [(room.in_host(device, on_disk=on_disk), torch.device("cpu"), "this machine's memory")]
+    if device.type != "cpu":
+        needs.insert(0, (room.on_device(), device, str(device)))
+    for needed, where, name in needs:
+        if needed > (free := free_bytes(where)):
+            return (
+                f"this needs {needed / 1e9:.2f} GB of {name} ({room}), of which "
+                f"{free / 1e9:.2f} GB are free"
+            )
+    return None

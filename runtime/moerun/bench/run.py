@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from moepolicy import Context, PolicySpec
 
+from moerun.aside import Aside
 from moerun.bench.engines import HitsOnly, LentLink, ReleasedEngine, copy_all
-from moerun.bench.generated import GeneratedModel, GeneratedStore, Progress, write_store
+from moerun.bench.generated import GeneratedModel, GeneratedStore, Progress
+from moerun.bench.ondisk import write_store
 from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import ForcedGates, Routing
 from moerun.devices import calm_collector
@@ -26,7 +28,9 @@ from moerun.families import find_experts
 from moerun.forms import SlotForm
 from moerun.generate import Sampling, Timings
 from moerun.links import Link, Throttle
-from moerun.runner import Settings, make_link
+from moerun.memory import MemoryPlan
+from moerun.planning import plan_policies
+from moerun.runner import Settings, make_aside, make_link
 from moerun.servable import refuse_unservable
 from moerun.session import Session
 from moerun.store import ExpertStore
@@ -48,10 +52,9 @@ class Timed(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run: token counts are of decoded tokens, ``slots`` is per layer."""
+    """What is to be run; token counts are of decoded tokens."""
 
     policies: tuple[PolicySpec, ...]
-    slots: int
     tokens: int
     warm_up: int
     rounds: int
@@ -62,15 +65,21 @@ class Plan:
         """A first token stands for the prompt."""
         return 1 + self.warm_up + self.tokens
 
-    def check(self) -> None:
-        """Raises RunError or PolicyError naming what is out of range."""
-        for name, least in (("slots", 0), ("tokens", 1), ("warm_up", 0), ("rounds", 1)):
+    def check(self, *, low: bool = False) -> None:
+        """Raises RunError or PolicyError naming what is out of range, or that a policy needs the
+        experts at a lower precision, too, and there is none (``low``)."""
+        for name, least in (("tokens", 1), ("warm_up", 0), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise RunError(
                     f"{name.replace('_', '-')} must be {least} or more, not {getattr(self, name)}"
                 )
         for policy in self.policies:
-            refuse_unservable(policy)
+            refuse_unservable(policy, low=low)
+
+    @property
+    def spares(self) -> bool:
+        """Whether a policy may have experts computed elsewhere than on the device, or nowhere."""
+        return any(policy.policy.lossy or "cpu" in policy.requires for policy in self.policies)
 
 
 class Marked(Timings):
@@ -101,44 +110,41 @@ class Bench(AbstractContextManager["Bench"]):
         settings: Settings,
         plan: Plan,
         *,
+        low: str | None = None,
         folder: Path | None = None,
         sums: Sums = "grouped_mm",
         report: Report | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """``folder``: keep the experts there, on disk. ``sums`` is as for `attach`.
+        """``settings`` say what `moerun` is told, the policy aside; ``low`` is a second precision
+        of the experts. ``folder``: keep them there, on disk. ``sums`` is as for `attach`.
 
         Raises RunError for what does not fit.
         """
-        plan.check()
+        plan.check(low=low is not None)
         self._sums = sums
         tell = report or (lambda _: None)
-        self.generated, self.routing, self.settings, self.plan = generated, routing, settings, plan
-        index = generated.index
-        self.form = SlotForm(index.shape, index.precision, settings.device)
-        self._context = Context(
-            n_layers=index.n_layers,
-            n_experts=index.n_experts,
-            top_k=index.top_k,
-            slots=min(plan.slots, index.n_experts),
-            scope=settings.scope,
-            counts=routing.counts(),
-        )
-        staging = max((p.build(self._context).staging for p in plan.policies), default=1)
-        self._n_slots = index.n_layers * self._context.slots + staging
-        room = Room(
-            expert_bytes=generated.expert_bytes,
-            slot_bytes=self._n_slots * self.form.slot_bytes,
-            dense_bytes=index.dense_bytes,
-        )
-        refuse_too_big(room, settings.device, on_disk=folder is not None)
-        tell(f"making {generated.expert_bytes / 1e9:.1f} GB of random experts")
+        self.generated, self.routing, self.plan = generated, routing, plan
+        lower = generated.at(low) if low is not None else None
+        # A prompt of one token, then the others.
+        context_tokens = 1 + plan.forced_tokens
+        self.settings = replace(settings, context_tokens=context_tokens, prompt_tokens=1)
+        self.memory = self._plan_memory(lower)
         self.on_disk = folder
-        self.store = self._make_store(folder, progress)
-        self._link = LentLink(make_link(self.store, self.form, settings, self._n_slots))
+        if settings.memory_bytes is not None:
+            tell(self.memory.table().rstrip())
+        refuse_too_big(self._room(lower), settings.device, on_disk=folder is not None)
+        tell(f"making {_expert_bytes(generated, lower) / 1e9:.1f} GB of random experts")
+        self.store = self._make_store(generated, folder, progress)
+        if lower is not None:
+            where = folder / f"low-{low}" if folder else None
+            self.settings = replace(self.settings, low=self._make_store(lower, where, progress))
+        self._n_slots = self.store.n_layers * self.slots + self.memory.staging
+        form = SlotForm(generated.shape, generated.index.precision, settings.device)
+        self._link = LentLink(make_link(self.store, form, self.settings, self._n_slots))
         try:
             tell("making the model")
-            self.model = generated.build(settings.device)
+            self.model = generated.build(self.store, settings.device)
             self._experts = [module for _, module in find_experts(self.model)]
             self._gates = ForcedGates(self.model, routing)
         except BaseException:
@@ -147,14 +153,68 @@ class Bench(AbstractContextManager["Bench"]):
         self.last_ids: list[int] = []  # what the last run decoded
         self.link_rates: list[float] = []
         self.compute: list[Timed] = []
+        self.without_experts: list[Timed] = []  # where a policy spares some
         self.runs: dict[str, list[Timed]] = {policy.label: [] for policy in plan.policies}
         if plan.released:
             self.runs[RELEASED] = []
+
+    @property
+    def slots(self) -> int:
+        """Of a layer."""
+        return self.memory.slots
+
+    @property
+    def low(self) -> ExpertStore | None:
+        """The experts at the lower precision."""
+        return self.settings.low
+
+    def _plan_memory(self, lower: GeneratedModel | None) -> MemoryPlan:
+        """What `moerun` would plan, with room for every policy; RunError where that cannot be."""
+        settings = self.settings
+        if lower is not None:
+            settings = replace(settings, low=GeneratedStore(lower, held=False))
+        store = GeneratedStore(self.generated, held=False)
+        plan = plan_policies(store, settings, self.plan.policies, self._context(0))
+        plan = replace(plan, slots=min(plan.slots, store.n_experts))
+        if plan.slots < 0:
+            raise RunError(f"slots must be 0 or more, not {plan.slots}")
+        if plan.slots < 1 and self.plan.released:
+            raise RunError("the released engine needs 1 slot a layer or more: leave --baseline out")
+        return plan
+
+    def _context(self, slots: int) -> Context:
+        index = self.generated.index
+        return Context(
+            n_layers=index.n_layers,
+            n_experts=index.n_experts,
+            top_k=index.top_k,
+            slots=slots,
+            scope=self.settings.scope,
+            counts=self.routing.counts(),
+        )
+
+    def _room(self, lower: GeneratedModel | None) -> Room:
+        index, memory = self.generated.index, self.memory
+        staging_bytes = memory.staging * memory.slot_bytes
+        slot_bytes = memory.slots_bytes - staging_bytes
+        if self.settings.memory_bytes is not None:  # what fewer layers leave, slots take
+            staging_bytes, slot_bytes = memory.slots_bytes, 0
+        return Room(
+            expert_bytes=_expert_bytes(self.generated, lower),
+            slot_bytes=slot_bytes,
+            dense_bytes=self.generated.weights_bytes,
+            staging_bytes=staging_bytes,
+            n_layers=index.n_layers,
+            layer_bytes=index.layer_bytes,
+            tier_bytes=self.settings.host_bytes,
+        )
 
     def __exit__(self, *_: object) -> None:
         self._gates.close()
         self._link.owned.close()
         self.store.close()
+        if self.low:
+            self.low.close()
 
     def run(self, report: Report | None = None) -> None:
         """All rounds; each measures the link, compute alone, then every policy."""
@@ -168,6 +228,8 @@ class Bench(AbstractContextManager["Bench"]):
             tell(f"{of}: the link, and compute alone")
             self.link_rates.append(self._measure_link())
             self.compute.append(self._compute_alone())
+            if self.plan.spares:
+                self.without_experts.append(self._compute_alone(computing=False))
             for policy in self.plan.policies:
                 tell(f"{of}: {policy.label}")
                 self.runs[policy.label].append(self.run_policy(policy))
@@ -175,12 +237,14 @@ class Bench(AbstractContextManager["Bench"]):
                 tell(f"{of}: {RELEASED}")
                 self.runs[RELEASED].append(self._run_released())
 
-    def _make_store(self, folder: Path | None, progress: Progress | None) -> ExpertStore:
+    def _make_store(
+        self, generated: GeneratedModel, folder: Path | None, progress: Progress | None
+    ) -> ExpertStore:
         if folder is not None:
-            return write_store(self.generated, folder, progress)
+            return write_store(generated, folder, progress)
         # A GPU's link copies all records into pinned memory of its own.
         held = self.settings.device.type == "cpu"
-        return GeneratedStore(self.generated, held=held, progress=progress)
+        return GeneratedStore(generated, held=held, progress=progress)
 
     def _measure_link(self) -> float:
         """bytes/s of copies that each begin as the one before ends, as far as a cap lets them."""
@@ -193,17 +257,20 @@ class Bench(AbstractContextManager["Bench"]):
             took_s = copy_all(self._link, [(key % n_keys, key % n) for key in range(copies)])
         return copies * self.store.record_bytes / took_s
 
-    def _compute_alone(self) -> Timed:
-        timings = self._decode(HitsOnly(self._link.slots, self.store.n_experts), None)
+    def _compute_alone(self, *, computing: bool = True) -> Timed:
+        hits = HitsOnly(self._link.slots, self.store.n_experts, computing=computing)
+        timings = self._decode(hits, None)
         return Timed(timings.measured_s, _NOTHING, 0)
 
     def run_policy(self, policy: PolicySpec) -> Timed:
         session = Session(
-            self._context,
+            self._context(self.slots),
             policy,
             lambda _n_slots: cast(Link, self._link),
             record_bytes=self.store.record_bytes,
-            compile=True,
+            low_record_bytes=self.low.record_bytes if self.low else 0,
+            make_aside=self._make_aside if "cpu" in policy.requires else None,
+            compiling=self.memory.compiling,
         )
         with session:
             session.wait_compiled()
@@ -216,13 +283,16 @@ class Bench(AbstractContextManager["Bench"]):
             session.settle()
         return Timed(timings.measured_s, totals, totals.bytes_loaded)
 
+    def _make_aside(self, _lent: Link) -> Aside:
+        return make_aside(self.store, self.settings, self._link.owned)
+
     def _run_released(self) -> Timed:
         rate = self.settings.link_bytes_per_s
         engine = ReleasedEngine(
             self._link,
             n_layers=self.store.n_layers,
             n_experts=self.store.n_experts,
-            slots=self._context.slots,
+            slots=self.slots,
             record_bytes=self.store.record_bytes,
             throttle=Throttle(rate) if rate else None,
             device=self.settings.device,
@@ -256,6 +326,10 @@ class Bench(AbstractContextManager["Bench"]):
         decode_forced(self.model, timings, tokens or self.plan.forced_tokens)
         self.last_ids = timings.token_ids
         return timings
+
+
+def _expert_bytes(generated: GeneratedModel, lower: GeneratedModel | None) -> int:
+    return generated.expert_bytes + (lower.expert_bytes if lower else 0)
 
 
 def decode_forced(model: Any, timings: Marked, tokens: int) -> None:
@@ -294,10 +368,12 @@ def _simulate(bench: Bench, trace: Path, policy: str, machine: Path, tokens: int
     command = [
         *(sys.executable, "-c", "from moesim.cli import main; main()"),
         *("compare", policy, "--trace", str(trace), "--tokens", str(tokens)),
-        *("--slots", str(bench.plan.slots), "--scope", bench.settings.scope),
+        *("--slots", str(bench.slots), "--scope", bench.settings.scope),
         *("--machine", str(machine), "--expert-bytes", str(bench.store.record_bytes)),
         *("--format", "json"),
     ]
+    if bench.low:
+        command += ["--low-expert-bytes", str(bench.low.record_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

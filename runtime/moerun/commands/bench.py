@@ -30,6 +30,15 @@ def bench(
         ),
     ] = "mixtral-8x7b",
     precision: opt.Precision = "2bit",
+    attention: opt.Attention = "native",
+    low: Annotated[
+        str | None,
+        typer.Option(
+            help="A second precision of the experts, for policies that load some misses at a "
+            "lower one.",
+            show_default=False,
+        ),
+    ] = None,
     routing: Annotated[
         str,
         typer.Option(
@@ -52,7 +61,8 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    slots: Annotated[int, typer.Option(help="Experts cached per layer.")] = 4,
+    slots: opt.Slots = None,
+    memory: opt.Memory = None,
     scope: opt.Scope = "layer",
     layers: Annotated[
         int | None,
@@ -70,6 +80,8 @@ def bench(
     ] = None,
     device: opt.Device = "auto",
     streams: opt.Streams = 1,
+    chunk: opt.Chunk = None,
+    host_memory: opt.HostMemory = None,
     link_gbps: opt.LinkGbps = None,
     cold: opt.Cold = False,
     threads: opt.Threads = None,
@@ -89,11 +101,15 @@ def bench(
     and its compute set, before anyone downloads 90 GB.
     """
     specs = tuple(find_policy(name) for name in policy or ("lru", "lru-spec"))
-    if cold and store is None:
-        raise typer.BadParameter("--cold is about files: give --store")
+    for given, name in ((cold, "--cold"), (host_memory, "--host-memory")):
+        if given and store is None:
+            raise typer.BadParameter(f"{name} is about experts in files: give --store")
     settings = opt.settings(
         policy=specs[0].label,
         slots=slots,
+        memory=memory,
+        host_memory=host_memory,
+        chunk=chunk,
         scope=scope,
         device=device,
         streams=streams,
@@ -108,12 +124,14 @@ def bench(
     from moerun.bench.run import Bench, Plan, simulated_tokens_per_s
     from moerun.bench.shapes import find_config, shape_name
 
-    plan = Plan(specs, slots, tokens, warm_up, rounds, baseline is Baseline.released)
-    plan.check()
+    plan = Plan(specs, tokens, warm_up, rounds, baseline is Baseline.released)
+    plan.check(low=low is not None)
     if machine is not None and not machine.is_file():
         raise RunError(f"{machine} is not there: give --machine a file from 'moerun profile'")
     config = find_config(shape, layers)
-    generated = GeneratedModel(config, name=shape_name(shape), precision=precision, seed=seed)
+    generated = GeneratedModel(
+        config, name=shape_name(shape), precision=precision, seed=seed, attention=attention
+    )
     index = generated.index
     forced = load_routing(
         routing,
@@ -129,7 +147,7 @@ def bench(
 
     with pack_progress(console) as progress:
         made = Bench(
-            generated, forced, settings, plan, folder=store, report=tell, progress=progress
+            generated, forced, settings, plan, low=low, folder=store, report=tell, progress=progress
         )
     with made:
         with console.status("starting") as status:
