@@ -1,0 +1,126 @@
+"""`moerun serve` in a process of its own, and OpenAI's client to talk to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2 as httpx
+import openai
+from moerun.checkpoints import resolve
+from moerun.pack import pack
+from prometheus_client.parser import text_string_to_metric_families
+
+PATIENCE_S = 120
+KEY = "a secret"
+HELLO = [{"role": "user", "content": "Who goes there?"}]
+# Fails while the file named by FAULTY is there.
+FAULTY_POLICY = """
+import os
+from moepolicy import find_policy
+
+class Faulty(find_policy("lru-spec").policy):
+    def on_step(self, step):
+        if os.path.exists(os.environ["FAULTY"]):
+            raise ZeroDivisionError("the policy lost count")
+"""
+
+
+class Served(NamedTuple):
+    """A server's process and where it listens; what it said on stderr before."""
+
+    process: subprocess.Popen[str]
+    url: str
+    said: str
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by name and label values."""
+        text = httpx.get(f"{self.url}/metrics", headers=bearer()).text
+        return {
+            " ".join([sample.name, *sample.labels.values()]): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def wait_for(self, name: str, value: float) -> None:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while self.metrics().get(name) != value:
+            assert time.monotonic() < deadline_s, f"{name} never became {value}"
+            time.sleep(0.02)
+
+    def end(self, number: int) -> tuple[int, str]:
+        """Signal it; its exit code and what it said."""
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, errors
+
+
+def bearer() -> dict[str, str]:
+    return {"Authorization": f"Bearer {KEY}"}
+
+
+@contextmanager
+def serving(home: Path, *arguments: str | Path, **variables: str) -> Iterator[Served]:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", "from moerun.cli import main; main()"),
+            *("serve", *map(str, arguments), "--port", "0"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "XDG_CACHE_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            "MOERUN_API_KEY": KEY,
+            **variables,
+        },
+    )
+    try:
+        assert process.stderr is not None
+        said = ""
+        while not (found := re.search(r"serving .* on (http://\S+)\n", said)):
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        yield Served(process, found[1], said)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def slow_server(home: Path, folder: Path) -> Iterator[Served]:
+    """Slow enough to leave it while it answers; in ``folder`` are its store, and the file
+    ``fault`` that breaks its policy."""
+    pack(resolve("tiny"), folder / "store", name="tiny").close()
+    policy = folder / "faulty.py"
+    policy.write_text(FAULTY_POLICY)
+    arguments = (
+        *("--model", folder / "store", "--policy", f"{policy}:Faulty", "--slots", "2"),
+        *("--queue", "1", "--link-gbps", "0.1"),
+    )
+    with serving(home, *arguments, FAULTY=str(folder / "fault")) as served:
+        yield served
+
+
+def chat(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": "tiny", "messages": HELLO, "max_tokens": 16, "temperature": 0, **options}
+    )
+
+
+def text_of(stream: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
