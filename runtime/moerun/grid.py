@@ -1,4 +1,4 @@
-"""The results of a grid of precisions: cells in a file that is always whole, windows in a journal.
+"""The results of a grid: cells in a file that is always whole, windows in a journal.
 
 `RESULTS.jsonl` holds what was measured (first line) and a line for each finished cell, and is
 replaced as a whole; `RESULTS.jsonl.windows` holds the windows of cells that are not finished.
@@ -11,13 +11,24 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 from moerun.errors import RunError
 
 KIND = "moerun perplexity"
-Key = tuple[str, str]
-"""Precision of attention, precision of experts."""
+Key = tuple[str, str, str]
+"""Precision of attention, precision of experts, policy."""
+
+
+class Scored(NamedTuple):
+    """One window: its negative log-likelihood, and of the gates' weights the sum, what was left
+    out, computed by another expert, and computed at the lower precision."""
+
+    nats: float
+    gate_mass: float = 0.0
+    skipped_mass: float = 0.0
+    substituted_mass: float = 0.0
+    low_mass: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +42,16 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One store on one text. Bytes are of files; bits_per_byte is of the text's bytes."""
+    """One store on one text under one policy. Bytes are of files; bits_per_byte is of the text's.
+
+    The shares are of the gates' weights, as in a run's report; low_expert_bytes are those of the
+    second store that the policy loads from.
+    """
 
     attention: str
     experts: str
+    policy: str
+    lossy: bool
     perplexity: float
     bits_per_byte: float
     scored_tokens: int
@@ -42,8 +59,16 @@ class Cell:
     store_bytes: int
     expert_bytes: int
     attention_bytes: int
+    low_expert_bytes: int
     bits_per_weight: float
+    skipped_share: float
+    substituted_share: float
+    low_share: float
     published: Published | None
+
+    @property
+    def key(self) -> Key:
+        return self.attention, self.experts, self.policy
 
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> Cell:
@@ -59,7 +84,7 @@ class Results:
         """Takes up what is there. Raises RunError when it is of another measurement."""
         self.path = path
         self._identity = {"kind": KIND, **identity}
-        self._windows: dict[Key, dict[int, float]] = {}
+        self._windows: dict[Key, dict[int, Scored]] = {}
         self.cells: dict[Key, Cell] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = self._locked(path.with_name(f"{path.name}.windows"))
@@ -76,16 +101,16 @@ class Results:
     def __exit__(self, *_: object) -> None:
         self._journal.close()
 
-    def windows(self, key: Key) -> dict[int, float]:
-        """Nats of the windows of a cell that are measured, by number."""
+    def windows(self, key: Key) -> dict[int, Scored]:
+        """The windows of a cell that are measured, by number."""
         return dict(self._windows.get(key, {}))
 
-    def add_window(self, key: Key, number: int, nats: float) -> None:
-        self._journal.write(json.dumps([*key, number, nats]) + "\n")
+    def add_window(self, key: Key, number: int, scored: Scored) -> None:
+        self._journal.write(json.dumps([*key, number, *scored]) + "\n")
         self._journal.flush()
 
     def add_cell(self, cell: Cell) -> None:
-        self.cells[cell.attention, cell.experts] = cell
+        self.cells[cell.key] = cell
         self._write_cells()
 
     def finish(self) -> None:
@@ -124,7 +149,7 @@ class Results:
                     f"holds results of another measurement ({name} is {header.get(name)!r}, "
                     f"not {value!r})"
                 )
-        self.cells = {(cell.attention, cell.experts): cell for cell in cells}
+        self.cells = {cell.key: cell for cell in cells}
 
     def _read_windows(self) -> None:
         self._journal.seek(0)
@@ -132,8 +157,8 @@ class Results:
         for line in self._journal.read().splitlines(keepends=True):
             if not line.endswith("\n"):
                 break  # the last line of a killed run
-            attention, experts, number, nats = json.loads(line)
-            self._windows.setdefault((attention, experts), {})[number] = nats
+            attention, experts, policy, number, *scored = json.loads(line)
+            self._windows.setdefault((attention, experts, policy), {})[number] = Scored(*scored)
             whole += len(line)
         self._journal.truncate(whole)
 

@@ -1,4 +1,4 @@
-"""Perplexity of a model at several precisions of attention and experts, over one text.
+"""Perplexity of a model at several precisions and under several policies, over one text.
 
 The model is the one that generates: its experts come through the session, its forward pass is
 stock. Every finished window is noted, so that a killed measurement goes on where it was.
@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from moepolicy import PolicySpec
 
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
 from moerun.families import read_config
-from moerun.grid import Cell, Published, Results
+from moerun.grid import Cell, Published, Results, Scored
 from moerun.index import read_index
 from moerun.model import load_tokenizer
 from moerun.report import packages
@@ -75,6 +76,21 @@ def nats(model: Any, ids: torch.Tensor, window: Window) -> float:
     return total
 
 
+@torch.inference_mode()
+def nats_by_token(model: Any, ids: torch.Tensor, window: Window) -> float:
+    """The same, the scored tokens decoded one at a time after a prompt of those before them."""
+    text = ids[:, window.begin : window.end]
+    prompt = window.first - window.begin
+    out = model(text[:, :prompt], use_cache=True, logits_to_keep=1)
+    total = 0.0
+    for i in range(prompt, text.shape[1]):
+        total += float(F.cross_entropy(out.logits[:, -1].float(), text[:, i], reduction="sum"))
+        if i + 1 < text.shape[1]:
+            cache = out.past_key_values
+            out = model(text[:, i : i + 1], past_key_values=cache, use_cache=True)
+    return total
+
+
 class Measurement:
     """One model on one text: what the cells of a grid have in common."""
 
@@ -87,9 +103,12 @@ class Measurement:
         context: int | None = None,
         stride: int | None = None,
         tokens: int | None = None,
+        by_token: bool = False,
     ) -> None:
-        """`tokens`: only the first so many. Raises RunError for what cannot be measured."""
+        """`settings` say how it is run, the policy aside. `tokens`: only the first so many;
+        `by_token`: decode as `nats_by_token` does. Raises RunError for what cannot be measured."""
         self.settings = settings
+        self.by_token = by_token
         self._model = model
         folder, self._digest, self._name = _subject(model)
         self.ids, self._text_bytes = _encode(folder, text, tokens)
@@ -112,9 +131,13 @@ class Measurement:
         if self.ids.shape[1] < 2:
             raise RunError(f"the text has {self.ids.shape[1]} tokens: give one of 2 or more")
 
+    def use_low(self, low: ExpertStore) -> None:
+        """The store that policies load a lower precision from."""
+        self.settings = replace(self.settings, low=low)
+
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the numbers depend on, besides the precisions."""
+        """All that the numbers depend on, besides the precisions and the policy."""
         settings = self.settings
         return {
             "model": self._name,
@@ -124,8 +147,8 @@ class Measurement:
             "tokens": self.ids.shape[1],
             "context": self.context,
             "stride": self.stride,
-            "policy": settings.policy.label,
-            "lossy": settings.policy.policy.lossy,
+            "by_token": self.by_token,
+            "low": settings.low.index.precision if settings.low else None,
             "slots": settings.slots,
             "memory_bytes": settings.memory_bytes,
             "scope": settings.scope,
@@ -144,6 +167,7 @@ class Measurement:
         store: ExpertStore,
         attention: str,
         experts: str,
+        policy: PolicySpec,
         results: Results,
         progress: Callable[[], None],
     ) -> Cell:
@@ -152,41 +176,63 @@ class Measurement:
         Under a lossy policy a window depends on what the ones before left in the cache, which a
         measurement that is taken up begins without. Raises RunError where logits overflow.
         """
-        key = attention, experts
+        key = attention, experts, policy.label
         done = results.windows(key)
         ids = self.ids.to(self.settings.device)
-        with Runner(store, self.settings) as runner:
+        with Runner(store, replace(self.settings, policy=policy)) as runner:
             for number, window in enumerate(self.windows):
                 if number in done:
                     continue
-                found = nats(runner.model, ids, window)
-                if not math.isfinite(found):
-                    raise RunError(
-                        f"the logits of {store.path} are not finite in window {number}: pack with "
-                        "--dense-precision bf16"
-                    )
-                done[number] = found
-                results.add_window(key, number, found)
+                done[number] = self._score(runner, ids, window, number)
+                results.add_window(key, number, done[number])
                 progress()
-        cell = self._cell(store, attention, experts, math.fsum(done.values()))
+        cell = self._cell(store, attention, experts, policy, list(done.values()))
         results.add_cell(cell)
         return cell
 
-    def _cell(self, store: ExpertStore, attention: str, experts: str, total_nats: float) -> Cell:
-        scored = sum(window.end - window.first for window in self.windows)
-        mean = total_nats / scored
+    def _score(self, runner: Runner, ids: torch.Tensor, window: Window, number: int) -> Scored:
+        before = runner.session.totals
+        found = (nats_by_token if self.by_token else nats)(runner.model, ids, window)
+        if not math.isfinite(found):
+            raise RunError(
+                f"the logits of {runner.store.path} are not finite in window {number}: pack with "
+                "--dense-precision bf16"
+            )
+        totals = runner.session.totals.since(before)
+        return Scored(found, *(getattr(totals, name) for name in Scored._fields[1:]))
+
+    def _cell(
+        self,
+        store: ExpertStore,
+        attention: str,
+        experts: str,
+        policy: PolicySpec,
+        scored: list[Scored],
+    ) -> Cell:
+        n_scored = sum(window.end - window.first for window in self.windows)
+        total_nats = math.fsum(window.nats for window in scored)
+        mean = total_nats / n_scored
+        masses = [math.fsum(column) for column in zip(*scored, strict=True)][1:]
+        shares = [mass / (masses[0] or 1.0) for mass in masses[1:]]
+        low = self.settings.low if "low" in policy.requires else None
         row = published(store.index)
         return Cell(
             attention=attention,
             experts=experts,
+            policy=policy.label,
+            lossy=policy.policy.lossy,
             perplexity=math.exp(mean),
             bits_per_byte=mean / math.log(2) * self.ids.shape[1] / self._text_bytes,
-            scored_tokens=scored,
+            scored_tokens=n_scored,
             nats=total_nats,
             store_bytes=store.total_bytes,
             expert_bytes=store.n_keys * store.record_bytes,
             attention_bytes=store.attention_bytes,
+            low_expert_bytes=low.n_keys * low.record_bytes if low else 0,
             bits_per_weight=8 * store.total_bytes / store.n_weights,
+            skipped_share=shares[0],
+            substituted_share=shares[1],
+            low_share=shares[2],
             published=Published(row.size_gib, row.wikitext2, row.c4) if row else None,
         )
 

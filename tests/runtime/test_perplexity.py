@@ -27,7 +27,7 @@ from moerun.checkpoints import resolve
 from moerun.cli import main
 from moerun.commands.perplexity import _render, held_out_text
 from moerun.errors import RunError
-from moerun.grid import Cell, Published, Results
+from moerun.grid import Cell, Published, Results, Scored
 from moerun.pack import pack
 from moerun.perplexity import Measurement, windows
 from moerun.report import Format
@@ -114,7 +114,9 @@ def test_the_numbers_are_the_stock_models(
     store = pack(checkpoint, tmp_path / "store")
     told: list[None] = []
     with Results(tmp_path / "out.jsonl", measurement.identity) as results:
-        cell = measurement.measure(store, "native", "native", results, lambda: told.append(None))
+        cell = measurement.measure(
+            store, "native", "native", settings.policy, results, lambda: told.append(None)
+        )
 
     stock = tf.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
@@ -150,7 +152,7 @@ def test_the_bundled_model_predicts_the_text_it_was_not_trained_on(moerun: Call)
     (cell,) = found["cells"]
     assert 10 < cell["perplexity"] < 60
     assert cell["published"] is None
-    assert (found["context"], found["policy"], found["kind"]) == (512, "lru", "measured")
+    assert (found["context"], cell["policy"], found["kind"]) == (512, "lru", "measured")
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -182,7 +184,7 @@ def test_a_killed_measurement_goes_on_with_the_window_it_was_at(
     killed.wait()
     lines = journal.read_text().splitlines()
     assert total // 3 <= len(lines) < total
-    done = [tuple(json.loads(line)[:3]) for line in lines if line.endswith("]")]
+    done = [tuple(json.loads(line)[:4]) for line in lines if line.endswith("]")]
     cells = [json.loads(line) for line in out.read_text().splitlines()[1:]]
     assert [(c["attention"], c["experts"]) for c in cells] == [("native", "native")]
 
@@ -321,26 +323,26 @@ def test_results_of_another_measurement_are_not_mixed_in(
     assert (out.read_bytes(), (tmp_path / "thesis").read_text()) == (kept, "important")
 
 
-CELL = Cell("4bit", "2bit", 2.0, 1.0, 3, 2.1, 9, 5, 1, 4.5, None)
+CELL = Cell("4bit", "2bit", "lru", False, 2.0, 1.0, 3, 2.1, 9, 5, 1, 0, 4.5, 0.0, 0.0, 0.0, None)
 
 
 def test_a_torn_line_is_measured_again_and_other_grids_windows_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     with Results(path, {"a": 1}) as results:
-        results.add_window(("4bit", "2bit"), 0, 1.5)
-        results.add_window(("3bit", "2bit"), 0, 2.5)
+        results.add_window(("4bit", "2bit", "lru"), 0, Scored(1.5))
+        results.add_window(("3bit", "2bit", "lru"), 0, Scored(2.5))
     journal = tmp_path / "r.jsonl.windows"
-    journal.write_text(journal.read_text() + '["3bit","2bit",1,0.')
+    journal.write_text(journal.read_text() + '["3bit","2bit","lru",1,0.')
     with Results(path, {"a": 1}) as results:
-        assert results.windows(("3bit", "2bit")) == {0: 2.5}
-        results.add_window(("3bit", "2bit"), 1, 3.5)
+        assert results.windows(("3bit", "2bit", "lru")) == {0: Scored(2.5)}
+        results.add_window(("3bit", "2bit", "lru"), 1, Scored(3.5))
         with pytest.raises(RunError, match="another process is measuring"):
             Results(path, {"a": 1})
         results.add_cell(CELL)
         results.finish()
     with Results(path, {"a": 1}) as results:
-        assert results.windows(("3bit", "2bit")) == {0: 2.5, 1: 3.5}
-        assert results.cells == {("4bit", "2bit"): CELL}
+        assert results.windows(("3bit", "2bit", "lru")) == {0: Scored(2.5), 1: Scored(3.5)}
+        assert results.cells == {("4bit", "2bit", "lru"): CELL}
         results.add_cell(replace(CELL, attention="3bit"))
         results.finish()
     assert not journal.exists()
@@ -349,11 +351,11 @@ def test_a_torn_line_is_measured_again_and_other_grids_windows_are_kept(tmp_path
 def test_windows_without_their_results_file_are_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     with Results(path, {"text": "one"}) as results:
-        results.add_window(("4bit", "2bit"), 0, 1.5)
+        results.add_window(("4bit", "2bit", "lru"), 0, Scored(1.5))
     path.unlink()
     for _ in range(2):
         with Results(path, {"text": "another"}) as results:
-            assert results.windows(("4bit", "2bit")) == {}
+            assert results.windows(("4bit", "2bit", "lru")) == {}
 
 
 def test_table_1_beside_a_store_of_its_model(checkpoint: Path, tmp_path: Path) -> None:
@@ -372,7 +374,7 @@ def test_published_figures_stand_in_columns_of_their_own() -> None:
     row = Published(17.54, 4.61, 7.42)
     identity = {
         **{"model": "m", "tokens": 4, "text_bytes": 9, "context": 4, "stride": 4},
-        **{"policy": "lru", "lossy": False, "device": "cpu"},
+        **{"by_token": False, "low": None, "device": "cpu"},
     }
     table = _render([replace(CELL, published=row)], identity, Format.table)
     assert "17.54" in table

@@ -1,4 +1,4 @@
-"""`moerun perplexity`: what quantisation costs, over bits of attention and of experts."""
+"""`moerun perplexity`: what quantisation and lossy policies cost, over a grid of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+from moepolicy import PolicySpec, find_policy
 from rich.console import Console
 
 from moerun.commands import options as opt
@@ -23,7 +24,7 @@ from moerun.report import Format, decimal_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from moerun.grid import Cell, Results
+    from moerun.grid import Cell, Key, Results
     from moerun.perplexity import Measurement
 
 TABLE_1 = "native,4bit,3bit,2bit"
@@ -80,7 +81,25 @@ def perplexity(
             show_default=False,
         ),
     ] = None,
-    policy: opt.Policy = "lru",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How experts are kept and what becomes of misses; may be given several times, "
+            "each a row. Default: lru, which changes nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    low: opt.Low = None,
+    by_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-token/--by-window",
+            help="Decode the scored tokens one at a time, as an answer is, or read windows whole, "
+            "as a prompt, which is much quicker. Policies that change what is computed mostly do "
+            "so for single tokens only. Default: by token where one of them is measured.",
+            show_default=False,
+        ),
+    ] = None,
     slots: opt.Slots = None,
     memory: opt.Memory = None,
     scope: opt.Scope = "layer",
@@ -88,7 +107,7 @@ def perplexity(
     threads: opt.Threads = None,
     format: opt.Output = Format.table,
 ) -> None:
-    """Measure perplexity and size over the bits of attention and of experts.
+    """Measure perplexity and size over the bits of attention and of experts, and over policies.
 
     Runs the model as it generates: offloaded, by the stock forward pass. Missing stores are packed
     on the way and kept; stores share what they have in common. Killed or interrupted, the same
@@ -97,8 +116,9 @@ def perplexity(
     Table 1 of the base paper has Mixtral-8x7B on WikiText-2 and C4. Its figures are shown, beside
     and apart, for a model of that shape only; they compare with a measurement on the same text.
     """
+    specs = [find_policy(name) for name in dict.fromkeys(policy or ("lru",))]
     settings = opt.settings(
-        policy=policy,
+        policy=specs[0].label,
         slots=slots,
         memory=memory,
         scope=scope,
@@ -110,23 +130,52 @@ def perplexity(
     opt.quiet_libraries()
     from moerun.grid import Results
     from moerun.perplexity import Measurement
+    from moerun.servable import refuse_unservable
 
-    keys = _grid(model, attention, experts)
+    for spec in specs:
+        refuse_unservable(spec, low=low is not None)
+    if by_token is None:
+        by_token = any(spec.policy.lossy for spec in specs)
+    pairs = _grid(model, attention, experts)
     content = held_out_text() if text is None else _read(text)
     measurement = Measurement(
-        model, content, settings, context=context, stride=stride, tokens=tokens
+        model,
+        content,
+        settings,
+        context=context,
+        stride=stride,
+        tokens=tokens,
+        by_token=by_token,
     )
+    if (lower := opt.low_store(model, low)) is not None:
+        measurement.use_low(lower)
+    points = [Point(*pair, spec) for pair in pairs for spec in specs]
     path = out or measurement.default_results()
     console = Console(stderr=True)
     with Results(path, measurement.identity) as results:
         try:
-            _measure(model, measurement, keys, results, console)
+            _measure(model, measurement, points, results, console)
         except KeyboardInterrupt:
             _say(console, f"finished windows are kept in {path}: the same command goes on")
             raise
         results.finish()
-    cells = [results.cells[key] for key in keys]
+    cells = [results.cells[point.key] for point in points]
     sys.stdout.write(_render(cells, measurement.identity, format))
+
+
+class Point(NamedTuple):
+    """What one cell is to be of."""
+
+    attention: str
+    experts: str
+    policy: PolicySpec
+
+    @property
+    def key(self) -> Key:
+        return self.attention, self.experts, self.policy.label
+
+    def __str__(self) -> str:
+        return f"attention {self.attention}, experts {self.experts}, policy {self.policy.label}"
 
 
 def held_out_text() -> str:
@@ -144,7 +193,7 @@ def _read(path: Path) -> str:
 
 
 def _grid(model: str, attention: str | None, experts: str | None) -> list[tuple[str, str]]:
-    """The cells asked for, attention by attention."""
+    """The precisions asked for, attention by attention."""
     from moerun.perplexity import own_precisions
     from moerun.plan import Precisions
 
@@ -194,16 +243,17 @@ def _bar(console: Console) -> Progress:
 def _measure(
     model: str,
     measurement: Measurement,
-    keys: list[tuple[str, str]],
+    points: list[Point],
     results: Results,
     console: Console,
 ) -> None:
     """Every cell that the results do not have yet."""
-    missing = [key for key in keys if key not in results.cells]
-    if len(missing) < len(keys):
-        _say(console, f"{len(keys) - len(missing)} of {len(keys)} cells are in {results.path}")
+    missing = [point for point in points if point.key not in results.cells]
+    if len(missing) < len(points):
+        there = len(points) - len(missing)
+        _say(console, f"{there} of {len(points)} cells are in {results.path}")
     bar = _bar(console)
-    taken_up = sum(len(results.windows(key)) for key in missing)
+    taken_up = sum(len(results.windows(point.key)) for point in missing)
     total = len(missing) * len(measurement.windows)
     task = bar.add_task("measuring", total=total, completed=taken_up)
     if taken_up:
@@ -215,17 +265,17 @@ def _measure(
         measured += 1
         bar.advance(task)
 
-    for number, (attention, experts) in enumerate(missing, start=1):
-        with opt.store(model, experts, None, attention) as store:
-            bar.update(task, description=f"attention {attention}, experts {experts}, windows")
+    for number, point in enumerate(missing, start=1):
+        with opt.store(model, point.experts, None, point.attention) as store:
+            bar.update(task, description=f"{point}, windows")
             bar.start()
             try:
-                cell = measurement.measure(store, attention, experts, results, on_window)
+                cell = measurement.measure(store, *point, results, on_window)
             finally:
                 bar.stop()
         _say(
             console,
-            f"attention {attention}, experts {experts}: perplexity {cell.perplexity:.4f} "
+            f"{point}: perplexity {cell.perplexity:.4f} "
             f"({number} of {len(missing)}{_left(total - taken_up, measured, began_s)})",
         )
 
@@ -259,33 +309,52 @@ def _table(cells: list[Cell], identity: dict[str, Any]) -> str:
     from rich.table import Table
 
     known = any(cell.published for cell in cells)
+    lossy = any(cell.lossy for cell in cells)
+    policies = list(dict.fromkeys(cell.policy for cell in cells))
     table = Table(header_style="bold", title=f"{identity['model']}: measured perplexity")
-    for name in ("attention", "experts"):
+    for name in ("attention", "experts", *(["policy"] if lossy or len(policies) > 1 else [])):
         table.add_column(name, no_wrap=True)
     names = ["size", "bits/weight", "perplexity", "bits/byte"]
+    changes = ["out | other | low %"] if lossy else []
     published = ["GiB (published)", "WikiText-2 (published)", "C4 (published)"] if known else []
-    for name in (*names, *published):
+    for name in (*names, *changes, *published):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
         row = cell.published
         figures = (row.size_gib, row.wikitext2, row.c4) if row else ()
+        shares = cell.skipped_share, cell.substituted_share, cell.low_share
         table.add_row(
             cell.attention,
             cell.experts,
+            *([cell.policy] if lossy or len(policies) > 1 else []),
             decimal_bytes(cell.store_bytes),
             f"{cell.bits_per_weight:.2f}",
             f"{cell.perplexity:.4f}",
             f"{cell.bits_per_byte:.4f}",
+            *([" | ".join(f"{100 * share:.1f}" for share in shares)] if lossy else []),
             *(f"{figure:.2f}" for figure in figures),
         )
     out = io.StringIO()
     Console(file=out, width=None if sys.stdout.isatty() else 140).print(table)
-    lossy = " (changes what the model computes)" if identity["lossy"] else ""
-    note = (
+    return out.getvalue() + _legend(cells, identity)
+
+
+def _legend(cells: list[Cell], identity: dict[str, Any]) -> str:
+    marks = {cell.policy: " (changes what the model computes)" * cell.lossy for cell in cells}
+    how = "decoded token by token" if identity["by_token"] else "read whole"
+    lines = [
         f"{cells[0].scored_tokens:,} tokens scored of {identity['tokens']:,} "
         f"({identity['text_bytes']:,} bytes) in windows of {identity['context']:,} every "
-        f"{identity['stride']:,}; policy {identity['policy']}{lossy} on {identity['device']}\n"
-    )
-    if known:
-        note += "published: Table 1 of arXiv 2312.17238, Mixtral-8x7B, on its own texts\n"
-    return out.getvalue() + note
+        f"{identity['stride']:,}, {how}; policy "
+        f"{', '.join(f'{name}{mark}' for name, mark in marks.items())} on {identity['device']}"
+    ]
+    if any(cell.lossy for cell in cells):
+        lines.append(
+            "out | other | low: of the gates' weight, what was left out, computed by another "
+            "expert, or computed at the lower precision"
+        )
+    if low_bytes := max(cell.low_expert_bytes for cell in cells):
+        lines.append(f"lower precision: {identity['low']}, {decimal_bytes(low_bytes)} beside size")
+    if any(cell.published for cell in cells):
+        lines.append("published: Table 1 of arXiv 2312.17238, Mixtral-8x7B, on its own texts")
+    return "".join(f"{line}\n" for line in lines)
