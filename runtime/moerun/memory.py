@@ -13,7 +13,7 @@ import torch
 
 from moerun.attention import packed_attention_bytes
 from moerun.compiling import Compiling
-from moerun.devices import format_bytes, resident_bytes
+from moerun.devices import format_bytes, peak_device_bytes, peak_host_bytes, resident_bytes
 from moerun.errors import RunError
 from moerun.forms import SlotForm
 from moerun.shape import scheme_of
@@ -206,12 +206,26 @@ def needs_of(
     )
 
 
-def baseline_bytes(store: ExpertStore) -> int:
-    """What the process has in memory before it loads the model, whose code it has loaded."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+class Peak:
+    """The most of a device's memory that a run has held since this was made, as a budget counts
+    it: to be made when all is there that is not the run's own."""
 
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(store.config())]  # imports the class
-    return resident_bytes()
+    def __init__(self, store: ExpertStore, device: torch.device) -> None:
+        """Imports the code of the store's model first, which is not the run's."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(store.config())]  # imports the class
+        self._device = device
+        self._baseline_bytes = resident_bytes()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def n_bytes(self) -> int:
+        on_device = peak_device_bytes(self._device)
+        if on_device is not None:
+            return on_device
+        return max(peak_host_bytes() - self._baseline_bytes, 0)
 
 
 def kv_cache_bytes(config: Any, context_tokens: int, itemsize: int) -> int:

@@ -152,6 +152,7 @@ class Measurement:
             "slots": settings.slots,
             "memory_bytes": settings.memory_bytes,
             "scope": settings.scope,
+            "calibration": settings.calibration,
             "device": str(settings.device),
             "packages": packages(),
         }

@@ -15,13 +15,13 @@ from moepolicy import Context, PolicySpec
 from moerun.arena import Arena, device_memory, lacking
 from moerun.aside import Aside
 from moerun.budget import BudgetWatch
-from moerun.devices import naming_lack_of_memory, peak_device_bytes, peak_host_bytes
+from moerun.devices import naming_lack_of_memory
 from moerun.errors import RunError
 from moerun.forms import ExpertSlot, SlotForm
 from moerun.generate import Generation, Sampling, context_tokens, encode
 from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Link, Records, Throttle
 from moerun.links.host import host_tier
-from moerun.memory import baseline_bytes
+from moerun.memory import Peak
 from moerun.model import load_offloaded
 from moerun.planning import plan_context, plan_memory, require_free
 from moerun.predict import GatePredictor, find_routers
@@ -90,9 +90,7 @@ class Runner:
         self.settings = settings
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
         self.plan = plan_memory(store, settings)
-        self._baseline_bytes = baseline_bytes(store)
-        if settings.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(settings.device)
+        self._peak = Peak(store, settings.device)
         self._sizing = threading.Lock()
         self._hooks: list[Any] = []
         self.session = Session(
@@ -148,10 +146,7 @@ class Runner:
     @property
     def peak_bytes(self) -> int:
         """The most of the device's memory this run has held, as a budget counts it."""
-        on_device = peak_device_bytes(self.settings.device)
-        if on_device is not None:
-            return on_device
-        return max(peak_host_bytes() - self._baseline_bytes, 0)
+        return self._peak.n_bytes
 
     def set_slots(self, slots: int) -> None:
         """Cache so many experts a layer from now on; any thread may say so, at any time.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from moerun.runner import Settings
 from moesim.loading import load_workload
 from moesim.profile import Compute, Cpu, Link, Machine
 from moesim.simulate import Result, simulate
+from support.big_models import SIZES
 
 CPU = torch.device("cpu")
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
@@ -284,6 +287,31 @@ def test_the_command_plans_a_budget_and_names_the_smallest(moerun: Any) -> None:
     assert [rows[name]["lossy"] for name in ("lru", "hobbit", "fiddler")] == [False, True, False]
     assert rows["fiddler"]["cpu_ratio"] > 0
     assert RELEASED not in rows
+
+
+def test_a_bench_keeps_to_its_budget(tmp_path: Path) -> None:
+    config = find_config("mixtral-8x7b", layers=4)
+    config.update(SIZES | {"num_key_value_heads": 8})
+    config.save_pretrained(tmp_path / "small")
+    budget = 150
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", "from moerun.cli import main; main()", "bench"),
+            *("--shape", str(tmp_path / "small"), "--store", str(tmp_path / "store")),
+            *("--precision", "bf16", "--memory", f"{budget}MiB", "--policy", "lru"),
+            *("--baseline", "released", "--tokens", "6", "--warm-up", "2", "--rounds", "1"),
+            *("--device", "cpu", "--format", "json"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 0 < found["slots"] < 8
+    assert 0.5 * found["memory"]["total_bytes"] < found["memory_peak_bytes"] <= budget * MIB
 
 
 @pytest.mark.parametrize(

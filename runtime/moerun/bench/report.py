@@ -134,6 +134,7 @@ def provenance(bench: Bench) -> dict[str, Any]:
         "chunk_bytes": settings.chunk_bytes,
         "host_bytes": settings.host_bytes,
         "memory": bench.memory.to_json(),
+        "memory_peak_bytes": bench.peak_bytes,
         "compute_alone_s_per_token": median(run.decode_s for run in bench.compute) / plan.tokens,
         "link_cap_bytes_per_s": settings.link_bytes_per_s,
         "link_bytes_per_s": median(bench.link_rates),

@@ -28,7 +28,7 @@ from moerun.families import find_experts
 from moerun.forms import SlotForm
 from moerun.generate import Sampling, Timings
 from moerun.links import Link, Throttle
-from moerun.memory import MemoryPlan
+from moerun.memory import MemoryPlan, Peak
 from moerun.planning import plan_policies
 from moerun.runner import Settings, make_aside, make_link
 from moerun.servable import refuse_unservable
@@ -139,6 +139,7 @@ class Bench(AbstractContextManager["Bench"]):
         if lower is not None:
             where = folder / f"low-{low}" if folder else None
             self.settings = replace(self.settings, low=self._make_store(lower, where, progress))
+        self._peak = Peak(self.store, settings.device)
         self._n_slots = self.store.n_layers * self.slots + self.memory.staging
         form = SlotForm(generated.shape, generated.index.precision, settings.device)
         self._link = LentLink(make_link(self.store, form, self.settings, self._n_slots))
@@ -162,6 +163,12 @@ class Bench(AbstractContextManager["Bench"]):
     def slots(self) -> int:
         """Of a layer."""
         return self.memory.slots
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of the device's memory it has held, as a budget counts it; on the CPU without
+        the experts in memory, which stand for a disk."""
+        return self._peak.n_bytes
 
     @property
     def low(self) -> ExpertStore | None:
