@@ -30,6 +30,7 @@ PARTIAL_SUMS_BYTES = 16 * MIB
 # and to compile it (171 to 215 MiB).
 COMPILED_BYTES = {Compiling.NEVER: 0, Compiling.KEPT: 112 * MIB, Compiling.ALWAYS: 256 * MIB}
 COMPILED_SHARE = 16  # compiled calls may cost slots of no more than this part of a budget
+LOGIT_ROWS = 256  # turned into float32 at a time where many are scored
 DEFAULT_CONTEXT = 2048  # tokens planned for where neither the user nor a prompt says how many
 
 
@@ -179,11 +180,13 @@ def needs_of(
     low: ExpertStore | None = None,
     aside: bool = False,
     host_tier_bytes: int = 0,
+    logit_tokens: int = 1,
 ) -> Needs:
     """What serving ``store`` takes besides slots. Reads no weights.
 
     A prompt may be as long as ``prompt_tokens`` (None: the whole context, less one token);
-    ``copies`` may be under way at once; ``aside``: some experts are computed on the CPU.
+    ``copies`` may be under way at once; ``aside``: some experts are computed on the CPU; a pass
+    gives the logits of ``logit_tokens``.
     """
     config = store.config().get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -198,6 +201,7 @@ def needs_of(
         weights_bytes=weights + packed_attention_bytes(store, device),
         kv_cache_bytes=kv_cache_bytes(config, context, itemsize),
         workspace_bytes=_activation_bytes(config, store, batch, context, itemsize, horizon)
+        + _logit_bytes(config, logit_tokens, itemsize)
         + quantised
         + LIBRARIES_BYTES[device.type],
         context_tokens=context,
@@ -263,7 +267,7 @@ def _activation_bytes(
     config: Any, store: ExpertStore, batch: int, context: int, itemsize: int, horizon: int
 ) -> int:
     """The most that one forward pass holds at once besides weights and cache: a layer's attention
-    or its experts, the hidden states around them, and what becomes of the last token's logits."""
+    or its experts, and the hidden states around them."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     wide = max(itemsize, 4)  # norms and sums of experts are computed in float32
     key, value = _head_widths(config)
@@ -278,8 +282,14 @@ def _activation_bytes(
     experts = batch * (store.index.top_k + 2) * hidden * wide + inside
     gates = batch * store.n_experts * 4 * (3 + 2 * horizon)
     around = 6 * batch * hidden * wide
-    logits = 64 * config.vocab_size  # float32, sorted with their places, summed: sampling
-    return int(around + max(attention, experts) + gates + logits)
+    return int(around + max(attention, experts) + gates)
+
+
+def _logit_bytes(config: Any, tokens: int, itemsize: int) -> int:
+    """Logits as they are computed, and what becomes of them: the last token's are sorted with their
+    places and summed in float32 (sampling), or some at a time are turned into float32 (scoring)."""
+    becomes = 64 if tokens == 1 else 4 * min(tokens, LOGIT_ROWS) * 3
+    return int(config.vocab_size) * (becomes + (tokens + 1) * itemsize * (tokens > 1))
 
 
 def _inside_bytes(config: Any, store: ExpertStore, batch: int, itemsize: int) -> int:

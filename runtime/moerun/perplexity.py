@@ -22,6 +22,7 @@ from moerun.errors import RunError
 from moerun.families import read_config
 from moerun.grid import Cell, Published, Results, Scored
 from moerun.index import read_index
+from moerun.memory import LOGIT_ROWS
 from moerun.model import load_tokenizer
 from moerun.report import packages
 from moerun.runner import Runner, Settings
@@ -31,7 +32,6 @@ from moerun.stores import cache_folder, is_store
 from moerun.table1 import published
 
 COMMON_CONTEXT = 2048  # what papers on quantisation measure at, where the model has as much
-_LOGIT_ROWS = 256  # turned into float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ def nats(model: Any, ids: torch.Tensor, window: Window) -> float:
     logits = model(text, use_cache=False, logits_to_keep=scored + 1).logits[0, :-1]
     labels = text[0, -scored:]
     total = 0.0
-    for start in range(0, scored, _LOGIT_ROWS):
-        rows = slice(start, start + _LOGIT_ROWS)
+    for start in range(0, scored, LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
         total += float(F.cross_entropy(logits[rows].float(), labels[rows], reduction="sum"))
     return total
 
@@ -107,7 +107,6 @@ class Measurement:
     ) -> None:
         """`settings` say how it is run, the policy aside. `tokens`: only the first so many;
         `by_token`: decode as `nats_by_token` does. Raises RunError for what cannot be measured."""
-        self.settings = settings
         self.by_token = by_token
         self._model = model
         folder, self._digest, self._name = _subject(model)
@@ -116,6 +115,12 @@ class Measurement:
         self.context = context or min(limit or COMMON_CONTEXT, COMMON_CONTEXT)
         self.stride = stride or self.context
         self._check(limit)
+        self.settings = replace(
+            settings,
+            context_tokens=self.context,
+            prompt_tokens=self.context,
+            logit_tokens=1 if by_token else self.context,
+        )
         self.windows = windows(self.ids.shape[1], self.context, self.stride)
         self._text_digest = hashlib.sha256(text.encode()).hexdigest()
 

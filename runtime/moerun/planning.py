@@ -48,6 +48,7 @@ def plan_policies(
             low=settings.low,
             aside=any("cpu" in policy.requires for policy in policies),
             host_tier_bytes=0 if host_bytes is None else min(host_bytes, all_bytes),
+            logit_tokens=settings.logit_tokens,
         ),
         budget_bytes=None,
         slots=settings.slots if settings.slots is not None else store.n_experts // 2,

@@ -42,6 +42,7 @@ class Settings:
     memory_bytes: int | None = None
     context_tokens: int | None = None  # to plan memory for; None: some thousand
     prompt_tokens: int | None = None  # the longest prompt; None: all of the context
+    logit_tokens: int = 1  # of which a pass gives the logits
     memory_file: Path | None = None  # in which the budget may be changed
     scope: str = "layer"
     device: torch.device = CPU

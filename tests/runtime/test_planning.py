@@ -170,6 +170,40 @@ def test_a_process_that_computes_aside_keeps_to_its_budget(
     assert 0.5 * found["planned"] < found["peak"] <= budget
 
 
+SCORES = """
+import json, sys
+import torch
+from moepolicy import find_policy
+from moerun.perplexity import Measurement
+from moerun.runner import Runner, Settings
+from moerun.store import ExpertStore
+path, budget = sys.argv[1:]
+settings = Settings(find_policy("lru"), memory_bytes=int(budget))
+measurement = Measurement(path, "once upon a time there was " * 400, settings)
+with Runner(ExpertStore.open(path), measurement.settings) as runner:
+    measurement._score(runner, measurement.ids, measurement.windows[0], 0)
+    print(json.dumps({"peak": runner.peak_bytes, "context": measurement.context,
+                      "slots": runner.context.slots}))
+"""
+
+
+def test_a_process_that_scores_long_windows_keeps_to_its_budget(big: ExpertStore) -> None:
+    budget = 380 * MIB  # of which 40 MB are the logits of a window
+    done = subprocess.run(
+        [sys.executable, "-c", SCORES, str(big.path), str(budget)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["context"] == 2048
+    assert 0 < found["slots"] < 8
+    assert 0.5 * budget < found["peak"] <= budget
+
+
 def test_code_that_was_kept_is_loaded_and_no_other_compiled(
     stores: dict[str, ExpertStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
