@@ -35,7 +35,8 @@ def plan_policies(
 
     ``context`` is the cache they are made for, but for its slots.
     """
-    all_bytes = store.n_keys * store.record_bytes
+    stores = [each for each in (store, settings.low) if each is not None]
+    all_bytes = sum(each.n_keys * each.record_bytes for each in stores)
     budget_bytes, host_bytes = settings.memory_bytes, settings.host_bytes
     plan = MemoryPlan(
         needs=needs_of(
@@ -56,7 +57,7 @@ def plan_policies(
         n_experts=store.n_experts,
         # Staging may depend on the parameters, so policies are made to ask them.
         staging=max(policy.build(context).staging for policy in policies),
-        slot_bytes=slot_bytes_of(store, settings),
+        slot_bytes=max(_slot_bytes(each, settings.device) for each in stores),
     )
     if budget_bytes is None:
         return plan
@@ -64,13 +65,8 @@ def plan_policies(
     return plan.with_compiling() if settings.device.type == "cpu" else plan
 
 
-def slot_bytes_of(store: ExpertStore, settings: Settings) -> int:
-    """Memory of a slot, in which an expert of either precision can be."""
-    return max(
-        SlotForm(each.index.shape, each.index.precision, settings.device).slot_bytes
-        for each in (store, settings.low)
-        if each is not None
-    )
+def _slot_bytes(store: ExpertStore, device: torch.device) -> int:
+    return SlotForm(store.index.shape, store.index.precision, device).slot_bytes
 
 
 def require_free(n_bytes: int, budget_bytes: int, device: torch.device) -> None:

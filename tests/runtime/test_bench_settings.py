@@ -231,6 +231,18 @@ def test_what_is_too_big_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) ->
         refuse_too_big(MIXTRAL, CPU, on_disk=True)
 
 
+def test_a_budget_has_as_many_slots_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda _: 24 * 10**9)
+    budgeted = replace(MIXTRAL, all_slot_bytes=32 * 10**9)
+    few = budgeted.of_layers(8)
+    assert few.slot_bytes == 8 * 10**9  # for all of their experts
+    assert budgeted.of_layers(30).slot_bytes == 16 * 10**9 + 2 * MIXTRAL.layer_bytes
+    with pytest.raises(RunError, match="less --memory") as caught:
+        refuse_too_big(budgeted, CPU, on_disk=False)
+    (layers,) = re.findall(r"--layers (\d+) or fewer", str(caught.value))
+    refuse_too_big(budgeted.of_layers(int(layers)), CPU, on_disk=False)
+
+
 def test_a_gpu_and_its_host_are_asked_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     free = {"cpu": 64 * 10**9, "cuda": 16 * 10**9}

@@ -17,7 +17,9 @@ class Room:
     """Bytes: of all experts, of the slots they come and go in, of every other weight.
 
     Of these, ``layer_bytes`` of the other weights are each of ``n_layers``; ``staging_bytes`` are
-    slots however many layers there are. ``tier_bytes``: host memory for experts on disk.
+    slots however many layers there are. ``all_slot_bytes``: of slots for all experts, where a
+    budget has as many as it can; 0 where their number is given. ``tier_bytes``: host memory for
+    experts on disk.
     """
 
     expert_bytes: int
@@ -26,16 +28,23 @@ class Room:
     staging_bytes: int = 0
     n_layers: int = 1
     layer_bytes: int = 0
+    all_slot_bytes: int = 0
     tier_bytes: int | None = None
 
     def of_layers(self, n: int) -> Room:
         """The same with fewer layers."""
+        all_slot_bytes = self.all_slot_bytes * n // self.n_layers
+        spared_bytes = (self.n_layers - n) * self.layer_bytes
+        slot_bytes = self.slot_bytes * n // self.n_layers
+        if self.all_slot_bytes:
+            slot_bytes = min(self.slot_bytes + spared_bytes, all_slot_bytes)
         return replace(
             self,
             expert_bytes=self.expert_bytes * n // self.n_layers,
-            slot_bytes=self.slot_bytes * n // self.n_layers,
-            dense_bytes=self.dense_bytes - (self.n_layers - n) * self.layer_bytes,
+            slot_bytes=slot_bytes,
+            dense_bytes=self.dense_bytes - spared_bytes,
             n_layers=n,
+            all_slot_bytes=all_slot_bytes,
         )
 
     def on_device(self) -> int:
@@ -68,7 +77,7 @@ def refuse_too_big(room: Room, device: torch.device, *, on_disk: bool) -> None:
     if not on_disk and _lack(room, device, on_disk=True) is None:
         ways.append("--store FOLDER (experts on disk)")
     if _lack(replace(room, slot_bytes=0), device, on_disk=on_disk) is None:
-        ways.append("fewer --slots")
+        ways.append("less --memory" if room.all_slot_bytes else "fewer --slots")
     raise RunError(f"{lack}: give {', '.join([*ways, 'or a lower --precision'])}")
 
 

@@ -202,17 +202,16 @@ class Bench(AbstractContextManager["Bench"]):
 
     def _room(self, lower: GeneratedModel | None) -> Room:
         index, memory = self.generated.index, self.memory
+        budgeted = self.settings.memory_bytes is not None
         staging_bytes = memory.staging * memory.slot_bytes
-        slot_bytes = memory.slots_bytes - staging_bytes
-        if self.settings.memory_bytes is not None:  # what fewer layers leave, slots take
-            staging_bytes, slot_bytes = memory.slots_bytes, 0
         return Room(
             expert_bytes=_expert_bytes(self.generated, lower),
-            slot_bytes=slot_bytes,
+            slot_bytes=memory.slots_bytes - staging_bytes,
             dense_bytes=self.generated.weights_bytes,
             staging_bytes=staging_bytes,
             n_layers=index.n_layers,
             layer_bytes=index.layer_bytes,
+            all_slot_bytes=index.n_layers * index.n_experts * memory.slot_bytes if budgeted else 0,
             tier_bytes=self.settings.host_bytes,
         )
 
