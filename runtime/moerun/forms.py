@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from moerun.blockwise import multiply_blockwise, pays_from_tokens
 from moerun.errors import RunError
 from moerun.layout import RecordLayout, align_up
 from moerun.packing import (
@@ -164,7 +165,10 @@ class FusedSlot(_Slot):
 
 
 class NibbleSlot(_Slot):
-    """Quantised matrices as torch's int4 kernel for the CPU reads them; activations in bfloat16."""
+    """Quantised matrices as torch's int4 kernel for the CPU reads them; activations in bfloat16.
+
+    Many tokens are multiplied another way, from the same memory: see `blockwise`.
+    """
 
     def __init__(
         self,
@@ -238,12 +242,15 @@ class _NibbleLinear:
             nibbles = views[f"{param.name}.codes"]
         self._nibbles = nibbles.view(-1, self._columns // 2)
         self._terms = views[f"{param.name}.terms"]
-        self._group = max(scheme.group, KERNEL_GROUP)
+        self._group, self._kernel_group = scheme.group, max(scheme.group, KERNEL_GROUP)
+        self.blockwise_from = pays_from_tokens(scheme) if kernel_reads_nibbles() else None
         self._bias = views.get(f"{param.name}_bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.bfloat16)
-        if len(self._terms) == 1:
+        if self.blockwise_from is not None and len(x) >= self.blockwise_from:
+            y = multiply_blockwise(x, self._nibbles.view(-1), self._terms, self._group)
+        elif len(self._terms) == 1:
             y = self._multiply(x, self._terms[0])
         else:
             y = self._multiply_in_turns(x)
@@ -252,7 +259,7 @@ class _NibbleLinear:
 
     def _multiply(self, x: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), self._nibbles, self._group, terms
+            x.contiguous(), self._nibbles, self._kernel_group, terms
         )
         return y
 
@@ -262,7 +269,7 @@ class _NibbleLinear:
         The other columns of x are zero in that turn, so the scales they meet do not matter.
         """
         turns = len(self._terms)
-        groups = x.reshape(len(x), -1, turns, self._group // turns)
+        groups = x.reshape(len(x), -1, turns, self._group)
         y = None
         for turn, terms in enumerate(self._terms):
             seen = torch.zeros_like(groups)

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moerun.devices import naming_lack_of_memory
 from moerun.errors import RunError
+from moerun.kvcache import new_cache
 from moerun.session import Session
 from moerun.text import TextStream
 from moerun.totals import Totals
@@ -60,6 +61,8 @@ class Sampling:
             eos_token_id=end if self.stop else NO_TOKEN,
             pad_token_id=pad,
             bos_token_id=own.bos_token_id,
+            # Experts are loaded between the layers, by code that no compiled graph can hold.
+            disable_compile=True,
             **(sampled if self.temperature > 0 else {}),
         )
 
@@ -208,6 +211,7 @@ class Generation:
                 self.model.generate(
                     prompt_ids,
                     attention_mask=torch.ones_like(prompt_ids),
+                    past_key_values=new_cache(self.model, self.prompt_tokens + self._room),
                     generation_config=config,
                     streamer=self._timings,
                     stopping_criteria=StoppingCriteriaList([Ends(self._take, prompt_ids.device)]),

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from moerun.attention import packed_attention_bytes
+from moerun.blockwise import scratch_bytes
 from moerun.compiling import Compiling
 from moerun.devices import format_bytes, peak_device_bytes, peak_host_bytes, resident_bytes
 from moerun.errors import RunError
 from moerun.forms import SlotForm
+from moerun.packing import Scheme
 from moerun.shape import scheme_of
 from moerun.store import ExpertStore
 from moerun.tensorfile import bytes_of
@@ -311,16 +313,30 @@ def _aside_bytes(config: Any, store: ExpertStore, batch: int, itemsize: int) -> 
 
 
 def _quantised_bytes(store: ExpertStore, device: torch.device, copies: int, batch: int) -> int:
-    """What quantised weights need beside their own memory: on the CPU to derive what its kernels
-    read from an expert's record, on a GPU what the programs that share a row have each summed."""
-    index = store.index
-    quantised = scheme_of(index.precision) is not None
+    """What quantised weights need beside their own memory, at most. On the CPU that is to derive
+    what its kernels read from an expert's record, and blocks of a matrix for a prompt's tokens, in
+    the main thread and in one that computes beside; on a GPU it is what the programs that share a
+    row have each summed."""
+    matrices = _quantised_matrices(store)
+    if not matrices:
+        return 0
     if device.type == "cpu":
-        return 3 * copies * store.record_bytes if quantised else 0
-    rows = [linear.rows for linear in index.attention.linears] if index.attention else []
-    if quantised:
-        rows += [param.rows_columns[0] for param in index.shape.params if param.is_matrix]
-    return 4 * batch * max(rows) + PARTIAL_SUMS_BYTES if rows else 0
+        arriving = scheme_of(store.index.precision) is not None
+        records = 3 * copies * store.record_bytes if arriving else 0
+        return records + 2 * max(scratch_bytes(*matrix) for matrix in matrices)
+    return 4 * batch * max(rows for rows, _, _ in matrices) + PARTIAL_SUMS_BYTES
+
+
+def _quantised_matrices(store: ExpertStore) -> list[tuple[int, int, Scheme]]:
+    """Rows, columns and scheme of an expert's matrices and of attention's, as far as quantised."""
+    index = store.index
+    found: list[tuple[int, int, Scheme]] = []
+    if scheme := scheme_of(index.precision):
+        params = [param for param in index.shape.params if param.is_matrix]
+        found += [(*param.rows_columns, scheme) for param in params]
+    if index.attention and (scheme := scheme_of(index.attention.precision)):
+        found += [(each.rows, each.columns, scheme) for each in index.attention.linears]
+    return found
 
 
 def _attends_eagerly(config: Any) -> bool:

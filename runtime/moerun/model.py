@@ -112,8 +112,16 @@ def rebuild_buffers(model: Any, device: torch.device) -> None:
 
 
 def _generation_config(path: Path, config: Any) -> Any:
+    """The model's special tokens, and nothing else: generate() takes from here whatever it was not
+    told, such as a penalty for repetition or a cache of another kind."""
     from transformers import GenerationConfig
 
     if (path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(path)
-    return GenerationConfig.from_model_config(config)
+        own = GenerationConfig.from_pretrained(path)
+    else:
+        own = GenerationConfig.from_model_config(config)
+    return GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+    )

@@ -87,3 +87,31 @@ def test_every_engine_decodes_the_same_from_disk(tmp_path: Path, shape: Path) ->
     assert [row["engine"] for row in found["rows"]] == ["lru", "lru-spec", "accelerate", "mmap"]
     assert all(row["same_tokens_as_mmap"] for row in found["rows"])
     assert found["limit_covers"] == "nothing"
+
+
+def test_matrices_are_timed_for_few_and_many_tokens(tmp_path: Path) -> None:
+    done = run(
+        *(sys.executable, str(BENCHMARKS / "expert_tokens.py"), "--shapes", "128x64"),
+        *("--tokens", "1,80", "--rounds", "1", "--out", str(tmp_path / "out.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(done.stdout.splitlines()) == len(found["rows"]) == 2 * 3
+    native = found["hardware"]["avx512_bf16"]
+    for row in found["rows"]:
+        assert row["takes"] == ("blockwise" if native and row["tokens"] == 80 else "kernel")
+        assert all(ms > 0 for ms in row["ms"].values())
+
+
+def test_caches_of_keys_and_values_are_timed(tmp_path: Path) -> None:
+    done = run(
+        *(sys.executable, str(BENCHMARKS / "kv_cache.py"), "--contexts", "8,300"),
+        *("--layers", "1", "--hidden", "64", "--tokens", "2", "--rounds", "1"),
+        *("--out", str(tmp_path / "out.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(done.stdout.splitlines()) == len(rows) == 2
+    for row in rows:
+        assert set(row["ms_per_token"]) == {"dynamic", "static", "moerun"}
+        assert all(ms > 0 for ms in row["ms_per_token"].values())

@@ -1,0 +1,79 @@
+"""The cache of keys and values that a generation writes to: transformers' own, with room to grow.
+
+Its stock layers copy all they hold for each token that comes. And where no mask says otherwise,
+torch attends to grouped heads in bfloat16 on the CPU one head after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+STEP_TOKENS = 256  # room is made for so many more
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer, written behind those there are; their room grows in steps."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, limit_tokens: int) -> None:
+        """No room is made beyond ``limit_tokens`` before it is needed."""
+        super().__init__()
+        self._limit_tokens = limit_tokens
+        self._rooms: dict[str, torch.Tensor] = {}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._rooms.clear()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take up the states [batch, heads, tokens, width]; returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        self.keys = self._append("keys", held, self.keys, key_states)
+        self.values = self._append("values", held, self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, held: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        total = held + new.shape[-2]
+        room = self._rooms.get(name)
+        if room is None or room.shape[-2] < total:
+            tokens = max(total, min(total + STEP_TOKENS, self._limit_tokens))
+            room = new.new_empty(*new.shape[:-2], tokens, new.shape[-1])
+            if held:
+                room[..., :held, :] = old
+            self._rooms[name] = room
+        room[..., held:total, :] = new
+        return room[..., :total, :]
+
+
+def new_cache(model: Any, limit_tokens: int) -> DynamicCache:
+    """An empty cache for one text of at most ``limit_tokens``; sliding windows keep no more."""
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        RoomyLayer(limit_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    if _attends_quicker_with_a_mask(model, config):
+        for layer in cache.layers:
+            # All that this says of a layer of a DynamicCache is that decoding has a mask.
+            layer.is_compileable = True
+    return cache
+
+
+def _attends_quicker_with_a_mask(model: Any, config: Any) -> bool:
+    """Whether transformers, having a mask, takes the heads of a group together: one token to 2048
+    of Mixtral's in 0.9 ms, where torch's own way of grouped heads takes 11.8 (one core, bfloat16;
+    in float32 1.1 and 1.9, which is not worth another rounding than the stock model's)."""
+    heads = config.num_attention_heads
+    grouped = (getattr(config, "num_key_value_heads", None) or heads) < heads
+    on_cpu = model.device.type == "cpu" and model.dtype.itemsize == 2
+    return bool(grouped and on_cpu and config._attn_implementation == "sdpa")
