@@ -172,7 +172,9 @@ def test_a_place_is_not_given_on_while_a_failed_read_of_it_is_still_held() -> No
     failed = tier.hold(2)
     with pytest.raises(RunError):
         failed.wait()
-    later = tier.hold(1)  # what has crossed of the first may still be under way
+    told = threading.Event()
+    later = tier.hold(1, tell=told.set)
+    assert not told.wait(0.02)  # what has been queued of the first may still be crossing
     assert is_of(failed.record, 2)
     failed.drop()
     assert is_of(later.wait(), 1)
