@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ from moerun.pack import pack
 from moerun.record import LiveRecording
 from moerun.runner import Runner, Settings
 from moerun.store import ExpertStore
+from moesim.costs import costs_of
 from moesim.engine import DISK_LANE, Host, Segment
+from moesim.engines import run as simulate_with
 from moesim.loading import load_workload
 from moesim.profile import Compute, Disk, Link, Machine
-from moesim.simulate import simulate
+from moesim.simulate import simulate, sizes_of
 from support.links import RECORD_BYTES, MemoryRecords
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
@@ -209,6 +212,37 @@ def test_a_live_run_reads_from_disk_what_the_simulated_one_does(
     simulated = sum(segment.lane == DISK_LANE for segment in segments)
     assert (reads, loads) == (simulated, result.loads)
     assert tiny.n_keys // 2 < reads < loads
+
+
+def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
+    tiny: ExpertStore, tmp_path: Path
+) -> None:
+    low = pack(resolve("tiny"), tmp_path / "low", precision="2bit")
+    chosen = Settings(find_policy("hobbit"), slots=2, low=low, host_bytes=20 * tiny.record_bytes)
+    with Runner(tiny, chosen) as runner:
+        recording = LiveRecording(runner, tmp_path / "t.parquet", None, seed=0)
+        recording.recorder.begin_sequence()
+        text = runner.generate(PROSE, Sampling(max_new_tokens=12))
+        recording.finish()
+        assert runner.host_tier is not None
+        reads, totals = runner.host_tier.reads, runner.session.totals
+    with Runner(tiny, replace(chosen, host_bytes=None)) as runner:
+        assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == text
+    disk = Disk(1e9, host_bytes=20 * tiny.record_bytes)
+    machine = Machine("m", "", "measured", Link(1e9), Compute(layer_s=1e-4), disk)
+    trace = open_trace(tmp_path / "t.parquet")
+    workload = load_workload(trace, logits=True)
+    sizes = sizes_of(trace.meta, tiny.record_bytes, low.record_bytes)
+    _, clock = simulate_with(
+        workload,
+        chosen.policy,
+        runner.context,
+        costs_of(workload, machine, sizes, predicting=False),
+        timeline=True,
+    )
+    simulated = sum(segment.lane == DISK_LANE for segment in clock.segments or ())
+    assert 0 < totals.low_loads < totals.loads
+    assert reads == simulated < totals.loads
 
 
 @pytest.mark.parametrize("host_records", [None, 20])
