@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moerun.arena import Arena
+from moerun.arena import Arena, device_memory
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
 from moerun.links import DualSlot, HostTier, Records, Throttle, in_form
@@ -51,7 +51,7 @@ class Form:
 
 
 def dual_slot(derives: bool = False) -> DualSlot:
-    memory = torch.zeros(RECORD, dtype=torch.uint8)
+    memory = device_memory(RECORD, torch.device("cpu"))
     return DualSlot(Form(memory, derives), Form(memory[:LOW], derives))
 
 
@@ -463,6 +463,25 @@ def test_a_new_slot_waits_for_what_its_memory_was_used_for_before(slot: int) -> 
         go_on.set()
         assert rig.wait() == 5
         rig.check(slot, 5)()
+
+
+def test_slots_made_while_text_is_generated_take_records_like_any_others() -> None:
+    with Rig(full_records(), n_slots=1, chunk_bytes=CHUNK) as rig:
+        with torch.inference_mode():
+            rig.link.resize([], [3])
+            rig.link.submit(5, 3)
+        assert rig.wait() == 5
+        rig.link.submit(6, 3)
+        assert rig.wait() == 6
+        rig.check(3, 6)()
+
+
+def test_a_link_that_never_started_can_be_closed() -> None:
+    lanes = ThreadLanes()
+    link = PinnedLink(HostTier(full_records()), Arena(dual_slot, 1), lanes)
+    link.close()
+    lanes.end()
+    assert lanes.pinned == []
 
 
 @pytest.mark.parametrize("n_bytes", [None, 2 * RECORD])

@@ -101,9 +101,9 @@ class HostTier:
 
     Least recently used goes first, by bytes, as in the simulator's host cache; the order is that
     in which copies begin. Safe to share between threads: what several want is read once, and a
-    record for which there is no place is read when a copy has ended. Reading goes piece by piece,
-    for one record at a time, demanded before guessed (`Turns`), so that the disk is never idle and
-    what is waited for has all of it.
+    record for which there is no place is read when a copy has ended. The disk reads one record at a
+    time, the demanded before the guessed (`Turns`): what is waited for has all of it, and the next
+    is begun while the last is still verified, or crossing to the device.
     """
 
     def __init__(
