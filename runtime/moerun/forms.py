@@ -6,18 +6,20 @@ lands in the slot itself; where it is not, `arrive` derives it, once a load and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from moerun.errors import RunError
 from moerun.layout import RecordLayout, align_up
 from moerun.packing import (
     KERNEL_GROUP,
     ROWS,
     Scheme,
-    dequantise,
+    Tensors,
     expand_codes,
     expand_scales,
     pack_codes,
@@ -76,19 +78,20 @@ class SlotForm:
             self.slot_bytes += self.record_bytes
 
     @property
-    def _computes_packed(self) -> bool:
+    def _takes_nibbles(self) -> bool:
+        """Whether torch's kernel for the CPU computes, which wants its own scales."""
         return self._scheme is not None and self._device.type == "cpu"
 
     @property
     def _lands_inside(self) -> bool:
         scheme = self._scheme
-        return not self._computes_packed or (
+        return not self._takes_nibbles or (
             scheme is not None and scheme.bits == 4 and kernel_reads_nibbles()
         )
 
     def _extra_layout(self) -> RecordLayout:
         """What a slot holds besides a record that landed in it."""
-        if not self._computes_packed:
+        if not self._takes_nibbles:
             return RecordLayout.of([])
         assert self._scheme is not None
         tensors = []
@@ -109,11 +112,11 @@ class SlotForm:
 
     def bind(self, memory: torch.Tensor) -> ExpertSlot:
         """The slot that lives in `memory`, uint8[slot_bytes] on the form's device."""
-        if not self._computes_packed:
+        if not self._takes_nibbles:
             views = self.layout.views(memory)
             if self._scheme is None:
                 return PlainSlot(self._shape, views, memory[: self.record_bytes])
-            return UnpackingSlot(self._shape, self._scheme, views, memory[: self.record_bytes])
+            return FusedSlot(self._shape, self._scheme, views, memory[: self.record_bytes])
         assert self._scheme is not None
         landing = memory[: self.record_bytes] if self._lands_inside else None
         extra = memory[self.record_bytes :] if self._lands_inside else memory
@@ -146,8 +149,8 @@ class PlainSlot(_Slot):
         super().__init__(landing, tuple(_PlainLinear(param, views) for param in _matrices(shape)))
 
 
-class UnpackingSlot(_Slot):
-    """Quantised matrices on a device without a fused kernel: unpacked for each multiply."""
+class FusedSlot(_Slot):
+    """Quantised matrices that a GPU multiplies by straight from the record where it landed."""
 
     def __init__(
         self,
@@ -156,7 +159,7 @@ class UnpackingSlot(_Slot):
         views: dict[str, torch.Tensor],
         landing: torch.Tensor,
     ) -> None:
-        linears = (_UnpackingLinear(param, scheme, views) for param in _matrices(shape))
+        linears = (_FusedLinear(param, scheme, views) for param in _matrices(shape))
         super().__init__(landing, tuple(linears))
 
 
@@ -215,15 +218,15 @@ class _PlainLinear:
         return y if self._bias is None else y + self._bias
 
 
-class _UnpackingLinear:
+class _FusedLinear:
     def __init__(self, param: ExpertParam, scheme: Scheme, views: dict[str, torch.Tensor]) -> None:
+        self._multiply = _fused()
         self._parts, self._scheme = _parts_of(param, views), scheme
-        self._rows, self._columns = param.rows_columns
+        self._rows = param.rows_columns[0]
         self._bias = views.get(f"{param.name}_bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight = dequantise(self._parts, self._scheme, self._rows, self._columns)
-        y = F.linear(x, weight.to(x.dtype))
+        y = self._multiply(x, self._parts, self._scheme, self._rows)
         return y if self._bias is None else y + self._bias
 
 
@@ -268,6 +271,17 @@ class _NibbleLinear:
             y = part if y is None else y + part
         assert y is not None
         return y
+
+
+def _fused() -> Callable[[torch.Tensor, Tensors, Scheme, int], torch.Tensor]:
+    try:
+        from moerun.fused import multiply
+    except ImportError as error:
+        raise RunError(
+            "experts of 2, 3 or 4 bits are computed on a GPU by Triton, which is not here: "
+            f"pip install triton, or pack with bf16 ({error})"
+        ) from error
+    return multiply
 
 
 def _matrices(shape: ExpertShape) -> list[ExpertParam]:

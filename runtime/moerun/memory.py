@@ -23,6 +23,8 @@ MIB = 1 << 20
 # What libraries take for themselves as they are first used, measured: on the CPU mostly code that
 # is only loaded then and what malloc keeps, on a GPU the workspaces of its matrix library.
 LIBRARIES_BYTES = {"cpu": 48 * MIB, "cuda": 96 * MIB}
+# Of `moerun.fused`: 64 rows of 64 tokens in float32, for four programs a multiprocessor.
+PARTIAL_SUMS_BYTES = 16 * MIB
 DEFAULT_CONTEXT = 2048  # tokens planned for where neither the user nor a prompt says how many
 
 
@@ -149,7 +151,7 @@ def needs_of(
         weights_bytes=weights + packed_attention_bytes(store, device),
         kv_cache_bytes=kv_cache_bytes(config, context, itemsize),
         workspace_bytes=_activation_bytes(config, store, batch, context, itemsize, horizon)
-        + _unpacking_bytes(store, device, streams)
+        + _quantised_bytes(store, device, streams, batch)
         + LIBRARIES_BYTES[device.type],
         context_tokens=context,
     )
@@ -220,20 +222,17 @@ def _activation_bytes(
     return int(around + max(attention, experts) + gates + logits)
 
 
-def _unpacking_bytes(store: ExpertStore, device: torch.device, streams: int) -> int:
+def _quantised_bytes(store: ExpertStore, device: torch.device, streams: int, batch: int) -> int:
     """What quantised weights need beside their own memory: on the CPU to derive what its kernels
-    read from an expert's record, elsewhere to unpack the largest matrix (its codes, then float32
-    and a sum)."""
+    read from an expert's record, on a GPU what the programs that share a row have each summed."""
     index = store.index
     quantised = scheme_of(index.precision) is not None
     if device.type == "cpu":
         return 3 * streams * store.record_bytes if quantised else 0
-    attention = index.attention.linears if index.attention else ()
-    matrices = [linear.rows * linear.columns for linear in attention]
+    rows = [linear.rows for linear in index.attention.linears] if index.attention else []
     if quantised:
-        sides = (param.rows_columns for param in index.shape.params if param.is_matrix)
-        matrices += [rows * columns for rows, columns in sides]
-    return 16 * max(matrices, default=0)
+        rows += [param.rows_columns[0] for param in index.shape.params if param.is_matrix]
+    return 4 * batch * max(rows) + PARTIAL_SUMS_BYTES if rows else 0
 
 
 def _attends_eagerly(config: Any) -> bool:

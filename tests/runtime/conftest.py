@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+# Looked at where a kernel is defined, Triton's own included: before anything imports it.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -15,3 +21,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[None]:
+    """Triton's kernels run by its interpreter, on tensors of the CPU."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    import triton.language as tl
+
+    builder = interpreter.InterpreterBuilder
+    stock = builder.create_dot
+
+    def floats(handle: Any) -> Any:
+        # It keeps bfloat16 as bit patterns, and takes those of a product for integers.
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype == tl.bfloat16:
+            a, b = floats(a), floats(b)
+        return stock(self, a, b, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_dot", create_dot)
+        import moerun.fused  # noqa: F401
+
+        yield

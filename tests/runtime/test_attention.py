@@ -135,14 +135,19 @@ def test_packed_attention_computes_what_plain_dequantisation_does(
 
 
 @pytest.mark.parametrize("precision", list(SCHEMES))
-def test_on_a_device_without_the_kernel_it_equals_plain_dequantisation_bit_for_bit(
-    mixtral: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+def test_the_kernels_of_a_gpu_give_the_logits_of_the_dequantised_weights(
+    mixtral: Path,
+    tmp_path: Path,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    interpreted: None,
 ) -> None:
-    monkeypatch.setattr("moerun.forms.SlotForm._computes_packed", False)
+    monkeypatch.setattr("moerun.forms.SlotForm._takes_nibbles", False)
     store = pack(mixtral, tmp_path / "out", attention=precision)
     ours, _ = load_offloaded(store, "cpu", ResidentProvider(store))
     stock = dequantised_stock(mixtral, plain_weights(store))
-    assert torch.equal(logits_of(ours, IDS), logits_of(stock, IDS))
+    found, wanted = logits_of(ours, IDS), logits_of(stock, IDS)
+    assert relative(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("precision", list(SCHEMES))

@@ -11,7 +11,7 @@ from hqq.core.quantize import Quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moerun.errors import RunError
-from moerun.forms import SlotForm, UnpackingSlot, kernel_reads_nibbles
+from moerun.forms import SlotForm, kernel_reads_nibbles
 from moerun.packing import (
     ROWS,
     SCHEMES,
@@ -138,19 +138,6 @@ def test_odd_rows_biases_and_transposed_matrices(name: str) -> None:
     x = torch.randn(3, 64)
     wanted = x @ plain["gate_up_proj"].T + weights["gate_up_proj_bias"]
     assert relative(slot.up(x), wanted) < KERNEL_TOLERANCE
-
-
-@pytest.mark.parametrize("name", list(SCHEMES))
-def test_a_device_without_the_kernel_computes_the_plain_dequantisation(name: str) -> None:
-    shape, scheme = ExpertShape.gated(hidden=64, inner=128), SCHEMES[name]
-    packed = {p.name: quantise(normal(*p.shape), scheme) for p in shape.params}
-    layout = shape.record(name)
-    memory, record = (torch.zeros(layout.record_bytes, dtype=torch.uint8) for _ in range(2))
-    layout.write({f"{p}.{n}": t for p, parts in packed.items() for n, t in parts.items()}, record)
-    slot = UnpackingSlot(shape, scheme, layout.views(memory), memory)
-    slot.arrive(record)
-    x = torch.randn(3, 64)
-    assert torch.equal(slot.up(x), x @ dequantise(packed["gate_up_proj"], scheme, 256, 64).T)
 
 
 def test_a_slot_computes_the_expert_that_arrived_last() -> None:
