@@ -22,7 +22,6 @@ from moerun.links import DualSlot, HostTier, Records, Throttle, in_form
 from moerun.links.pinned import PinnedLink
 from moerun.links.turns import Pieces
 from moerun.pack import pack
-from moerun.store import ExpertStore
 from support.lanes import PATIENCE_S, Span, ThreadLanes
 from support.links import MemoryRecords
 
@@ -363,9 +362,32 @@ def test_a_record_whose_checksum_fails_never_arrives(chunk_bytes: int) -> None:
         assert rig.link.statistics.copies == 1
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
-    return pack(resolve("tiny"), tmp_path_factory.mktemp("stores") / "tiny")
+@pytest.mark.parametrize("chunk_bytes", [0, CHUNK])
+def test_a_read_that_fails_in_the_middle_hands_the_disk_on(chunk_bytes: int) -> None:
+    class Failing(MemoryRecords):
+        def read_into(
+            self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None
+        ) -> None:
+            def cut(n_bytes: int) -> Iterator[slice]:
+                assert pieces is not None
+                for piece in pieces(n_bytes):
+                    if key == 3 and piece.start == 2 * CHUNK:
+                        raise RunError("expert 3 could not be read (Input/output error)")
+                    yield piece
+
+            super().read_into(key, buffer, pieces=cut)
+
+    records = Failing(N_KEYS, record_bytes=RECORD)
+    with Rig(records, n_bytes=2 * RECORD, chunk_bytes=chunk_bytes, streams=2) as rig:
+        rig.link.submit(3, 0)
+        rig.link.submit(4, 1)
+        found = dict(rig.reports.get(timeout=PATIENCE_S) for _ in range(2))
+        assert found[4] is None
+        assert "Input/output error" in str(found[3])
+        rig.check(1, 4)()
+        rig.link.submit(5, 0)
+        assert rig.wait() == 5
+        rig.check(0, 5)()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
