@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moepolicy import Context, find_policy
+from moepolicy import Context, ExpertCache, find_policy, replay_journal
 from moerun.arena import Arena
 from moerun.errors import RunError
 from moerun.links import HostTier, Throttle
 from moerun.links.pinned import PinnedLink
-from moerun.record import Pass
+from moerun.record import EventLog, Pass
 from moerun.session import Session
 from runtime.test_pinned import CHUNK, FIRST_LOW, LOW, RECORD, Form, dual_slot
-from runtime.test_session import random_passes
+from runtime.test_session import random_passes, trace_of
 from support.lanes import PATIENCE_S, ThreadLanes
 from support.links import MemoryRecords
 
@@ -66,7 +66,7 @@ class Compute:
             self.wrong.append((key, int(form.memory.view(torch.int32)[0])))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     policy=st.sampled_from(["lru", "lru-spec:n=2,staging=2", "hobbit", f"{OWN}:SlotSpec"]),
     slots=st.integers(0, 6),
@@ -163,3 +163,53 @@ def test_an_error_ends_the_pass_and_a_reset_session_serves_again(
     lanes.end()
     assert compute.wrong == []
     assert compute.computed
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    policy=st.sampled_from(["lru", "lru-spec:n=2,staging=1", f"{OWN}:SlotSpec"]),
+    slots=st.integers(0, 6),
+    streams=st.integers(1, 3),
+    chunk_bytes=st.sampled_from([0, CHUNK]),
+    records_held=st.sampled_from([None, 3]),
+    seed=st.integers(0, 10**6),
+)
+def test_a_run_repeats_from_its_journal(
+    tmp_path: Path,
+    policy: str,
+    slots: int,
+    streams: int,
+    chunk_bytes: int,
+    records_held: int | None,
+    seed: int,
+) -> None:
+    """However its copies ended: the order in which they did is all that matters."""
+    context = Context(3, 6, 2, slots, "layer")
+    passes = random_passes(seed, 3, 6, 2, 2, [5, 0, 0, 3, 0])
+    records = MemoryRecords(context.n_keys, record_bytes=RECORD)
+    lanes = ThreadLanes(seed)
+    n_bytes = None if records_held is None else (2 * streams + records_held) * RECORD
+    chosen, live, again = find_policy(policy), EventLog(), EventLog()
+
+    def make_link(n_slots: int) -> PinnedLink:
+        return PinnedLink(
+            HostTier(records, n_bytes, read_bytes=CHUNK),
+            Arena(partial(dual_slot, False), n_slots),
+            lanes,
+            streams=streams,
+            chunk_bytes=chunk_bytes,
+        )
+
+    with Session(
+        context, chosen, make_link, record_bytes=RECORD, journal=[], observers=[live]
+    ) as session:
+        Compute(session, lanes).run(passes, [])
+        journal = session.cache.journal
+    lanes.end()
+    assert journal is not None
+    workload = trace_of(tmp_path / "live.parquet", passes, context, 2)
+    cache = ExpertCache(context, chosen.build(context), observers=[again])
+    replay_journal(cache, map(workload.step, range(workload.n_steps)), journal)
+    assert again.events == live.events

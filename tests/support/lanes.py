@@ -13,7 +13,7 @@ import torch
 from moerun.links.lanes import Mark
 
 PATIENCE_S = 30.0
-DELAYS_S = (0.0, 0.0, 0.0, 1e-5, 2e-4, 1e-3)
+DELAYS_S = (0.0, 0.0, 0.0, 1e-5, 1e-4, 5e-4)
 
 
 class ThreadMark:
