@@ -66,6 +66,11 @@ def lacking(slot_bytes: int, device: torch.device) -> Iterator[None]:
 def device_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
     """Memory that goes back when its last tensor does: uint8[n_bytes], aligned to 4096 bytes
     on the host."""
+    with torch.inference_mode(False):  # or only generating threads could ever write to it
+        return _new_memory(n_bytes, device)
+
+
+def _new_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
     # Mapped, not from malloc, which keeps what is freed.

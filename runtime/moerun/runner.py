@@ -142,7 +142,7 @@ class Runner:
     def host_tier(self) -> HostTier | None:
         """The cache between disk and device, where there is one that does not hold everything."""
         tier = getattr(self.session.link, "tier", None)
-        return tier if isinstance(tier, HostTier) and tier.n_records < tier.n_keys else None
+        return tier if isinstance(tier, HostTier) and not tier.whole else None
 
     @property
     def peak_bytes(self) -> int:
@@ -225,24 +225,25 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     throttle = Throttle(rate) if rate else None
     slots = make_slots(form, settings, n_slots)
     if device.type == "cuda":
-        from moerun.links.cuda import CudaLink
+        from moerun.links.cuda import CudaLanes
+        from moerun.links.pinned import PinnedLink
 
         if settings.cold:
             raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
-        tier = make_tier(store, settings)
-        return CudaLink(
-            tier,
+        return PinnedLink(
+            make_tier(store, settings),
             slots,
-            device,
+            CudaLanes(device),
             streams=settings.streams,
             throttle=throttle,
-            low=host_tier(settings.low, None) if settings.low else None,
             chunk_bytes=settings.chunk_bytes,
         )
     records: Records = DirectRecords(store) if settings.cold else store
+    low: Records | None = settings.low
     if settings.host_bytes is not None:
-        records = make_tier(store, settings)
-    low = DirectRecords(settings.low) if settings.cold and settings.low else settings.low
+        records, low = make_tier(store, settings), None  # it has both
+    elif settings.cold and settings.low:
+        low = DirectRecords(settings.low)
     return DiskLink(
         records,
         slots,
@@ -278,13 +279,10 @@ def make_aside(store: ExpertStore, settings: Settings, link: Link) -> Aside:
     the store."""
     form = SlotForm(store.index.shape, store.index.precision, CPU)
     if settings.device.type == "cuda":
-        from moerun.links.cuda import CudaLink
+        from moerun.links.pinned import PinnedLink
 
-        assert isinstance(link, CudaLink)
-        assert link.tier is not None
-        if link.tier.n_records < link.tier.n_keys:
-            return Aside(form, link.tier)
-        return Aside(form, store, link)
+        assert isinstance(link, PinnedLink)
+        return Aside(form, link.tier, link.tier if link.tier.whole else None)
     return Aside(form, DirectRecords(store) if settings.cold else store)
 
 
@@ -302,9 +300,12 @@ def _low_form(low: ExpertStore, device: torch.device) -> SlotForm:
 
 
 def make_tier(store: ExpertStore, settings: Settings) -> HostTier:
-    """Host memory for all records, or for as many as it may hold. Raises RunError."""
-    host_bytes, all_bytes = settings.host_bytes, store.n_keys * store.record_bytes
-    if host_bytes is None or host_bytes >= all_bytes:
+    """Host memory for all records, of both precisions, or for as many as it may hold. Raises
+    RunError."""
+    host_bytes, low = settings.host_bytes, settings.low
+    record_bytes = store.record_bytes + (low.record_bytes if low else 0)
+    if host_bytes is None or host_bytes >= store.n_keys * record_bytes:
         # What is read only once may stay in the file cache, for the next start.
-        return host_tier(store, None)
-    return host_tier(DirectRecords(store), host_bytes, settings.copies)
+        return host_tier(store, None, low=low)
+    lower = DirectRecords(low) if low else None
+    return host_tier(DirectRecords(store), host_bytes, settings.copies, low=lower)

@@ -31,6 +31,7 @@ pytestmark = [
 ]
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 PATIENCE_S = 60.0
+READ_BYTES = 16384  # so that a small record crosses in pieces while it is read
 SPIN_CYCLES = 200_000_000  # some 0.1 s of a GPU's time
 
 
@@ -45,16 +46,28 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
 
 
 class Served:
-    """A started link with plain slots."""
+    """A started link with plain slots, over a host tier of ``records`` (None: of all)."""
 
-    def __init__(self, store: ExpertStore, device: torch.device, slots: int, streams: int) -> None:
-        from moerun.links.cuda import CudaLink
+    def __init__(
+        self,
+        store: ExpertStore,
+        device: torch.device,
+        slots: int,
+        streams: int,
+        records: int | None = None,
+        chunk_bytes: int = 0,
+    ) -> None:
+        from moerun.links.cuda import CudaLanes
+        from moerun.links.pinned import PinnedLink
 
         form = SlotForm(store.index.shape, store.index.precision, device)
         self.arena = torch.empty((slots, form.slot_bytes), dtype=torch.uint8, device=device)
         slots_of = [form.bind(memory) for memory in self.arena]
-        tier = HostTier(store, store.n_keys)
-        self.link = CudaLink(tier, slots_of, device, streams=streams)
+        n_bytes = None if records is None else records * store.record_bytes
+        tier = HostTier(store, n_bytes, read_bytes=READ_BYTES)
+        self.link = PinnedLink(
+            tier, slots_of, CudaLanes(device), streams=streams, chunk_bytes=chunk_bytes
+        )
         self.reports: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self.link.start(lambda key, error: self.reports.put((key, error)))
 
@@ -64,9 +77,18 @@ class Served:
         return key
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(
+    params=[
+        (streams, records, chunk_bytes)
+        for streams in (1, 2, 3)
+        for records in (None, 8)
+        for chunk_bytes in (0, 40960)
+    ],
+    ids=str,
+)
 def served(store: ExpertStore, device: torch.device, request: Any) -> Iterator[Served]:
-    made = Served(store, device, 4, request.param)
+    streams, records, chunk_bytes = request.param
+    made = Served(store, device, 4, streams, records, chunk_bytes)
     yield made
     made.link.close()
 
@@ -106,6 +128,44 @@ def test_a_slot_is_not_overwritten_before_its_last_kernel_has_read_it(
     assert torch.equal(kept.cpu(), record_of(store, 3))
     served.link.acquire(0)
     assert torch.equal(served.arena[0, : store.record_bytes].cpu(), record_of(store, 11))
+
+
+def test_a_record_crosses_while_it_is_read_and_never_arrives_if_damaged(
+    device: torch.device, tmp_path: Path
+) -> None:
+    store = pack(resolve("tiny"), tmp_path / "tiny")
+    where = store.location(9)
+    with where.path.open("r+b") as file:
+        file.seek(where.offset + 5)
+        file.write(b"\x7f")
+    served = Served(store, device, 2, streams=2, records=4)
+    served.link.submit(9, 0)
+    key, error = served.reports.get(timeout=PATIENCE_S)
+    assert key == 9
+    assert isinstance(error, RunError)
+    assert "expert 1 of layer 1 is damaged" in str(error)
+    served.link.submit(10, 0)
+    assert served.wait() == 10
+    served.link.acquire(0)
+    assert torch.equal(served.arena[0, : store.record_bytes].cpu(), record_of(store, 10))
+    served.link.close()
+
+
+def test_demand_overtakes_a_prefetch_in_pieces(store: ExpertStore, device: torch.device) -> None:
+    """Queued behind a slot that is still being read, so that both are there before either goes."""
+    served = Served(store, device, 2, streams=1, chunk_bytes=4096)
+    with torch.cuda.device(device):
+        torch.cuda._sleep(SPIN_CYCLES)
+    served.link.release(0)
+    served.link.release(1)
+    served.link.submit(1, 0, demand=False)
+    served.link.submit(2, 1)
+    assert [served.wait(), served.wait()] == [2, 1]
+    for slot, key in enumerate((1, 2)):
+        served.link.acquire(slot)
+        found = served.arena[slot, : store.record_bytes].cpu()
+        assert torch.equal(found, record_of(store, key))
+    served.link.close()
 
 
 @torch.inference_mode()
@@ -226,14 +286,20 @@ def test_memory_that_another_program_holds_is_named(
         torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("host_records", [2, 20, 64])
+@pytest.mark.parametrize("chunk_bytes", [0, 40960])
+@pytest.mark.parametrize("host_records", [4, 20, 64])
 def test_experts_come_from_disk_by_way_of_host_memory(
-    store: ExpertStore, device: torch.device, host_records: int
+    store: ExpertStore, device: torch.device, host_records: int, chunk_bytes: int
 ) -> None:
     texts = []
     for host_bytes in (None, host_records * store.record_bytes):
         chosen = Settings(
-            find_policy("lru-spec"), slots=2, device=device, streams=2, host_bytes=host_bytes
+            find_policy("lru-spec"),
+            slots=2,
+            device=device,
+            streams=2,
+            host_bytes=host_bytes,
+            chunk_bytes=chunk_bytes,
         )
         with Runner(store, chosen) as runner:
             texts.append(runner.generate(PROSE, Sampling(max_new_tokens=24)))

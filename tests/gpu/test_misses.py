@@ -76,11 +76,19 @@ def test_everything_at_the_lower_precision_is_the_lower_store(
         assert torch.equal(logits_of(stores["native"], chosen), expected)
 
 
+@pytest.mark.parametrize("host_records", [None, 6])
 @pytest.mark.parametrize("policy", ["fiddler", "hobbit", "emoe-substitute", f"{OWN}:Anything"])
 def test_every_answer_is_served(
-    stores: dict[str, ExpertStore], device: torch.device, policy: str
+    stores: dict[str, ExpertStore], device: torch.device, policy: str, host_records: int | None
 ) -> None:
-    chosen = Settings(find_policy(policy), slots=3, streams=2, device=device, low=stores["2bit"])
+    chosen = Settings(
+        find_policy(policy),
+        slots=3,
+        streams=2,
+        device=device,
+        low=stores["2bit"],
+        host_bytes=host_records and host_records * stores["native"].record_bytes,
+    )
     with Runner(stores["native"], chosen) as runner:
         assert runner.generate(PROSE, Sampling(max_new_tokens=16))
         runner.session.cache.check()

@@ -170,7 +170,7 @@ def test_a_live_run_in_pieces_repeats_from_its_journal(
     passes = random_passes(seed, 3, 6, 2, 2, [5, 0, 0, 0, 3, 0, 0])
     policy = find_policy(f"lru-spec:n={n},staging={staging}")
     records = MemoryRecords(context.n_keys)
-    source = records if tier is None else HostTier(records, tier)
+    source = records if tier is None else HostTier(records, tier * records.record_bytes)
     live, again = EventLog(), EventLog()
     with Session(
         context,

@@ -8,6 +8,7 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moerun.arena import device_memory
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
 from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Throttle
+from moerun.links.turns import Pieces
 from moerun.pack import pack
 
 RECORD_BYTES = 4096
@@ -33,12 +35,13 @@ class FileRecords:
         self.short = short
         path.write_bytes(b"".join(bytes([key + 1]) * RECORD_BYTES for key in range(N_KEYS)))
 
-    def read_into(self, key: int, buffer: torch.Tensor) -> None:
+    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
         if key == self.short:
             raise RunError(f"expert {key} is cut off in {self.path}")
-        with self.path.open("rb") as file:
-            file.seek(key * self.record_bytes)
-            file.readinto(memoryview(buffer.numpy()))
+        for piece in pieces(self.record_bytes) if pieces else (slice(0, self.record_bytes),):
+            with self.path.open("rb") as file:
+                file.seek(key * self.record_bytes + piece.start)
+                file.readinto(memoryview(buffer[piece].numpy()))
 
 
 class LandingSlot:
@@ -254,6 +257,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[str, str, str]] = []
         self.registered: list[int] = []
+        self.failure: RuntimeError | None = None
         names = itertools.count()
 
         class Event:
@@ -265,10 +269,12 @@ class FakeCuda:
 
             def synchronize(event) -> None:
                 self.log.append(("synchronize", event.name, ""))
+                if self.failure:
+                    raise self.failure
 
         class Stream:
             def __init__(stream, device: object = None, name: str = "copies") -> None:
-                stream.name = name
+                stream.name, stream.device = name, "cuda:7"
 
             def wait_event(stream, event: Event) -> None:
                 self.log.append(("wait", event.name, stream.name))
@@ -279,25 +285,34 @@ class FakeCuda:
         for name, fake in (
             ("Event", Event),
             ("Stream", Stream),
-            ("stream", lambda *_: nullcontext()),
+            ("stream", lambda stream: self.on(stream.name)),
             ("current_stream", lambda *_: compute),
             ("synchronize", lambda *_: None),
             ("cudart", lambda: self),
         ):
             monkeypatch.setattr(torch.cuda, name, fake)
 
+    def on(self, stream: str) -> Any:
+        self.log.append(("on", "", stream))
+        return nullcontext()
+
+
+def cuda_link(records: FileRecords, slots: list[LandingSlot], n_records: int = N_KEYS) -> Any:
+    from moerun.links.cuda import CudaLanes
+    from moerun.links.pinned import PinnedLink
+
+    tier = HostTier(records, n_records * RECORD_BYTES)
+    return PinnedLink(tier, slots, CudaLanes(torch.device("cpu")))
+
 
 @pytest.mark.parametrize("n_records", [N_KEYS, 1])
 def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_records: int
 ) -> None:
-    from moerun.links.cuda import CudaLink
-
     cuda = FakeCuda(monkeypatch)
-    records = FileRecords(tmp_path / "records")
     slots = [LandingSlot(), LandingSlot()]
     reports: Reports = SimpleQueue()
-    link = CudaLink(HostTier(records, n_records), slots, torch.device("cpu"))
+    link = cuda_link(FileRecords(tmp_path / "records"), slots, n_records)
     assert cuda.registered == [n_records * RECORD_BYTES]
     link.start(lambda key, error: reports.put((key, error)))
     for key in (4, 9):
@@ -308,17 +323,26 @@ def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
         link.acquire(0)
         link.release(0)
     link.close()
-    copied, used = cuda.log[0][1], cuda.log[3][1]
+
+    def copied(event: str, after: str) -> list[tuple[str, str, str]]:
+        return [
+            ("wait", after, "copies"),
+            ("on", "", "copies"),  # the copy, then what derives the slot from it
+            ("on", "", "copies"),
+            ("record", event, "copies"),
+            ("synchronize", event, ""),
+        ]
+
+    def computed(copied: str, used: str) -> list[tuple[str, str, str]]:
+        return [("wait", copied, "compute"), ("record", used, "compute")]
+
     assert cuda.log == [
-        ("record", copied, "copies"),
-        ("synchronize", copied, ""),
-        ("wait", copied, "compute"),
-        ("record", used, "compute"),
-        ("wait", used, "copies"),
-        ("record", copied, "copies"),
-        ("synchronize", copied, ""),
-        ("wait", copied, "compute"),
-        ("record", used, "compute"),
+        ("record", "event0", "compute"),  # what had the memory before
+        ("wait", "event0", "copies"),
+        *copied("event1", after="event0"),
+        *computed("event1", used="event2"),
+        *copied("event3", after="event2"),
+        *computed("event3", used="event4"),
     ]
     assert cuda.registered == []
 
@@ -326,13 +350,23 @@ def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
 def test_pinned_memory_that_is_not_given_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moerun.links.cuda import CudaLink
-
     cuda = FakeCuda(monkeypatch)
     cuda.cudaHostRegister = lambda *_: 2
     with pytest.raises(RunError, match=r"pinned host memory.* \(CUDA error 2\)"):
-        CudaLink(
-            HostTier(FileRecords(tmp_path / "records"), N_KEYS),
-            [LandingSlot()],
-            torch.device("cpu"),
-        )
+        cuda_link(FileRecords(tmp_path / "records"), [LandingSlot()])
+
+
+def test_an_error_of_cuda_is_one_line_that_says_what_was_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    reports: Reports = SimpleQueue()
+    link = cuda_link(FileRecords(tmp_path / "records"), [LandingSlot()])
+    link.start(lambda key, error: reports.put((key, error)))
+    cuda.failure = RuntimeError("CUDA error: unspecified launch failure\nSearch for it")
+    link.submit(4, 0)
+    key, error = reports.get(timeout=PATIENCE_S)
+    link.close()
+    assert (key, type(error)) == (4, RunError)
+    said = "copying an expert to cuda:7 failed: CUDA error: unspecified launch failure"
+    assert str(error) == said

@@ -18,19 +18,27 @@ RECORD_BYTES = 4096
 
 
 class MemoryRecords:
-    """A store in memory: record ``key`` is the key's number all over. ``broken`` keys fail."""
+    """A store in memory: record ``key`` is the key's number, from ``first`` on, all over.
+    ``broken`` keys fail: their checksums, when all of them has been read."""
 
-    record_bytes = RECORD_BYTES
-
-    def __init__(self, n_keys: int, broken: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        n_keys: int,
+        broken: frozenset[int] = frozenset(),
+        *,
+        record_bytes: int = RECORD_BYTES,
+        first: int = 0,
+    ) -> None:
         self.n_keys = n_keys
         self.broken = broken
+        self.record_bytes = record_bytes
+        self.first = first
 
     def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
+        for piece in pieces(self.record_bytes) if pieces else (slice(None),):
+            buffer[piece].view(torch.int32).fill_(self.first + key)
         if key in self.broken:
             raise RunError(f"expert {key} in store.safetensors: checksum mismatch")
-        for piece in pieces(RECORD_BYTES) if pieces else (slice(None),):
-            buffer[piece].view(torch.int32).fill_(key)
 
 
 class MemorySlot:

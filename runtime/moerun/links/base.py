@@ -1,12 +1,11 @@
-"""The protocol every link follows, the threads the links share, and the cap on their bandwidth."""
+"""The protocol every link follows, what all links have, and the cap on their bandwidth."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from moerun.arena import Arena, device_memory
 from moerun.errors import RunError
 from moerun.layout import RECORD_ALIGN
-from moerun.links.turns import Job, Pieces, Turns
+from moerun.links.turns import Pieces
 
 Done = Callable[[int, Exception | None], None]
 """Told of each copy, by the link's own thread: the key, and what went wrong (None: it is there)."""
@@ -129,8 +128,8 @@ class Throttle:
             return self._free_s
 
 
-class ThreadedLink:
-    """The part that links share: a thread a stream, each taking jobs from one queue."""
+class SlotLink:
+    """The part that links share: slots, memory for what cannot land in them, how much travelled."""
 
     def __init__(
         self,
@@ -152,34 +151,23 @@ class ThreadedLink:
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()
+        self.chunked = chunk_bytes > 0
+        self._chunk_bytes = chunk_bytes
         self._bytes = record_bytes, low_record_bytes
+        self._throttle = throttle
+        self._done: Done | None = None
+        self._closing = False
+        self._lock = threading.RLock()
         # For records that cannot land in their slots.
         scratch_bytes = max(
             self._bytes[low] if slots and in_form(slots[0], low).landing is None else 0
             for low in (False, True)
         )
+        # Guesses that travel in pieces have streams of their own, so that demand finds one free.
         self._scratch = [
             device_memory(max(scratch_bytes, 1), scratch_device)
             for _ in range(streams * (2 if chunk_bytes else 1))
         ]
-        self._throttle = throttle
-        self.chunked = chunk_bytes > 0
-        self._chunk_bytes = chunk_bytes
-        self._turns = Turns()
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        # Guesses that travel in pieces have streams of their own, so that demand finds one free.
-        self._guesses: SimpleQueue[Job | None] = SimpleQueue() if chunk_bytes else self._jobs
-        self._submitted = 0
-        self._travelling: dict[int, Job] = {}
-        self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        self._done: Done | None = None
-        self._closing = False
-        self._ready = threading.Barrier(len(self._scratch) + 1)
-
-    def copy(self, stream: int, job: Job) -> None:
-        """Bring the record and make the slot computable; returns when it is, or raises."""
-        raise NotImplementedError
 
     def destination(self, stream: int, slot: int, low: bool) -> tuple[Slot, torch.Tensor]:
         """The slot, and where a record for it is to land: there, or in the stream's own memory."""
@@ -187,100 +175,21 @@ class ThreadedLink:
         landing = into.landing
         return into, self._scratch[stream][: self._bytes[low]] if landing is None else landing
 
-    def start(self, done: Done) -> None:
-        self._done = done
-        compute_threads = torch.get_num_threads()
-        self._threads = [
-            # A daemon: a caller that dies without closing must not hang at exit.
-            threading.Thread(target=self._work, args=(i,), name=f"link-{i}", daemon=True)
-            for i in range(len(self._scratch))
-        ]
-        for thread in self._threads:
-            thread.start()
-        self._ready.wait()
-        # Setting it in one thread makes it the default of all that are yet to come.
-        torch.set_num_threads(compute_threads)
-
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-        self._submitted += 1
-        job = Job(key, slot, low, time.perf_counter(), self._submitted, demand)
-        self._travelling[key] = job
-        (self._jobs if demand else self._guesses).put(job)
-
-    def want(self, key: int) -> None:
-        if (job := self._travelling.get(key)) is not None:
-            self._turns.want(job)
-
-    def pieces(self, job: Job, n_bytes: int) -> Iterator[slice]:
-        """The pieces of a record, each while it has the bus; all of it at once if not chunked."""
-        if not self.chunked:
-            yield slice(0, n_bytes)
-            return
-        for at in range(0, n_bytes, self._chunk_bytes):
-            end = min(at + self._chunk_bytes, n_bytes)
-            self._turns.take(job)
-            yield slice(at, end)
-            if self._throttle:
-                self._sleep_until(self._throttle.deadline_s(job.begin_s, end - at))
-            self._turns.give(job)
-
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
         assert isinstance(self.slots, Arena), "these slots were made to stay"
         self.slots.resize(withdrawn, granted)
 
-    def close(self) -> None:
-        self._closing = True  # nobody waits for a capped copy any more
-        for i in range(len(self._threads)):
-            (self._jobs if i < self.streams else self._guesses).put(None)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
-        self._threads = []
-        self._done = None  # so that a session and its slots go when their last user does
-
-    def _sleep_until(self, deadline_s: float) -> None:
-        while not self._closing and (left_s := deadline_s - time.perf_counter()) > 0:
-            time.sleep(min(left_s, _PATIENCE_S))
-
-    def _work(self, stream: int) -> None:
-        # Deriving a slot from its record must not crowd out compute. A thread takes over the
-        # count when it first asks for it.
-        torch.set_num_threads(1)
-        torch.get_num_threads()
-        self._ready.wait()
-        ended_s = reported_s = 0.0
-        jobs = self._jobs if stream < self.streams else self._guesses
-        while (job := jobs.get()) is not None:
-            # What is asked for while the copy before it is being reported follows without a gap,
-            # as on a bus that has its next command queued.
-            chained = job.submitted_s <= reported_s
-            job.begin_s = ended_s if chained else job.submitted_s
-            ended_s = self._carry(stream, job)
-            reported_s = time.perf_counter()
-
-    def _carry(self, stream: int, job: Job) -> float:
-        """Copy, wait for the cap, report; returns when the copy ended."""
-        assert self._done is not None
-        n_bytes = self._bytes[job.low]
-        try:
-            self.copy(stream, job)
-        except Exception as error:
-            self._turns.give(job)  # it may have failed in the middle of a piece
-            self._travelling.pop(job.key)
-            self._done(job.key, error)
-            return time.perf_counter()
-        self._travelling.pop(job.key)
-        ended_s = time.perf_counter()
-        if self._throttle and not self.chunked:
-            deadline_s = self._throttle.deadline_s(job.begin_s, n_bytes)
-            self._sleep_until(deadline_s)
-            ended_s = max(ended_s, deadline_s)
+    def count(self, n_bytes: int, busy_s: float) -> None:
+        """Note that a copy has ended."""
         with self._lock:
             self.statistics.copies += 1
             self.statistics.bytes_copied += n_bytes
-            self.statistics.busy_s += ended_s - job.begin_s
-        self._done(job.key, None)
-        return ended_s
+            self.statistics.busy_s += busy_s
+
+    def sleep_until(self, deadline_s: float) -> None:
+        """Hold a capped copy back (time.perf_counter); not once the link is being closed."""
+        while not self._closing and (left_s := deadline_s - time.perf_counter()) > 0:
+            time.sleep(min(left_s, _PATIENCE_S))
 
 
 _PATIENCE_S = 0.05  # how long closing may wait for a thread that holds a copy back

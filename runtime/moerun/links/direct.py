@@ -1,9 +1,9 @@
 """Reading records past the system's file cache.
 
 A run whose experts do not fit host memory gains nothing from a second copy in the file cache, and
-directly they are read faster, for a twentieth of the processor's time. A record is one read: the
-system has many requests of it under way at once, and pieces read by several threads measured
-slower.
+directly they are read faster, for a twentieth of the processor's time. A record, or a large piece
+of one, is one read: the system has many requests of it under way at once, and pieces read by
+several threads measured slower.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from moerun.links.base import DualSlot, Records, Slot, ThreadedLink, Throttle
+from moerun.links.base import DualSlot, Records, Slot, Throttle
 from moerun.links.direct import DirectRecords
 from moerun.links.host import HostTier
+from moerun.links.threads import ThreadedLink
 from moerun.links.turns import Job
 
 
@@ -22,7 +23,7 @@ class DiskLink(ThreadedLink):
 
     def __init__(
         self,
-        store: Records,
+        store: Records | HostTier,
         slots: Sequence[Slot | DualSlot],
         *,
         streams: int = 1,
@@ -30,17 +31,24 @@ class DiskLink(ThreadedLink):
         low: Records | None = None,
         chunk_bytes: int = 0,
     ) -> None:
+        """``low``: the records of the lower precision; a host tier has its own."""
+        self.tier = store if isinstance(store, HostTier) else None
+        low_bytes = low.record_bytes if low else self.tier.low_record_bytes if self.tier else 0
         super().__init__(
             slots,
             record_bytes=store.record_bytes,
             streams=streams,
             throttle=throttle,
             scratch_device=torch.device("cpu"),
-            low_record_bytes=low.record_bytes if low else 0,
+            low_record_bytes=low_bytes,
             chunk_bytes=chunk_bytes,
         )
         self._stores = [store, *([low] if low else [])]
-        self.tier = store if isinstance(store, HostTier) else None
+
+    def want(self, key: int) -> None:
+        super().want(key)
+        if self.tier and (job := self._travelling.get(key)) is not None:
+            self.tier.want(job)
 
     def acquire(self, slot: int) -> None:
         """Nothing to do: compute on the CPU runs when it is called."""
@@ -56,9 +64,9 @@ class DiskLink(ThreadedLink):
 
     def copy(self, stream: int, job: Job) -> None:
         into, record = self.destination(stream, job.slot, job.low)
-        records = self._stores[job.low]
-        if self.chunked:
-            records.read_into(job.key, record, pieces=partial(self.pieces, job))
+        pieces = partial(self.pieces, job) if self.chunked else None
+        if self.tier is not None:
+            self.tier.read_into(job.key, record, pieces=pieces, low=job.low, job=job)
         else:
-            records.read_into(job.key, record)
+            self._stores[job.low].read_into(job.key, record, pieces=pieces)
         into.arrive(record)

@@ -40,10 +40,16 @@ class Turns:
         return len(self._waiting)
 
     def take(self, job: Job) -> None:
-        """Wait for the bus: first the demanded have it, then whoever was submitted first."""
+        """Wait for the bus: first the demanded have it, then whoever was submitted first.
+
+        A job that has it keeps it for its next piece, unless one that goes before it waits.
+        """
         with self._changed:
             self._waiting.append(job)
-            while self._holder is not None or min(self._waiting, key=_rank) is not job:
+            if self._holder is job:
+                self._holder = None
+                self._changed.notify_all()
+            while self._holder is not None or min(self._waiting, key=rank_of) is not job:
                 self._changed.wait()
             self._waiting.remove(job)
             self._holder = job
@@ -62,5 +68,5 @@ class Turns:
             self._changed.notify_all()
 
 
-def _rank(job: Job) -> tuple[bool, int]:
+def rank_of(job: Job) -> tuple[bool, int]:
     return not job.demand, job.number
