@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -85,18 +86,11 @@ def compare(
         folder = Path(name)
         profiler = None
         if machine is None:
-            profiler = Profiler(
-                store, settings, prompt=prompt, decoded_tokens=sampling.max_new_tokens
-            )
+            tokens = sampling.max_new_tokens
+            profiler = Profiler(store, settings, prompt=prompt, decoded_tokens=tokens)
             stack.enter_context(profiler)
-
-        def turn() -> tuple[Turn | None, list[Generated]]:
-            return profiler.turn() if profiler else None, [
-                run_live(store, replace(settings, policy=one), prompt, sampling, _trace(folder, i))
-                for i, one in enumerate(policies)
-            ]
-
-        turns = calmest(turn, repeats, lambda n: tell(f"measuring and running, turn {n}"))
+        run = partial(_turn, store, policies, settings, prompt, sampling, folder, profiler)
+        turns = calmest(run, repeats, lambda n: tell(f"measuring and running, turn {n}"))
         if profiler:
             machine = folder / "this-machine.toml"
             measured = [turn.found[0] for turn in turns if turn.found[0]]
@@ -105,15 +99,29 @@ def compare(
         assert machine is not None
         tell("simulating")
         waited = max(turn.waited for turn in turns)
-        return [
-            _comparison(
-                policy,
-                [turn.found[1][i] for turn in turns],
-                _simulated(store, replace(settings, policy=policy), machine, _trace(folder, i)),
-                waited,
-            )
-            for i, policy in enumerate(policies)
-        ]
+        rows = []
+        for i, policy in enumerate(policies):
+            chosen = replace(settings, policy=policy)
+            row = _simulated(store, chosen, machine, _trace(folder, i))
+            rows.append(_comparison(policy, [turn.found[1][i] for turn in turns], row, waited))
+        return rows
+
+
+def _turn(
+    store: ExpertStore,
+    policies: Sequence[PolicySpec],
+    settings: Settings,
+    prompt: str,
+    sampling: Sampling,
+    folder: Path,
+    profiler: Profiler | None,
+) -> tuple[Turn | None, list[Generated]]:
+    """The machine measured once, and each policy run once."""
+    measured = profiler.turn() if profiler else None
+    return measured, [
+        run_live(store, replace(settings, policy=policy), prompt, sampling, _trace(folder, i))
+        for i, policy in enumerate(policies)
+    ]
 
 
 def _simulated(
