@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from moepolicy import PolicySpec
 
+from moerun.calm import calmest
 from moerun.devices import calm_collector
 from moerun.errors import RunError
-from moerun.generate import Generated, Sampling, encode
-from moerun.model import load_tokenizer
-from moerun.profile import Profiler
+from moerun.generate import Generated, Sampling
+from moerun.planning import CALIBRATION
+from moerun.profile import Profiler, Turn
 from moerun.record import LiveRecording
 from moerun.runner import Runner, Settings
 from moerun.servable import refuse_unservable
@@ -50,6 +52,8 @@ class Comparison:
     simulated_useless: float
     live_runs: tuple[float, ...]
     """tokens/s of each of the interleaved runs whose median is ``live_tokens_per_s``."""
+    waited: float
+    """Of the time of everything measured, the share spent waiting for a processor, at its worst."""
 
     @property
     def error(self) -> float:
@@ -64,14 +68,15 @@ def compare(
     prompt: str,
     sampling: Sampling,
     *,
-    repeats: int = 3,
+    repeats: int = 5,
     machine: Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Comparison]:
     """Run each policy live ``repeats`` times, in turns, and simulate its recorded trace.
 
-    ``machine`` is a profile of this machine; without one it is measured first. Raises RunError
-    and PolicyError as a run does, and RunError with the simulator's message when it fails.
+    ``machine`` is a profile of this machine; without one it is measured, in the same turns. Turns
+    that other programs disturbed are made again, twice as many as asked for at most. Raises
+    RunError and PolicyError as a run does, and RunError with the simulator's message when it fails.
     """
     tell = report or (lambda text: None)  # noqa: ARG005
     if repeats < 1:
@@ -82,78 +87,93 @@ def compare(
         folder = Path(name)
         profiler = None
         if machine is None:
-            lengths = _prompt_tokens(store, prompt), sampling.max_new_tokens
-            profiler = stack.enter_context(Profiler(store, settings, lengths=lengths))
-        runs: list[list[Generated]] = [[] for _ in policies]
-        for repeat in range(1, repeats + 1):
-            if profiler:
-                tell(f"measuring this machine, {repeat} of {repeats}")
-                profiler.turn()
-            for i, policy in enumerate(policies):
-                tell(f"live run {repeat} of {repeats}: {policy.label}")
-                chosen = replace(settings, policy=policy)
-                runs[i].append(run_live(store, chosen, prompt, sampling, _trace(folder, i)))
+            tokens = sampling.max_new_tokens
+            profiler = Profiler(store, settings, prompt=prompt, decoded_tokens=tokens)
+            stack.enter_context(profiler)
+        run = partial(_turn, store, policies, settings, prompt, sampling, folder, profiler)
+        turns = calmest(run, repeats, lambda n: tell(f"measuring and running, turn {n}"))
         if profiler:
             machine = folder / "this-machine.toml"
-            machine.write_text(profiler.result(machine.stem).to_toml(), encoding="utf-8")
+            measured = [turn.found[0] for turn in turns if turn.found[0]]
+            profile = profiler.result(machine.stem, measured)
+            machine.write_text(profile.to_toml(), encoding="utf-8")
         assert machine is not None
         tell("simulating")
-        return _beside_simulated(policies, runs, folder, settings, machine, store.n_experts // 2)
+        waited = max(turn.waited for turn in turns)
+        rows = []
+        for i, policy in enumerate(policies):
+            chosen = replace(settings, policy=policy)
+            row = _simulated(store, chosen, machine, _trace(folder, i))
+            rows.append(_comparison(policy, [turn.found[1][i] for turn in turns], row, waited))
+        return rows
 
 
-def _beside_simulated(
+def _turn(
+    store: ExpertStore,
     policies: Sequence[PolicySpec],
-    runs: list[list[Generated]],
-    folder: Path,
     settings: Settings,
-    machine: Path,
-    default_slots: int,
-) -> list[Comparison]:
-    slots = default_slots if settings.slots is None else settings.slots
-    return [
-        _comparison(
-            policy,
-            live,
-            simulate(
-                _trace(folder, i),
-                policy.label,
-                slots,
-                settings.scope,
-                machine,
-                low_bytes=settings.low.record_bytes if settings.low else None,
-            ),
-        )
-        for i, (policy, live) in enumerate(zip(policies, runs, strict=True))
+    prompt: str,
+    sampling: Sampling,
+    folder: Path,
+    profiler: Profiler | None,
+) -> tuple[Turn | None, list[Generated]]:
+    """The machine measured once, and each policy run once."""
+    measured = profiler.turn() if profiler else None
+    return measured, [
+        run_live(store, replace(settings, policy=policy), prompt, sampling, _trace(folder, i))
+        for i, policy in enumerate(policies)
     ]
+
+
+def _simulated(
+    store: ExpertStore, settings: Settings, machine: Path, trace: Path
+) -> dict[str, Any]:
+    """What the simulator makes of a run with these settings."""
+    policy = settings.policy
+    calibration = (settings.calibration or CALIBRATION) if "counts" in policy.requires else None
+    return simulate(
+        trace,
+        policy.label,
+        store.n_experts // 2 if settings.slots is None else settings.slots,
+        settings.scope,
+        machine,
+        low_bytes=settings.low.record_bytes if settings.low else None,
+        calibration=calibration,
+    )
 
 
 def _trace(folder: Path, policy: int) -> Path:
     return folder / f"{policy}.parquet"
 
 
-def _prompt_tokens(store: ExpertStore, prompt: str) -> int:
-    return encode(load_tokenizer(store.path), prompt, torch.device("cpu")).shape[1]
-
-
 def run_live(
     store: ExpertStore, settings: Settings, prompt: str, sampling: Sampling, trace: Path
 ) -> Generated:
-    """One run from a cold cache, its trace written to ``trace``."""
+    """One run from a cold cache, after one whose trace is written to ``trace``, if it is not
+    there yet."""
     with Runner(store, settings) as runner:
         ids = runner.encode(prompt)
-        runner.generation().run(ids, replace(sampling, max_new_tokens=WARM_UP_TOKENS))
+        if trace.exists():
+            runner.generation().run(ids, replace(sampling, max_new_tokens=WARM_UP_TOKENS))
+        else:
+            _record(runner, ids, sampling, trace)
         runner.session.settle()
-        calm_collector()
-        recording = LiveRecording(runner, trace, None, sampling.seed)
+        runner.session.reset()
         runner.session.wait_compiled()
-        recording.recorder.begin_sequence()
-        try:
-            generated = runner.generation().run(ids, sampling)
-        except BaseException:
-            recording.discard()
-            raise
-        recording.finish()
-        return generated
+        calm_collector()
+        return runner.generation().run(ids, sampling)
+
+
+def _record(runner: Runner, ids: torch.Tensor, sampling: Sampling, trace: Path) -> None:
+    """Recording takes time, so what is recorded is not what is timed."""
+    recording = LiveRecording(runner, trace, None, sampling.seed)
+    recording.recorder.begin_sequence()
+    try:
+        runner.generation().run(ids, sampling)
+    except BaseException:
+        recording.discard()
+        raise
+    recording.finish()
 
 
 def simulate(
@@ -164,6 +184,7 @@ def simulate(
     machine: Path,
     *,
     low_bytes: int | None = None,
+    calibration: str | None = None,
 ) -> dict[str, Any]:
     """The row that `moesim compare` gives for one policy."""
     command = [
@@ -173,6 +194,8 @@ def simulate(
     ]
     if low_bytes is not None:
         command += ["--low-expert-bytes", str(low_bytes)]
+    if calibration is not None:
+        command += ["--calibration", calibration]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -181,7 +204,9 @@ def simulate(
     return row
 
 
-def _comparison(policy: PolicySpec, live: list[Generated], row: dict[str, Any]) -> Comparison:
+def _comparison(
+    policy: PolicySpec, live: list[Generated], row: dict[str, Any], waited: float
+) -> Comparison:
     # Of several runs of a prefetching policy, the shares of the one in the middle by speed.
     middle = sorted(live, key=lambda run: run.tokens_per_s)[len(live) // 2].totals
     wanted, simulated_wanted = middle.requests, row["requests"]
@@ -199,4 +224,5 @@ def _comparison(policy: PolicySpec, live: list[Generated], row: dict[str, Any]) 
         live_useless=middle.useless_prefetches / wanted,
         simulated_useless=row["useless_prefetches"] / simulated_wanted,
         live_runs=tuple(run.tokens_per_s for run in live),
+        waited=waited,
     )

@@ -19,6 +19,8 @@ from moerun.store import ExpertStore
 if TYPE_CHECKING:
     from moerun.runner import Settings
 
+CALIBRATION = "tiny"  # the trace in which experts are counted unless another is named
+
 
 def plan_memory(store: ExpertStore, settings: Settings) -> MemoryPlan:
     """How the run's memory is spent. RunError where a budget is too small, or is not there."""
@@ -99,7 +101,7 @@ def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int
     """How often each expert is used in the calibration trace: int64[n_layers, n_experts]."""
     from moeroute import open_trace
 
-    trace = open_trace(settings.calibration or "tiny")
+    trace = open_trace(settings.calibration or CALIBRATION)
     meta = trace.meta
     if (meta.n_layers, meta.n_experts) != (store.n_layers, store.n_experts):
         hint = "give one of this model" if settings.calibration else "give one with --calibration"
@@ -108,7 +110,4 @@ def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int
             f"{trace.path} is of {meta.n_layers} layers of {meta.n_experts} experts, the model of "
             f"{store.n_layers} of {store.n_experts}: {hint}"
         )
-    columns = trace.arrays("layer", "experts")
-    keys = columns["layer"].astype(np.int64)[:, None] * meta.n_experts + columns["experts"]
-    counts = np.bincount(keys.ravel(), minlength=store.n_keys)
-    return counts.reshape(store.n_layers, store.n_experts)
+    return trace.expert_counts()

@@ -23,7 +23,13 @@ from moesim.errors import SimulationError
 from moesim.limits.gap import BASELINE
 from moesim.profile import load_machine, machine_names
 from moesim.report import Compared, Format, beside_baseline, deliver, render
-from moesim.simulate import expert_size, low_expert_size, simulate, workload_for
+from moesim.simulate import (
+    check_calibration,
+    expert_size,
+    low_expert_size,
+    simulate,
+    workload_for,
+)
 from moesim.timeline import write_timeline
 
 app = typer.Typer(
@@ -92,6 +98,14 @@ def compare(
     tokens: Annotated[
         int | None, typer.Option(help="Only the trace's first tokens.", show_default=False)
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="The trace in which policies that need it count experts. Default: the one that "
+            "is replayed, so that they know it.",
+            show_default=False,
+        ),
+    ] = None,
     cold: Annotated[
         bool,
         typer.Option(
@@ -135,6 +149,10 @@ def compare(
     workload = workload_for(opened, specs)
     if tokens is not None:
         workload = workload.head(tokens)
+    calibrating = None if calibration is None else open_trace(calibration)
+    if calibrating is not None:
+        check_calibration(calibrating, opened.meta)
+        workload = workload.calibrated(calibrating.expert_counts())
     run = partial(
         simulate,
         workload,
@@ -176,6 +194,8 @@ def compare(
         "machine_source": profile.source,
         "moesim_version": __version__,
     }
+    if calibrating is not None:
+        provenance["calibration_sha256"] = calibrating.digest
     deliver(render(compared, format, title, provenance), out)
 
 

@@ -40,7 +40,8 @@ WANTED_NOW = 2
 READY_AT = 3
 PIECES = 4
 COPY_IS_LOW = 5
-COPY_COLUMNS = 6
+FOLLOWED_AT = 6  # when a copy of this stream last ended that others waited for
+COPY_COLUMNS = 7
 
 # Columns of Link.host: the neighbours in order of use. NEWER is -1 where the key is not there.
 NEWER = 0

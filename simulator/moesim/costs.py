@@ -43,7 +43,9 @@ class Costs(NamedTuple):
     layer_ns: NDArray[np.int64]  # [tokens of a step] up to the gate's choice
     expert_ns: NDArray[np.int64]  # [tokens routed to a key] on the compute stream
     cpu_ns: NDArray[np.int64]  # [tokens routed to a key] on a CPU worker
+    arrival_ns: int  # from the arrival of an expert that compute stood still for to its compute
     latency_ns: int
+    back_to_back: bool  # without latency where a copy waited for its stream
     piece_ns: int
     last_piece_ns: int
     n_pieces: int
@@ -96,7 +98,7 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
     layer_ns = [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens]
     expert_ns = [machine.expert_ns(n, *expert) for n in routed]
     cpu_ns = [machine.cpu_expert_ns(n, *expert) for n in routed]
-    copy_ns = machine.latency_ns + machine.read_ns(sizes.expert_bytes)
+    copy_ns = machine.latency_ns + machine.read_ns(sizes.expert_bytes) + machine.arrival_ns
     copy_ns += 2 * n_pieces * machine.copy_ns(chunk or sizes.expert_bytes)
     step_ns = max(layer_ns) + machine.pass_ns(sizes.token_bytes)
     most_ns = len(workload.keys) * (copy_ns + max(expert_ns) + max(cpu_ns))
@@ -113,7 +115,9 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
         layer_ns=np.array(layer_ns, np.int64),
         expert_ns=np.array(expert_ns, np.int64),
         cpu_ns=np.array(cpu_ns, np.int64),
+        arrival_ns=machine.arrival_ns,
         latency_ns=machine.latency_ns,
+        back_to_back=machine.link.back_to_back,
         piece_ns=machine.copy_ns(chunk or sizes.expert_bytes),
         last_piece_ns=machine.copy_ns(last),
         n_pieces=n_pieces,

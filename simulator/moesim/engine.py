@@ -73,7 +73,7 @@ class Clock:
     total_ns: int = 0
     decode_ns: int = 0
     prompt_ns: int = 0
-    stall_ns: int = 0  # compute waited for an expert
+    stall_ns: int = 0  # compute waited for an expert, or woke up for one
     link_busy_ns: int = 0  # bytes flowed
     segments: list[Segment] | None = None
 
@@ -142,6 +142,7 @@ class SimulatedLink:
         self._copies: list[Copy] = []
         self._host = Host(costs.host_bytes)
         self._bus_busy = False
+        self._followed_at: dict[int, int] = {}  # by stream: when one ended that others waited for
         self._disk_free_at = 0
         self._started = 0
         self._dispatching = False
@@ -188,7 +189,8 @@ class SimulatedLink:
         costs, now, low = self.costs, self.env.now, transfer.low
         n_bytes = costs.low_bytes if low else costs.expert_bytes
         demand = not transfer.speculative
-        ready_at = now + costs.latency_ns
+        follows = costs.back_to_back and self._followed_at.get(stream) == now
+        ready_at = now if follows else now + costs.latency_ns
         if costs.read_ns and not self._host.has(transfer.key, low, n_bytes):
             begins = max(now, self._disk_free_at)
             self._disk_free_at = begins + (costs.low_read_ns if low else costs.read_ns)
@@ -228,6 +230,8 @@ class SimulatedLink:
         if copy.pieces == 0:
             self._copies.remove(copy)
             self.cache.finish(copy.key)
+            if self.cache.queued() is not None:
+                self._followed_at[copy.stream] = self.env.now
             self.arrived[copy.key] = None
             if self._waiting is not None:
                 waiting, self._waiting = self._waiting, None
@@ -299,6 +303,7 @@ class Simulation:
         }
         ready = [key for key in keys if outcome[key] == HIT] + list(stand_ins)
         awaited = {key for key in keys if outcome[key] in (LATE, MISS)}
+        waking_ns = 0
         while ready or awaited:
             began = self.env.now
             if not ready:
@@ -307,12 +312,15 @@ class Simulation:
             if not ready:
                 yield link.arrival()
                 self.clock.stall_ns += self.env.now - began
+                waking_ns = costs.arrival_ns
                 continue
             key = ready.pop(0)
             runs = stand_ins.get(key, key)
             took = self._expert_ns[cache.is_low(runs)][routed[key]]
-            yield At(self.env, took, COMPUTE)
-            self.clock.add(COMPUTE_LANE, 0, began, self.env.now, runs, 1)
+            yield At(self.env, waking_ns + took, COMPUTE)
+            self.clock.stall_ns += waking_ns
+            self.clock.add(COMPUTE_LANE, 0, began + waking_ns, self.env.now, runs, 1)
+            waking_ns = 0
             cache.consume(key)
             link.kick()
         if joins_at > self.env.now:

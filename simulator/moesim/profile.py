@@ -28,7 +28,8 @@ class Link:
     bandwidth one after the other. With ``chunk_bytes`` an expert travels in pieces: demanded
     copies have streams of their own and overtake a prefetch at the end of its piece. With
     ``write_back`` a copy that evicts first sends its victim back, as the base paper's released
-    code does although weights are never changed.
+    code does although weights are never changed. With ``back_to_back`` a copy that waits for its
+    stream to be free has no latency: its command is there when the last one ends.
     """
 
     bytes_per_s: float
@@ -36,6 +37,7 @@ class Link:
     streams: int = 1
     chunk_bytes: int = 0  # 0: an expert travels whole
     write_back: bool = False
+    back_to_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Compute:
     layer_token_s: float = 0.0  # each further token of a batch, in such a layer
     gate_sync_s: float = 0.0  # a layer: bringing the gate's choice to the host
     prefetch_s: float = 0.0  # a layer, under a policy that predicts: the speculative gates
+    arrival_s: float = 0.0  # an expert that compute stood still for: waking up when it is there
     expert_s: float = 0.0  # an expert call
     expert_token_s: float = 0.0  # each further token in it
     memory_bytes_per_s: float = math.inf  # weights are read at this rate, on top of the fixed costs
@@ -92,6 +95,10 @@ class Machine:
     @property
     def latency_ns(self) -> int:
         return _ns(self.link.latency_s)
+
+    @property
+    def arrival_ns(self) -> int:
+        return _ns(self.compute.arrival_s)
 
     def pass_ns(self, token_bytes: int) -> int:
         """A forward pass outside its layers."""

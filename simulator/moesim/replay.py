@@ -36,6 +36,7 @@ from moesim.clocks import (
     COPY_IS_LOW,
     DECODE_NS,
     DISK_FREE_AT,
+    FOLLOWED_AT,
     HOST_BYTES,
     KEY,
     LINK_BUSY_NS,
@@ -130,6 +131,7 @@ def _expert_step(
         if outcome[rank] == COMPUTE or outcome[rank] == SKIP:
             remaining -= 1
     hits = 0  # the ranks among which all hits are computed
+    waking_ns = 0
     # One place for time to pass in, as compiled code has all that can happen then in each.
     while remaining > 0 or joins_at > clock[NOW]:
         began = clock[NOW]
@@ -139,18 +141,21 @@ def _expert_step(
         runs = -1
         if rank >= 0:
             runs = step.experts[rank]
-            until = began + costs.expert_ns[costs.routed[at + rank]]
+            until = began + waking_ns + costs.expert_ns[costs.routed[at + rank]]
             if cache.choosing:
                 runs = _runs(cache, runs, rank, outcome)
                 if cache.keys[runs, IS_LOW]:
-                    until = began + costs.low_expert_ns[costs.routed[at + rank]]
+                    until = began + waking_ns + costs.low_expert_ns[costs.routed[at + rank]]
         else:
             until = NEVER if remaining > 0 else joins_at
         _advance(cache, policy, costs, link, until)
         if rank < 0:
             clock[STALL_NS] += clock[NOW] - began
+            waking_ns = costs.arrival_ns
         else:
-            _draw(link, COMPUTE_LANE, 0, began, clock[NOW], runs, 1)
+            clock[STALL_NS] += waking_ns
+            _draw(link, COMPUTE_LANE, 0, began + waking_ns, clock[NOW], runs, 1)
+            waking_ns = 0
             consume(cache, step.experts[rank])
             outcome[rank] = DONE
             remaining -= 1
@@ -210,7 +215,7 @@ def _advance(cache: Cache, policy: Any, costs: Costs, link: Link, until: int) ->
         if upcoming == NEVER:
             raise RuntimeError("the simulated machine is stuck: nothing will arrive")
         clock[NOW] = upcoming
-        _complete(cache, policy, link)
+        _complete(cache, policy, costs, link)
         if until == NEVER and clock[ARRIVED] > arrived:
             return
 
@@ -225,7 +230,7 @@ def _next_event(link: Link) -> int:
     return upcoming
 
 
-def _complete(cache: Cache, policy: Any, link: Link) -> None:
+def _complete(cache: Cache, policy: Any, costs: Costs, link: Link) -> None:
     """End the bus's piece if its time has come."""
     clock = link.clock
     if clock[BUS_UNTIL] > clock[NOW]:
@@ -240,6 +245,12 @@ def _complete(cache: Cache, policy: Any, link: Link) -> None:
         clock[ARRIVED] += 1
         link.arrival[key] = clock[ARRIVED]
         finish(cache, policy, key)
+        if costs.back_to_back and not _nothing_queued(cache):
+            copy[FOLLOWED_AT] = clock[NOW]
+
+
+def _nothing_queued(cache: Cache) -> bool:
+    return bool(cache.board[FIRST + DEMAND] < 0 and cache.board[FIRST + PREFETCH] < 0)
 
 
 def _dispatch(cache: Cache, policy: Any, costs: Costs, link: Link) -> None:
@@ -268,10 +279,12 @@ def _free_stream(cache: Cache, costs: Costs, link: Link) -> int:
 
 
 def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -> None:
-    clock = link.clock
+    clock, copy = link.clock, link.copies[stream]
     demand = 1 - cache.keys[key, UNUSED]
     low = cache.keys[key, IS_LOW] if cache.lowering else 0
-    ready_at = clock[NOW] + costs.latency_ns
+    ready_at = clock[NOW]
+    if not costs.back_to_back or copy[FOLLOWED_AT] != clock[NOW]:
+        ready_at += costs.latency_ns
     if costs.read_ns and not _host_has(costs, link, key, low):
         begins = max(clock[NOW], clock[DISK_FREE_AT])
         clock[DISK_FREE_AT] = begins + (costs.low_read_ns if low else costs.read_ns)
@@ -279,7 +292,6 @@ def _start_copy(cache: Cache, costs: Costs, link: Link, key: int, stream: int) -
         _draw(link, DISK_LANE, 0, begins, clock[DISK_FREE_AT], key, demand)
     clock[STARTED] += 1
     clock[N_COPIES] += 1
-    copy = link.copies[stream]
     copy[KEY] = key
     copy[NUMBER] = clock[STARTED]
     copy[WANTED_NOW] = demand

@@ -124,6 +124,17 @@ def workload_for(trace: Trace, policies: list[PolicySpec]) -> Workload:
         return load(folder=Path(folder))
 
 
+def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
+    """SimulationError where a calibration trace is not of the shape of the replayed one."""
+    of = calibration.meta
+    if (of.n_layers, of.n_experts) != (meta.n_layers, meta.n_experts):
+        raise SimulationError(
+            f"{calibration.path} is of {of.n_layers} layers of {of.n_experts} experts, and the "
+            f"trace of {meta.model} of {meta.n_layers} of {meta.n_experts}: give --calibration "
+            "one of the same model"
+        )
+
+
 def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | None) -> int:
     """Bytes of one expert: given, of a named precision, or of the trace's own."""
     if expert_bytes is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -36,6 +37,8 @@ class Workload:
     decode    bool[S] a decoded token's step (else a prompt's)
     rows      int64[S, 2] the trace rows first and one past the last of the step's token or prompt
     starts    int64[Q] the step that each of the trace's sequences begins with, the first 0
+
+    ``calibration``, int64[n_layers, n_experts], is how often another trace uses each expert.
     """
 
     meta: TraceMeta
@@ -54,6 +57,7 @@ class Workload:
     predicted: tuple[NDArray[np.float16], ...]
     starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     maps: tuple[mmap.mmap, ...] = ()  # of the files that the arrays lie in, if they do
+    calibration: NDArray[np.int64] | None = None
 
     @property
     def n_steps(self) -> int:
@@ -143,12 +147,21 @@ class Workload:
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
-        """int64[n_layers, n_experts]: how many of the steps demand each key."""
+        """int64[n_layers, n_experts]: what a calibration trace says of each expert's use; without
+        one, how many of the steps demand it."""
+        if self.calibration is not None:
+            return self.calibration
         counts = np.zeros(self.n_keys, np.int64)
         for some in _blocks(len(self.keys)):
             counts += np.bincount(self.keys[some], minlength=self.n_keys)
             self.release()
         return counts.reshape(self.meta.n_layers, self.meta.n_experts)
+
+    def calibrated(self, counts: NDArray[np.int64]) -> Workload:
+        """The same steps, with ``counts`` [n_layers, n_experts] for what another trace told."""
+        found = copy(self)  # and not a new one: what has been derived stays so
+        vars(found).update(calibration=counts, counts=counts)
+        return found
 
     def context(self, slots: int, scope: str) -> Context:
         """What a policy is made from, clairvoyant knowledge included."""

@@ -322,7 +322,9 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     machine = load_machine(str(out))
     assert (machine.name, machine.source) == ("here", "measured")
     assert machine.link.bytes_per_s == 0.5e9
+    assert machine.link.back_to_back
     assert machine.compute.layer_s > 0
+    assert machine.compute.arrival_s > 0
     assert machine.compute.expert_s > 0
     assert machine.cpu is not None
     assert machine.cpu.expert_s > 0
@@ -331,16 +333,16 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
 
 def test_fidelity_puts_live_beside_simulated(moerun: Call, tmp_path: Path) -> None:
     done = moerun(
-        *("fidelity", "lru", "lru-spec", "--repeats", "1", "--max-new-tokens", "16"),
+        *("fidelity", "lru", "lru-spec", "static", "--repeats", "1", "--max-new-tokens", "16"),
         *("--link-gbps", "0.5", "--slots", "3", "--format", "json"),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert [row["policy"] for row in rows] == ["lru", "lru-spec"]
-    lru, spec = rows
-    # Without prefetching the decisions do not depend on the clock.
-    assert lru["live_hits"] == lru["simulated_hits"]
-    assert lru["live_misses"] == lru["simulated_misses"]
+    assert [row["policy"] for row in rows] == ["lru", "lru-spec", "static"]
+    lru, spec, static = rows
+    for row in (lru, static):  # without prefetching the decisions do not depend on the clock
+        assert row["live_hits"] == row["simulated_hits"]
+        assert row["live_misses"] == row["simulated_misses"]
     for row in rows:
         assert row["live_tokens_per_s"] > 0
         assert row["simulated_tokens_per_s"] > 0

@@ -69,6 +69,24 @@ def test_json_and_csv_rows_agree_and_have_the_promised_names(tmp_path: Path) -> 
         assert row["kind"] == "simulated"
 
 
+def test_policies_count_experts_in_the_calibration_trace(tmp_path: Path) -> None:
+    """One slot: by its own counts it is expert 0's, by the other trace's expert 1's."""
+    trace = write_trace(tmp_path / "t.parquet", decoded([[0]], [[1]], [[0]], [[1]], [[0]]), 3)
+    other = write_trace(tmp_path / "o.parquet", decoded([[1]], [[1]], [[0]]), 3)
+
+    def hits(*options: str | Path) -> Any:
+        run = ("compare", "static", "--trace", trace, "--slots", "1", "--format", "json", *options)
+        (row,) = json.loads(moesim(*run).stdout)
+        return row["hits"]
+
+    assert hits() == 2
+    assert hits("--calibration", other) == 1
+    assert hits("--calibration", other, "--tokens", "3") == 0
+    refused = moesim("compare", "static", "--trace", trace, "--calibration", "tiny")
+    assert refused.returncode == 1
+    assert "1 of 3: give --calibration one of the same model" in refused.stderr
+
+
 def test_scope_and_size_change_what_is_simulated() -> None:
     def row(*options: str) -> dict[str, Any]:
         found = json.loads(moesim("compare", "lru", "--format", "json", *options).stdout)

@@ -60,6 +60,45 @@ def test_latencies_of_two_streams_overlap_and_bytes_do_not(tmp_path: Path) -> No
     assert two.time_s == pytest.approx((5 + 4 + 10 + 10 + 3) * NS)
 
 
+def test_a_copy_that_waited_for_its_stream_has_no_latency(tmp_path: Path) -> None:
+    """Latency 4, copy 10, one layer, top-2.
+
+    token 0: 5 | copies 5..19, and behind it 19..29 | experts 19..22, 29..32
+    token 1: 37, the link idle before | copies 37..51, 51..61 | experts 51..54, 61..64
+    """
+    path = write_trace(tmp_path / "t.parquet", decoded([[0, 1]], [[2, 3]]), 4)
+    workload = load_workload(open_trace(path))
+    queued = replay(workload, "lru", machine(latency_s=4 * NS, back_to_back=True), 2)
+    assert queued.time_s == pytest.approx(64 * NS)
+    each = replay(workload, "lru", machine(latency_s=4 * NS), 2)
+    assert each.time_s == pytest.approx((64 + 2 * 4) * NS)
+
+
+def test_an_arrival_costs_compute_that_stood_still_for_it(tmp_path: Path) -> None:
+    """Top-2, two slots, expert 3, copy 10; 6 from an arrival that was waited for to its compute.
+
+    token 0: 5 | copies 5..15, 15..25 | waking 15..21, expert 0 21..24; waking 25..31, 31..34
+    token 1: 39 | expert 0 39..42, expert 2 copied 39..49, waking 49..55, 55..58
+    token 2: 63, both are there | 63..66, 66..69
+    """
+    path = write_trace(tmp_path / "t.parquet", decoded([[0, 1]], [[0, 2]], [[2, 0]]), 3)
+    result = replay(load_workload(open_trace(path)), "lru", machine(arrival_s=6 * NS), 2)
+    assert result.time_s == pytest.approx(69 * NS)
+    assert result.stall_s == pytest.approx((10 + 6 + 1 + 6 + 7 + 6) * NS)
+
+
+def test_an_arrival_that_compute_did_not_wait_for_costs_nothing(tmp_path: Path) -> None:
+    """Copies take 2, an expert 3: the second arrives while the first is computed.
+
+    5 | copies 5..7, 7..9 | waking 7..8, expert 8..11, 11..14
+    """
+    path = write_trace(tmp_path / "t.parquet", decoded([[0, 1]]), 2)
+    workload = load_workload(open_trace(path))
+    result = replay(workload, "lru", machine(bytes_per_s=5e9, arrival_s=1 * NS), 2)
+    assert result.time_s == pytest.approx(14 * NS)
+    assert result.stall_s == pytest.approx(3 * NS)
+
+
 def two_layers_guessed(tmp_path: Path) -> Workload:
     """Two tokens over two layers of four experts; layer 1 is guessed right, then wrong."""
     nothing = [np.nan] * 4

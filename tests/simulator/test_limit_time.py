@@ -111,6 +111,7 @@ machines = st.builds(
         streams=st.integers(1, 3),
         chunk_bytes=st.sampled_from([0, 3, 10]),
         write_back=st.booleans(),
+        back_to_back=st.booleans(),
     ),
     compute=st.builds(Compute, token_s=times, layer_s=times, expert_s=times, prefetch_s=times),
     disk=st.none()

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from moeroute import open_trace
 from moesim import SimulationError, load_machine, simulate, workload_for
 from moesim.sweep import Grid, Settings, run_sweep
 from moesim.sweep.run import Watcher
 from polars.testing import assert_frame_equal
 from support.object_store import object_store
-from support.traces import random_trace
+from support.traces import decoded, random_trace, write_trace
 
 POLICIES = Path(__file__).parents[1] / "support" / "sweep_policies.py"
 COMMAND = [sys.executable, "-c", "from moesim.cli import main; main()", "sweep"]
@@ -101,6 +103,18 @@ def test_the_command_from_a_file_and_flags(tmp_path: Path, trace: str) -> None:
     assert frame["moesim_version"].null_count() == 0
     assert "8 points; 8 run in" in done.stderr
     assert "tokens/s" in sweep("--grid", grid, "--slots", "1", "--out", out).stdout
+
+
+def test_experts_are_counted_in_the_calibration_trace(tmp_path: Path) -> None:
+    """One slot: by its own counts it is expert 0's, by the other trace's expert 1's."""
+    trace = write_trace(tmp_path / "t.parquet", decoded([[0]], [[1]], [[0]], [[1]], [[0]]), 3)
+    other = write_trace(tmp_path / "o.parquet", decoded([[1]], [[1]], [[0]]), 3)
+    grid = Grid(("static",), (str(trace),), (1,), calibration=str(other))
+    (row,) = swept(grid, tmp_path / "r.parquet").iter_rows(named=True)
+    assert (row["hits"], row["loads"]) == (1, 4)
+    assert row["calibration_sha256"] == open_trace(other).digest
+    (own,) = swept(replace(grid, calibration=None), tmp_path / "s.parquet").iter_rows(named=True)
+    assert (own["hits"], own["loads"]) == (2, 3)
 
 
 def test_points_that_fail_are_rows_and_the_others_finish(tmp_path: Path, trace: str) -> None:

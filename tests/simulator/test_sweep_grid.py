@@ -27,6 +27,7 @@ scopes = ["layer", "global"]
 machines = ["rtx3060", "t4"]
 precisions = ["fp16"]
 low_precision = "2bit"
+calibration = "tiny"
 engine = "simpy"
 
 [parameters.lru-spec]
@@ -45,7 +46,7 @@ def test_a_file_with_every_entry(tmp_path: Path) -> None:
     grid = make_grid(load_grid(path))
     assert grid.traces == ("tiny",)  # one value stands for a list
     assert grid.memory == (3 * 2**29, 500_000_000, 4096)
-    assert (grid.engine, grid.low_precision) == ("simpy", "2bit")
+    assert (grid.engine, grid.low_precision, grid.calibration) == ("simpy", "2bit", "tiny")
     labels = [spec.label for spec in grid.specs()]
     assert labels == ["lru", "lru-spec:staging=2,n=1", "lru-spec:staging=2,n=2"]
 
@@ -246,3 +247,15 @@ def test_only_policies_that_require_it_have_a_second_store() -> None:
     refused = points[1, "2bit"].refused
     assert refused is not None
     assert "no fewer than the other's" in refused
+
+
+def test_a_calibration_trace_concerns_the_policies_that_count(tmp_path: Path, trace: str) -> None:
+    other = str(random_trace(tmp_path / "other.parquet", seed=1))
+    grid = Grid(("lru", "static"), (trace,), (1,))
+    lru, static = make_plan(grid).points
+    with_other = make_plan(replace(grid, calibration=other)).points
+    assert with_other[0].key == lru.key
+    assert with_other[1].key != static.key
+    plan = make_plan(replace(grid, calibration="tiny"))
+    assert plan.points[0].refused is None
+    assert "layers of 8 experts" in str(plan.points[1].refused)

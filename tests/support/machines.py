@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from hypothesis import strategies as st
 from moesim import Machine
 from moesim.profile import Compute, Cpu, Disk, Link
@@ -18,6 +20,7 @@ links = st.builds(
     streams=st.integers(1, 3),
     chunk_bytes=st.sampled_from([0, 0, 3, 5, 10]),
     write_back=st.booleans(),
+    back_to_back=st.booleans(),
 )
 computes = st.builds(
     Compute,
@@ -26,6 +29,7 @@ computes = st.builds(
     layer_token_s=_short,
     gate_sync_s=_short,
     prefetch_s=_short,
+    arrival_s=_short,
     expert_s=_short,
     expert_token_s=_short,
     memory_bytes_per_s=st.sampled_from([float("inf"), 5e9]),
@@ -62,6 +66,6 @@ full_machines = st.builds(
 def machine(**changes: float) -> Machine:
     """1 byte a ns over the link, 5 ns a layer, 3 ns an expert, and the changes asked for."""
     entries = {"bytes_per_s": 1e9, "layer_s": 5 * NS, "expert_s": 3 * NS} | changes
-    names = ("bytes_per_s", "latency_s", "streams", "chunk_bytes", "write_back")
+    names = [field.name for field in fields(Link)]
     link = {name: entries.pop(name) for name in names if name in entries}
     return Machine("test", "", "published", Link(**link), Compute(**entries))  # type: ignore[arg-type]

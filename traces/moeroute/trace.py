@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from moeroute.check import RowChecker, check_names
@@ -163,6 +164,16 @@ class Trace:
         """All rows, `n_rows` at a time."""
         for start in range(0, self.n_rows, n_rows):
             yield self.rows(start, start + n_rows)
+
+    def expert_counts(self) -> NDArray[np.int64]:
+        """How often each expert is used, prompts included: int64[n_layers, n_experts]."""
+        n_layers, n_experts = self.meta.n_layers, self.meta.n_experts
+        counts = np.zeros(n_layers * n_experts, np.int64)
+        for start in range(0, self.n_rows, _BATCH_ROWS):
+            columns = self.arrays("layer", "experts", start=start, stop=start + _BATCH_ROWS)
+            keys = columns["layer"].astype(np.int64)[:, None] * n_experts + columns["experts"]
+            counts += np.bincount(keys.ravel(), minlength=len(counts))
+        return counts.reshape(n_layers, n_experts)
 
     def validate(self) -> None:
         """Read everything and raise TraceError at the first thing wrong, by row and column."""

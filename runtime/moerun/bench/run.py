@@ -27,6 +27,7 @@ from moerun.experts import Sums, attach
 from moerun.families import find_experts
 from moerun.forms import SlotForm
 from moerun.generate import Sampling, Timings
+from moerun.kvcache import new_cache
 from moerun.links import Link, Throttle
 from moerun.memory import MemoryPlan, Peak
 from moerun.planning import plan_policies
@@ -329,7 +330,8 @@ class Bench(AbstractContextManager["Bench"]):
         attach(self._experts, provider, self._sums)
         self._gates.start(session, predicts=predicts)
         timings = Marked(self.plan.warm_up if tokens is None else 0, on_warm)
-        decode_forced(self.model, timings, tokens or self.plan.forced_tokens)
+        tokens = tokens or self.plan.forced_tokens
+        decode_forced(self.model, timings, tokens, new_cache(self.model, 1 + tokens))
         self.last_ids = timings.token_ids
         return timings
 
@@ -338,14 +340,18 @@ def _expert_bytes(generated: GeneratedModel, lower: GeneratedModel | None) -> in
     return generated.expert_bytes + (lower.expert_bytes if lower else 0)
 
 
-def decode_forced(model: Any, timings: Marked, tokens: int) -> None:
-    """Decode after a prompt of one token, with `generate` as it stands; gates are forced before."""
+def decode_forced(model: Any, timings: Marked, tokens: int, cache: Any = None) -> None:
+    """Decode after a prompt of one token, with `generate` as it stands; gates are forced before.
+
+    ``cache`` is of keys and values; None for transformers' own.
+    """
     prompt = torch.ones((1, 1), dtype=torch.int64, device=model.device)
     config = replace(Sampling(), stop=False).config(model, tokens)
     with torch.inference_mode():
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
             generation_config=config,
             streamer=timings,
         )

@@ -14,6 +14,7 @@ import typer
 from moepolicy import find_policy
 from rich.console import Console
 
+from moerun.calm import CALM
 from moerun.commands import options as opt
 from moerun.report import Format
 
@@ -48,7 +49,7 @@ def fidelity(
     calibration: opt.Calibration = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
     max_new_tokens: opt.MaxNewTokens = 200,
-    repeats: Annotated[int, typer.Option(help="Live runs of each policy, in turns.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Live runs of each policy, in turns.")] = 5,
     machine: Annotated[
         Path | None,
         typer.Option(
@@ -137,4 +138,10 @@ def _table(rows: list[Comparison]) -> str:
     out = io.StringIO()
     Console(file=out, width=None if sys.stdout.isatty() else 110).print(table)
     note = "hit, late, miss, useless: live | simulated, in % of the experts wanted\n"
+    waited = rows[0].waited
+    if waited > CALM:
+        note += (
+            f"not to be relied on: other programs kept these runs waiting for {100 * waited:.0f} % "
+            "of their time\n"
+        )
     return out.getvalue() + note

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from moerun.commands import options as opt
 
@@ -48,7 +49,8 @@ def profile(
     found = opt.store(model, precision, store, attention)
     from moerun.profile import measure
 
-    measured = measure(found, settings, name or out.stem, repeats=repeats)
+    with Console(stderr=True).status("preparing") as status:
+        measured = measure(found, settings, name or out.stem, repeats=repeats, report=status.update)
     partial = out.with_name(f"{out.name}.tmp")
     partial.write_text(measured.to_toml(), encoding="utf-8")
     partial.replace(out)

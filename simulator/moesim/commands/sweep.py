@@ -76,6 +76,9 @@ def sweep(
         str | None,
         typer.Option(help="Of a second store, for policies that load some misses so: 2bit."),
     ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="The trace in which policies count experts, as for compare.")
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(help="Values of a policy's parameter: lru-spec:n=1,2,3; may be repeated."),
@@ -135,6 +138,7 @@ def sweep(
         "precisions": _split(precision),
         "expert_bytes": _split(expert_bytes),
         "low_precision": low_precision,
+        "calibration": calibration,
         "parameters": _parameters(param or []),
         "engine": engine,
         "cold": cold or None,

@@ -206,6 +206,8 @@ def _bound(
 def _link_ns(copies: Counts, costs: Costs) -> Counts:
     """From the moment the first of ``copies`` starts until the last has arrived."""
     bus_ns = (costs.n_pieces - 1) * costs.piece_ns + costs.last_piece_ns
+    if costs.back_to_back:  # even the first may have waited for its stream
+        return copies * bus_ns
     streams = costs.streams * (2 if costs.chunked else 1)
     rounds = -(-copies // streams)
     return np.maximum(costs.latency_ns + copies * bus_ns, rounds * (costs.latency_ns + bus_ns))

@@ -11,6 +11,7 @@ A TOML grid has these entries, all optional but ``policies``; one value may stan
     precisions = ["2bit", "fp16"]        # of those the traces list; or
     expert_bytes = [50_000_000]
     low_precision = "2bit"               # of a second store, for policies that require one
+    calibration = "tiny"                 # in which policies count experts, not in the trace itself
     engine = "auto"
     cold = false                         # empty caches at the start of every sequence
     limits = true                        # beside every row what no policy can beat
@@ -60,6 +61,7 @@ class Grid:
     precisions: tuple[str, ...] = ()  # without these and expert_bytes: a trace's own
     expert_bytes: tuple[int, ...] = ()
     low_precision: str | None = None
+    calibration: str | None = None
     engine: Engine = Engine.auto
     cold: bool = False
     limits: bool = True
@@ -142,7 +144,7 @@ def make_grid(entries: Mapping[str, Any]) -> Grid:
     for name, value in entries.items():
         if name == "engine":
             values[name] = _engine(value)
-        elif name == "low_precision":
+        elif name in ("low_precision", "calibration"):
             values[name] = _text(name, value)
         elif name in ("cold", "limits"):
             values[name] = _yes_or_no(name, value)

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import moepolicy
+import numpy as np
 from moepolicy import PolicySpec, find_policy
 from moeroute import Trace, TraceError, open_trace, prediction_column, sample_names
 from moeroute.schema import TraceMeta
+from numpy.typing import NDArray
 
 import moesim
 from moesim.errors import SimulationError
 from moesim.limits.gap import BASELINE
 from moesim.profile import Machine, load_machine
-from moesim.simulate import expert_size, low_expert_size
+from moesim.simulate import check_calibration, expert_size, low_expert_size
 from moesim.sweep.grid import Grid
 
 # Parts of moesim that decide nothing about a simulation.
@@ -82,6 +84,14 @@ class NamedPolicy:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How often a trace uses each expert, int64[n_layers, n_experts], for policies that ask."""
+
+    counts: NDArray[np.int64]
+    digest: str
+
+
+@dataclass(frozen=True)
 class Job:
     """What every worker must know to run any point.
 
@@ -95,6 +105,7 @@ class Job:
     cold: bool
     limits: bool
     timings: int
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,7 @@ class Plan:
             "trace_path": source.path,
             "trace_sha256": source.digest,
             "trace_seed": source.seed,
+            "calibration_sha256": self.job.calibration and self.job.calibration.digest,
         }
 
 
@@ -168,7 +180,8 @@ def make_plan(grid: Grid) -> Plan:
         specs.append(find_policy(BASELINE))
     machines = [load_machine(name) for name in grid.machines]
     traces = [open_trace(name) for name in grid.traces]
-    layout = _Layout(grid, specs, machines, traces, n_asked)
+    calibration = open_trace(grid.calibration) if grid.calibration else None
+    layout = _Layout(grid, specs, machines, traces, n_asked, calibration)
     points = [point for number in range(len(traces)) for point in layout.points(number)]
     asked = [point for point in points if not point.reference]
     if all(point.refused for point in asked):
@@ -181,6 +194,9 @@ def make_plan(grid: Grid) -> Plan:
         cold=grid.cold,
         limits=grid.limits,
         timings=len(machines) * max(1, len(grid.precisions or grid.expert_bytes)),
+        calibration=(
+            Calibration(calibration.expert_counts(), calibration.digest) if calibration else None
+        ),
     )
     return Plan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
 
@@ -206,6 +222,7 @@ class _Layout:
         machines: list[Machine],
         traces: list[Trace],
         n_asked: int,
+        calibration: Trace | None,
     ) -> None:
         """Policies from number ``n_asked`` on are only there to measure from."""
         self.grid = grid
@@ -214,6 +231,7 @@ class _Layout:
         self.policies = [_travelling(spec) for spec in specs]
         self.machines = [machine_digest(machine) for machine in machines]
         self.traces = traces
+        self.calibration = calibration
         wanted = {need for spec in specs for need in spec.requires}
         self.sources = [
             Source(
@@ -252,10 +270,13 @@ class _Layout:
     ) -> Point:
         trace, spec, refused, size = self.traces[number], self.specs[policy], None, 0
         low, low_bytes = self.grid.low_precision, 0
+        calibration = self.calibration if "counts" in spec.requires else None
         try:
             for need, column in COLUMNS.items():
                 if need in spec.requires:
                     trace.require(column, f"policy '{spec.label}'")
+            if calibration is not None:
+                check_calibration(calibration, trace.meta)
             size = expert_size(trace.meta, precision=precision, expert_bytes=expert_bytes)
             if precision is None and expert_bytes is None:
                 precision = next(iter(trace.meta.expert_bytes))
@@ -279,6 +300,8 @@ class _Layout:
         }
         if low_bytes:
             what |= {"low_bytes": low_bytes}
+        if calibration is not None:
+            what |= {"calibration": calibration.digest}
         if refused:
             what |= {"precision": precision, "path": source.path}
         return Point(

@@ -45,6 +45,7 @@ LABELS: dict[str, type] = {
     "trace_path": str,
     "trace_sha256": str,
     "trace_seed": int,
+    "calibration_sha256": str,
     "engine": str,
     **dict.fromkeys(versions(), str),
 }

@@ -127,9 +127,15 @@ class Worker:
     def _load(self, source: Source) -> Workload | str:
         name = f"{source.digest[:16]}-{source.predictions:d}{source.logits:d}"
         try:
-            return shared_workload(self.scratch, name, lambda to: read_source(source, to))
+            workload = shared_workload(self.scratch, name, lambda to: read_source(source, to))
         except EXPECTED as error:
             return f"on node {self.node}: {error}" if self.node else str(error)
+        shape = workload.meta.n_layers, workload.meta.n_experts
+        calibration = self.job.calibration
+        # Of another shape, it is for another of the traces.
+        if calibration is None or calibration.counts.shape != shape:
+            return workload
+        return workload.calibrated(calibration.counts)
 
 
 def slots_in(
