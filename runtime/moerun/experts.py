@@ -6,12 +6,14 @@ the order of the stock implementations, so that the logits are the stock model's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from moerun.aside import AsideExpert
@@ -26,18 +28,35 @@ token's experts at the precision of the gate weights and rounds once; eager roun
 SUMS: tuple[Sums, ...] = ("grouped_mm", "eager")
 
 
+Item = tuple[int, ExpertWeights | AsideExpert | None]
+
+
+class Served(Iterator[Item]):
+    """The distinct experts of a batch, each once, in the order they become ready.
+
+    Advancing it means that the compute of the one before has been issued, or begun where another
+    thread does it; when there are no more, that has ended, too. The weights may be another
+    expert's that stands in. None: the expert is skipped and adds nothing. ``ids`` is what was asked
+    for, integer[T, K], on the host, so that nobody has to wait for the device a second time.
+    """
+
+    def __init__(self, ids: NDArray[Any], experts: Generator[Item]) -> None:
+        self.ids = ids
+        self._experts = experts
+
+    def __next__(self) -> Item:
+        return next(self._experts)
+
+    def close(self) -> None:
+        """Have no more of them."""
+        self._experts.close()
+
+
 class ExpertProvider(Protocol):
     """Whatever makes experts available: a session with a cache and a link, or plain memory."""
 
-    def serve(
-        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, ExpertWeights | AsideExpert | None]]:
-        """The distinct experts of top_k_index[T, K], each once, in the order they become ready.
-
-        Advancing the iterator means that the compute of the one before has been issued, or begun
-        where another thread does it; when there are no more, that has ended, too. The weights may
-        be another expert's that stands in. None: the expert is skipped and adds nothing.
-        """
+    def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        """The experts of top_k_index[T, K], with the weights that the gate gave them."""
 
 
 class ExpertsModule(Protocol):
@@ -89,8 +108,9 @@ def offloaded_experts(
     offload = module.offload
     sum_up = _sum_grouped if offload.sums == "grouped_mm" else _sum_eager
     if len(hidden_states) == 1:
-        return _one_token(module, hidden_states, top_k_index, top_k_weights)
-    return sum_up(module, hidden_states, top_k_index, top_k_weights)
+        sum_up = _one_token
+    served = offload.provider.serve(offload.layer, top_k_index, top_k_weights)
+    return sum_up(module, hidden_states, served, top_k_weights)
 
 
 def compute_expert(module: ExpertsModule, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
@@ -100,16 +120,13 @@ def compute_expert(module: ExpertsModule, weights: ExpertWeights, x: torch.Tenso
 
 
 def _outputs(
-    module: ExpertsModule,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    rows: Callable[[int], torch.Tensor],
+    module: ExpertsModule, served: Served, rows: Callable[[int], torch.Tensor]
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(expert, its output for ``rows(expert)``) for each that is not skipped, as they are ready."""
     aside: list[tuple[int, Callable[[], torch.Tensor]]] = []
-    compute, offload = partial(compute_expert, module), module.offload
+    compute = partial(compute_expert, module)
     norm = module.post_expert_norm if module.has_post_expert_norm else None
-    for expert, found in offload.provider.serve(offload.layer, ids, weights):
+    for expert, found in served:
         if isinstance(found, AsideExpert):
             aside.append((expert, found.begin(compute, rows(expert))))
         elif found is not None:
@@ -120,15 +137,14 @@ def _outputs(
 
 
 def _one_token(
-    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    module: ExpertsModule, x: torch.Tensor, served: Served, weights: torch.Tensor
 ) -> torch.Tensor:
     """Decode: the same sums as below without the indexing."""
-    offload = module.offload
-    order: list[int] = ids[0].tolist()
+    order: list[int] = served.ids[0].tolist()
     ready: dict[int, torch.Tensor] = {}
-    for expert, y in _outputs(module, ids, weights, lambda _: x):
+    for expert, y in _outputs(module, served, lambda _: x):
         ready[expert] = y * weights[:, order.index(expert), None]
-    if offload.sums == "grouped_mm":
+    if module.offload.sums == "grouped_mm":
         kept = [ready[expert] for expert in order if expert in ready]
         return torch.stack(kept, 1).sum(dim=1).to(x.dtype) if kept else torch.zeros_like(x)
     total = torch.zeros_like(x)
@@ -138,27 +154,27 @@ def _one_token(
 
 
 def _sum_grouped(
-    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    module: ExpertsModule, x: torch.Tensor, served: Served, weights: torch.Tensor
 ) -> torch.Tensor:
     """A token's outputs side by side in router order, summed at the end: as grouped_mm does."""
-    tokens, top_k = ids.shape
-    flat, flat_weights = ids.reshape(-1), weights.reshape(-1, 1)
-    ordered, places = torch.sort(flat)
-    ends = torch.bincount(ordered, minlength=module.num_experts).cumsum(0).tolist()
+    tokens, top_k = served.ids.shape
+    flat, flat_weights = served.ids.reshape(-1), weights.reshape(-1, 1)
+    places = torch.from_numpy(flat.argsort(kind="stable")).to(x.device)
+    ends = np.bincount(flat, minlength=module.num_experts).cumsum().tolist()
     dtype = torch.result_type(x, weights)
     outputs = torch.zeros(tokens * top_k, x.shape[1], dtype=dtype, device=x.device)
 
     def of(expert: int) -> torch.Tensor:
         return places[ends[expert - 1] if expert else 0 : ends[expert]]
 
-    for expert, y in _outputs(module, ids, weights, lambda expert: x[of(expert) // top_k]):
+    for expert, y in _outputs(module, served, lambda expert: x[of(expert) // top_k]):
         mine = of(expert)
         outputs[mine] = (y * flat_weights[mine]).to(dtype)
     return outputs.view(tokens, top_k, -1).sum(dim=1).to(x.dtype)
 
 
 def _sum_eager(
-    module: ExpertsModule, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    module: ExpertsModule, x: torch.Tensor, served: Served, weights: torch.Tensor
 ) -> torch.Tensor:
     """Outputs added expert by expert, by ascending number: as the eager implementation does."""
     ready: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -166,17 +182,25 @@ def _sum_eager(
 
     def rows(expert: int) -> torch.Tensor:
         # Rows by rank first, as eager takes them: a row's place can show in a product's last bit.
-        ranks, tokens = torch.where((ids == expert).T)
+        places = np.stack((served.ids == expert).T.nonzero())
+        ranks, tokens = torch.from_numpy(places).to(x.device)
         chosen[expert] = ranks, tokens
         return x[tokens]
 
-    for expert, y in _outputs(module, ids, weights, rows):
+    for expert, y in _outputs(module, served, rows):
         ranks, tokens = chosen[expert]
         ready[expert] = tokens, (y * weights[tokens, ranks, None]).to(x.dtype)
     total = torch.zeros_like(x)
     for expert in sorted(ready):
         total.index_add_(0, *ready[expert])
     return total
+
+
+def served_in_order(top_k_index: torch.Tensor, of: Callable[[int], ExpertWeights | None]) -> Served:
+    """What ``of`` gives for the experts of top_k_index[T, K], by their first place in it."""
+    ids = top_k_index.cpu().numpy()
+    distinct = dict.fromkeys(ids.ravel().tolist())
+    return Served(ids, ((expert, of(expert)) for expert in distinct))
 
 
 class ResidentProvider:
@@ -201,9 +225,6 @@ class ResidentProvider:
             store.read_into(key, staging)
             slot.arrive(staging)
 
-    def serve(
-        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, ExpertWeights]]:
-        """Experts by their first place among the tokens' choices."""
-        for expert in dict.fromkeys(top_k_index.flatten().tolist()):
-            yield expert, self.slots[layer * self._n_experts + expert]
+    def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        first = layer * self._n_experts
+        return served_in_order(top_k_index, lambda expert: self.slots[first + expert])

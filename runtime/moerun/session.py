@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from moepolicy.cache import Observer
 from moerun.aside import Aside
 from moerun.compiling import CompileBeside, Compiling
 from moerun.errors import RunError
+from moerun.experts import Item, Served
 from moerun.gates import Gate, GateObserver, pool_rows, to_host
 from moerun.links import Link, in_form
 from moerun.totals import Totals, totals_of
@@ -129,17 +130,14 @@ class Session:
         """
         self._noted[layer] = (logits, predicted)
 
-    def serve(
-        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, Any]]:
+    def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
         """The experts a batch wants at ``layer``, each as soon as it may be computed.
 
-        top_k_index, top_k_weights [tokens, top_k]. Yields (expert, the link's slot it lies in):
-        hits first, in router order, then those that another expert stands in for, with that one's
-        slot, then the others as they arrive. Before them all come those that nothing runs for,
-        with None, and those computed beside the device, with an AsideExpert. When the next one is
-        asked for, the compute of the one before must have been issued. Raises RunError or
-        PolicyError where an expert cannot be had.
+        top_k_index, top_k_weights [tokens, top_k]. They come as (expert, the link's slot it lies
+        in): hits first, in router order, then those that another expert stands in for, with that
+        one's slot, then the others as they arrive. Before them all come those that nothing runs
+        for, with None, and those computed beside the device, with an AsideExpert. Here and as
+        they come RunError or PolicyError is raised where an expert cannot be had.
         """
         for call in self.before_steps:
             call()
@@ -149,6 +147,9 @@ class Session:
         gate = to_host(top_k_index, top_k_weights, logits, predicted)
         for observe in self.gate_observers:
             observe(layer, gate)
+        return Served(gate.ids, self._served(layer, gate))
+
+    def _served(self, layer: int, gate: Gate) -> Generator[Item]:
         first = layer * self.context.n_experts
         try:
             opened = self._begin(layer, gate)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import fmean, median
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 
+from moerun.experts import Item, Served
 from moerun.linkcost import LinkCost
 from moerun.session import Session
 
@@ -74,16 +76,15 @@ class Stopwatch:
         self._totals = session.totals
         self.steps: list[StepTimes] = []
 
-    def serve(
-        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, Any]]:
-        tokens = len(top_k_index)
-        used = [1] * self._session.context.n_experts
-        if tokens > 1:
-            used = torch.bincount(top_k_index.flatten(), minlength=len(used)).tolist()
-        experts = []
+    def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
         entered_s = self._now()
-        for expert, slot in self._session.serve(layer, top_k_index, top_k_weights):
+        served = self._session.serve(layer, top_k_index, top_k_weights)
+        return Served(served.ids, self._timed(layer, served, entered_s))
+
+    def _timed(self, layer: int, served: Served, entered_s: float) -> Generator[Item]:
+        used = np.bincount(served.ids.ravel(), minlength=self._session.context.n_experts).tolist()
+        experts = []
+        for expert, slot in served:
             given_s = self._now()
             yield expert, slot
             experts.append((used[expert], self._now() - given_s))
@@ -93,7 +94,7 @@ class Stopwatch:
         self.steps.append(
             StepTimes(
                 layer=layer,
-                tokens=tokens,
+                tokens=len(served.ids),
                 entered_s=entered_s,
                 left_s=left_s,
                 stall_s=spent.stall_s,

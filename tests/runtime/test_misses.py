@@ -20,7 +20,7 @@ from moerun import runner as runner_module
 from moerun.aside import AsideExpert
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
-from moerun.experts import ResidentProvider
+from moerun.experts import ResidentProvider, Served
 from moerun.generate import Sampling
 from moerun.pack import pack
 from moerun.record import EventLog, LiveRecording
@@ -162,9 +162,13 @@ class Checked:
         self.full, self.low = full, low
         self.served: set[str] = set()
 
-    def serve(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Iterator[Any]:
+    def serve(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Served:
+        served = self.session.serve(layer, ids, weights)
+        return Served(served.ids, self._checked(layer, served))
+
+    def _checked(self, layer: int, served: Served) -> Iterator[Any]:
         cache = self.session.cache
-        for expert, found in self.session.serve(layer, ids, weights):
+        for expert, found in served:
             if found is not None and not isinstance(found, AsideExpert):
                 arrays = cache.arrays
                 wanted = arrays.scratch[WANTED, : arrays.board[N_DEMAND]].tolist()

@@ -2,7 +2,7 @@
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
-from moerun.experts import SUMS, ResidentProvider, Sums, attach
+from moerun.experts import SUMS, ResidentProvider, Served, Sums, attach
 from moerun.families import SUPPORTED, find_experts
-from moerun.forms import ExpertWeights
 from moerun.model import load_offloaded
 from moerun.pack import pack
 from moerun.store import ExpertStore
@@ -30,12 +29,11 @@ class ShuffledProvider:
         self._resident = resident
         self._random = random.Random(seed)
 
-    def serve(
-        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, ExpertWeights]]:
-        served = list(self._resident.serve(layer, top_k_index, top_k_weights))
-        self._random.shuffle(served)
-        yield from served
+    def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        served = self._resident.serve(layer, top_k_index, top_k_weights)
+        experts = list(served)
+        self._random.shuffle(experts)
+        return Served(served.ids, (each for each in experts))
 
 
 def stock_model(source: Path, precision: str, sums: Sums | None) -> Any:
@@ -259,8 +257,9 @@ def test_experts_that_are_skipped_add_nothing(tiny, sums: Sums) -> None:
 
     class Skipping:
         def serve(self, layer, ids, weights):
-            for expert, slot in resident.serve(layer, ids, weights):
-                yield expert, None if layer == 3 else slot
+            served = resident.serve(layer, ids, weights)
+            skipped = ((expert, None if layer == 3 else slot) for expert, slot in served)
+            return Served(served.ids, skipped)
 
     ours, _ = load_offloaded(store, "cpu", Skipping(), sums=sums)
     seen: list[torch.Tensor] = []

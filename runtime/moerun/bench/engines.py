@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
+from moerun.experts import Item, Served, served_in_order
 from moerun.links import Done, Link, Throttle, in_form
 
 
@@ -76,12 +77,12 @@ class HitsOnly:
         self._n_experts = n_experts
         self._computing = computing
 
-    def serve(
-        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, Any]]:
-        for expert in dict.fromkeys(top_k_index.flatten().tolist()):
-            slot = self._slots[(layer * self._n_experts + expert) % len(self._slots)]
-            yield expert, in_form(slot, low=False) if self._computing else None
+    def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        def slot(expert: int) -> Any:
+            at = (layer * self._n_experts + expert) % len(self._slots)
+            return in_form(self._slots[at], low=False) if self._computing else None
+
+        return served_in_order(top_k_index, slot)
 
 
 class ReleasedEngine:
@@ -121,11 +122,12 @@ class ReleasedEngine:
         """Over the link, both ways."""
         return (self.misses + self.written_back) * self._record_bytes
 
-    def serve(
-        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> Iterator[tuple[int, Any]]:
+    def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        ids = top_k_index.cpu().numpy()
+        return Served(ids, self._served(layer, list(dict.fromkeys(ids.ravel().tolist()))))
+
+    def _served(self, layer: int, wanted: list[int]) -> Generator[Item]:
         held = self._held[layer]
-        wanted = list(dict.fromkeys(top_k_index.flatten().tolist()))
         hits = [expert for expert in wanted if expert in held]
         for expert in hits:
             held.move_to_end(expert)
