@@ -137,6 +137,8 @@ class CompiledCalls(Calls):
             predicted=np.zeros((horizon, n), np.float32),
             outcome=np.zeros(n, np.int8),
         )
+        # A view takes single entries in half the time that the array does.
+        self._slip = self._mail.slip.data
         # The generator refers to these arrays and counts no references: they must outlive it.
         self._state = compiled_policy(policy)
         serve = compiled(answer_mail, self._state, omit=machine.unreachable(cache))
@@ -153,24 +155,23 @@ class CompiledCalls(Calls):
             mail.logits[:] = step.logits
         if horizon:
             mail.predicted[:horizon] = step.predicted[:horizon]
-        mail.slip[:] = (
-            BEGIN,
-            step.number,
-            step.layer,
-            n,
-            step.tokens,
-            self.cache.board.item(BACKLOG),
-            n_logits,
-            horizon,
-        )
+        slip = self._slip
+        slip[CALL] = BEGIN
+        slip[ABOUT] = step.number
+        slip[LAYER] = step.layer
+        slip[N_DEMAND] = n
+        slip[TOKENS] = step.tokens
+        slip[LINK_BACKLOG] = self.cache.board.item(BACKLOG)
+        slip[N_LOGITS] = n_logits
+        slip[HORIZON] = horizon
         self._resume()
         outcome[:] = mail.outcome[:n]
 
     def start(self) -> int:
-        slip = self._mail.slip
+        slip = self._slip
         slip[CALL] = START
         self._resume()
-        return slip.item(ABOUT)
+        return slip[ABOUT]
 
     def finish(self, key: int) -> None:
         self._call(FINISH, key)
@@ -185,7 +186,7 @@ class CompiledCalls(Calls):
         self._call(RESIZE, slots)
 
     def _call(self, call: int, about: int) -> None:
-        slip = self._mail.slip
+        slip = self._slip
         slip[CALL] = call
         slip[ABOUT] = about
         self._resume()

@@ -6,7 +6,7 @@ the order of the stock implementations, so that the logits are the stock model's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -31,7 +31,7 @@ SUMS: tuple[Sums, ...] = ("grouped_mm", "eager")
 Item = tuple[int, ExpertWeights | AsideExpert | None]
 
 
-class Served(Iterator[Item]):
+class Served(Iterable[Item]):
     """The distinct experts of a batch, each once, in the order they become ready.
 
     Advancing it means that the compute of the one before has been issued, or begun where another
@@ -44,12 +44,8 @@ class Served(Iterator[Item]):
         self.ids = ids
         self._experts = experts
 
-    def __next__(self) -> Item:
-        return next(self._experts)
-
-    def close(self) -> None:
-        """Have no more of them."""
-        self._experts.close()
+    def __iter__(self) -> Generator[Item]:
+        return self._experts
 
 
 class ExpertProvider(Protocol):

@@ -158,15 +158,18 @@ class Session:
             for key in opened.aside:
                 yield key - first, self._beside(key)
             for key in opened.hits:
-                yield key - first, self._acquire(key)
-                self._release(key)
+                slot = self.cache.slot_of(key)  # pinned: it cannot move
+                yield key - first, self._acquire(key, slot)
+                self._release(key, slot)
             for key, stand_in in opened.stand_ins:
-                yield key - first, self._acquire(stand_in)
-                self.link.release(self.cache.slot_of(stand_in))
+                slot = self.cache.slot_of(stand_in)
+                yield key - first, self._acquire(stand_in, slot)
+                self.link.release(slot)
             for _ in range(opened.absent):
                 key = self._await_arrival()
-                yield key - first, self._acquire(key)
-                self._release(key)
+                slot = self.cache.slot_of(key)
+                yield key - first, self._acquire(key, slot)
+                self._release(key, slot)
             if opened.aside:
                 self._join()
         except BaseException:
@@ -313,13 +316,13 @@ class Session:
         assert self.aside is not None  # or the session had refused the policy
         return self.aside.expert(key)
 
-    def _acquire(self, key: int) -> Any:
-        slot = self.cache.slot_of(key)  # pinned: it cannot move
+    def _acquire(self, key: int, slot: int) -> Any:
         self.link.acquire(slot)
-        return in_form(self.link.slots[slot], self.cache.is_low(key))
+        found = self.link.slots[slot]
+        return in_form(found, self.cache.is_low(key)) if self.low_record_bytes else found
 
-    def _release(self, key: int) -> None:
-        self.link.release(self.cache.slot_of(key))
+    def _release(self, key: int, slot: int) -> None:
+        self.link.release(slot)
         with self._mutex:
             self.cache.consume(key)
             self._pump()

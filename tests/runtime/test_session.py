@@ -291,7 +291,7 @@ def test_a_policy_that_raises_in_the_link_thread_is_heard_of() -> None:
 def test_a_step_left_unfinished_is_not_built_upon() -> None:
     context = Context(1, 4, 2, 4)
     with make_session(context, "lru", disk_link) as session:
-        steps = session.serve(0, torch.tensor([[0, 1]]), torch.ones(1, 2))
+        steps = iter(session.serve(0, torch.tensor([[0, 1]]), torch.ones(1, 2)))
         next(steps)
         steps.close()
         with pytest.raises(RunError, match="unfinished"):
