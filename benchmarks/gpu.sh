@@ -7,7 +7,8 @@
 #
 # Needs torch with CUDA, transformers, numba, typer and rich; neither an installation of this
 # project nor polars, hqq or simpy (tests that need those then fail and say so). PYTHON names the
-# interpreter, TOKENS and ROUNDS the length of the benches, SHAPE and DEVICE what runs where.
+# interpreter, TOKENS and ROUNDS the length of the benches, SHAPE and DEVICE what runs where,
+# KERNELS options for the timing of kernels.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-benchmarks/results/gpu}"
@@ -17,6 +18,7 @@ shape="${SHAPE:-mixtral-8x7b}"
 tokens="${TOKENS:-32}"
 rounds="${ROUNDS:-3}"
 routing="${ROUTING:-mixtral-like}"
+kernels="${KERNELS:-}"
 layers="${LAYERS:-8}" # of the comparison with accelerate, which brings every expert of each
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
@@ -51,13 +53,16 @@ print(json.dumps({"python": platform.python_version(), "torch": torch.__version_
                   "missing": [n for n in names if importlib.util.find_spec(n) is None]}))
 PY
 step tests 150 "$python" -m pytest -q -m gpu tests/gpu
+# shellcheck disable=SC2086
+step kernels 60 "$python" benchmarks/fused_gpu.py --device "$device" $kernels \
+  --out "$out/fused_gpu.json"
 for precision in 2bit 4bit; do
   step "bench-$precision" 140 bash -c 'bench "$@" >"$0"' "$out/bench-$precision.json" \
-    --shape "$shape" --precision "$precision" --routing "$routing" --slots 4 \
+    --shape "$shape" --precision "$precision" --routing "$routing" --slots 4 --streams 2 \
     --policy lru --policy lru-spec --baseline released \
     --tokens "$tokens" --warm-up 12 --rounds "$rounds" --device "$device" --format json
 done
-step accelerate 120 "$python" benchmarks/offload_gpu.py --shape "$shape" --layers "$layers" \
+step accelerate 100 "$python" benchmarks/offload_gpu.py --shape "$shape" --layers "$layers" \
   --routing "$routing" --rounds "$rounds" --device "$device" --out "$out/offload_gpu.json"
 step bookkeeping 40 "$python" benchmarks/bookkeeping.py --rounds 3 --out "$out/bookkeeping.json"
 

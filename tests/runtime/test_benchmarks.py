@@ -45,14 +45,15 @@ def test_the_gpu_script_runs_every_step(tmp_path: Path, shape: Path) -> None:
         TOKENS="3",
         ROUNDS="1",
         LAYERS="2",
+        KERNELS="--shapes 64x64 --tokens 1 --rounds 1 --products 1",
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {step["step"]: step["exit"] for step in summary["steps"]} == dict.fromkeys(
-        ["machine", "tests", "bench-2bit", "bench-4bit", "accelerate", "bookkeeping"], 0
+        ["machine", "tests", "kernels", "bench-2bit", "bench-4bit", "accelerate", "bookkeeping"], 0
     )
-    for name in ("bench-2bit", "bench-4bit", "offload_gpu", "bookkeeping"):
+    for name in ("fused_gpu", "bench-2bit", "bench-4bit", "offload_gpu", "bookkeeping"):
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["rows"]
         assert found["hardware"]["cpu"]
@@ -65,6 +66,7 @@ def test_a_step_that_fails_fails_the_script_and_not_the_others(tmp_path: Path) -
         PYTHON=sys.executable,
         DEVICE="cpu",
         SHAPE="no-such-shape",
+        KERNELS="--shapes 64x64 --tokens 1 --rounds 1 --products 1",
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 1
@@ -101,6 +103,20 @@ def test_matrices_are_timed_for_few_and_many_tokens(tmp_path: Path) -> None:
     for row in found["rows"]:
         assert row["takes"] == ("blockwise" if native and row["tokens"] == 80 else "kernel")
         assert all(ms > 0 for ms in row["ms"].values())
+
+
+def test_kernels_of_a_gpu_are_timed(tmp_path: Path) -> None:
+    done = run(
+        *(sys.executable, str(BENCHMARKS / "fused_gpu.py"), "--device", "cpu", "--shapes", "64x64"),
+        *("--tokens", "1", "--rounds", "1", "--products", "2", "--out", str(tmp_path / "out.json")),
+        TRITON_INTERPRET="1",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(done.stdout.splitlines()) == len(rows) == 3
+    for row in rows:
+        assert row["largest_difference"] < 0.02
+        assert all(us > 0 for us in row["us"].values())
 
 
 def test_caches_of_keys_and_values_are_timed(tmp_path: Path) -> None:
