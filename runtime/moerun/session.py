@@ -299,10 +299,16 @@ class Session:
 
     def _opened(self, keys: list[int], outcome: list[int]) -> Opened:
         """Sort a step's keys by what they are, and note which are awaited. The lock is held."""
-        hits = [key for key, kind in zip(keys, outcome, strict=True) if kind == HIT]
         if FETCHED.issuperset(outcome):  # nothing but hits and copies: nearly every step
-            self._awaited = set(keys).difference(hits)
-            return Opened(hits, [], [], [], len(self._awaited))
+            hits = []
+            self._awaited = awaited = set()
+            for key, kind in zip(keys, outcome, strict=True):
+                if kind == HIT:
+                    hits.append(key)
+                else:
+                    awaited.add(key)
+            return Opened(hits, [], [], [], len(awaited))
+        hits = [key for key, kind in zip(keys, outcome, strict=True) if kind == HIT]
         of: dict[int, list[int]] = {kind: [] for kind in OUTCOMES}
         for key, kind in zip(keys, outcome, strict=True):
             of[kind].append(key)
