@@ -30,6 +30,8 @@ def multiply(x: torch.Tensor, parts: Tensors, scheme: Scheme, rows: int) -> torc
     ``parts`` are those of `Scheme.parts`, on x's device. Equal calls give equal bits: what
     programs that share a row's columns have found is summed in a fixed order.
     """
+    if not len(x):
+        return x.new_empty(0, rows)
     launch = _one if len(x) == 1 else _many
     with _on(x.device):
         found = launch(x.contiguous(), parts, scheme, align_up(rows, ROWS))

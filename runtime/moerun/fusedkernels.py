@@ -195,7 +195,8 @@ def multiply_many(
     matrix would be.
     """
     block, split = tl.program_id(0), tl.program_id(1)
-    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    # In 64 bits: a long prompt through a wide matrix has more outputs than 32 can number.
+    t = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     byte = tl.arange(0, 32)
     lower = tl.zeros((TOKENS, 32), dtype=tl.float32)
     upper = tl.zeros((TOKENS, 32), dtype=tl.float32)

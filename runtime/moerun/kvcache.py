@@ -45,7 +45,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def _append(self, name: str, held: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         total = held + new.shape[-2]
         room = self._rooms.get(name)
-        if room is None or room.shape[-2] < total:
+        # The stock layer's other methods replace what is held: it lies in the room no more then.
+        if room is None or room.shape[-2] < total or not _begins_with(room, old, held):
             tokens = max(total, min(total + STEP_TOKENS, self._limit_tokens))
             room = new.new_empty(*new.shape[:-2], tokens, new.shape[-1])
             if held:
@@ -53,6 +54,14 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self._rooms[name] = room
         room[..., held:total, :] = new
         return room[..., :total, :]
+
+
+def _begins_with(room: torch.Tensor, held: torch.Tensor, tokens: int) -> bool:
+    """Whether the ``tokens`` held [batch, heads, tokens, width] are the first ones of a room."""
+    if not tokens:
+        return True
+    same = room.data_ptr() == held.data_ptr() and room.stride() == held.stride()
+    return same and room.shape[:2] == held.shape[:2]
 
 
 def new_cache(model: Any, limit_tokens: int) -> DynamicCache:

@@ -237,9 +237,11 @@ class Session:
             self._failure = self._failure or RunError("the session is closed")
         if self.aside:  # it may read what the link holds
             self.aside.close()
-        self.link.close()
-        if self._compiling:
-            self._compiling.close()
+        try:
+            self.link.close()
+        finally:
+            if self._compiling:
+                self._compiling.close()
 
     def _compile_beside(self) -> CompileBeside | None:
         if self._allowed is Compiling.NEVER:

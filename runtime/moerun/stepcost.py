@@ -182,13 +182,12 @@ def _of_further_tokens(
     """What each further token of a prompt's pass takes in a layer, and in an expert."""
     if not prompt:
         return 0.0, 0.0
-    batch_s = fmean(
-        b.entered_s - a.left_s + b.serving_s for a, b in pairwise(prompt) if b.layer > 0
-    )
+    layers_s = [b.entered_s - a.left_s + b.serving_s for a, b in pairwise(prompt) if b.layer > 0]
     calls = [call for step in prompt for call in step.experts]
     further = sum(tokens - 1 for tokens, _ in calls)
     excess_s = sum(seconds for _, seconds in calls) - len(calls) * expert_s
     return (
-        max((batch_s - layer_s) / (prompt[0].tokens - 1), 0.0),
+        # A model of one layer has none that another one precedes.
+        max((fmean(layers_s) - layer_s) / (prompt[0].tokens - 1), 0.0) if layers_s else 0.0,
         max(excess_s / further, 0.0) if further else 0.0,
     )

@@ -19,6 +19,7 @@ from moerun.attention import PackedLinear
 from moerun.bench import report, room
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.ondisk import write_store
+from moerun.bench.report import rows_of
 from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import load_routing
 from moerun.bench.run import RELEASED, Bench, Plan
@@ -153,6 +154,10 @@ def test_the_lower_precision_lies_beside_the_other_on_disk(tmp_path: Path) -> No
             assert bench.low.index.precision == "2bit"
             assert bench.runs["hobbit"][0].totals.low_loads > 0
             assert bench.memory.needs.host_tier_bytes == MIB
+            (row,) = rows_of(bench, {})
+            # Some records come from memory, some from disk: that has no one rate to be bound by.
+            assert row.link_s_per_token is None
+            assert row.bound_s_per_token == row.compute_s_per_token
 
 
 @pytest.mark.parametrize("options", [{}, {"low": "2bit"}])

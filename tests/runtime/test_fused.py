@@ -145,6 +145,13 @@ def test_a_slot_of_a_gpu_computes_from_the_record_alone(
         assert relative(found, wanted.double()) < 2e-6
 
 
+def test_no_tokens_have_no_products() -> None:
+    from moerun.fused import multiply
+
+    parts = quantise(torch.randn(70, 64), SCHEMES["4bit"])
+    assert multiply(torch.empty(0, 64), parts, SCHEMES["4bit"], 70).shape == (0, 70)
+
+
 def compiles(name: str, x: str, capabilities: tuple[int, ...]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, name, x, *map(str, capabilities)]

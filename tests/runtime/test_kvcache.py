@@ -49,6 +49,19 @@ def test_states_are_those_of_the_stock_layer() -> None:
     assert all(map(torch.equal, ours.update(*both), stock.update(*both)))
 
 
+def test_states_that_others_replaced_are_not_forgotten() -> None:
+    ours, stock = RoomyLayer(1000), DynamicLayer()
+    for change in (None, lambda layer: layer.reorder_cache(torch.tensor([1, 0])), None):
+        if change is not None:
+            change(ours), change(stock)
+        both = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 4)
+        assert all(map(torch.equal, ours.update(*both), stock.update(*both)))
+    for layer in (ours, stock):
+        layer.batch_repeat_interleave(2)
+    both = torch.randn(4, 2, 1, 8), torch.randn(4, 2, 1, 4)
+    assert all(map(torch.equal, ours.update(*both), stock.update(*both)))
+
+
 def test_a_token_is_written_behind_the_others_until_the_room_is_full() -> None:
     layer = RoomyLayer(10 + STEP_TOKENS + 5)
     keys, _ = layer.update(*states(10))

@@ -506,6 +506,25 @@ def test_a_link_that_never_started_can_be_closed() -> None:
     assert lanes.pinned == []
 
 
+def test_a_link_whose_device_is_lost_gives_up_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: object) -> None:
+        raise RunError("the device is lost")
+
+    monkeypatch.setattr(ThreadLanes, "drain", lost)
+    rig = Rig(full_records(), n_bytes=2 * RECORD)
+    with pytest.raises(RunError, match="lost"):
+        rig.link.close()
+    assert rig.lanes.pinned == []
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("link", "reader"))]
+    rig.lanes.end()
+    monkeypatch.setattr(ThreadLanes, "open", lost)
+    lanes = ThreadLanes()
+    with pytest.raises(RunError, match="lost"):
+        PinnedLink(HostTier(full_records()), Arena(dual_slot, 1), lanes)
+    lanes.end()
+    assert lanes.pinned == []
+
+
 @pytest.mark.parametrize("n_bytes", [None, 2 * RECORD])
 def test_closing_ends_everything_after_the_copies_under_way(n_bytes: int | None) -> None:
     rig = Rig(full_records(), n_bytes=n_bytes, streams=2)

@@ -51,6 +51,19 @@ def test_the_constants_are_those_of_the_run() -> None:
     assert found.token_s == pytest.approx(500 * US, rel=0.05)
 
 
+def test_a_model_of_one_layer_has_costs_too() -> None:
+    prompt = StepTimes(0, 5, 0.0, 500 * US, 0.0, 0, ((5, 80 * US), (5, 80 * US)))
+    steps = [prompt]
+    for number in range(1, 9):
+        began_s = number * 1000 * US
+        calls = ((1, 40 * US), (1, 40 * US))
+        steps.append(StepTimes(0, 1, began_s, began_s + 90 * US, 0.0, 0, calls))
+    found = costs(steps, LINK, RECORD_BYTES, 0.0)
+    assert found.layer_token_s == 0.0
+    assert found.expert_s == pytest.approx(40 * US)
+    assert found.expert_token_s == pytest.approx(10 * US)
+
+
 def test_what_a_stall_leaves_behind_is_the_arrival_s() -> None:
     """Every stall makes the step after it 25 us slower."""
     steps = list(decoded([1, 0, 0, 0] * 9 + [0], slower_after_stall_s=25 * US))

@@ -53,7 +53,7 @@ class Row:
     gb_per_token: float
     link_gb_per_s: float
     compute_s_per_token: float
-    link_s_per_token: float
+    link_s_per_token: float | None
     bound_s_per_token: float
     over_bound: float
     simulated_tokens_per_s: float | None
@@ -76,9 +76,9 @@ def _row(name: str, lossy: bool, runs: list[Timed], bench: Bench, simulated: flo
     rates = tuple(tokens / run.decode_s for run in runs)
     token_s = 1 / median(rates)
     moved = median(run.bytes_moved for run in runs) / tokens
-    link_s = moved / median(bench.link_rates)
+    link_s = moved / median(bench.link_rates) if bench.link_has_one_rate else None
     compute_s = _compute_s(bench, totals) / tokens
-    bound_s = max(link_s, compute_s)
+    bound_s = max(link_s or 0.0, compute_s)
     wanted = max(totals.requests, 1)
     return Row(
         policy=RELEASED_LABEL if name == RELEASED else name,
@@ -137,7 +137,7 @@ def provenance(bench: Bench) -> dict[str, Any]:
         "memory_peak_bytes": bench.peak_bytes,
         "compute_alone_s_per_token": median(run.decode_s for run in bench.compute) / plan.tokens,
         "link_cap_bytes_per_s": settings.link_bytes_per_s,
-        "link_bytes_per_s": median(bench.link_rates),
+        "link_bytes_per_s": median(bench.link_rates) if bench.link_has_one_rate else None,
         "tokens": plan.tokens,
         "warm_up": plan.warm_up,
         "rounds": plan.rounds,
@@ -226,6 +226,16 @@ def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
     return out.getvalue() + _legend(rows, made_by)
 
 
+def _bound(link_bytes_per_s: float | None, compute_ms: float) -> str:
+    compute = f"compute alone {compute_ms:.2f} ms a token"
+    if link_bytes_per_s is None:
+        return (
+            f"{compute}, which is all of the bound: experts come partly from host memory and "
+            "partly from disk, at no one rate"
+        )
+    return f"link {link_bytes_per_s / 1e9:.2f} GB/s, {compute}; bound = max(bytes / link, compute)"
+
+
 def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
     machine = made_by["hardware"]
     lines = [
@@ -236,9 +246,7 @@ def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
         f"routing forced: {made_by['routing']} (sha256 {made_by['routing_sha256'][:12]}), "
         f"{made_by['tokens']} tokens after {made_by['warm_up']} of warm-up, "
         f"{made_by['rounds']} rounds in turns, medians",
-        f"link {made_by['link_bytes_per_s'] / 1e9:.2f} GB/s, compute alone "
-        f"{1e3 * made_by['compute_alone_s_per_token']:.2f} ms a token; bound = max(bytes / link, "
-        "compute)",
+        _bound(made_by["link_bytes_per_s"], 1e3 * made_by["compute_alone_s_per_token"]),
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads",
     ]
     lines += [_answers(row) for row in rows if row.lossy or row.cpu_ratio]

@@ -176,6 +176,13 @@ class Bench(AbstractContextManager["Bench"]):
         """The experts at the lower precision."""
         return self.settings.low
 
+    @property
+    def link_has_one_rate(self) -> bool:
+        """Not so where host memory holds only some of the experts, and a disk the others."""
+        stores = [store for store in (self.store, self.low) if store]
+        all_bytes = sum(store.n_keys * store.record_bytes for store in stores)
+        return self.settings.host_bytes is None or self.settings.host_bytes >= all_bytes
+
     def _plan_memory(self, lower: GeneratedModel | None) -> MemoryPlan:
         """What `moerun` would plan, with room for every policy; RunError where that cannot be."""
         settings = self.settings
@@ -382,6 +389,7 @@ def _simulate(bench: Bench, trace: Path, policy: str, machine: Path, tokens: int
         *("compare", policy, "--trace", str(trace), "--tokens", str(tokens)),
         *("--slots", str(bench.slots), "--scope", bench.settings.scope),
         *("--machine", str(machine), "--expert-bytes", str(bench.store.record_bytes)),
+        *("--calibration", str(trace)),  # as the bench counted them: over all forced tokens
         *("--format", "json"),
     ]
     if bench.low:

@@ -65,7 +65,8 @@ class CudaLanes:
     def pin(self, memory: torch.Tensor) -> None:
         # Registered rather than allocated pinned: torch's pinned allocator rounds up to a power of
         # two, which for all experts of a model can be as much again.
-        status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        with torch.cuda.device(self.device):  # or another one would be initialised for it
+            status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         if status != 0:
             raise RunError(
                 f"the experts take {format_bytes(memory.nbytes)} of pinned host memory, which "
@@ -74,7 +75,8 @@ class CudaLanes:
             )
 
     def unpin(self, memory: torch.Tensor) -> None:
-        _runtime().cudaHostUnregister(memory.data_ptr())
+        with torch.cuda.device(self.device):
+            _runtime().cudaHostUnregister(memory.data_ptr())
 
     def trim(self) -> None:
         torch.cuda.empty_cache()  # or torch would keep it from other programs

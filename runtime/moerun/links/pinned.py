@@ -92,12 +92,17 @@ class PinnedLink(SlotLink):
             raise
         self._device = lanes
         self._pinned = True
-        born = lanes.compute.mark()  # what had this memory before may still be computing
+        try:
+            born = lanes.compute.mark()  # what had this memory before may still be computing
+            self._lanes: list[Lane] = [lanes.open() for _ in self._scratch]
+            for lane in self._lanes:
+                lane.after(born)
+        except BaseException:
+            lanes.unpin(tier.memory)
+            tier.close()
+            raise
         self._copied = [born] * len(slots)
         self._used = [born] * len(slots)
-        self._lanes: list[Lane] = [lanes.open() for _ in self._scratch]
-        for lane in self._lanes:
-            lane.after(born)
         self._waiting: deque[Job] = deque()
         self._copies: list[Copy] = []
         self._loading: list[Copy | None] = [None] * len(self._lanes)  # by lane, not all queued
@@ -171,9 +176,13 @@ class PinnedLink(SlotLink):
         self._done = None  # so that a session and its slots go when their last user does
         if self._pinned:
             self._pinned = False
-            self._device.drain()
-            self._device.unpin(self.tier.memory)
-            self.tier.close()
+            try:
+                self._device.drain()
+            finally:  # of a device that is lost, too
+                try:
+                    self._device.unpin(self.tier.memory)
+                finally:
+                    self.tier.close()
 
     def _advance(self) -> None:
         """Queue all that may be queued now. The lock is held; called whenever that may be more."""
