@@ -115,7 +115,7 @@ def generate(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
     found = opt.store(model, precision, store, attention)
-    settings = replace(settings, low=opt.low_store(model, low))
+    settings = replace(settings, low=opt.low_store(model, low, found))
     if text is None or plan:
         show_plan(found, settings, sampling, text, format)
         return

@@ -199,7 +199,8 @@ def simulate(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunError(f"moesim could not simulate policy '{policy}': {last}")
+        why = last.removeprefix("error: ")
+        raise RunError(f"moesim could not simulate policy '{policy}': {why}")
     row: dict[str, Any] = json.loads(done.stdout)[0]
     return row
 

@@ -196,6 +196,7 @@ class Generation:
     def run(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Generated:
         """Answer prompt_ids [1, tokens]. Raises RunError when the model cannot take them."""
         sampling.check()
+        check_ids(self.model, prompt_ids)
         room = check_length(self.model, prompt_ids.shape[1], self.context_tokens)
         self._room = min(sampling.max_new_tokens, room)
         self.prompt_tokens = prompt_ids.shape[1]
@@ -265,6 +266,16 @@ def encode(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tensor:
     if ids.shape[1] == 0:
         raise RunError("the prompt is empty")
     return ids.to(device)
+
+
+def check_ids(model: Any, ids: torch.Tensor) -> None:
+    """RunError where a tokenizer's ids are beyond the model's: it is another model's then."""
+    known, highest = model.get_input_embeddings().num_embeddings, int(ids.max())
+    if highest >= known:
+        raise RunError(
+            f"the tokenizer gives token {highest}, and the model knows tokens below {known}: the "
+            "tokenizer.json beside it is another model's"
+        )
 
 
 def context_tokens(model: Any) -> int | None:

@@ -126,6 +126,11 @@ class MemoryPlan:
                 return plan.within(self.budget_bytes)
         return replace(self, compiling=Compiling.NEVER)
 
+    def counting_compiled(self) -> MemoryPlan:
+        """This plan, made without a budget, with what its compiled policy calls may take."""
+        needs = replace(self.needs, compiled_bytes=COMPILED_BYTES[self.compiling])
+        return replace(self, needs=needs)
+
     def _least(self) -> str:
         """What the smallest budget would be spent on."""
         parts = [f"{name} {format_bytes(n_bytes)}" for name, n_bytes, _ in self.needs.rows()]

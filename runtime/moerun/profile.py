@@ -48,18 +48,31 @@ TEXT = (
 
 @dataclass(frozen=True)
 class MachineProfile:
+    """``waited`` is the share of its time that the most disturbed turn waited for a processor."""
+
     name: str
     description: str
     link: LinkCost
     compute: ComputeCost
     cpu: CpuCost
+    waited: float = 0.0
+
+    @property
+    def note(self) -> str:
+        """What to know before relying on it; "" if nothing."""
+        if self.waited <= CALM:
+            return ""
+        return (
+            f"not to be relied on: other programs kept it waiting for {100 * self.waited:.0f} % of "
+            "the time"
+        )
 
     def to_toml(self) -> str:
         """The profile as `moesim compare --machine FILE` reads it."""
         lines = [
             f"name = {_quoted(self.name)}",
             'source = "measured"',
-            f"description = {_quoted(self.description)}",
+            f"description = {_quoted('; '.join(filter(None, (self.description, self.note))))}",
         ]
         sections: list[tuple[str, LinkCost | ComputeCost | CpuCost]]
         sections = [("link", self.link), ("compute", self.compute), ("cpu", self.cpu)]
@@ -96,11 +109,7 @@ def measure(
     with Profiler(store, settings) as profiler:
         turns = calmest(profiler.turn, repeats, lambda n: tell(f"measuring, turn {n}"))
         profile = profiler.result(name, [turn.found for turn in turns])
-    waited = max(turn.waited for turn in turns)
-    if waited <= CALM:
-        return profile
-    note = f"other programs kept it waiting for {100 * waited:.0f} % of the time"
-    return replace(profile, description=f"{profile.description} Not to be relied on: {note}.")
+    return replace(profile, waited=max(turn.waited for turn in turns))
 
 
 class Profiler:

@@ -167,7 +167,10 @@ class Runner:
         than the memory there is.
         """
         with self._sizing:
-            plan = self.plan.within(budget_bytes)
+            plan = self.plan
+            if plan.budget_bytes is None and self.settings.device.type == "cpu":
+                plan = plan.counting_compiled()
+            plan = plan.within(budget_bytes)
             more_bytes = plan.slots_bytes - self.plan.slots_bytes
             require_free(more_bytes, budget_bytes, self.settings.device)
             self.session.resize(plan.slots)
@@ -292,6 +295,16 @@ def check_low(store: ExpertStore, low: ExpertStore | None) -> None:
         raise RunError(
             f"{low.path} is the store of another model ({low.index.model}): give --low one that "
             f"was packed from the checkpoint of {store.path}"
+        )
+
+
+def check_lower(store: ExpertStore, low: ExpertStore) -> None:
+    """RunError where the experts of ``low`` are no smaller: nobody means that."""
+    if low.record_bytes >= store.record_bytes:
+        raise RunError(
+            f"an expert takes {low.record_bytes:,} bytes at the lower precision "
+            f"({low.index.precision}), no fewer than the other's {store.record_bytes:,} "
+            f"({store.index.precision}): give --low a lower one"
         )
 
 

@@ -31,7 +31,7 @@ from moerun.kvcache import new_cache
 from moerun.links import Link, Throttle
 from moerun.memory import MemoryPlan, Peak
 from moerun.planning import plan_policies
-from moerun.runner import Settings, make_aside, make_link
+from moerun.runner import Settings, check_lower, make_aside, make_link
 from moerun.servable import refuse_unservable
 from moerun.session import Session
 from moerun.store import ExpertStore
@@ -189,6 +189,8 @@ class Bench(AbstractContextManager["Bench"]):
         if lower is not None:
             settings = replace(settings, low=GeneratedStore(lower, held=False))
         store = GeneratedStore(self.generated, held=False)
+        if settings.low:
+            check_lower(store, settings.low)
         plan = plan_policies(store, settings, self.plan.policies, self._context(0))
         plan = replace(plan, slots=min(plan.slots, store.n_experts))
         if plan.slots < 0:
@@ -397,5 +399,6 @@ def _simulate(bench: Bench, trace: Path, policy: str, machine: Path, tokens: int
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunError(f"moesim could not simulate policy '{policy}': {last}")
+        why = last.removeprefix("error: ")
+        raise RunError(f"moesim could not simulate policy '{policy}': {why}")
     return float(json.loads(done.stdout)[0]["tokens_per_s"])

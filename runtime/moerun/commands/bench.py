@@ -126,8 +126,7 @@ def bench(
 
     plan = Plan(specs, tokens, warm_up, rounds, baseline is Baseline.released)
     plan.check(low=low is not None)
-    if machine is not None and not machine.is_file():
-        raise RunError(f"{machine} is not there: give --machine a file from 'moerun profile'")
+    opt.check_machine(machine)
     config = find_config(shape, layers)
     generated = GeneratedModel(
         config, name=shape_name(shape), precision=precision, seed=seed, attention=attention
@@ -152,9 +151,15 @@ def bench(
     with made:
         with console.status("starting") as status:
             made.run(status.update)
-        simulated = {}
+        simulated: dict[str, float] = {}
+        failure = None
         if machine is not None:
             tell("simulating")
-            simulated = simulated_tokens_per_s(made, machine)
+            try:
+                simulated = simulated_tokens_per_s(made, machine)
+            except RunError as error:
+                failure = error  # what was measured is worth having all the same
         rows = reports.rows_of(made, simulated)
         sys.stdout.write(reports.render(rows, format, reports.provenance(made)))
+        if failure is not None:
+            raise failure

@@ -68,7 +68,7 @@ def chat(
     )
     sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
     found = opt.store(model, precision, store, attention)
-    settings = replace(settings, low=opt.low_store(model, low))
+    settings = replace(settings, low=opt.low_store(model, low, found))
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.runner import Runner

@@ -79,8 +79,9 @@ def fidelity(
         calibration=calibration,
     )
     sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
+    opt.check_machine(machine)
     found = opt.store(model, precision, store, attention)
-    settings = replace(settings, low=opt.low_store(model, low))
+    settings = replace(settings, low=opt.low_store(model, low, found))
     from moerun.fidelity import compare
 
     with Console(stderr=True).status("preparing") as status:

@@ -268,10 +268,31 @@ def store(
         )
 
 
-def low_store(model: str, low: str | None) -> ExpertStore | None:
-    """The second store that --low asks for; None where it does not."""
+def check_machine(profile: Path | None) -> None:
+    """RunError where a machine's profile was named that is not there."""
+    if profile is not None and not profile.is_file():
+        raise RunError(f"{profile} is not there: give --machine a file from 'moerun profile'")
+
+
+def check_folder_of(out: Path) -> None:
+    """RunError where a file is to be written into a folder that is not there."""
+    if not out.parent.is_dir():
+        raise RunError(f"{out}: the folder {out.parent} does not exist")
+
+
+def low_store(model: str, low: str | None, full: ExpertStore | None) -> ExpertStore | None:
+    """The second store that --low asks for, lower than ``full``; None where it does not."""
     if low is None:
         return None
+    from moerun.runner import check_lower
+
+    found = _low_store(model, low)
+    if full is not None:
+        check_lower(full, found)
+    return found
+
+
+def _low_store(model: str, low: str) -> ExpertStore:
     from moerun.shape import PRECISIONS
     from moerun.stores import is_store
 

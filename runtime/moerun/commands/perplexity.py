@@ -149,7 +149,7 @@ def perplexity(
         tokens=tokens,
         by_token=by_token,
     )
-    if (lower := opt.low_store(model, low)) is not None:
+    if (lower := opt.low_store(model, low, None)) is not None:
         measurement.use_low(lower)
     points = [Point(*pair, spec) for pair in pairs for spec in specs]
     path = out or measurement.default_results()

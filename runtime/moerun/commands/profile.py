@@ -46,6 +46,7 @@ def profile(
         cold=cold,
         threads=threads,
     )
+    opt.check_folder_of(out)
     found = opt.store(model, precision, store, attention)
     from moerun.profile import measure
 
@@ -58,5 +59,7 @@ def profile(
     typer.echo(
         f"{out}: link {link.bytes_per_s / 1e9:.3f} GB/s + {1e6 * link.latency_s:.0f} us a copy; "
         f"layer {1e6 * cost.layer_s:.0f} us, expert {1e6 * cost.expert_s:.0f} us, "
-        f"token {1e6 * cost.token_s:.0f} us"
+        f"token {1e6 * cost.token_s:.0f} us, waking up {1e6 * cost.arrival_s:.0f} us"
     )
+    if measured.note:
+        typer.echo(f"warning: {measured.note}", err=True)

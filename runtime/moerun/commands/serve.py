@@ -104,7 +104,7 @@ def serve(
 
     taken = bind(host, port)
     found = opt.store(model, precision, store, attention)
-    settings = replace(settings, low=opt.low_store(model, low))
+    settings = replace(settings, low=opt.low_store(model, low, found))
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.runner import Runner
