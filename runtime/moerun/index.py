@@ -92,7 +92,7 @@ class StoreIndex:
     `token_bytes` what one token reads of embedding and head. `dense_bytes` are those of everything
     that is neither routed expert nor `attention`, which is None unless quantised. `dense_skew` are
     the dense tensors that stock transformers computes at addresses off a multiple of 64: name and
-    remainder.
+    remainder. `dense_crc32` are their checksums by name; None where a store is older than those.
     """
 
     model: str
@@ -113,6 +113,7 @@ class StoreIndex:
     source_bytes: int
     packages: dict[str, str] = field(default_factory=dict)
     attention: AttentionRecords | None = None
+    dense_crc32: dict[str, int] | None = None
 
     @property
     def attention_precision(self) -> str:
@@ -147,6 +148,7 @@ class StoreIndex:
                 "skew": self.dense_skew,
                 "layer_bytes": self.layer_bytes,
                 "token_bytes": self.token_bytes,
+                "crc32": self.dense_crc32,
             },
             "attention": self.attention.to_json() if self.attention else None,
             "expert": {
@@ -171,7 +173,8 @@ class StoreIndex:
     def from_json(cls, described: dict[str, Any]) -> StoreIndex:
         """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
         model, dense, expert = described["model"], described["dense"], described["expert"]
-        attention = described.get("attention")  # older stores have none
+        # Older stores have neither.
+        attention, dense_crc32 = described.get("attention"), dense.get("crc32")
         layers = tuple(
             LayerRecords(
                 layer["module"],
@@ -206,6 +209,9 @@ class StoreIndex:
             source_bytes=int(described["source"]["bytes"]),
             packages=dict(described["packages"]),
             attention=AttentionRecords.from_json(attention) if attention else None,
+            dense_crc32=(
+                {name: int(crc) for name, crc in dict(dense_crc32).items()} if dense_crc32 else None
+            ),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from moerun.errors import RunError
 from moerun.experts import IMPLEMENTATION, ExpertProvider, Sums, attach, register
 from moerun.families import empty_model, find_experts, read_config
 from moerun.store import ExpertStore
-from moerun.tensorfile import TensorFile
+from moerun.tensorfile import bytes_of
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -40,13 +41,12 @@ def dense_model(store: ExpertStore, device: torch.device | str) -> Any:
     """The model with everything but its experts, which are empty until `attach`."""
     register()
     config = read_config(store.path)
-    with TensorFile(store.dense_path) as file:
-        dtype = _main_dtype(file)
-        config.dtype = dtype
-        model: Any = empty_model(config, dtype, experts=IMPLEMENTATION)
-        _empty_experts(model, store)
-        install_attention(model, store, torch.device(device))
-        _load_dense(model, file, torch.device(device), store.index.dense_skew)
+    dtype = _main_dtype(store.dense_tensors().values())
+    config.dtype = dtype
+    model: Any = empty_model(config, dtype, experts=IMPLEMENTATION)
+    _empty_experts(model, store)
+    install_attention(model, store, torch.device(device))
+    _load_dense(model, store, torch.device(device))
     rebuild_buffers(model, torch.device(device))
     model.generation_config = _generation_config(store.path, config)
     return model
@@ -65,12 +65,12 @@ def load_tokenizer(path: Path) -> Any:
         raise RunError(f"the tokenizer of {path} cannot be used: {reason}") from error
 
 
-def _main_dtype(file: TensorFile) -> torch.dtype:
+def _main_dtype(dense: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype:
     """The dtype of most dense bytes: some small tensors stay float32 in any model."""
     totals: dict[torch.dtype, int] = {}
-    for entry in file.entries.values():
-        if entry.dtype.is_floating_point:
-            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.nbytes
+    for dtype, shape in dense:
+        if dtype.is_floating_point:
+            totals[dtype] = totals.get(dtype, 0) + bytes_of(dtype, shape)
     return max(totals, key=lambda dtype: totals[dtype], default=torch.float32)
 
 
@@ -85,15 +85,17 @@ def _empty_experts(model: nn.Module, store: ExpertStore) -> None:
             setattr(module, name, None)
 
 
-def _load_dense(model: Any, file: TensorFile, device: torch.device, skews: dict[str, int]) -> None:
-    state = {name: file.read(name, skew=skews.get(name, 0)).to(device) for name in file.entries}
+def _load_dense(model: Any, store: ExpertStore, device: torch.device) -> None:
+    state = dict(store.read_dense(device))
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.requires_grad_(False)
     model.tie_weights()
     lost = [name for name in missing if name not in model.all_tied_weights_keys]
     if lost or unexpected:
         wrong = (lost or unexpected)[0]
-        raise RunError(f"{file.path} does not fit config.json ({wrong}): pack the store again")
+        raise RunError(
+            f"{store.dense_path} does not fit config.json ({wrong}): pack the store again"
+        )
 
 
 def rebuild_buffers(model: Any, device: torch.device) -> None:

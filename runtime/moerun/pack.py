@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +38,7 @@ from moerun.quant import quantise
 from moerun.shape import NATIVE, PLAIN
 from moerun.source import ModelSource
 from moerun.store import ExpertStore
-from moerun.tensorfile import TensorFileWriter, memory_of, read_at
+from moerun.tensorfile import TensorFileWriter, memory_of, read_at, write_tensors
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "done.jsonl"
@@ -280,9 +280,9 @@ class _Packer:
         self._copy_side_files()
         for shared, path in self._shared.items():
             _link(path, self.folder / shared)
-        with TensorFileWriter(self.folder / DENSE_FILE, self.model.dense_tensors()) as writer:
-            for tensor_name, tensor in self.model.read_dense():
-                writer.write(tensor_name, tensor)
+        dense_crc32 = write_tensors(
+            self.folder / DENSE_FILE, self.model.dense_tensors(), self.model.read_dense()
+        )
         index = build_index(
             self.model,
             self.plan,
@@ -291,7 +291,7 @@ class _Packer:
             revision=revision,
             source_digest=self._source_digest,
         )
-        write_json(self.folder / INDEX_FILE, index.to_json())
+        write_json(self.folder / INDEX_FILE, replace(index, dense_crc32=dense_crc32).to_json())
         if self.out.exists():
             self.out.rmdir()  # an empty folder, as checked before
         self.folder.rename(self.out)

@@ -16,10 +16,12 @@ from moerun.errors import RunError
 from moerun.families import read_config
 from moerun.index import DENSE_FILE, StoreIndex, read_index
 from moerun.layout import RecordLayout
-from moerun.tensorfile import TensorFile, memory_of, read_at
+from moerun.tensorfile import TensorFile, checksum, memory_of, read_at
 
 Read = Callable[[Path, int, torch.Tensor], int]
 """Fills a buffer from a file's offset; returns the bytes read. Raises OSError."""
+
+_DIFFERS = "is damaged (its checksum differs)"
 
 
 class Location(NamedTuple):
@@ -104,6 +106,26 @@ class ExpertStore:
         with TensorFile(self.dense_path) as file:
             return {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
 
+    def read_dense(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Read, check and move each of these weights, one in host memory at a time.
+
+        Raises RunError that names file and tensor when it cannot be read or is not what was packed.
+        A store from before their checksums were kept has none to compare.
+        """
+        with TensorFile(self.dense_path) as file:
+            for name in file.entries:
+                yield name, self._dense_tensor(file, name).to(device)
+
+    def _dense_tensor(self, file: TensorFile, name: str) -> torch.Tensor:
+        try:
+            tensor = file.read(name, skew=self.index.dense_skew.get(name, 0))
+        except OSError as error:
+            raise _damaged(name, f"could not be read ({error.strerror})", file.path) from error
+        crc32 = self.index.dense_crc32
+        if crc32 is not None and checksum(tensor) != crc32.get(name):
+            raise _damaged(name, _DIFFERS, file.path)
+        return tensor
+
     def location(self, key: int) -> Location:
         """Raises RunError for a key that the store does not have."""
         layer, expert = self._split(key)
@@ -161,22 +183,21 @@ class ExpertStore:
         read: Read,
         pieces: Callable[[int], Iterator[slice]] | None = None,
     ) -> None:
-        def damaged(how: str) -> RunError:
-            return RunError(f"{what} {how} in {where.path}: copy the store again or pack it again")
-
         try:
             got = 0
             for piece in pieces(where.nbytes) if pieces else (slice(0, where.nbytes),):
                 got += read(where.path, where.offset + piece.start, buffer[piece])
         except OSError as error:
-            raise damaged(f"could not be read ({error.strerror})") from error
+            raise _damaged(what, f"could not be read ({error.strerror})", where.path) from error
         if got != where.nbytes:
-            raise damaged(f"is cut off after {got} of {where.nbytes} bytes")
+            raise _damaged(what, f"is cut off after {got} of {where.nbytes} bytes", where.path)
         if crc32 is not None and zlib.crc32(memory_of(buffer)) != crc32:
-            raise damaged("is damaged (its checksum differs)")
+            raise _damaged(what, _DIFFERS, where.path)
 
     def verify(self) -> None:
         """Read everything and compare the checksums. Raises RunError at the first difference."""
+        for _ in self.read_dense():
+            pass
         buffer = torch.empty(self.record_bytes, dtype=torch.uint8)
         for key in range(self.n_keys):
             self.read_into(key, buffer, verify=True)
@@ -233,3 +254,7 @@ class ExpertStore:
                 f"{path} has {found} bytes instead of {file_bytes}, it holds {what}: "
                 "copy the store again or pack it again"
             )
+
+
+def _damaged(what: str, how: str, path: Path) -> RunError:
+    return RunError(f"{what} {how} in {path}: copy the store again or pack it again")

@@ -10,7 +10,8 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor in host memory, sharing them."""
     return as_bytes(tensor).numpy().data
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of dtype, shape and bytes of a tensor in host memory."""
+    # The bytes alone would not tell when the header is what changed.
+    described = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}".encode()
+    return zlib.crc32(memory_of(tensor.contiguous()), zlib.crc32(described))
 
 
 def read_at(fd: int, offset: int, buffer: torch.Tensor) -> int:
@@ -268,3 +276,17 @@ class TensorFileWriter:
         elif self._fd >= 0:  # do not wait for a disk that may just have failed
             os.close(self._fd)
             self._fd = -1
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    values: Iterable[tuple[str, torch.Tensor]],
+) -> dict[str, int]:
+    """Write a file of these tensors, one in memory at a time; the checksum of each."""
+    crc32 = {}
+    with TensorFileWriter(path, tensors) as writer:
+        for name, tensor in values:
+            writer.write(name, tensor)
+            crc32[name] = checksum(tensor)
+    return crc32

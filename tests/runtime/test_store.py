@@ -3,20 +3,27 @@
 import json
 import mmap
 import os
+import re
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from moerun.checkpoints import resolve
 from moerun.errors import RunError
+from moerun.experts import ResidentProvider
 from moerun.index import read_index
 from moerun.layout import RecordLayout
+from moerun.model import load_offloaded
 from moerun.pack import pack
 from moerun.shape import ExpertShape
 from moerun.store import ExpertStore
-from moerun.tensorfile import memory_of
+from moerun.tensorfile import TensorFile, memory_of
 from safetensors import safe_open
 
 
@@ -98,15 +105,105 @@ def test_bytes_of_layer_and_token_follow_from_the_dims(packed: Path) -> None:
     assert index.token_bytes == 2 * hidden * (1 + vocabulary)
 
 
+def flip(path: Path, offset: int, bits: int = 1) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ bits]))
+
+
+def load(folder: Path) -> None:
+    with ExpertStore.open(folder) as store:
+        load_offloaded(store, "cpu", ResidentProvider(store, "cpu"))
+
+
+@pytest.mark.parametrize("which", [0, 7, -1])
+@pytest.mark.parametrize("at", [0, 0.5, 1])
+def test_a_flipped_byte_of_a_dense_tensor_names_it(copied: Path, which: int, at: float) -> None:
+    path = copied / "dense.safetensors"
+    with TensorFile(path) as file:
+        entry = list(file.entries.values())[which]
+    flip(path, entry.offset + int(at * (entry.nbytes - 1)))
+    message = rf"^{re.escape(entry.name)} is damaged .*{re.escape(str(path))}: .*pack it again"
+    with pytest.raises(RunError, match=message):
+        load(copied)
+    with ExpertStore.open(copied) as store, pytest.raises(RunError, match=message):
+        store.verify()
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.floats(0, 1, exclude_max=True), header=st.booleans(), bits=st.integers(1, 255))
+def test_no_flipped_byte_changes_a_dense_weight(
+    packed: Path, at: float, header: bool, bits: int
+) -> None:
+    path = packed / "dense.safetensors"
+    whole, found, refused = read_dense(packed), {}, ""
+    with TensorFile(path) as file:
+        offset = int(at * (file.header_bytes if header else file.file_bytes))
+    flip(path, offset, bits)
+    try:
+        found = read_dense(packed)
+    except RunError as error:
+        refused = str(error)
+    finally:
+        flip(path, offset, bits)
+    # Some bytes of the header say nothing of any tensor.
+    assert str(path) in refused or offset < file.header_bytes
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
+
+
+def read_dense(folder: Path) -> dict[str, torch.Tensor]:
+    with ExpertStore.open(folder) as store:
+        return dict(store.read_dense())
+
+
+def test_a_damaged_dense_tensor_is_one_line_of_the_command(copied: Path) -> None:
+    path = copied / "dense.safetensors"
+    flip(path, path.stat().st_size - 1)
+    main = "from moerun.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", main, "--model", copied, "--prompt", "It was", "--slots", "2"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"},
+        check=False,
+    )
+    with TensorFile(path) as file:
+        name = list(file.entries)[-1]
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: {name} is damaged (its checksum differs) in {path}")
+
+
+def test_a_dense_file_cut_off_is_refused_at_opening(copied: Path) -> None:
+    path = copied / "dense.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(RunError, match=r"dense\.safetensors is no whole safetensors file"):
+        load(copied)
+
+
+def test_a_store_from_before_dense_checksums_opens(copied: Path) -> None:
+    path = copied / "index.json"
+    described = json.loads(path.read_text())
+    assert set(described["dense"].pop("crc32")) == set(read_dense(copied))
+    path.write_text(json.dumps(described))
+    assert read_index(copied).dense_crc32 is None
+    load(copied)
+    described["dense"]["crc32"] = [1]
+    path.write_text(json.dumps(described))
+    with pytest.raises(RunError, match=r"index\.json is damaged"):
+        ExpertStore.open(copied)
+
+
 def test_a_flipped_byte_is_found_when_the_record_is_first_read(copied: Path) -> None:
     store = ExpertStore.open(copied)
     key = 2 * store.n_experts + 5
     path, offset, _ = store.location(key)
-    with path.open("r+b") as file:
-        file.seek(offset + 1000)
-        byte = file.read(1)
-        file.seek(offset + 1000)
-        file.write(bytes([byte[0] ^ 1]))
+    flip(path, offset + 1000)
     buffer = torch.empty(store.record_bytes, dtype=torch.uint8)
     store.read_into(key - 1, buffer)
     with pytest.raises(RunError, match=r"expert 5 of layer 2 .*experts-00002\.safetensors"):

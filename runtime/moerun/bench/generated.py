@@ -158,11 +158,11 @@ class GeneratedModel:
         self._projections[module].write(list(self._projections).index(module), buffer)
 
     def build(self, store: ExpertStore, device: torch.device) -> Any:
-        """The model, ready to run but for its experts, its attention read from ``store`` where
-        that is packed. Once."""
+        """The model, ready to run but for its experts: dense weights and packed attention are
+        read from ``store``. Once."""
         model = self._model
         install_attention(model, store, device)
-        state = {name: tensor.to(device) for name, tensor in self.dense()}
+        state = dict(store.read_dense(device))
         model.load_state_dict(state, strict=False, assign=True)
         model.requires_grad_(False)
         model.tie_weights()
@@ -310,3 +310,6 @@ class GeneratedStore(ExpertStore):
 
     def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return self._model.dense_tensors()
+
+    def read_dense(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor.to(device)) for name, tensor in self._model.dense())

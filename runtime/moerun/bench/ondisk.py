@@ -15,7 +15,7 @@ from moerun.errors import RunError
 from moerun.index import DENSE_FILE, INDEX_FILE, AttentionRecords, write_json
 from moerun.layout import RECORD_ALIGN
 from moerun.store import ExpertStore
-from moerun.tensorfile import TensorFileWriter, memory_of
+from moerun.tensorfile import TensorFileWriter, memory_of, write_tensors
 
 
 def write_store(
@@ -38,11 +38,10 @@ def write_store(
     for layer, records in enumerate(model.index.layers):
         crc32 = _write_layer(model, partial_folder / records.file, layer, report)
         layers.append(crc32)
-    with TensorFileWriter(partial_folder / DENSE_FILE, model.dense_tensors()) as writer:
-        for name, tensor in model.dense():
-            writer.write(name, tensor)
+    dense_crc32 = write_tensors(partial_folder / DENSE_FILE, model.dense_tensors(), model.dense())
     model.config.save_pretrained(partial_folder)
     described = model.index.to_json()
+    described["dense"]["crc32"] = dense_crc32
     if (attention := model.index.attention) is not None:
         crc32 = _write_attention(model, attention, partial_folder / attention.file)
         for linear, checksum in zip(described["attention"]["linears"], crc32, strict=True):
