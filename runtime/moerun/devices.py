@@ -70,7 +70,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {name.lower(): size for name, size in UNITS.items()}
     if not found or found[2].lower() not in units:
-        raise RunError(f"'{text}' is no amount of memory: write it as 9GiB, 500MB or bytes")
+        raise RunError(f"'{text.strip()}' is no amount of memory: write it as 9GiB, 500MB or bytes")
     return int(float(found[1]) * units[found[2].lower()])
 
 

@@ -88,7 +88,8 @@ def error_line(done: Ended | subprocess.CompletedProcess[str], code: int = 1) ->
     """The one line a failed command ends with; it must not be a traceback."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
+    lines = done.stderr.splitlines()
+    assert "" not in lines
     assert lines[-1].startswith("error: ")
     return lines[-1]
 
@@ -110,7 +111,7 @@ def test_a_first_run_packs_streams_text_and_reports(
     assert json.loads(journal.read_text())["policy"] == "lru-spec"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     second = moerun(*arguments)
-    assert "packing" not in second.stderr
+    assert second.stderr.startswith("policy ")
     assert second.stdout == first.stdout
 
 
