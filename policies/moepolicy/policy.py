@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.console import WrongUsage
 from moepolicy.kinds import LOAD, LOW
 from moepolicy.steps import Step
 
@@ -15,6 +16,10 @@ NO_USE = np.iinfo(np.int64).max
 
 class PolicyError(ValueError):
     """A policy that does not exist, cannot run here, or broke the rules of the interface."""
+
+
+class PolicyUsageError(PolicyError, WrongUsage):
+    """A name or value that can be no policy, parameter or cache, on any machine."""
 
 
 class Context(NamedTuple):

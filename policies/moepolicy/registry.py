@@ -17,7 +17,7 @@ from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
 from moepolicy.console import nearest
 from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
 from moepolicy.frequency import ClassLru, LeastStale, Lfru, LfuAging
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyError, PolicyUsageError
 from moepolicy.queues import Arc, S3Fifo, Slru, TwoQ
 from moepolicy.scan import Clock, Sieve
 from moepolicy.speculation import LruSpec
@@ -90,12 +90,12 @@ def find_policy(spec: str) -> PolicySpec:
     for key, value in parameters.items():
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise PolicyError(f"policy '{name}' has no parameter '{key}': {has}")
+            raise PolicyUsageError(f"policy '{name}' has no parameter '{key}': {has}")
         default = known[key].default
         if type(default) in (int, float) and isinstance(value, str):
-            raise PolicyError(f"policy '{name}': {key} must be a number, not '{value}'")
+            raise PolicyUsageError(f"policy '{name}': {key} must be a number, not '{value}'")
         if type(default) is int and isinstance(value, float):
-            raise PolicyError(f"policy '{name}': {key} must be a whole number, not {value}")
+            raise PolicyUsageError(f"policy '{name}': {key} must be a whole number, not {value}")
     return PolicySpec(name, cls, parameters)
 
 
@@ -121,7 +121,7 @@ def _by_name(name: str) -> type[Policy]:
         return BUILT_IN[name]
     installed = _installed()
     if name not in installed:
-        raise PolicyError(
+        raise PolicyUsageError(
             f"unknown policy '{name}'; {nearest(name, [*BUILT_IN, *installed])}; "
             "or a class of your own as path/to/file.py:Class"
         )
@@ -153,7 +153,7 @@ def _from_file(name: str) -> type[Policy]:
         raise PolicyError(f"{path} does not load: {type(error).__name__}: {error}") from error
     if not hasattr(module, cls_name):
         classes = [n for n, c in vars(module).items() if _is_policy(c) and c is not Policy]
-        raise PolicyError(f"{path} has no class '{cls_name}'; {nearest(cls_name, classes)}")
+        raise PolicyUsageError(f"{path} has no class '{cls_name}'; {nearest(cls_name, classes)}")
     return _as_policy(getattr(module, cls_name), name)
 
 
@@ -178,7 +178,7 @@ def _parameters(spec: str, text: str) -> dict[str, int | float | str]:
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise PolicyError(f"policy '{spec}': '{part}' is not parameter=value")
+            raise PolicyUsageError(f"policy '{spec}': '{part}' is not parameter=value")
         parameters[key.strip()] = _number(value.strip())
     return parameters
 

@@ -170,42 +170,51 @@ def test_a_second_store_is_packed_and_what_it_changed_is_said(moerun: Call) -> N
     assert row["lossy"]
 
 
+MISTAKES = [
+    (("--policy", "hobbit"), "policy 'hobbit' loads experts at a lower precision"),
+    (("--policy", "belady"), "policy 'belady' needs the future of a recorded trace"),
+    (("--model", "small"), "there is no model 'small'"),
+    (("--device", "cuda:7"), "device 'cuda:7' is not there"),
+    (("--memory", "100KiB"), "100.00 KiB of memory is too little: the least that works is"),
+    (("--prompt", ""), "the prompt is empty"),
+    (("--prompt", "word " * 600), "the model's context is 512: shorten it"),
+    (("--prompt-file", "/nowhere/prompt"), "/nowhere/prompt: No such file"),
+    (("--record", "/nowhere/t.parquet"), "the folder /nowhere does not exist"),
+    (("--journal", "/nowhere/j.json"), "the folder /nowhere does not exist"),
+    (("--policy", "static", "--calibration", "mixtral-like"), "32 layers"),
+]
+# What no machine, model or file could make right.
+NONSENSE = [
+    (("--policy", "hobbit", "--low", "2bits"), "--low 2bits is neither a precision (native"),
+    (("--policy", "lur"), "unknown policy 'lur'; did you mean 'lru'?"),
+    (("--device", "gpu"), "unknown device 'gpu'; there are: auto, cpu, cuda, cuda:N"),
+    (("--slots", "-1"), "slots must be 0 or more, not -1"),
+    (("--scope", "model"), "unknown scope 'model'"),
+    (("--memory", "lots"), "'lots' is no amount of memory"),
+    (("--precision", "1bit"), "there is no precision '1bit'"),
+    (("--streams", "9"), "streams must be 1, 2 or 3, not 9"),
+    (("--threads", "0"), "threads must be 1 or more, not 0"),
+    (("--link-gbps", "0"), "link-gbps must be above 0"),
+    (("--temperature", "-1"), "temperature must be 0 or more"),
+    (("--top-p", "2"), "top-p must be above 0 and at most 1"),
+    (("--stop", ""), "a stop string must not be empty"),
+    (("--max-new-tokens", "0"), "max-new-tokens must be 1 or more"),
+    (("--horizon", "-2"), "horizon must be 0 or more"),
+    (("--policy", "lru-spec:m=1"), "policy 'lru-spec' has no parameter 'm'"),
+    (("--policy", "lru-spec:n=0"), "next-gate: n must be 1 to 8, not 0"),
+    (("--chunk", "3"), "a chunk must be a multiple of"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--policy", "hobbit"), "policy 'hobbit' loads experts at a lower precision"),
-        (("--policy", "hobbit", "--low", "2bits"), "--low 2bits is neither a precision (native"),
-        (("--policy", "lur"), "unknown policy 'lur'; did you mean 'lru'?"),
-        (("--policy", "belady"), "policy 'belady' needs the future of a recorded trace"),
-        (("--model", "small"), "there is no model 'small'"),
-        (("--device", "gpu"), "unknown device 'gpu'; there are: auto, cpu, cuda, cuda:N"),
-        (("--device", "cuda:7"), "device 'cuda:7' is not there"),
-        (("--slots", "-1"), "slots must be 0 or more, not -1"),
-        (("--scope", "model"), "unknown scope 'model'"),
-        (("--memory", "100KiB"), "100.00 KiB of memory is too little: the least that works is"),
-        (("--memory", "lots"), "'lots' is no amount of memory"),
-        (("--precision", "1bit"), "there is no precision '1bit'"),
-        (("--streams", "9"), "streams must be 1, 2 or 3, not 9"),
-        (("--threads", "0"), "threads must be 1 or more, not 0"),
-        (("--link-gbps", "0"), "link-gbps must be above 0"),
-        (("--temperature", "-1"), "temperature must be 0 or more"),
-        (("--top-p", "2"), "top-p must be above 0 and at most 1"),
-        (("--stop", ""), "a stop string must not be empty"),
-        (("--max-new-tokens", "0"), "max-new-tokens must be 1 or more"),
-        (("--horizon", "-2"), "horizon must be 0 or more"),
-        (("--prompt", ""), "the prompt is empty"),
-        (("--prompt", "word " * 600), "the model's context is 512: shorten it"),
-        (("--prompt-file", "/nowhere/prompt"), "/nowhere/prompt: No such file"),
-        (("--record", "/nowhere/t.parquet"), "the folder /nowhere does not exist"),
-        (("--journal", "/nowhere/j.json"), "the folder /nowhere does not exist"),
-        (("--policy", "static", "--calibration", "mixtral-like"), "32 layers"),
-    ],
+    ("code", "arguments", "says"),
+    [*((1, *mistake) for mistake in MISTAKES), *((2, *value) for value in NONSENSE)],
 )
-def test_mistakes_get_one_line_and_exit_code_1(
-    moerun: Call, arguments: tuple[str, ...], says: str
+def test_mistakes_get_one_line_and_values_that_cannot_be_exit_with_2(
+    moerun: Call, code: int, arguments: tuple[str, ...], says: str
 ) -> None:
     prompt = () if any(a.startswith("--prompt") for a in arguments) else ("--prompt", PROMPT)
-    assert says in error_line(moerun(*prompt, *arguments))
+    assert says in error_line(moerun(*prompt, *arguments), code)
 
 
 def test_a_refused_prompt_leaves_no_recording(moerun: Call, tmp_path: Path) -> None:
