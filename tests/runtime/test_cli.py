@@ -149,6 +149,18 @@ def test_the_text_ends_before_a_stop_string(moerun: Call) -> None:
     assert cut["sampling"]["stop_strings"] == [stop, "@@"]
 
 
+def test_a_text_that_fills_the_context_says_so(moerun: Call) -> None:
+    prompt = ("--prompt", "word " * 490)
+    done = moerun(*prompt, "--max-new-tokens", "5000", "--slots", "9", "--format", "json")
+    assert done.stderr == "the text ends here: the context of 512 tokens is full\n"
+    found = json.loads(done.stdout)
+    assert found["prompt_tokens"] + found["new_tokens"] == 512
+    # A layer has 8 experts: no memory is taken for more.
+    assert found["slots"] == 8
+    assert found["arena_bytes"] == (8 * 8 + 1) * 196608
+    assert "context" not in moerun("--prompt", PROMPT, "--max-new-tokens", "2").stderr
+
+
 def test_policies_are_listed(moerun: Call) -> None:
     done = moerun("policies")
     assert done.returncode == 0
