@@ -171,8 +171,8 @@ def _table(report: Report) -> str:
 
 def _speed(report: Report) -> str:
     speeds = {"decoding": report.tokens_per_s, "reading the prompt": report.prompt_tokens_per_s}
-    known = [f"{speed:.2f} tokens/s {doing}" for doing, speed in speeds.items() if speed]
-    return ", ".join(known)
+    known = [f"{speed:.2f} {doing}" for doing, speed in speeds.items() if speed]
+    return ", ".join(known).replace(" ", " tokens/s ", 1)
 
 
 def _experts(report: Report) -> dict[str, str]:

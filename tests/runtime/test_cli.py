@@ -15,13 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from moeroute import open_trace
 from moerun.checkpoints import resolve
 from moerun.cli import main
+from moerun.report import Format, Report, render
 from support.moe_models import random_model, save_checkpoint
 
 PROMPT = "It was the best of times"
@@ -159,6 +161,22 @@ def test_a_text_that_fills_the_context_says_so(moerun: Call) -> None:
     assert found["slots"] == 8
     assert found["arena_bytes"] == (8 * 8 + 1) * 196608
     assert "context" not in moerun("--prompt", PROMPT, "--max-new-tokens", "2").stderr
+
+
+def test_what_has_no_value_yet_is_left_out_of_the_table() -> None:
+    nothing: dict[str, Any] = {
+        **{field.name: 0 for field in fields(Report)},
+        **{"policy": "lru", "disk_reads": None, "peak_device_bytes": None, "interrupted": True},
+    }
+    idle = render(Report(**nothing), Format.table, "", {}).splitlines()
+    assert [line.split()[0] for line in idle] == ["policy", "memory", "tokens"]
+    assert idle[-1] == "tokens    0 prompt, 0 new (interrupted)"
+    reading = Report(**nothing | {"prompt_tokens": 5, "requests": 4, "hits": 4, "stall_s": 0.5})
+    table = render(reading, Format.table, "", {})
+    assert "stall     0.50 s waiting for experts\n" in table
+    assert "tokens/s" not in table
+    spoken = render(replace(reading, prompt_tokens_per_s=2.0), Format.table, "", {})
+    assert "speed     2.00 tokens/s reading the prompt\n" in spoken
 
 
 def test_policies_are_listed(moerun: Call) -> None:
