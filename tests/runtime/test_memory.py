@@ -356,7 +356,7 @@ def test_a_file_changes_the_budget_of_a_running_process(tiny: ExpertStore, tmp_p
     [
         (("--memory", "9GiB", "--slots", "2"), "not both", 2),
         (("--memory-file", "missing"), "missing cannot be read", 1),
-        (("--memory", "9GiB", "--context", "1"), "context must be 2 or more", 1),
+        (("--memory", "9GiB", "--context", "1"), "context must be 2 or more", 2),
         (("--context", "100"), "--memory plans for", 2),
     ],
 )
