@@ -9,7 +9,7 @@ from moepolicy.calls import Call
 from moepolicy.clairvoyant import next_use
 from moepolicy.composite import Composite
 from moepolicy.kinds import Kind
-from moepolicy.policy import NO_USE, Context, Policy, PolicyError
+from moepolicy.policy import NO_USE, Context, Policy, PolicyError, PolicyUsageError
 from moepolicy.registry import PolicySpec, find_policy, policy_names
 from moepolicy.steps import NO_LOGITS, NO_PREDICTIONS, Step, demand_order, pool_logits
 
@@ -27,6 +27,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PolicySpec",
+    "PolicyUsageError",
     "Step",
     "Transfer",
     "demand_order",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moepolicy.eviction import Lru
 from moepolicy.kinds import LOAD, LOW, SKIP, SUBSTITUTE
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyUsageError
 from moepolicy.steps import Step
 
 
@@ -37,7 +37,7 @@ class Hobbit(Policy):
         nearness: float = 0.25,
     ) -> None:
         if not 0 <= high <= low:
-            raise PolicyError(f"hobbit: high must be from 0 to low, not {high} with low={low}")
+            raise PolicyUsageError(f"hobbit: high must be from 0 to low, not {high} with low={low}")
         self.high = float(high)
         self.low = float(low)
         self.weights = np.array([recency, frequency, high_frequency, nearness], np.float64)
@@ -113,7 +113,7 @@ class AdapmoeSkip(Lru):
 
     def __init__(self, context: Context, sensitivity: float = 0.125) -> None:
         if sensitivity <= 0:
-            raise PolicyError(f"adapmoe-skip: sensitivity must be above 0, not {sensitivity}")
+            raise PolicyUsageError(f"adapmoe-skip: sensitivity must be above 0, not {sensitivity}")
         self.used = np.zeros(context.n_keys, np.int64)
         self.least = math.sqrt(0.005 / sensitivity)
 

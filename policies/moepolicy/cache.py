@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moepolicy.calls import Call, Calls, CompiledCalls, calls_are_compiled
 from moepolicy.kinds import Kind
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyError, broken
 from moepolicy.state import (
     COUNTERS,
     DEMAND,
@@ -247,7 +247,7 @@ class ExpertCache:
             self.journal.append((int(call), key))
 
     def _failed(self, error: Exception) -> PolicyError:
-        return PolicyError(f"policy '{self.name}' failed: {error}")
+        return broken(self.name, type(self.policy), error)
 
     def _publish(self) -> None:
         if not self.observers:

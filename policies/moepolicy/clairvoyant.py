@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.policy import NO_USE, Context, Policy, PolicyError
+from moepolicy.policy import NO_USE, Context, Policy, PolicyError, PolicyUsageError
 from moepolicy.selection import highest
 from moepolicy.steps import Step
 
@@ -166,7 +166,7 @@ class Clairvoyant(BeladyBypass):
         if context.demands is None:
             raise PolicyError("policy 'clairvoyant' needs a trace's demands in its context")
         if delay < 0 or margin < 0:
-            raise PolicyError(
+            raise PolicyUsageError(
                 f"clairvoyant: delay and margin must be 0 or more, not {delay} and {margin}"
             )
         shared = context.scope == "global"

@@ -12,6 +12,13 @@ WRONG_USAGE = 2
 INTERRUPTED = 130
 
 
+class WrongUsage(Exception):
+    """Mixed into errors about values that no machine, model or file could make right.
+
+    A command that ends with one exits with 2, as for an option that does not exist.
+    """
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The tail of an "unknown name" message: the closest choice, then all of them."""
     known = sorted(choices)
@@ -27,11 +34,11 @@ def fail(message: str, code: int = FAILED) -> None:
 
 
 def run(app: Callable[[], object], *, errors: tuple[type[BaseException], ...]) -> None:
-    """Call a command's typer app; expected failures become one line and exit code 1.
+    """Call a command's typer app; expected failures become one line and exit code 1, or 2.
 
     ``errors`` are the exception classes the command raises for its user's mistakes; the
     operating system's own (no such file, no space left) are always among them. Anything else is
-    a defect of ours and keeps its traceback.
+    a defect of ours and keeps its traceback. Those that are WrongUsage, too, exit with 2.
     """
     try:
         app()
@@ -45,4 +52,4 @@ def run(app: Callable[[], object], *, errors: tuple[type[BaseException], ...]) -
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}")
     except errors as error:
-        fail(str(error))
+        fail(str(error), WRONG_USAGE if isinstance(error, WrongUsage) else FAILED)

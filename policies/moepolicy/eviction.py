@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepolicy.kinds import COMPUTE, LOAD
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyError, PolicyUsageError
 from moepolicy.selection import lowest
 from moepolicy.steps import Step
 
@@ -62,7 +62,7 @@ class Random(Policy):
 
     def __init__(self, context: Context, seed: int = 0) -> None:
         if seed < 0:
-            raise PolicyError(f"random: seed must be 0 or more, not {seed}")
+            raise PolicyUsageError(f"random: seed must be 0 or more, not {seed}")
         self.state = np.array([(seed * 16807 + 1043618065) % 2_147_483_646 + 1], np.int64)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:

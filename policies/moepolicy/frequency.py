@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyUsageError
 from moepolicy.steps import Step
 
 
@@ -20,7 +20,7 @@ class LfuAging(Policy):
 
     def __init__(self, context: Context, aging: int = 1) -> None:
         if aging not in (0, 1):
-            raise PolicyError(f"lfu-aging: aging must be 0 or 1, not {aging}")
+            raise PolicyUsageError(f"lfu-aging: aging must be 0 or 1, not {aging}")
         n_domains = 1 if context.scope == "global" else context.n_layers
         self.width = context.n_keys // n_domains
         self.aging = aging
@@ -133,7 +133,7 @@ class ClassLru(Policy):
 
     def __init__(self, context: Context, half_life: int = 128) -> None:
         if half_life < 1:
-            raise PolicyError(f"class-lru: half_life must be 1 or more, not {half_life}")
+            raise PolicyUsageError(f"class-lru: half_life must be 1 or more, not {half_life}")
         self.half_life = half_life
         self.share = (2.0 ** (SHIFT - np.arange(half_life) / half_life)).astype(np.int64)
         self.count = np.zeros(context.n_keys, np.int64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyUsageError
 
 OLDER = 0
 NEWER = 1
@@ -123,4 +123,4 @@ def among(candidates: NDArray[np.int32], key: int) -> bool:
 def check_share(policy: str, name: str, share: float) -> None:
     """PolicyError unless ``share`` is a share of the cache."""
     if not 0 <= share <= 1:
-        raise PolicyError(f"{policy}: {name} must be a share from 0 to 1, not {share}")
+        raise PolicyUsageError(f"{policy}: {name} must be a share from 0 to 1, not {share}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
+from inspect import isfunction
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.console import WrongUsage
 from moepolicy.kinds import LOAD, LOW
 from moepolicy.steps import Step
 
@@ -15,6 +18,19 @@ NO_USE = np.iinfo(np.int64).max
 
 class PolicyError(ValueError):
     """A policy that does not exist, cannot run here, or broke the rules of the interface."""
+
+
+class PolicyUsageError(PolicyError, WrongUsage):
+    """A name or value that can be no policy, parameter or cache, on any machine."""
+
+
+def broken(name: str, policy: type[Policy], error: Exception) -> PolicyError:
+    """The error of a policy's code in one line, with the line of its file where there is one."""
+    files = {f.__code__.co_filename for f in vars(policy).values() if isfunction(f)}
+    frames = traceback.extract_tb(error.__traceback__)
+    own = next((f for f in reversed(frames) if f.filename in files), None)
+    where = "" if own is None else f" ({own.filename}:{own.lineno})"
+    return PolicyError(f"policy '{name}' failed: {type(error).__name__}: {error}{where}")
 
 
 class Context(NamedTuple):

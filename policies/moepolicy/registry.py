@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from moepolicy.answers import AdapmoeSkip, EmoeSubstitute, Hobbit
@@ -17,7 +18,7 @@ from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
 from moepolicy.console import nearest
 from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
 from moepolicy.frequency import ClassLru, LeastStale, Lfru, LfuAging
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyError, PolicyUsageError
 from moepolicy.queues import Arc, S3Fifo, Slru, TwoQ
 from moepolicy.scan import Clock, Sieve
 from moepolicy.speculation import LruSpec
@@ -84,18 +85,20 @@ class PolicySpec:
 def find_policy(spec: str) -> PolicySpec:
     """Look a spec up. PolicyError lists what there is and the nearest name."""
     name, _, rest = _split(spec)
+    if name.endswith(".py"):
+        raise PolicyUsageError(_which_class(Path(name)))
     cls = _from_file(name) if ".py:" in name else _by_name(name)
     parameters = _parameters(spec, rest)
     known = _accepted(cls)
     for key, value in parameters.items():
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise PolicyError(f"policy '{name}' has no parameter '{key}': {has}")
+            raise PolicyUsageError(f"policy '{name}' has no parameter '{key}': {has}")
         default = known[key].default
         if type(default) in (int, float) and isinstance(value, str):
-            raise PolicyError(f"policy '{name}': {key} must be a number, not '{value}'")
+            raise PolicyUsageError(f"policy '{name}': {key} must be a number, not '{value}'")
         if type(default) is int and isinstance(value, float):
-            raise PolicyError(f"policy '{name}': {key} must be a whole number, not {value}")
+            raise PolicyUsageError(f"policy '{name}': {key} must be a whole number, not {value}")
     return PolicySpec(name, cls, parameters)
 
 
@@ -121,7 +124,7 @@ def _by_name(name: str) -> type[Policy]:
         return BUILT_IN[name]
     installed = _installed()
     if name not in installed:
-        raise PolicyError(
+        raise PolicyUsageError(
             f"unknown policy '{name}'; {nearest(name, [*BUILT_IN, *installed])}; "
             "or a class of your own as path/to/file.py:Class"
         )
@@ -141,6 +144,26 @@ def _installed() -> dict[str, type[Policy]]:
 def _from_file(name: str) -> type[Policy]:
     path_text, _, cls_name = name.rpartition(":")
     path = Path(path_text)
+    module = _load(path)
+    if not hasattr(module, cls_name):
+        classes = _policy_classes(module)
+        raise PolicyUsageError(f"{path} has no class '{cls_name}'; {nearest(cls_name, classes)}")
+    return _as_policy(getattr(module, cls_name), name)
+
+
+def _which_class(path: Path) -> str:
+    """What to say of a file that was given without a class."""
+    classes = _policy_classes(_load(path))
+    if not classes:
+        return f"{path} has no policy: derive a class from moepolicy.Policy"
+    return f"{path} needs a class, as {path}:{classes[0]}; it has: {', '.join(classes)}"
+
+
+def _policy_classes(module: ModuleType) -> list[str]:
+    return [n for n, c in vars(module).items() if _is_policy(c) and c.__module__ == module.__name__]
+
+
+def _load(path: Path) -> ModuleType:
     if not path.is_file():
         raise PolicyError(f"no policy file {path}")
     module_spec = importlib.util.spec_from_file_location(f"moe_policy_{path.stem}", path)
@@ -151,10 +174,7 @@ def _from_file(name: str) -> type[Policy]:
         module_spec.loader.exec_module(module)
     except Exception as error:
         raise PolicyError(f"{path} does not load: {type(error).__name__}: {error}") from error
-    if not hasattr(module, cls_name):
-        classes = [n for n, c in vars(module).items() if _is_policy(c) and c is not Policy]
-        raise PolicyError(f"{path} has no class '{cls_name}'; {nearest(cls_name, classes)}")
-    return _as_policy(getattr(module, cls_name), name)
+    return module
 
 
 def _is_policy(value: Any) -> bool:
@@ -178,7 +198,7 @@ def _parameters(spec: str, text: str) -> dict[str, int | float | str]:
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise PolicyError(f"policy '{spec}': '{part}' is not parameter=value")
+            raise PolicyUsageError(f"policy '{spec}': '{part}' is not parameter=value")
         parameters[key.strip()] = _number(value.strip())
     return parameters
 

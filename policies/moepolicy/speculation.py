@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from moepolicy.composite import Composite
 from moepolicy.eviction import Lru
-from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.policy import Context, Policy, PolicyUsageError
 from moepolicy.selection import top_n
 from moepolicy.steps import Step
 
@@ -19,7 +19,7 @@ class NextGate(Policy):
 
     def __init__(self, context: Context, n: int = 2) -> None:
         if not 1 <= n <= context.n_experts:
-            raise PolicyError(f"next-gate: n must be 1 to {context.n_experts}, not {n}")
+            raise PolicyUsageError(f"next-gate: n must be 1 to {context.n_experts}, not {n}")
         self.n = n
         self.n_experts = context.n_experts
 

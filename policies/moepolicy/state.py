@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepolicy.kinds import Kind
-from moepolicy.policy import Context, Policy, PolicyError, overrides
+from moepolicy.policy import Context, Policy, PolicyUsageError, overrides
 
 # Columns of Cache.keys: one row a key, so that a decision touches one cache line.
 STATUS = 0  # ABSENT, QUEUED, LOADING, RESIDENT
@@ -110,7 +110,7 @@ def new_cache(
         most = max(slots, _domains(context._replace(slots=max_slots))[1])
     buffers = policy.staging
     if buffers < 1:
-        raise PolicyError(
+        raise PolicyUsageError(
             f"staging must be 1 or more, not {buffers}: an expert without a slot is used "
             "from a staging buffer"
         )
@@ -163,14 +163,14 @@ def new_cache(
 def _domains(context: Context) -> tuple[int, int]:
     """How many caches share the experts out, and the slots of each."""
     if context.slots < 0:
-        raise PolicyError(f"slots must be 0 or more, not {context.slots}")
+        raise PolicyUsageError(f"slots must be 0 or more, not {context.slots}")
     # More slots than keys would never be filled.
     slots = min(context.slots, context.n_experts)
     if context.scope == "layer":
         return context.n_layers, slots
     if context.scope == "global":
         return 1, slots * context.n_layers
-    raise PolicyError(f"unknown scope '{context.scope}': it is 'layer' or 'global'")
+    raise PolicyUsageError(f"unknown scope '{context.scope}': it is 'layer' or 'global'")
 
 
 def check(cache: Cache) -> None:

@@ -26,7 +26,9 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
         return local
     if local.exists():
         raise RunError(f"{local} is a file: give the folder of a checkpoint")
-    if local.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise RunError(f"there is no model {name!r}: there is no such folder")
+    if name.count("/") != 1:
         raise RunError(
             f"there is no model {name!r}: give {TINY!r} (bundled), a local folder, "
             "or owner/name of a model on the Hugging Face hub"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 
 UNITS = {
     "": 1,
@@ -31,7 +31,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cpu")
     found = re.fullmatch(r"cuda(?::(\d+))?", name)
     if not found:
-        raise RunError(f"unknown device '{name}'; there are: auto, cpu, cuda, cuda:N")
+        raise UsageError(f"unknown device '{name}'; there are: auto, cpu, cuda, cuda:N")
     if not torch.cuda.is_available():
         raise RunError(f"device '{name}' is not there: torch sees no CUDA GPU; use --device cpu")
     index = int(found[1] or 0)
@@ -51,7 +51,7 @@ def use_threads(asked: int | None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         asked = max(1, min(torch.get_num_threads(), (cores or 1) - 1))
     if asked < 1:
-        raise RunError(f"threads must be 1 or more, not {asked}")
+        raise UsageError(f"threads must be 1 or more, not {asked}")
     torch.set_num_threads(asked)
 
 
@@ -70,7 +70,9 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {name.lower(): size for name, size in UNITS.items()}
     if not found or found[2].lower() not in units:
-        raise RunError(f"'{text}' is no amount of memory: write it as 9GiB, 500MB or bytes")
+        raise UsageError(
+            f"'{text.strip()}' is no amount of memory: write it as 9GiB, 500MB or bytes"
+        )
     return int(float(found[1]) * units[found[2].lower()])
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from moerun.devices import naming_lack_of_memory
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 from moerun.kvcache import new_cache
 from moerun.session import Session
 from moerun.text import TextStream
@@ -37,15 +37,15 @@ class Sampling:
     def check(self) -> None:
         """Raises RunError naming what is out of range."""
         if self.max_new_tokens < 1:
-            raise RunError(f"max-new-tokens must be 1 or more, not {self.max_new_tokens}")
+            raise UsageError(f"max-new-tokens must be 1 or more, not {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):
-            raise RunError(f"temperature must be 0 or more, not {self.temperature}")
+            raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise RunError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.seed < 2**32:
-            raise RunError(f"seed must be 0 to {2**32 - 1}, not {self.seed}")
+            raise UsageError(f"seed must be 0 to {2**32 - 1}, not {self.seed}")
         if not all(self.stop_strings):
-            raise RunError("a stop string must not be empty")
+            raise UsageError("a stop string must not be empty")
 
     def config(self, model: Any, max_new_tokens: int) -> GenerationConfig:
         """For this model's generate(): its end tokens, and nothing else of its defaults."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from moepolicy import PolicySpec
 
 from moerun.checkpoints import resolve
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 from moerun.families import read_config
 from moerun.grid import Cell, Published, Results, Scored
 from moerun.index import read_index
@@ -127,9 +127,9 @@ class Measurement:
     def _check(self, limit: int | None) -> None:
         if self.context < 2 or (limit is not None and self.context > limit):
             most = "" if limit is None else f" and at most the model's {limit}"
-            raise RunError(f"context must be 2 or more{most}, not {self.context}")
+            raise UsageError(f"context must be 2 or more{most}, not {self.context}")
         if not 1 <= self.stride <= self.context:
-            raise RunError(
+            raise UsageError(
                 f"stride must be 1 to the context of {self.context}, not {self.stride}: "
                 "more would leave tokens out"
             )
@@ -275,7 +275,7 @@ def _encode(folder: Path, text: str, tokens: int | None) -> tuple[torch.Tensor, 
     if tokens is None or tokens >= ids.shape[1]:
         return ids.long(), len(text.encode())
     if tokens < 2:
-        raise RunError(f"tokens must be 2 or more, not {tokens}")
+        raise UsageError(f"tokens must be 2 or more, not {tokens}")
     ids = ids[:, :tokens].long()
     kept = tokenizer.decode(ids[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return ids, len(kept.encode())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moerun.errors import RunError
+from moerun.errors import UsageError
 from moerun.families import shared_experts_of, top_k_of
 from moerun.index import (
     ATTENTION_FILE,
@@ -51,17 +51,17 @@ class Precisions:
         """
         scheme_of(expert)
         if attention not in PRECISIONS:
-            raise RunError(
+            raise UsageError(
                 f"attention cannot be {attention!r}: choose from {', '.join(PRECISIONS)}"
             )
         plain = next((p for p in (attention, expert) if p in PLAIN), NATIVE)
         chosen = dense or plain
         if chosen != NATIVE and chosen not in PLAIN:
-            raise RunError(
+            raise UsageError(
                 f"dense weights cannot be {chosen!r}: choose from {', '.join((NATIVE, *PLAIN))}"
             )
         if attention in PLAIN and attention != chosen:
-            raise RunError(
+            raise UsageError(
                 f"attention in {attention} takes dense weights in {attention}, not {chosen}: "
                 "unquantised they are multiplied together"
             )

@@ -54,7 +54,10 @@ def plan_policies(
             logit_tokens=settings.logit_tokens,
         ),
         budget_bytes=None,
-        slots=settings.slots if settings.slots is not None else store.n_experts // 2,
+        # A slot more than a layer has experts would never be filled.
+        slots=min(
+            store.n_experts // 2 if settings.slots is None else settings.slots, store.n_experts
+        ),
         n_layers=store.n_layers,
         n_experts=store.n_experts,
         # Staging may depend on the parameters, so policies are made to ask them.

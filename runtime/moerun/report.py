@@ -155,36 +155,55 @@ def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -
 
 
 def _table(report: Report) -> str:
-    from moerun.devices import format_bytes
-
-    requests = max(report.requests, 1)
+    """Lines for people; what a run broken off early has no value of is left out."""
     lossy = "  (changes what the model computes)" if report.lossy else ""
     cache = f"{report.slots} slots a layer, cache per {report.scope}, on {report.device}"
-    useless = f", {report.useless_prefetches:,} useless" if report.prefetches else ""
-    beside = f"; {report.cpu_experts:,} computed on the CPU" if report.cpu_experts else ""
     lines = {
         "policy": f"{report.policy}{lossy}: {cache}",
-        "speed": f"{report.tokens_per_s:.2f} tokens/s decoding, "
-        f"{report.prompt_tokens_per_s:.2f} reading the prompt",
-        "experts": f"{report.requests:,} wanted: {_share(report.hits, requests)} hits, "
-        f"{_share(report.late, requests)} late, {_share(report.misses, requests)} misses",
+        "speed": _speed(report),
+        **(_experts(report) if report.requests else {}),
+        "memory": _memory(report),
+        "tokens": f"{report.prompt_tokens:,} prompt, {report.new_tokens:,} new"
+        + (" (interrupted)" if report.interrupted else ""),
+    }
+    return "".join(f"{name:8}  {line}\n" for name, line in lines.items() if line)
+
+
+def _speed(report: Report) -> str:
+    speeds = {"decoding": report.tokens_per_s, "reading the prompt": report.prompt_tokens_per_s}
+    known = [f"{speed:.2f} {doing}" for doing, speed in speeds.items() if speed]
+    return ", ".join(known).replace(" ", " tokens/s ", 1)
+
+
+def _experts(report: Report) -> dict[str, str]:
+    from moerun.devices import format_bytes
+
+    useless = f", {report.useless_prefetches:,} useless" if report.prefetches else ""
+    beside = f"; {report.cpu_experts:,} computed on the CPU" if report.cpu_experts else ""
+    # Of a prompt that was broken off the stall is known and the time is not.
+    of_time = f" of {report.time_s:.2f} s" if report.time_s else ""
+    return {
+        "experts": f"{report.requests:,} wanted: {_share(report.hits, report.requests)} hits, "
+        f"{_share(report.late, report.requests)} late, "
+        f"{_share(report.misses, report.requests)} misses",
         "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
         f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses{beside}"
         + ("" if report.disk_reads is None else f"; {report.disk_reads:,} read from disk"),
         **({"changed": changed(report)} if report.lossy else {}),
-        "stall": f"{report.stall_s:.2f} s of {report.time_s:.2f} s waiting for experts",
-        "memory": _against_budget(report)
-        + f"{format_bytes(report.arena_bytes)} expert slots; peak "
-        f"{format_bytes(report.peak_host_bytes)} of host memory"
-        + (
-            f", {format_bytes(report.peak_device_bytes)} on {report.device}"
-            if report.peak_device_bytes is not None
-            else ""
-        ),
-        "tokens": f"{report.prompt_tokens:,} prompt, {report.new_tokens:,} new"
-        + (" (interrupted)" if report.interrupted else ""),
+        "stall": f"{report.stall_s:.2f} s{of_time} waiting for experts",
     }
-    return "".join(f"{name:8}  {line}\n" for name, line in lines.items())
+
+
+def _memory(report: Report) -> str:
+    from moerun.devices import format_bytes
+
+    text = (
+        f"{_against_budget(report)}{format_bytes(report.arena_bytes)} expert slots; peak "
+        f"{format_bytes(report.peak_host_bytes)} of host memory"
+    )
+    if report.peak_device_bytes is not None:
+        text += f", {format_bytes(report.peak_device_bytes)} on {report.device}"
+    return text
 
 
 def _against_budget(report: Report) -> str:

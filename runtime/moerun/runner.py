@@ -16,7 +16,7 @@ from moerun.arena import Arena, device_memory, lacking
 from moerun.aside import Aside
 from moerun.budget import BudgetWatch
 from moerun.devices import naming_lack_of_memory
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 from moerun.forms import ExpertSlot, SlotForm
 from moerun.generate import Generation, Sampling, context_tokens, encode
 from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Link, Records, Throttle
@@ -224,7 +224,7 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     """A link, not yet started, from the store to new slots on the device. Raises RunError."""
     rate, device = settings.link_bytes_per_s, settings.device
     if rate is not None and not 0 < rate < float("inf"):
-        raise RunError(f"link-gbps must be above 0, not {rate / 1e9:g}")
+        raise UsageError(f"link-gbps must be above 0, not {rate / 1e9:g}")
     throttle = Throttle(rate) if rate else None
     slots = make_slots(form, settings, n_slots)
     if device.type == "cuda":

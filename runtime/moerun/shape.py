@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moerun.errors import RunError
+from moerun.errors import UsageError
 from moerun.layout import RecordLayout
 from moerun.packing import SCHEMES, PartSpec, Scheme
 from moerun.tensorfile import DTYPE_NAMES, DTYPES
@@ -122,5 +122,7 @@ class ExpertShape:
 def scheme_of(precision: str) -> Scheme | None:
     """The quantisation of a precision, None for a plain one. Raises RunError for an unknown one."""
     if precision not in PRECISIONS:
-        raise RunError(f"there is no precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+        raise UsageError(
+            f"there is no precision {precision!r}: choose from {', '.join(PRECISIONS)}"
+        )
     return SCHEMES.get(precision)

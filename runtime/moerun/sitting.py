@@ -55,7 +55,8 @@ class Sitting:
                     self._reply(line)
         except KeyboardInterrupt:
             interrupted = True
-            self._err.print()
+            if self._terminal:  # its cursor is behind a prompt or an answer
+                self._err.print()
         finally:
             self._statistics(interrupted)
         return interrupted

@@ -8,7 +8,7 @@ import numpy as np
 from moepolicy.console import nearest
 from numpy.typing import NDArray
 
-from moesim.errors import SimulationError
+from moesim.errors import UsageError
 from moesim.limits.loads import domains
 from moesim.workload import Workload
 
@@ -28,7 +28,7 @@ def hit_curve(
     different sizes do not nest.
     """
     if policy not in ONE_PASS:
-        raise SimulationError(
+        raise UsageError(
             f"policy '{policy}' has no curve from one pass; {nearest(policy, ONE_PASS)}; "
             "simulate others size by size with 'moesim compare'"
         )

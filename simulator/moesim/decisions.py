@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from moepolicy import PolicyError, PolicySpec
+from moepolicy import PolicySpec
 from moepolicy.compiled import compiled, compiled_policy
 from moepolicy.kinds import HIT
 from moepolicy.machine import begin, consume, end, finish, start, unreachable
-from moepolicy.policy import Context
+from moepolicy.policy import Context, broken
 from moepolicy.state import BACKLOG, PINNED, Cache, new_cache
 from numpy.typing import NDArray
 
@@ -50,7 +50,7 @@ def decisions(
                 warnings.simplefilter("ignore")
                 function(cache, state, work, (first, last), logits, predicted, outcome)
     except (ValueError, IndexError, RuntimeError) as error:
-        raise PolicyError(f"policy '{policy.label}' failed: {error}") from error
+        raise broken(policy.label, policy.policy, error) from error
     return cache
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from moepolicy.console import nearest
 
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, UsageError
 
 SHIPPED = Path(__file__).parent / "machines"
 SOURCES = ("measured", "published")
@@ -148,7 +148,7 @@ def load_machine(name_or_path: str) -> Machine:
     if name_or_path in machine_names():
         path = SHIPPED / f"{name_or_path}.toml"
     elif path.suffix != ".toml" and not path.exists():
-        raise SimulationError(
+        raise UsageError(
             f"unknown machine '{name_or_path}'; {nearest(name_or_path, machine_names())}; "
             "or a profile of your own as path/to/machine.toml"
         )

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from moesim.costs import Sizes, costs_of
 from moesim.engine import Clock, Segment
 from moesim.engines import Engine, run
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, UsageError
 from moesim.limits import Limits, limits_of
 from moesim.loading import load_workload
 from moesim.onepass import Decisions
@@ -139,7 +139,7 @@ def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | N
     """Bytes of one expert: given, of a named precision, or of the trace's own."""
     if expert_bytes is not None:
         if expert_bytes <= 0:
-            raise SimulationError(f"expert-bytes must be above 0, not {expert_bytes}")
+            raise UsageError(f"expert-bytes must be above 0, not {expert_bytes}")
         return expert_bytes
     if not meta.expert_bytes:
         raise SimulationError(

@@ -19,7 +19,7 @@ from moepolicy import NO_LOGITS, NO_PREDICTIONS, Context, Step, next_use, pool_l
 from moeroute.schema import TraceMeta
 from numpy.typing import NDArray
 
-from moesim.errors import SimulationError
+from moesim.errors import UsageError
 
 BLOCK = 1 << 20  # steps or demands looked at together
 
@@ -75,7 +75,7 @@ class Workload:
     def head(self, n_tokens: int) -> Workload:
         """The workload's first ``n_tokens`` tokens; a prompt that begins among them is whole."""
         if n_tokens < 1:
-            raise SimulationError(f"tokens must be 1 or more, not {n_tokens}")
+            raise UsageError(f"tokens must be 1 or more, not {n_tokens}")
         starts = np.flatnonzero(np.diff(self.rows[:, 0], prepend=-1))
         before = np.concatenate(([0], np.cumsum(self.tokens[starts])))[:-1]
         later = starts[before >= n_tokens]

@@ -72,6 +72,11 @@ def test_a_class_in_a_file(tmp_path: Path) -> None:
         find_policy(f"{path}:Hihgest")
     with pytest.raises(PolicyError, match=r"derive its class from moepolicy\.Policy"):
         find_policy(f"{path}:Other")
+    with pytest.raises(PolicyError, match=r"mine\.py needs a class, as .*:Highest; it has: H"):
+        find_policy(str(path))
+    path.write_text("from moepolicy import Policy\n")
+    with pytest.raises(PolicyError, match=r"mine\.py has no policy: derive a class"):
+        find_policy(str(path))
     path.write_text("import nothing_of_that_name\n")
     with pytest.raises(PolicyError, match="does not load: ModuleNotFoundError"):
         find_policy(f"{path}:Highest")

@@ -15,13 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from moeroute import open_trace
 from moerun.checkpoints import resolve
 from moerun.cli import main
+from moerun.report import Format, Report, render
 from support.moe_models import random_model, save_checkpoint
 
 PROMPT = "It was the best of times"
@@ -88,7 +90,8 @@ def error_line(done: Ended | subprocess.CompletedProcess[str], code: int = 1) ->
     """The one line a failed command ends with; it must not be a traceback."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
+    lines = done.stderr.splitlines()
+    assert "" not in lines
     assert lines[-1].startswith("error: ")
     return lines[-1]
 
@@ -110,7 +113,7 @@ def test_a_first_run_packs_streams_text_and_reports(
     assert json.loads(journal.read_text())["policy"] == "lru-spec"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     second = moerun(*arguments)
-    assert "packing" not in second.stderr
+    assert second.stderr.startswith("policy ")
     assert second.stdout == first.stdout
 
 
@@ -148,6 +151,34 @@ def test_the_text_ends_before_a_stop_string(moerun: Call) -> None:
     assert cut["sampling"]["stop_strings"] == [stop, "@@"]
 
 
+def test_a_text_that_fills_the_context_says_so(moerun: Call) -> None:
+    prompt = ("--prompt", "word " * 490)
+    done = moerun(*prompt, "--max-new-tokens", "5000", "--slots", "9", "--format", "json")
+    assert done.stderr == "the text ends here: the context of 512 tokens is full\n"
+    found = json.loads(done.stdout)
+    assert found["prompt_tokens"] + found["new_tokens"] == 512
+    # A layer has 8 experts: no memory is taken for more.
+    assert found["slots"] == 8
+    assert found["arena_bytes"] == (8 * 8 + 1) * 196608
+    assert "context" not in moerun("--prompt", PROMPT, "--max-new-tokens", "2").stderr
+
+
+def test_what_has_no_value_yet_is_left_out_of_the_table() -> None:
+    nothing: dict[str, Any] = {
+        **{field.name: 0 for field in fields(Report)},
+        **{"policy": "lru", "disk_reads": None, "peak_device_bytes": None, "interrupted": True},
+    }
+    idle = render(Report(**nothing), Format.table, "", {}).splitlines()
+    assert [line.split()[0] for line in idle] == ["policy", "memory", "tokens"]
+    assert idle[-1] == "tokens    0 prompt, 0 new (interrupted)"
+    reading = Report(**nothing | {"prompt_tokens": 5, "requests": 4, "hits": 4, "stall_s": 0.5})
+    table = render(reading, Format.table, "", {})
+    assert "stall     0.50 s waiting for experts\n" in table
+    assert "tokens/s" not in table
+    spoken = render(replace(reading, prompt_tokens_per_s=2.0), Format.table, "", {})
+    assert "speed     2.00 tokens/s reading the prompt\n" in spoken
+
+
 def test_policies_are_listed(moerun: Call) -> None:
     done = moerun("policies")
     assert done.returncode == 0
@@ -169,42 +200,51 @@ def test_a_second_store_is_packed_and_what_it_changed_is_said(moerun: Call) -> N
     assert row["lossy"]
 
 
+MISTAKES = [
+    (("--policy", "hobbit"), "policy 'hobbit' loads experts at a lower precision"),
+    (("--policy", "belady"), "policy 'belady' needs the future of a recorded trace"),
+    (("--model", "small"), "there is no model 'small'"),
+    (("--device", "cuda:7"), "device 'cuda:7' is not there"),
+    (("--memory", "100KiB"), "100.00 KiB of memory is too little: the least that works is"),
+    (("--prompt", ""), "the prompt is empty"),
+    (("--prompt", "word " * 600), "the model's context is 512: shorten it"),
+    (("--prompt-file", "/nowhere/prompt"), "/nowhere/prompt: No such file"),
+    (("--record", "/nowhere/t.parquet"), "the folder /nowhere does not exist"),
+    (("--journal", "/nowhere/j.json"), "the folder /nowhere does not exist"),
+    (("--policy", "static", "--calibration", "mixtral-like"), "32 layers"),
+]
+# What no machine, model or file could make right.
+NONSENSE = [
+    (("--policy", "hobbit", "--low", "2bits"), "--low 2bits is neither a precision (native"),
+    (("--policy", "lur"), "unknown policy 'lur'; did you mean 'lru'?"),
+    (("--device", "gpu"), "unknown device 'gpu'; there are: auto, cpu, cuda, cuda:N"),
+    (("--slots", "-1"), "slots must be 0 or more, not -1"),
+    (("--scope", "model"), "unknown scope 'model'"),
+    (("--memory", "lots"), "'lots' is no amount of memory"),
+    (("--precision", "1bit"), "there is no precision '1bit'"),
+    (("--streams", "9"), "streams must be 1, 2 or 3, not 9"),
+    (("--threads", "0"), "threads must be 1 or more, not 0"),
+    (("--link-gbps", "0"), "link-gbps must be above 0"),
+    (("--temperature", "-1"), "temperature must be 0 or more"),
+    (("--top-p", "2"), "top-p must be above 0 and at most 1"),
+    (("--stop", ""), "a stop string must not be empty"),
+    (("--max-new-tokens", "0"), "max-new-tokens must be 1 or more"),
+    (("--horizon", "-2"), "horizon must be 0 or more"),
+    (("--policy", "lru-spec:m=1"), "policy 'lru-spec' has no parameter 'm'"),
+    (("--policy", "lru-spec:n=0"), "next-gate: n must be 1 to 8, not 0"),
+    (("--chunk", "3"), "a chunk must be a multiple of"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--policy", "hobbit"), "policy 'hobbit' loads experts at a lower precision"),
-        (("--policy", "hobbit", "--low", "2bits"), "--low 2bits is neither a precision (native"),
-        (("--policy", "lur"), "unknown policy 'lur'; did you mean 'lru'?"),
-        (("--policy", "belady"), "policy 'belady' needs the future of a recorded trace"),
-        (("--model", "small"), "there is no model 'small'"),
-        (("--device", "gpu"), "unknown device 'gpu'; there are: auto, cpu, cuda, cuda:N"),
-        (("--device", "cuda:7"), "device 'cuda:7' is not there"),
-        (("--slots", "-1"), "slots must be 0 or more, not -1"),
-        (("--scope", "model"), "unknown scope 'model'"),
-        (("--memory", "100KiB"), "100.00 KiB of memory is too little: the least that works is"),
-        (("--memory", "lots"), "'lots' is no amount of memory"),
-        (("--precision", "1bit"), "there is no precision '1bit'"),
-        (("--streams", "9"), "streams must be 1, 2 or 3, not 9"),
-        (("--threads", "0"), "threads must be 1 or more, not 0"),
-        (("--link-gbps", "0"), "link-gbps must be above 0"),
-        (("--temperature", "-1"), "temperature must be 0 or more"),
-        (("--top-p", "2"), "top-p must be above 0 and at most 1"),
-        (("--stop", ""), "a stop string must not be empty"),
-        (("--max-new-tokens", "0"), "max-new-tokens must be 1 or more"),
-        (("--horizon", "-2"), "horizon must be 0 or more"),
-        (("--prompt", ""), "the prompt is empty"),
-        (("--prompt", "word " * 600), "the model's context is 512: shorten it"),
-        (("--prompt-file", "/nowhere/prompt"), "/nowhere/prompt: No such file"),
-        (("--record", "/nowhere/t.parquet"), "the folder /nowhere does not exist"),
-        (("--journal", "/nowhere/j.json"), "the folder /nowhere does not exist"),
-        (("--policy", "static", "--calibration", "mixtral-like"), "32 layers"),
-    ],
+    ("code", "arguments", "says"),
+    [*((1, *mistake) for mistake in MISTAKES), *((2, *value) for value in NONSENSE)],
 )
-def test_mistakes_get_one_line_and_exit_code_1(
-    moerun: Call, arguments: tuple[str, ...], says: str
+def test_mistakes_get_one_line_and_values_that_cannot_be_exit_with_2(
+    moerun: Call, code: int, arguments: tuple[str, ...], says: str
 ) -> None:
     prompt = () if any(a.startswith("--prompt") for a in arguments) else ("--prompt", PROMPT)
-    assert says in error_line(moerun(*prompt, *arguments))
+    assert says in error_line(moerun(*prompt, *arguments), code)
 
 
 def test_a_refused_prompt_leaves_no_recording(moerun: Call, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_a_file_changes_the_budget_of_a_running_process(tiny: ExpertStore, tmp_p
         out = process.stdout.read() if process.stdout else ""
     assert process.returncode == 0, said
     text = "".join(said)
-    assert "'nonsense\n' is no amount of memory" in text or "'nonsense' is no amount" in text
+    assert "'nonsense' is no amount of memory" in text
     assert "memory: 60.00 MiB from now on" in text
     assert "taken of 60.00 MiB" in text
     with Runner(tiny, Settings(find_policy("lru"), slots=4)) as runner:
@@ -359,7 +359,7 @@ def test_a_file_changes_the_budget_of_a_running_process(tiny: ExpertStore, tmp_p
     [
         (("--memory", "9GiB", "--slots", "2"), "not both", 2),
         (("--memory-file", "missing"), "missing cannot be read", 1),
-        (("--memory", "9GiB", "--context", "1"), "context must be 2 or more", 1),
+        (("--memory", "9GiB", "--context", "1"), "context must be 2 or more", 2),
         (("--context", "100"), "--memory plans for", 2),
     ],
 )

@@ -287,7 +287,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_packed(
     moerun: Call, checkpoint: Path, text: Path, arguments: tuple[str, str], message: str
 ) -> None:
     code, out, err = moerun(text, "--model", checkpoint, *arguments)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
 

@@ -106,7 +106,7 @@ def broken_policy(folder: Path) -> Callable[[], None]:
     ("damage", "says"),
     [
         (broken_record, r"expert \d of layer 3 is cut off .*experts-00003"),
-        (broken_policy, r"policy '.*faulty\.py:Faulty' failed: the policy lost count"),
+        (broken_policy, r"'.*:Faulty' failed: .*Error: the policy lost count \(.*faulty\.py:\d+\)"),
     ],
 )
 def test_after_an_error_the_next_request_is_answered(

@@ -99,6 +99,6 @@ def test_the_command_prints_every_size_beside_the_shuffled_trace_and_the_limit()
 
 def test_the_command_names_a_mistake() -> None:
     done = moesim("curve", "lur")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "'lur' has no curve from one pass; did you mean 'lru'?" in done.stderr
     assert "Traceback" not in done.stderr

@@ -294,13 +294,13 @@ def test_a_policy_file_travels_with_the_job(tmp_path: Path, trace: str) -> None:
     ("arguments", "code", "says"),
     [
         (["lru"], 2, "Missing option '--out'"),
-        (["--out", "r.parquet"], 1, "the grid has no policies"),
+        (["--out", "r.parquet"], 2, "the grid has no policies"),
         (["lru", "--out", "absent/r.parquet"], 1, "absent does not exist"),
         (["lru", "--out", "."], 1, ". is a folder"),
-        (["lru", "--out", "r", "--slots", "few"], 1, "slots: 'few' is not a whole number"),
-        (["lru", "--out", "r", "--param", "n=1"], 1, "'n=1' is not policy:parameter=value"),
+        (["lru", "--out", "r", "--slots", "few"], 2, "slots: 'few' is not a whole number"),
+        (["lru", "--out", "r", "--param", "n=1"], 2, "'n=1' is not policy:parameter=value"),
         (["lru", "--out", "r", "--workers", "0"], 2, "should be greater than or equal to 1"),
-        (["lru", "--out", "r", "--on", "moon"], 1, "--on is 'moon'"),
+        (["lru", "--out", "r", "--on", "moon"], 2, "--on is 'moon'"),
         (["lru", "--out", "r", "--grid", "absent.toml"], 1, "absent.toml"),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_mistake_is_one_clear_line(
     done = sweep(*arguments, code=code)
     assert says in " ".join(done.stderr.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
-    if code == 1:
+    if done.stderr.startswith("error: "):
         assert done.stderr.count("\n") == 1
 
 

@@ -234,16 +234,20 @@ def test_another_reading_as_a_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        (["--trace", "tiny"], "the table is Mixtral-8x7B's, 32 layers and the top 2 of 8 experts"),
-        (["--reading", "relased"], "unknown reading 'relased'; did you mean 'released'?"),
-        (["lur"], "unknown policy 'lur'; did you mean 'lru'?"),
-        (["--tokens", "0"], "tokens must be 1 or more, not 0"),
+        (
+            ["--trace", "tiny"],
+            1,
+            "the table is Mixtral-8x7B's, 32 layers and the top 2 of 8 experts",
+        ),
+        (["--reading", "relased"], 2, "unknown reading 'relased'; did you mean 'released'?"),
+        (["lur"], 2, "unknown policy 'lur'; did you mean 'lru'?"),
+        (["--tokens", "0"], 2, "tokens must be 1 or more, not 0"),
     ],
 )
-def test_a_mistake_is_one_clear_line(arguments: list[str], says: str) -> None:
+def test_a_mistake_is_one_clear_line(arguments: list[str], code: int, says: str) -> None:
     done = moesim("table2", *arguments)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (code, "")
     assert says in done.stderr
     assert done.stderr.count("\n") == 1

@@ -39,7 +39,8 @@ def test_a_local_folder_is_itself(tmp_path: Path) -> None:
     [
         ("tinny", "there is no model 'tinny': give 'tiny'"),
         ("./tinny", "there is no model './tinny'"),
-        ("/no/such/folder", "there is no model '/no/such/folder'"),
+        ("/no/such/folder", "there is no model '/no/such/folder': there is no such folder"),
+        ("store/", "there is no model 'store/': there is no such folder"),
         ("some one/model", "has no model 'some one/model'"),
         ("someone/model", "the Hugging Face hub did not give it .* give the folder"),
     ],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from moepolicy import find_policy
 
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 from moerun.report import Format
 
 if TYPE_CHECKING:
@@ -196,11 +196,11 @@ def settings(
     if len(chosen) > 1:
         raise typer.BadParameter(f"give {' or '.join(chosen)}, not both")
     if context is not None and context < 2:
-        raise RunError(f"context must be 2 or more tokens, not {context}")
+        raise UsageError(f"context must be 2 or more tokens, not {context}")
     if context is not None and chosen in ([], ["--slots"]):
         raise typer.BadParameter("--context is what --memory plans for: give that, too")
     if horizon is not None and horizon < 0:
-        raise RunError(f"horizon must be 0 or more, not {horizon}")
+        raise UsageError(f"horizon must be 0 or more, not {horizon}")
     from moerun.budget import parse_budget, read_budget
     from moerun.devices import find_device, parse_bytes, use_threads
     from moerun.runner import Settings
@@ -298,7 +298,7 @@ def _low_store(model: str, low: str) -> ExpertStore:
 
     if low not in PRECISIONS:
         if not is_store(Path(low).expanduser()):
-            raise RunError(
+            raise UsageError(
                 f"--low {low} is neither a precision ({', '.join(PRECISIONS)}) nor a store's folder"
             )
         return store(low, "native", None)

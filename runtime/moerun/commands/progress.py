@@ -11,7 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def pack_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to tell (records done, records in all); the bar appears with the first."""
+    """Yields a function to tell (records done, records in all); the bar appears with the first.
+
+    Only a terminal gets one; to a file or pipe nothing is written.
+    """
     bar = Progress(
         TextColumn("packing"),
         BarColumn(),
@@ -19,6 +22,7 @@ def pack_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_interactive,  # or stop() ends a line that nothing began
     )
     task = bar.add_task("pack", total=None, visible=False)
 

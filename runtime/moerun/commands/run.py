@@ -49,6 +49,8 @@ def run(
                 _stream("\n")
         outcome = generation.outcome()
         report = report_of(runner, outcome, interrupted=interrupted)
+        if outcome.ending == "length" and outcome.new_tokens < sampling.max_new_tokens:
+            say(f"the text ends here: the context of {runner.limit_tokens} tokens is full")
     out = sys.stderr if streaming else sys.stdout
     out.write(render(report, format, outcome.text, provenance(sampling)))
     return interrupted

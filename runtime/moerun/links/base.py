@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from moerun.arena import Arena, device_memory
-from moerun.errors import RunError
+from moerun.errors import UsageError
 from moerun.layout import RECORD_ALIGN
 from moerun.links.turns import Pieces
 
@@ -145,9 +145,11 @@ class SlotLink:
         """With ``chunk_bytes`` records travel in pieces. Raises RunError for streams or pieces out
         of range."""
         if not 1 <= streams <= 3:
-            raise RunError(f"streams must be 1, 2 or 3, not {streams}")
+            raise UsageError(f"streams must be 1, 2 or 3, not {streams}")
         if chunk_bytes < 0 or chunk_bytes % RECORD_ALIGN:
-            raise RunError(f"a chunk must be a multiple of {RECORD_ALIGN} bytes, not {chunk_bytes}")
+            raise UsageError(
+                f"a chunk must be a multiple of {RECORD_ALIGN} bytes, not {chunk_bytes}"
+            )
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()

@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.errors import SimulationError
+from moesim.errors import UsageError
 from moesim.workload import Workload
 
 Given = ParamSpec("Given")
@@ -64,7 +64,7 @@ def domains(workload: Workload, slots: int, scope: str) -> tuple[NDArray[np.int3
         return workload.layer, n_layers, slots
     if scope == "global":
         return np.zeros(workload.n_steps, np.int32), 1, slots * n_layers
-    raise SimulationError(f"unknown scope '{scope}': it is 'layer' or 'global'")
+    raise UsageError(f"unknown scope '{scope}': it is 'layer' or 'global'")
 
 
 def windows(

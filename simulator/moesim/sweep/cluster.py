@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, UsageError
 from moesim.sweep.plan import Job, Point
 from moesim.sweep.pool import Event
 
@@ -46,7 +46,7 @@ def ray_address(on: str) -> str | None:
     scheme, _, rest = on.rpartition("://")
     host, _, port = rest.rpartition(":")
     if scheme not in ("", "ray") or not host or not port.isdigit():
-        raise SimulationError(
+        raise UsageError(
             f"--on is '{on}': it is local, ray, ray://host:port (a Ray client server) or "
             "host:port (the cluster this machine is a node of)"
         )

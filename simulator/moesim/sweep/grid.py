@@ -36,7 +36,7 @@ from moepolicy import PolicySpec, find_policy
 from moepolicy.console import nearest
 
 from moesim.engines import Engine
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, UsageError
 
 SCOPES = ("layer", "global")
 EXCLUSIVE = (("slots", "memory"), ("precisions", "expert_bytes"))
@@ -76,7 +76,7 @@ class Grid:
         values = self.parameters or {}
         for policy in values:
             if policy not in {spec.name for spec in named.values()}:
-                raise SimulationError(
+                raise UsageError(
                     f"parameters are given for policy '{policy}', which is not in the grid; "
                     f"{nearest(policy, (spec.name for spec in named.values()))}"
                 )
@@ -92,7 +92,7 @@ class Grid:
 def _combinations(spec: PolicySpec, values: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
     for name in values:
         if name in spec.parameters:
-            raise SimulationError(
+            raise UsageError(
                 f"policy '{spec.label}' fixes {name}, and the grid varies it: leave one out"
             )
     for choice in product(*values.values()):
@@ -154,7 +154,7 @@ def make_grid(entries: Mapping[str, Any]) -> Grid:
             values[name] = _list(name, value, readers.get(name, _text))
     for one, other in EXCLUSIVE:
         if values.get(one) and values.get(other):
-            raise SimulationError(f"a grid has {one} or {other}, not both")
+            raise UsageError(f"a grid has {one} or {other}, not both")
     return Grid(**values)
 
 
@@ -162,27 +162,27 @@ def _list(name: str, value: Any, read: Callable[[str, Any], Any]) -> tuple[Any, 
     """The values of an axis, each once."""
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
-        raise SimulationError(f"{name} is empty: leave it out or give it a value")
+        raise UsageError(f"{name} is empty: leave it out or give it a value")
     return tuple(dict.fromkeys(read(name, item) for item in items))
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise SimulationError(f"{name}: {value!r} is not a name")
+        raise UsageError(f"{name}: {value!r} is not a name")
     return value
 
 
 def _count(name: str, value: Any) -> int:
     number = _whole(name, value)
     if number < 0:
-        raise SimulationError(f"{name} is {number}: a cache has 0 slots or more")
+        raise UsageError(f"{name} is {number}: a cache has 0 slots or more")
     return number
 
 
 def _size(name: str, value: Any) -> int:
     number = _whole(name, value)
     if number <= 0:
-        raise SimulationError(f"{name} is {number}: an expert has 1 byte or more")
+        raise UsageError(f"{name} is {number}: an expert has 1 byte or more")
     return number
 
 
@@ -190,7 +190,7 @@ def _whole(name: str, value: Any) -> int:
     if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise SimulationError(f"{name}: {value!r} is not a whole number")
+        raise UsageError(f"{name}: {value!r} is not a whole number")
     return value
 
 
@@ -199,7 +199,7 @@ def _budget(name: str, value: Any) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     units = {unit.lower(): size for unit, size in UNITS.items()}
     if isinstance(value, bool) or not found or found[2].lower() not in units:
-        raise SimulationError(
+        raise UsageError(
             f"{name}: {value!r} is no amount of memory: write it as 9GiB, 500MB or bytes"
         )
     return int(float(found[1]) * units[found[2].lower()])
@@ -207,7 +207,7 @@ def _budget(name: str, value: Any) -> int:
 
 def _scope(name: str, value: Any) -> str:
     if value not in SCOPES:
-        raise SimulationError(f"{name}: unknown scope {value!r}; {nearest(str(value), SCOPES)}")
+        raise UsageError(f"{name}: unknown scope {value!r}; {nearest(str(value), SCOPES)}")
     return str(value)
 
 
@@ -215,18 +215,18 @@ def _engine(value: Any) -> Engine:
     try:
         return Engine(value)
     except ValueError:
-        raise SimulationError(f"unknown engine {value!r}; {nearest(str(value), Engine)}") from None
+        raise UsageError(f"unknown engine {value!r}; {nearest(str(value), Engine)}") from None
 
 
 def _yes_or_no(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise SimulationError(f"{name}: {value!r} is not true or false")
+        raise UsageError(f"{name}: {value!r} is not true or false")
     return value
 
 
 def _parameters(value: Any) -> dict[str, dict[str, tuple[str, ...]]]:
     if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
-        raise SimulationError("parameters must be tables: [parameters.policy] name = [values]")
+        raise UsageError("parameters must be tables: [parameters.policy] name = [values]")
     return {
         policy: {name: _list(f"{policy}:{name}", values, _value) for name, values in table.items()}
         for policy, table in value.items()
@@ -235,9 +235,9 @@ def _parameters(value: Any) -> dict[str, dict[str, tuple[str, ...]]]:
 
 def _value(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float | str) or value == "":
-        raise SimulationError(f"{name}: {value!r} is not a number or a name")
+        raise UsageError(f"{name}: {value!r} is not a number or a name")
     if isinstance(value, str) and ("," in value or "=" in value):
-        raise SimulationError(f"{name}: {value!r} has a comma or an equals sign in it")
+        raise UsageError(f"{name}: {value!r} has a comma or an equals sign in it")
     return str(value).strip()
 
 
@@ -246,5 +246,5 @@ def parse_parameter(text: str) -> tuple[str, str, list[str]]:
     policy, colon, rest = text.rpartition(":")
     name, equals, values = rest.partition("=")
     if not (colon and equals and policy and name.strip() and values.strip()):
-        raise SimulationError(f"'{text}' is not policy:parameter=value,value,...")
+        raise UsageError(f"'{text}' is not policy:parameter=value,value,...")
     return policy, name.strip(), [value.strip() for value in values.split(",")]

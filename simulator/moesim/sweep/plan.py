@@ -20,7 +20,7 @@ from moeroute.schema import TraceMeta
 from numpy.typing import NDArray
 
 import moesim
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, UsageError
 from moesim.limits.gap import BASELINE
 from moesim.profile import Machine, load_machine
 from moesim.simulate import check_calibration, expert_size, low_expert_size
@@ -174,7 +174,7 @@ def make_plan(grid: Grid) -> Plan:
     can be simulated."""
     specs = grid.specs()
     if not specs:
-        raise SimulationError("the grid has no policies")
+        raise UsageError("the grid has no policies")
     n_asked = len(specs)
     if grid.limits and BASELINE not in {spec.label for spec in specs}:
         specs.append(find_policy(BASELINE))

@@ -13,7 +13,7 @@ import numpy as np
 from moepolicy import PolicySpec
 from moepolicy.console import nearest
 
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, UsageError
 from moesim.table2.fit import Curves, Fit, fit
 from moesim.table2.ours import Reach, reach
 from moesim.table2.published import (
@@ -128,7 +128,7 @@ def find_reading(name: str) -> Reading:
         if reading.name == name:
             return reading
     known = [reading.name for reading in READINGS]
-    raise SimulationError(f"unknown reading '{name}'; {nearest(name, known)}")
+    raise UsageError(f"unknown reading '{name}'; {nearest(name, known)}")
 
 
 def reproduce(
