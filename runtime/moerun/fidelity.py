@@ -22,7 +22,7 @@ from moepolicy import PolicySpec
 
 from moerun.calm import calmest
 from moerun.devices import calm_collector
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 from moerun.generate import Generated, Sampling
 from moerun.planning import CALIBRATION
 from moerun.profile import Profiler, Turn
@@ -80,7 +80,7 @@ def compare(
     """
     tell = report or (lambda text: None)  # noqa: ARG005
     if repeats < 1:
-        raise RunError(f"repeats must be 1 or more, not {repeats}")
+        raise UsageError(f"repeats must be 1 or more, not {repeats}")
     for policy in policies:
         refuse_unservable(policy, low=settings.low is not None)
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:

@@ -21,7 +21,7 @@ from moepolicy import find_policy
 from moerun.asidecost import AsideBench, CpuCost
 from moerun.calm import CALM, calmest
 from moerun.devices import calm_collector
-from moerun.errors import RunError
+from moerun.errors import UsageError
 from moerun.experts import attach
 from moerun.families import find_experts
 from moerun.generate import Generated, Sampling, context_tokens
@@ -104,7 +104,7 @@ def measure(
     description says so if that did not help. ``report`` is told of each turn.
     """
     if repeats < 1:
-        raise RunError(f"repeats must be 1 or more, not {repeats}")
+        raise UsageError(f"repeats must be 1 or more, not {repeats}")
     tell = report or (lambda text: None)  # noqa: ARG005
     with Profiler(store, settings) as profiler:
         turns = calmest(profiler.turn, repeats, lambda n: tell(f"measuring, turn {n}"))

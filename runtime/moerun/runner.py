@@ -220,11 +220,17 @@ class Runner:
         self.session.note(layer, output[0], predicted)
 
 
+def check_rate(bytes_per_s: float) -> None:
+    """UsageError for a cap that no link could have."""
+    if not 0 < bytes_per_s < float("inf"):
+        raise UsageError(f"link-gbps must be above 0, not {bytes_per_s / 1e9:g}")
+
+
 def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: int) -> Link:
     """A link, not yet started, from the store to new slots on the device. Raises RunError."""
     rate, device = settings.link_bytes_per_s, settings.device
-    if rate is not None and not 0 < rate < float("inf"):
-        raise UsageError(f"link-gbps must be above 0, not {rate / 1e9:g}")
+    if rate is not None:
+        check_rate(rate)
     throttle = Throttle(rate) if rate else None
     slots = make_slots(form, settings, n_slots)
     if device.type == "cuda":

@@ -84,6 +84,26 @@ def test_files_are_looked_for_before_anything_is_measured(arguments: tuple[str, 
     assert "no.toml is not there" in done.stderr or "folder no does not exist" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--chunk", "3"], 2, "a chunk must be a multiple of 4096"),
+        (["--streams", "4"], 2, "streams must be 1, 2 or 3"),
+        (["--link-gbps", "0"], 2, "link-gbps must be above 0"),
+        (["--scope", "planet"], 2, "unknown scope 'planet'"),
+        (["--policy", "belady"], 1, "it runs in moesim, not live"),
+    ],
+)
+def test_nothing_is_packed_for_a_run_that_cannot_be(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    place = tmp_path / "store"
+    done = moerun("--precision", "2bit", "--store", str(place), "--prompt", "hello", *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert not place.exists()
+
+
 def test_a_disturbed_profile_says_so() -> None:
     profile = MachineProfile(
         name="mine",

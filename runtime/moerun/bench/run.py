@@ -22,7 +22,7 @@ from moerun.bench.ondisk import write_store
 from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import ForcedGates, Routing
 from moerun.devices import calm_collector
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 from moerun.experts import Sums, attach
 from moerun.families import find_experts
 from moerun.forms import SlotForm
@@ -71,7 +71,7 @@ class Plan:
         experts at a lower precision, too, and there is none (``low``)."""
         for name, least in (("tokens", 1), ("warm_up", 0), ("rounds", 1)):
             if getattr(self, name) < least:
-                raise RunError(
+                raise UsageError(
                     f"{name.replace('_', '-')} must be {least} or more, not {getattr(self, name)}"
                 )
         for policy in self.policies:
@@ -194,9 +194,11 @@ class Bench(AbstractContextManager["Bench"]):
         plan = plan_policies(store, settings, self.plan.policies, self._context(0))
         plan = replace(plan, slots=min(plan.slots, store.n_experts))
         if plan.slots < 0:
-            raise RunError(f"slots must be 0 or more, not {plan.slots}")
+            raise UsageError(f"slots must be 0 or more, not {plan.slots}")
         if plan.slots < 1 and self.plan.released:
-            raise RunError("the released engine needs 1 slot a layer or more: leave --baseline out")
+            raise UsageError(
+                "the released engine needs 1 slot a layer or more: leave --baseline out"
+            )
         return plan
 
     def _context(self, slots: int) -> Context:

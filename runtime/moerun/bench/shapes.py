@@ -7,7 +7,7 @@ from typing import Any
 
 from moepolicy.console import nearest
 
-from moerun.errors import RunError
+from moerun.errors import RunError, UsageError
 from moerun.families import SUPPORTED, read_config
 
 # As in the config.json that each model is published with, as far as it decides what moves and
@@ -101,7 +101,7 @@ def find_config(shape: str, layers: int | None = None) -> Any:
     config = _config(shape)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
-            raise RunError(f"layers must be 1 to {config.num_hidden_layers}, not {layers}")
+            raise UsageError(f"layers must be 1 to {config.num_hidden_layers}, not {layers}")
         _cut(config, layers)
     return config
 

@@ -203,8 +203,18 @@ def settings(
         raise UsageError(f"horizon must be 0 or more, not {horizon}")
     from moerun.budget import parse_budget, read_budget
     from moerun.devices import find_device, parse_bytes, use_threads
-    from moerun.runner import Settings
+    from moerun.links.base import check_ways
+    from moerun.runner import Settings, check_rate
+    from moerun.servable import refuse_unservable
 
+    # Before a checkpoint is packed for hours in vain; a lower precision may still be given.
+    refuse_unservable(spec, low=True)
+    chunk_bytes = 0 if chunk is None else parse_bytes(chunk)
+    check_ways(streams, chunk_bytes)
+    if scope not in ("layer", "global"):
+        raise UsageError(f"unknown scope '{scope}': it is 'layer' or 'global'")
+    if link_gbps is not None:
+        check_rate(link_gbps * 1e9)
     use_threads(threads)
     found = find_device(device)
     budget = None if memory is None else parse_budget(memory, found)
@@ -216,7 +226,7 @@ def settings(
         memory_bytes=budget,
         memory_file=memory_file,
         host_bytes=None if host_memory is None else parse_bytes(host_memory),
-        chunk_bytes=0 if chunk is None else parse_bytes(chunk),
+        chunk_bytes=chunk_bytes,
         context_tokens=context,
         scope=scope,
         device=found,

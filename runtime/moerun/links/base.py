@@ -128,6 +128,14 @@ class Throttle:
             return self._free_s
 
 
+def check_ways(streams: int, chunk_bytes: int) -> None:
+    """UsageError where no link could carry records so."""
+    if not 1 <= streams <= 3:
+        raise UsageError(f"streams must be 1, 2 or 3, not {streams}")
+    if chunk_bytes < 0 or chunk_bytes % RECORD_ALIGN:
+        raise UsageError(f"a chunk must be a multiple of {RECORD_ALIGN} bytes, not {chunk_bytes}")
+
+
 class SlotLink:
     """The part that links share: slots, memory for what cannot land in them, how much travelled."""
 
@@ -144,12 +152,7 @@ class SlotLink:
     ) -> None:
         """With ``chunk_bytes`` records travel in pieces. Raises RunError for streams or pieces out
         of range."""
-        if not 1 <= streams <= 3:
-            raise UsageError(f"streams must be 1, 2 or 3, not {streams}")
-        if chunk_bytes < 0 or chunk_bytes % RECORD_ALIGN:
-            raise UsageError(
-                f"a chunk must be a multiple of {RECORD_ALIGN} bytes, not {chunk_bytes}"
-            )
+        check_ways(streams, chunk_bytes)
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()
