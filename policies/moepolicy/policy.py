@@ -24,6 +24,17 @@ class PolicyUsageError(PolicyError, WrongUsage):
     """A name or value that can be no policy, parameter or cache, on any machine."""
 
 
+MISTAKES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What an author's code raises by mistake; an AssertionError is ours."""
+
+
 def broken(name: str, policy: type[Policy], error: Exception) -> PolicyError:
     """The error of a policy's code in one line, with the line of its file where there is one."""
     files = {f.__code__.co_filename for f in vars(policy).values() if isfunction(f)}

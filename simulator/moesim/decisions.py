@@ -15,7 +15,7 @@ from moepolicy import PolicySpec
 from moepolicy.compiled import compiled, compiled_policy
 from moepolicy.kinds import HIT
 from moepolicy.machine import begin, consume, end, finish, start, unreachable
-from moepolicy.policy import Context, broken
+from moepolicy.policy import MISTAKES, Context, broken
 from moepolicy.state import BACKLOG, PINNED, Cache, new_cache
 from numpy.typing import NDArray
 
@@ -49,7 +49,7 @@ def decisions(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 function(cache, state, work, (first, last), logits, predicted, outcome)
-    except (ValueError, IndexError, RuntimeError) as error:
+    except MISTAKES as error:
         raise broken(policy.label, policy.policy, error) from error
     return cache
 

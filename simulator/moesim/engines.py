@@ -18,7 +18,7 @@ from moepolicy import Context, ExpertCache, Policy, PolicyError, PolicySpec
 from moepolicy.cache import Journal, Observer
 from moepolicy.calls import calls_are_compiled
 from moepolicy.compiled import NotCompilable, compiled, compiled_policy, is_compiled
-from moepolicy.policy import broken
+from moepolicy.policy import MISTAKES, broken
 from moepolicy.state import Cache, new_cache
 
 from moesim import clocks
@@ -202,7 +202,7 @@ class _Replay(_Job):
                 if self.look is not None:
                     self.look(cache, *steps)
                 self.workload.release()
-        except (ValueError, IndexError, RuntimeError) as error:
+        except MISTAKES as error:
             raise broken(self.policy.label, self.policy.policy, error) from error
         return cache, clocks.clock_of(link)
 

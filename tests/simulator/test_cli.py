@@ -164,3 +164,23 @@ def test_every_help_names_its_options() -> None:
         assert option in text
     assert "lru-spec" in moesim("policies").stdout
     assert "rtx3060" in moesim("machines").stdout
+
+
+@pytest.mark.parametrize("engine", ["replay", "simpy"])
+@pytest.mark.parametrize(
+    ("code", "kind"), [("self.seen[incoming]", "KeyError: "), ("None + 1", "TypeError: ")]
+)
+def test_a_policy_that_breaks_is_named_with_its_line(
+    tmp_path: Path, engine: str, code: str, kind: str
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from moepolicy import Policy\n\n\nclass Mine(Policy):\n"
+        "    def __init__(self, context):\n        self.seen = {}\n\n"
+        f"    def victim(self, layer, incoming, candidates):\n        return {code}\n"
+    )
+    done = moesim("compare", f"{mine}:Mine", "--slots", "2", "--tokens", "64", "--engine", engine)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert f"failed: {kind}" in done.stderr
+    assert f"({mine}:9)" in done.stderr
