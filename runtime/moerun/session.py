@@ -326,8 +326,8 @@ class Session:
 
     def _acquire(self, key: int, slot: int) -> Any:
         self.link.acquire(slot)
-        found = self.link.slots[slot]
-        return in_form(found, self.cache.is_low(key)) if self.low_record_bytes else found
+        low = bool(self.low_record_bytes) and self.cache.is_low(key)
+        return in_form(self.link.slots[slot], low)
 
     def _release(self, key: int, slot: int) -> None:
         self.link.release(slot)

@@ -337,8 +337,8 @@ def test_a_bench_keeps_to_its_budget(tmp_path: Path) -> None:
         (["--memory", "1GiB", "--slots", "2"], 2, "give --slots or --memory, not both"),
         (["--host-memory", "1GiB"], 2, "--host-memory is about experts in files: give --store"),
         (["--policy", "hobbit"], 1, "with --low"),
-        (["--low", "5bit"], 1, "there is no precision '5bit'"),
-        (["--attention", "1bit"], 1, "attention cannot be '1bit'"),
+        (["--low", "5bit"], 2, "there is no precision '5bit'"),
+        (["--attention", "1bit"], 2, "attention cannot be '1bit'"),
     ],
 )
 def test_bad_input_is_one_line(moerun: Any, arguments: list[str], code: int, message: str) -> None:

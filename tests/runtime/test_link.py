@@ -289,6 +289,7 @@ class FakeCuda:
             ("current_stream", lambda *_: compute),
             ("synchronize", lambda *_: None),
             ("cudart", lambda: self),
+            ("device", lambda _: nullcontext()),
         ):
             monkeypatch.setattr(torch.cuda, name, fake)
 
