@@ -95,6 +95,11 @@ class ThreadedLink(SlotLink):
             ended_s = self._carry(stream, job)
             reported_s = time.perf_counter()
 
+    def _travelled(self, job: Job) -> None:
+        # Who measures the link may have one record travel to two slots at once.
+        if self._travelling.get(job.key) is job:
+            del self._travelling[job.key]
+
     def _carry(self, stream: int, job: Job) -> float:
         """Copy, wait for the cap, report; returns when the copy ended."""
         assert self._done is not None
@@ -103,10 +108,10 @@ class ThreadedLink(SlotLink):
             self.copy(stream, job)
         except Exception as error:
             self._turns.give(job)  # it may have failed in the middle of a piece
-            self._travelling.pop(job.key)
+            self._travelled(job)
             self._done(job.key, error)
             return time.perf_counter()
-        self._travelling.pop(job.key)
+        self._travelled(job)
         ended_s = time.perf_counter()
         if self._throttle and not self.chunked:
             deadline_s = self._throttle.deadline_s(job.begin_s, n_bytes)
