@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from moerun.checkpoints import resolve
+from moerun.pack import pack
+from moerun.store import ExpertStore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,6 +20,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExpertStore]:
+    """The bundled model's experts by precision; not to be changed."""
+    folder = tmp_path_factory.mktemp("stores")
+    return {
+        precision: pack(resolve("tiny"), folder / precision, precision=precision)
+        for precision in ("native", "4bit", "2bit")
+    }
 
 
 @pytest.fixture(scope="session")

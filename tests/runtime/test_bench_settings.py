@@ -24,7 +24,6 @@ from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import load_routing
 from moerun.bench.run import RELEASED, Bench, Plan
 from moerun.bench.shapes import find_config
-from moerun.cli import main
 from moerun.compiling import Compiling
 from moerun.errors import RunError
 from moerun.planning import plan_memory
@@ -33,6 +32,7 @@ from moesim.loading import load_workload
 from moesim.profile import Compute, Cpu, Link, Machine
 from moesim.simulate import Result, simulate
 from support.big_models import SIZES
+from support.commands import Call, caller
 
 CPU = torch.device("cpu")
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
@@ -269,21 +269,8 @@ QUICK = (
 
 
 @pytest.fixture
-def moerun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Calls the entry point as a process of its own would: exit code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moerun", *QUICK, *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def moerun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    return caller(monkeypatch, capsys, *QUICK)
 
 
 def test_the_command_plans_a_budget_and_names_the_smallest(moerun: Any) -> None:

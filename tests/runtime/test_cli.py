@@ -6,7 +6,6 @@ torch again; what is about processes (a first run, signals, kills, limits) gets 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -14,16 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from moeroute import open_trace
 from moerun.checkpoints import resolve
-from moerun.cli import main
 from moerun.report import Format, Report, render
+from support.commands import Call, Ended, caller
 from support.moe_models import random_model, save_checkpoint
 
 PROMPT = "It was the best of times"
@@ -56,34 +54,9 @@ def process(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[s
     )
 
 
-class Ended(NamedTuple):
-    """What a finished command left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Call = Callable[..., Ended]
-
-
 @pytest.fixture
 def moerun(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Calls the entry point as a process of its own would."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path, stdin: str = "") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["moerun", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capsys.readouterr())
-
-    return call
+    return caller(monkeypatch, capsys, home=home)
 
 
 def error_line(done: Ended | subprocess.CompletedProcess[str], code: int = 1) -> str:

@@ -49,16 +49,6 @@ def always(answer: Kind) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExpertStore]:
-    """The bundled model's experts by precision."""
-    folder = tmp_path_factory.mktemp("stores")
-    return {
-        precision: pack(resolve("tiny"), folder / precision, precision=precision)
-        for precision in ("native", "4bit", "2bit")
-    }
-
-
-@pytest.fixture(scope="module")
 def stock() -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve("tiny")).eval()
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from hypothesis import strategies as st
 from moepolicy import console, find_policy
 from moerun import perplexity
 from moerun.checkpoints import resolve
-from moerun.cli import main
 from moerun.commands.perplexity import _render, held_out_text
 from moerun.errors import RunError
 from moerun.grid import Cell, Published, Results, Scored
@@ -34,6 +32,7 @@ from moerun.report import Format
 from moerun.runner import Settings
 from moerun.shape import ExpertShape
 from moerun.table1 import ROWS, published
+from support.commands import Call, caller
 from support.moe_models import random_model, save_checkpoint
 
 CONTEXT = 64
@@ -59,26 +58,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Call = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
 def moerun(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Calls the entry point as a process of its own would: exit code, stdout, stderr."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moerun", "perplexity", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return caller(monkeypatch, capsys, "perplexity", home=home)
 
 
 @given(n=st.integers(0, 400), context=st.integers(2, 50), data=st.data())

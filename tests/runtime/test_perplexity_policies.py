@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +10,18 @@ import pytest
 from moepolicy import Kind, console, find_policy
 from moerun import perplexity
 from moerun.checkpoints import resolve
-from moerun.cli import main
 from moerun.commands.perplexity import held_out_text
 from moerun.grid import Cell, Results
 from moerun.pack import pack
 from moerun.perplexity import Measurement
 from moerun.runner import Settings
 from moerun.store import ExpertStore
+from support.commands import Call, caller
 from support.moe_models import random_model, save_checkpoint
 
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 TEXT = held_out_text()[:3000]
 TOKENS = 90
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +45,8 @@ def moerun(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Call:
-    """Calls the entry point as a process of its own would: exit code, stdout, stderr."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "policies-home"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moerun", "perplexity", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    home = tmp_path_factory.getbasetemp() / "policies-home"
+    return caller(monkeypatch, capsys, "perplexity", home=home)
 
 
 def cell_of(
@@ -169,6 +153,7 @@ def test_the_command_compares_policies_and_goes_on_where_it_was(
         (("--policy", "lru", "--policy", "hobbit"), 1, "policy 'hobbit' loads experts at a lower"),
         (("--policy", "belady"), 1, "needs the future"),
         (("--low", "5bit"), 2, "--low 5bit is neither a precision"),
+        (("--experts", "2bit", "--policy", "hobbit", "--low", "2bit"), 2, "is no lower than"),
     ],
 )
 def test_policies_that_cannot_run_are_refused_before_anything_is_packed(

@@ -18,10 +18,10 @@ from moerun.links import HostTier, Throttle
 from moerun.links.pinned import PinnedLink
 from moerun.record import EventLog, Pass
 from moerun.session import Session
-from runtime.test_pinned import CHUNK, FIRST_LOW, LOW, RECORD, Form, dual_slot
 from runtime.test_session import random_passes, trace_of
 from support.lanes import PATIENCE_S, ThreadLanes
 from support.links import MemoryRecords
+from support.pinned import CHUNK, FIRST_LOW, LOW, RECORD, Form, dual_slot
 
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 

@@ -13,11 +13,9 @@ import pytest
 import torch
 from moepolicy import Kind, find_policy
 from moepolicy.calls import CompiledCalls
-from moerun.checkpoints import resolve
 from moerun.compiling import Compiling
 from moerun.generate import Sampling
 from moerun.memory import COMPILED_BYTES, MIB, MemoryPlan, Needs
-from moerun.pack import pack
 from moerun.planning import plan_memory
 from moerun.runner import Runner, Settings
 from moerun.store import ExpertStore
@@ -26,15 +24,6 @@ from support.big_models import big_store
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 ASIDE = f"{OWN}:AnswersLow:answer={int(Kind.COMPUTE)}"
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExpertStore]:
-    folder = tmp_path_factory.mktemp("stores")
-    return {
-        precision: pack(resolve("tiny"), folder / precision, precision=precision)
-        for precision in ("native", "4bit", "2bit")
-    }
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -300,6 +301,16 @@ def low_store(model: str, low: str | None, full: ExpertStore | None) -> ExpertSt
     if full is not None:
         check_lower(full, found)
     return found
+
+
+def check_low_name(low: str | None, experts: Sequence[str]) -> None:
+    """UsageError where --low names a precision that is no lower than one of ``experts``."""
+    from moerun.packing import SCHEMES
+
+    order = list(SCHEMES)  # most bits first
+    for precision in experts:
+        if low in order and precision in order and order.index(low) <= order.index(precision):
+            raise UsageError(f"--low {low} is no lower than the experts' {precision}")
 
 
 def _low_store(model: str, low: str) -> ExpertStore:

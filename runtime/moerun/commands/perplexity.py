@@ -139,6 +139,7 @@ def perplexity(
     if by_token is None:
         by_token = any(spec.policy.lossy for spec in specs)
     pairs = _grid(model, attention, experts)
+    opt.check_low_name(low, [pair[1] for pair in pairs])
     content = held_out_text() if text is None else _read(text)
     measurement = Measurement(
         model,
