@@ -21,10 +21,10 @@ import typer
 from moepolicy import Context, find_policy
 from moerun.bench.report import hardware
 from moerun.bench.routing import UNIFORM, Routing, load_routing
-from moerun.compiling import Compiling
 from moerun.links import Done, LinkStatistics
-from moerun.report import packages
-from moerun.session import Session
+from moerun.live.report import packages
+from moerun.live.session import Session
+from moerun.memory.compiling import Compiling
 
 GOAL_US = {8: 15.0, 128: 60.0}
 SHAPES = ((8, 2, "mixtral-like"), (128, 8, UNIFORM))

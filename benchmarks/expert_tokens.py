@@ -21,10 +21,10 @@ import torch.nn.functional as F
 import typer
 from moerun.bench.generated import RandomRecords
 from moerun.bench.report import hardware
-from moerun.forms import SlotForm
-from moerun.packing import SCHEMES
-from moerun.report import packages
-from moerun.shape import ExpertShape
+from moerun.format.bitplanes import SCHEMES
+from moerun.format.expert import ExpertShape
+from moerun.kernels.slots import SlotForm
+from moerun.live.report import packages
 
 CPU = torch.device("cpu")
 SHAPES = "14336x4096,4096x14336"

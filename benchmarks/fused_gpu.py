@@ -22,10 +22,10 @@ import typer
 from moerun.bench.generated import RandomRecords
 from moerun.bench.report import hardware
 from moerun.devices import find_device
-from moerun.forms import FusedSlot
-from moerun.packing import SCHEMES, dequantise
-from moerun.report import packages
-from moerun.shape import ExpertShape
+from moerun.format.bitplanes import SCHEMES, dequantise
+from moerun.format.expert import ExpertShape
+from moerun.kernels.slots import FusedSlot
+from moerun.live.report import packages
 
 SHAPES = "28672x4096,4096x14336"
 TOKENS = "1,2,16,64,512"

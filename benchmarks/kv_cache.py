@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from moerun.bench.report import hardware
-from moerun.kvcache import new_cache
-from moerun.report import packages
+from moerun.live.kvcache import new_cache
+from moerun.live.report import packages
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 CONTEXTS = "128,512,2048,8192"

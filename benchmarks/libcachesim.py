@@ -231,7 +231,7 @@ def our_run(workload: Any, cell: Cell) -> tuple[int, float]:
     """Misses and CPU seconds of one compiled run, its policy's making included."""
     from moepolicy import Kind, find_policy
     from moepolicy.state import COUNTERS
-    from moesim.decisions import decisions
+    from moesim.engines.timeless import decisions
 
     spec = find_policy(POLICIES.get(cell.policy, "lru"))
     context = workload.context(cell.slots, "layer")

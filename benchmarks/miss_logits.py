@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from moepolicy import Context, Kind, PolicySpec, Step, find_policy
 from moepolicy.eviction import Lru
-from moerun.checkpoints import resolve
-from moerun.pack import pack
-from moerun.runner import Runner, Settings
-from moerun.totals import Totals
+from moerun.checkpoint.hub import resolve
+from moerun.live.runner import Runner, Settings
+from moerun.live.totals import Totals
+from moerun.store.pack import pack
 from transformers import AutoModelForCausalLM
 
 TEXT = (

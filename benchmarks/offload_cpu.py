@@ -24,7 +24,7 @@ import typer
 from memory_group import MemoryGroup
 from moerun.bench.report import hardware
 from moerun.commands.options import quiet_libraries
-from moerun.report import packages
+from moerun.live.report import packages
 from offload_engines import ENGINES, OURS, PRECISION, Case, make_engine, prepare
 
 app = typer.Typer(add_completion=False)

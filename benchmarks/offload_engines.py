@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from moepolicy import find_policy
 from moerun.bench.generated import GeneratedModel
+from moerun.bench.models import find_config, shape_name
 from moerun.bench.ondisk import write_store
 from moerun.bench.routing import ForcedGates, Routing, load_routing
 from moerun.bench.run import Bench, Marked, Plan, decode_forced
-from moerun.bench.shapes import find_config, shape_name
-from moerun.families import empty_model, find_experts
-from moerun.model import rebuild_buffers
-from moerun.runner import Settings
-from moerun.tensorfile import memory_of
+from moerun.checkpoint.families import empty_model, find_experts
+from moerun.format.tensorfile import memory_of
+from moerun.live.runner import Settings
+from moerun.offload.load import rebuild_buffers
 from torch import nn
 
 CPU = torch.device("cpu")

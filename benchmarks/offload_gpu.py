@@ -20,17 +20,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from moepolicy import find_policy
+from moerun.bench.fit import Room, refuse_too_big
 from moerun.bench.generated import GeneratedModel
+from moerun.bench.models import find_config, shape_name
 from moerun.bench.report import hardware
-from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import ForcedGates, Routing, load_routing
 from moerun.bench.run import Bench, Marked, Plan, decode_forced
-from moerun.bench.shapes import find_config, shape_name
+from moerun.checkpoint.families import find_experts
 from moerun.commands.options import quiet_libraries
 from moerun.devices import find_device
-from moerun.families import find_experts
-from moerun.report import packages
-from moerun.runner import Settings
+from moerun.live.report import packages
+from moerun.live.runner import Settings
 from offload_engines import stock_model
 from torch import nn
 

@@ -25,13 +25,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from memory_group import MemoryGroup
+from moerun.bench.models import find_config
 from moerun.bench.report import hardware
-from moerun.bench.shapes import find_config
-from moerun.checkpoints import resolve
+from moerun.checkpoint.hub import resolve
 from moerun.commands.options import quiet_libraries
-from moerun.report import packages
-from moerun.store import ExpertStore
-from moerun.tensorfile import as_bytes, bytes_of, header_of
+from moerun.format.tensorfile import as_bytes, bytes_of, header_of
+from moerun.live.report import packages
+from moerun.store.expert_store import ExpertStore
 
 SHAPE = "mixtral-8x7b"
 SHARD_BYTES = 5 * 10**9  # as published: 19 of them

@@ -25,9 +25,10 @@ import typer
 from hardware import hardware
 from moepolicy import compiled, find_policy
 from moeroute import open_trace
-from moesim import Machine, Workload, engines, load_machine, load_workload
-from moesim.costs import costs_of
-from moesim.engines import Engine
+from moesim import Machine, Workload, load_machine, load_workload
+from moesim.engines import choose as engines
+from moesim.engines.choose import Engine
+from moesim.machine.costs import costs_of
 from moesim.simulate import sizes_of
 
 DEMAND_ONLY = ("lru", "lfu", "fifo", "random", "static", "belady", "belady-bypass")
@@ -36,7 +37,7 @@ POLICIES = (*DEMAND_ONLY, "lru-spec")
 
 def everything_on(machine: Machine) -> Machine:
     """The machine with pieces, three streams, write-back and a disk behind the link."""
-    from moesim.profile import Disk
+    from moesim.machine.profile import Disk
 
     link = replace(machine.link, streams=3, chunk_bytes=8_000_000, write_back=True)
     return replace(machine, name="everything on", link=link, disk=Disk(2e9, 100e-6, 4 * 10**9))

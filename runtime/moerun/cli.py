@@ -19,8 +19,8 @@ from moerun.commands.perplexity import perplexity
 from moerun.commands.profile import profile
 from moerun.commands.serve import serve
 from moerun.errors import RunError
-from moerun.report import Format
-from moerun.servable import unserved
+from moerun.live.report import Format
+from moerun.policies import unserved
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

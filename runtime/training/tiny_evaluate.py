@@ -21,7 +21,7 @@ import torch
 import typer
 from moeroute import Trace, open_trace
 from moeroute.statistics import locality, popularity, read_routing, recall
-from moerun.predict import METHODS, find_routers
+from moerun.offload.gate_predictor import METHODS, find_routers
 from moetrace.corpus import Document, cut_windows
 from moetrace.model import Checkpoint, load
 from moetrace.record import Settings, record

@@ -17,11 +17,12 @@ from moesim import __version__
 from moesim.commands.curve import curve
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
-from moesim.engine import Segment
-from moesim.engines import Engine
+from moesim.engines.choose import Engine
+from moesim.engines.in_simpy import Segment
+from moesim.engines.timeline import write_timeline
 from moesim.errors import SimulationError
-from moesim.limits.gap import BASELINE
-from moesim.profile import load_machine, machine_names
+from moesim.limits.bounds import BASELINE
+from moesim.machine.profile import load_machine, machine_names
 from moesim.report import Compared, Format, beside_baseline, deliver, render
 from moesim.simulate import (
     check_calibration,
@@ -30,7 +31,6 @@ from moesim.simulate import (
     simulate,
     workload_for,
 )
-from moesim.timeline import write_timeline
 
 app = typer.Typer(
     help="Score cache and prefetch policies for mixture-of-experts offloading on recorded routing.",

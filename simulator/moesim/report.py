@@ -18,7 +18,7 @@ from rich.table import Table
 
 from moesim.files import written_whole
 from moesim.limits import Gap, gap_of
-from moesim.limits.gap import BASELINE
+from moesim.limits.bounds import BASELINE
 from moesim.simulate import Result
 
 WIDTH = 100  # of a table that is not printed to a terminal

@@ -24,15 +24,15 @@ from moeroute import Trace
 from moeroute.schema import TraceMeta, prediction_column
 from numpy.typing import NDArray
 
-from moesim.costs import Sizes, costs_of
-from moesim.engine import Clock, Segment
-from moesim.engines import Engine, run
+from moesim.engines.choose import Engine, run
+from moesim.engines.in_simpy import Clock, Segment
+from moesim.engines.onepass import Decisions
 from moesim.errors import SimulationError, UsageError
 from moesim.limits import Limits, limits_of
-from moesim.loading import load_workload
-from moesim.onepass import Decisions
-from moesim.profile import NS_PER_S, Machine
-from moesim.workload import Workload
+from moesim.machine.costs import Sizes, costs_of
+from moesim.machine.profile import NS_PER_S, Machine
+from moesim.workload.loading import load_workload
+from moesim.workload.steps import Workload
 
 IN_MEMORY = 1 << 21  # rows of a trace that is held in memory
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}

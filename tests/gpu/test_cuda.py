@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import find_policy
-from moerun.attention import PackedLinear
-from moerun.checkpoints import resolve
+from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.experts import ResidentProvider
-from moerun.forms import SlotForm
-from moerun.generate import Sampling
+from moerun.kernels.slots import SlotForm
 from moerun.links import HostTier
-from moerun.model import load_offloaded
-from moerun.pack import pack
-from moerun.profile import measure
-from moerun.runner import Runner, Settings
-from moerun.store import ExpertStore
+from moerun.live.generate import Sampling
+from moerun.live.runner import Runner, Settings
+from moerun.offload.attention import PackedLinear
+from moerun.offload.experts import ResidentProvider
+from moerun.offload.load import load_offloaded
+from moerun.profiling.profiler import measure
+from moerun.store.expert_store import ExpertStore
+from moerun.store.pack import pack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -218,7 +218,7 @@ def test_a_profile_of_the_gpu(store: ExpertStore, device: torch.device) -> None:
 def test_more_slots_than_the_gpu_has_memory_for_are_refused(
     store: ExpertStore, device: torch.device, tmp_path: Path
 ) -> None:
-    from moerun.runner import make_link
+    from moerun.live.runner import make_link
 
     form = SlotForm(store.index.shape, store.index.precision, device)
     _, total = torch.cuda.mem_get_info(device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from moerun.bench.generated import RandomRecords
-from moerun.forms import FusedSlot, SlotForm
-from moerun.packing import SCHEMES, dequantise
-from moerun.shape import ExpertShape
+from moerun.format.bitplanes import SCHEMES, dequantise
+from moerun.format.expert import ExpertShape
+from moerun.kernels.slots import FusedSlot, SlotForm
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import Kind, find_policy
-from moerun.checkpoints import resolve
-from moerun.generate import Sampling
-from moerun.pack import pack
-from moerun.runner import Runner, Settings
-from moerun.store import ExpertStore
+from moerun.checkpoint.hub import resolve
+from moerun.live.generate import Sampling
+from moerun.live.runner import Runner, Settings
+from moerun.store.expert_store import ExpertStore
+from moerun.store.pack import pack
 
 pytestmark = [
     pytest.mark.gpu,

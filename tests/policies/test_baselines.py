@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from moepolicy import Context, Kind, PolicyError, find_policy
 from moepolicy.state import COUNTERS
-from moesim.decisions import decisions
+from moesim.engines.timeless import decisions
 from support.clock import context_for, drive, make_steps
 from support.workloads import make_workload
 

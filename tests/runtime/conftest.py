@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moerun.checkpoints import resolve
-from moerun.pack import pack
-from moerun.store import ExpertStore
+from moerun.checkpoint.hub import resolve
+from moerun.store.expert_store import ExpertStore
+from moerun.store.pack import pack
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +53,6 @@ def interpreted() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_dot", create_dot)
-        import moerun.fused  # noqa: F401
+        import moerun.kernels.gpu  # noqa: F401
 
         yield

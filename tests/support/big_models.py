@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moerun.checkpoints import resolve
-from moerun.pack import pack
-from moerun.store import ExpertStore
+from moerun.checkpoint.hub import resolve
+from moerun.store.expert_store import ExpertStore
+from moerun.store.pack import pack
 
 from support.moe_models import save_checkpoint
 

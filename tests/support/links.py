@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from moerun.arena import Arena
 from moerun.errors import RunError
 from moerun.links import Done, LinkStatistics, Records, in_form
-from moerun.links.turns import Pieces
+from moerun.links.arena import Arena
+from moerun.links.bus import Pieces
 
 RECORD_BYTES = 4096
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from hypothesis import strategies as st
 from moesim import Machine
-from moesim.profile import Compute, Cpu, Disk, Link
+from moesim.machine.profile import Compute, Cpu, Disk, Link
 
 NS = 1e-9
 

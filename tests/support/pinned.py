@@ -10,10 +10,10 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from moerun.arena import Arena, device_memory
 from moerun.links import DualSlot, HostTier, Records, in_form
+from moerun.links.arena import Arena, device_memory
+from moerun.links.bus import Pieces
 from moerun.links.pinned import PinnedLink
-from moerun.links.turns import Pieces
 
 from support.lanes import PATIENCE_S, Span, ThreadLanes
 from support.links import MemoryRecords

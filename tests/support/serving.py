@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import httpx2 as httpx
 import openai
-from moerun.checkpoints import resolve
-from moerun.pack import pack
+from moerun.checkpoint.hub import resolve
+from moerun.store.pack import pack
 from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE_S = 120

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from moerun.errors import RunError
-from moerun.predict import GATE_INPUT, METHODS, OWN_NORM, GatePredictor, find_routers
+from moerun.offload.gate_predictor import GATE_INPUT, METHODS, OWN_NORM, GatePredictor, find_routers
 from moetrace.capture import Routing, RoutingCapture
 from support.moe_models import FAMILIES, random_model
 from torch import Tensor

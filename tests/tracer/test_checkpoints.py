@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from moerun.checkpoints import resolve
+from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moeroute import open_trace
-from moerun.checkpoints import resolve
+from moerun.checkpoint.hub import resolve
 from support.moe_models import random_model, save_checkpoint
 
 Run = Callable[..., "tuple[int, str, str]"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from moeroute import Trace, open_trace
 from moerun.errors import RunError
-from moerun.predict import OWN_NORM
+from moerun.offload.gate_predictor import OWN_NORM
 from moetrace.corpus import Windows
 from moetrace.model import Checkpoint
 from moetrace.record import Settings, open_windows, record

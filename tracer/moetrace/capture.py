@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from moerun.errors import RunError
-from moerun.predict import GatePredictor, find_routers
+from moerun.offload.gate_predictor import GatePredictor, find_routers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -27,8 +27,8 @@ class Routing(NamedTuple):
 class RoutingCapture:
     """A context manager under which forward passes of `model` leave their routing for `take`.
 
-    `horizon` 0 records no predictions; `prediction` is a method of moerun.predict, None the
-    default one. What the gates give stays on the model's device until taken.
+    `horizon` 0 records no predictions; `prediction` is a method of moerun.offload.gate_predictor,
+    None the default one. What the gates give stays on the model's device until taken.
     """
 
     def __init__(self, model: nn.Module, horizon: int, prediction: str | None = None) -> None:

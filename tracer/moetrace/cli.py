@@ -23,7 +23,7 @@ app = typer.Typer(
 
 
 class Prediction(StrEnum):
-    """The methods of moerun.predict, which is not imported for the help text alone."""
+    """The methods of moerun.offload.gate_predictor, which the help text alone does not import."""
 
     own_norm = "own-norm"
     gate_input = "gate-input"

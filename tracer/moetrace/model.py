@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moerun.checkpoints import resolve
+from moerun.checkpoint.families import empty_model, expert_shape, find_experts, shared_experts_of
+from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.families import empty_model, expert_shape, find_experts, shared_experts_of
-from moerun.predict import find_routers
-from moerun.shape import NATIVE, PLAIN, PRECISIONS
+from moerun.format.expert import NATIVE, PLAIN, PRECISIONS
+from moerun.offload.gate_predictor import find_routers
 from torch import nn
 
 DTYPES = {"auto": None, **PLAIN}

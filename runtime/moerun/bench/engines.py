@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from moerun.experts import Item, Served, served_in_order
 from moerun.links import Done, Link, Throttle, in_form
+from moerun.offload.experts import Item, Served, served_in_order
 
 
 class LentLink:

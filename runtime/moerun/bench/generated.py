@@ -16,10 +16,7 @@ from typing import Any
 
 import torch
 
-from moerun.attention import install_attention
-from moerun.errors import RunError
-from moerun.experts import IMPLEMENTATION, register
-from moerun.families import (
+from moerun.checkpoint.families import (
     count_experts,
     empty_model,
     expert_shape,
@@ -28,7 +25,16 @@ from moerun.families import (
     shared_experts_of,
     top_k_of,
 )
-from moerun.index import (
+from moerun.errors import RunError
+from moerun.format.bitplanes import SCALE_UNIT, SCHEMES, Scheme
+from moerun.format.expert import NATIVE, PLAIN, ExpertShape, scheme_of
+from moerun.format.layout import RECORD_ALIGN
+from moerun.format.tensorfile import bytes_of, header_of
+from moerun.offload.attention import install_attention
+from moerun.offload.experts import IMPLEMENTATION, register
+from moerun.offload.load import rebuild_buffers
+from moerun.store.expert_store import ExpertStore, Read
+from moerun.store.index import (
     ATTENTION_FILE,
     AttentionRecords,
     LayerRecords,
@@ -36,13 +42,7 @@ from moerun.index import (
     StoreIndex,
     experts_file,
 )
-from moerun.layout import RECORD_ALIGN
-from moerun.model import rebuild_buffers
-from moerun.packing import SCALE_UNIT, SCHEMES, Scheme
-from moerun.plan import Precisions, layer_bytes, packages, token_bytes
-from moerun.shape import NATIVE, PLAIN, ExpertShape, scheme_of
-from moerun.store import ExpertStore, Read
-from moerun.tensorfile import bytes_of, header_of
+from moerun.store.pack_plan import Precisions, layer_bytes, packages, token_bytes
 
 WEIGHT_STD = 0.02
 _DRAWN = 1 << 20  # dense weights repeat a block of so many

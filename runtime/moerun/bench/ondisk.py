@@ -12,10 +12,10 @@ import torch
 
 from moerun.bench.generated import GeneratedModel, Progress, record_tensors
 from moerun.errors import RunError
-from moerun.index import DENSE_FILE, INDEX_FILE, AttentionRecords, write_json
-from moerun.layout import RECORD_ALIGN
-from moerun.store import ExpertStore
-from moerun.tensorfile import TensorFileWriter, memory_of, write_tensors
+from moerun.format.layout import RECORD_ALIGN
+from moerun.format.tensorfile import TensorFileWriter, memory_of, write_tensors
+from moerun.store.expert_store import ExpertStore
+from moerun.store.index import DENSE_FILE, INDEX_FILE, AttentionRecords, write_json
 
 
 def write_store(

@@ -13,12 +13,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from moerun.bench.run import RELEASED, Bench, Timed
-from moerun.report import Format, changed, packages
+from moerun.live.report import Format, changed, packages
 
 if TYPE_CHECKING:
     import torch
 
-    from moerun.totals import Totals
+    from moerun.live.totals import Totals
 
 RELEASED_LABEL = f"{RELEASED} (model of mixtral-offloading)"
 

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
-from moerun.predict import GatePredictor, find_routers
-from moerun.session import Session
+from moerun.live.session import Session
+from moerun.offload.gate_predictor import GatePredictor, find_routers
 
 if TYPE_CHECKING:
     from moeroute import Rows, TraceMeta
 
-    from moerun.index import StoreIndex
+    from moerun.store.index import StoreIndex
 
 MIXTRAL = "mixtral-like"
 UNIFORM = "uniform"

@@ -15,27 +15,27 @@ from typing import Any, NamedTuple, cast
 import torch
 from moepolicy import Context, PolicySpec
 
-from moerun.aside import Aside
 from moerun.bench.engines import HitsOnly, LentLink, ReleasedEngine, copy_all
+from moerun.bench.fit import Room, refuse_too_big
 from moerun.bench.generated import GeneratedModel, GeneratedStore, Progress
 from moerun.bench.ondisk import write_store
-from moerun.bench.room import Room, refuse_too_big
 from moerun.bench.routing import ForcedGates, Routing
+from moerun.checkpoint.families import find_experts
 from moerun.devices import calm_collector
 from moerun.errors import RunError, UsageError
-from moerun.experts import Sums, attach
-from moerun.families import find_experts
-from moerun.forms import SlotForm
-from moerun.generate import Sampling, Timings
-from moerun.kvcache import new_cache
+from moerun.kernels.slots import SlotForm
 from moerun.links import Link, Throttle
-from moerun.memory import MemoryPlan, Peak
-from moerun.planning import plan_policies
-from moerun.runner import Settings, check_lower, make_aside, make_link
-from moerun.servable import refuse_unservable
-from moerun.session import Session
-from moerun.store import ExpertStore
-from moerun.totals import Totals
+from moerun.live.generate import Sampling, Timings
+from moerun.live.kvcache import new_cache
+from moerun.live.runner import Settings, check_lower, make_aside, make_link
+from moerun.live.session import Session
+from moerun.live.totals import Totals
+from moerun.memory.fit import plan_policies
+from moerun.memory.needs import MemoryPlan, Peak
+from moerun.offload.cpu_experts import Aside
+from moerun.offload.experts import Sums, attach
+from moerun.policies import refuse_unservable
+from moerun.store.expert_store import ExpertStore
 
 RELEASED = "released"
 LINK_PROBE_S = 0.5  # what a measurement of the link aims at

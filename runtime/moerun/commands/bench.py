@@ -14,7 +14,7 @@ from rich.console import Console
 from moerun.commands import options as opt
 from moerun.commands.progress import pack_progress
 from moerun.errors import RunError
-from moerun.report import Format
+from moerun.live.report import Format
 
 
 class Baseline(StrEnum):
@@ -120,9 +120,9 @@ def bench(
     opt.quiet_libraries()
     from moerun.bench import report as reports
     from moerun.bench.generated import GeneratedModel
+    from moerun.bench.models import find_config, shape_name
     from moerun.bench.routing import load_routing
     from moerun.bench.run import Bench, Plan, simulated_tokens_per_s
-    from moerun.bench.shapes import find_config, shape_name
 
     plan = Plan(specs, tokens, warm_up, rounds, baseline is Baseline.released)
     plan.check(low=low is not None)

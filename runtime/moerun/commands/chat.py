@@ -71,8 +71,8 @@ def chat(
     settings = replace(settings, low=opt.low_store(model, low, found))
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
-    from moerun.runner import Runner
-    from moerun.sitting import Sitting
+    from moerun.live.runner import Runner
+    from moerun.serving.terminal import Sitting
 
     with Runner(found, settings, report=say) as runner:
         tell_plan(runner)

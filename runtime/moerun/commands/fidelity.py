@@ -14,12 +14,12 @@ import typer
 from moepolicy import find_policy
 from rich.console import Console
 
-from moerun.calm import CALM
 from moerun.commands import options as opt
-from moerun.report import Format
+from moerun.live.report import Format
+from moerun.profiling.undisturbed import CALM
 
 if TYPE_CHECKING:
-    from moerun.fidelity import Comparison
+    from moerun.profiling.fidelity import Comparison
 
 PROMPT = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the "
@@ -82,7 +82,7 @@ def fidelity(
     opt.check_machine(machine)
     found = opt.store(model, precision, store, attention)
     settings = replace(settings, low=opt.low_store(model, low, found))
-    from moerun.fidelity import compare
+    from moerun.profiling.fidelity import compare
 
     with Console(stderr=True).status("preparing") as status:
         rows = compare(

@@ -10,12 +10,12 @@ import typer
 from moepolicy import find_policy
 
 from moerun.errors import RunError, UsageError
-from moerun.report import Format
+from moerun.live.report import Format
 
 if TYPE_CHECKING:
-    from moerun.generate import Sampling
-    from moerun.runner import Settings
-    from moerun.store import ExpertStore
+    from moerun.live.generate import Sampling
+    from moerun.live.runner import Settings
+    from moerun.store.expert_store import ExpertStore
 
 
 Output = Annotated[
@@ -202,11 +202,11 @@ def settings(
         raise typer.BadParameter("--context is what --memory plans for: give that, too")
     if horizon is not None and horizon < 0:
         raise UsageError(f"horizon must be 0 or more, not {horizon}")
-    from moerun.budget import parse_budget, read_budget
     from moerun.devices import find_device, parse_bytes, use_threads
     from moerun.links.base import check_ways
-    from moerun.runner import Settings, check_rate
-    from moerun.servable import refuse_unservable
+    from moerun.live.runner import Settings, check_rate
+    from moerun.memory.budget import parse_budget, read_budget
+    from moerun.policies import refuse_unservable
 
     # Before a checkpoint is packed for hours in vain; a lower precision may still be given.
     refuse_unservable(spec, low=True)
@@ -246,7 +246,7 @@ def sampling(
     seed: int,
     stop: list[str] | None = None,
 ) -> Sampling:
-    from moerun.generate import Sampling
+    from moerun.live.generate import Sampling
 
     chosen = Sampling(max_new_tokens, temperature, top_p, seed, stop_strings=tuple(stop or ()))
     chosen.check()
@@ -260,7 +260,7 @@ def store(
     from rich.console import Console
 
     from moerun.commands.progress import pack_progress
-    from moerun.stores import find_store
+    from moerun.store.find import find_store
 
     quiet_libraries()
     console = Console(stderr=True)
@@ -295,7 +295,7 @@ def low_store(model: str, low: str | None, full: ExpertStore | None) -> ExpertSt
     """The second store that --low asks for, lower than ``full``; None where it does not."""
     if low is None:
         return None
-    from moerun.runner import check_lower
+    from moerun.live.runner import check_lower
 
     found = _low_store(model, low)
     if full is not None:
@@ -305,7 +305,7 @@ def low_store(model: str, low: str | None, full: ExpertStore | None) -> ExpertSt
 
 def check_low_name(low: str | None, experts: Sequence[str]) -> None:
     """UsageError where --low names a precision that is no lower than one of ``experts``."""
-    from moerun.packing import SCHEMES
+    from moerun.format.bitplanes import SCHEMES
 
     order = list(SCHEMES)  # most bits first
     for precision in experts:
@@ -314,8 +314,8 @@ def check_low_name(low: str | None, experts: Sequence[str]) -> None:
 
 
 def _low_store(model: str, low: str) -> ExpertStore:
-    from moerun.shape import PRECISIONS
-    from moerun.stores import is_store
+    from moerun.format.expert import PRECISIONS
+    from moerun.store.find import is_store
 
     if low not in PRECISIONS:
         if not is_store(Path(low).expanduser()):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moerun.commands import options as opt
-from moerun.report import decimal_bytes
+from moerun.live.report import decimal_bytes
 
 if TYPE_CHECKING:
-    from moerun.store import ExpertStore
+    from moerun.store.expert_store import ExpertStore
 
 
 def pack(
@@ -58,11 +58,11 @@ def pack(
     """
     from rich.console import Console
 
-    from moerun.checkpoints import resolve
+    from moerun.checkpoint.hub import resolve
     from moerun.commands.progress import pack_progress
     from moerun.devices import find_device
-    from moerun.pack import pack as pack_store
-    from moerun.stores import stores_in
+    from moerun.store.find import stores_in
+    from moerun.store.pack import pack as pack_store
 
     opt.quiet_libraries()
     checkpoint = resolve(model, revision=revision)
@@ -96,7 +96,7 @@ def pack(
 
 def _sizes(store: ExpertStore) -> Iterator[str]:
     """What was packed, part by part, and for Mixtral-8x7B what the base paper's took."""
-    from moerun.table1 import MODEL, published
+    from moerun.perplexity.table1 import MODEL, published
 
     index, total = store.index, store.total_bytes
     yield (

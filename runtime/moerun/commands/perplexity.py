@@ -19,13 +19,13 @@ from rich.console import Console
 
 from moerun.commands import options as opt
 from moerun.errors import RunError
-from moerun.report import Format, decimal_bytes
+from moerun.live.report import Format, decimal_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from moerun.grid import Cell, Key, Results
-    from moerun.perplexity import Measurement
+    from moerun.perplexity.measure import Measurement
+    from moerun.perplexity.results import Cell, Key, Results
 
 TABLE_1 = "native,4bit,3bit,2bit"
 HELD_OUT_SHARE = 0.05  # of each text the bundled model was trained on
@@ -130,9 +130,9 @@ def perplexity(
         threads=threads,
     )
     opt.quiet_libraries()
-    from moerun.grid import Results
-    from moerun.perplexity import Measurement
-    from moerun.servable import refuse_unservable
+    from moerun.perplexity.measure import Measurement
+    from moerun.perplexity.results import Results
+    from moerun.policies import refuse_unservable
 
     for spec in specs:
         refuse_unservable(spec, low=low is not None)
@@ -197,8 +197,8 @@ def _read(path: Path) -> str:
 
 def _grid(model: str, attention: str | None, experts: str | None) -> list[tuple[str, str]]:
     """The precisions asked for, attention by attention."""
-    from moerun.perplexity import own_precisions
-    from moerun.plan import Precisions
+    from moerun.perplexity.measure import own_precisions
+    from moerun.store.pack_plan import Precisions
 
     own = own_precisions(model)
     ours, theirs = own or (TABLE_1, TABLE_1)

@@ -48,7 +48,7 @@ def profile(
     )
     opt.check_folder_of(out)
     found = opt.store(model, precision, store, attention)
-    from moerun.profile import measure
+    from moerun.profiling.profiler import measure
 
     with Console(stderr=True).status("preparing") as status:
         measured = measure(found, settings, name or out.stem, repeats=repeats, report=status.update)

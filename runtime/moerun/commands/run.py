@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from moerun.devices import calm_collector
-from moerun.generate import Generation, Sampling, encode
-from moerun.model import load_tokenizer
-from moerun.planning import plan_memory
-from moerun.record import LiveRecording
-from moerun.report import Format, provenance, render, report_of
-from moerun.runner import Runner, Settings
-from moerun.store import ExpertStore
+from moerun.live.generate import Generation, Sampling, encode
+from moerun.live.recording import LiveRecording
+from moerun.live.report import Format, provenance, render, report_of
+from moerun.live.runner import Runner, Settings
+from moerun.memory.fit import plan_memory
+from moerun.offload.load import load_tokenizer
+from moerun.store.expert_store import ExpertStore
 
 
 def run(

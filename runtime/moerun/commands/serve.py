@@ -16,7 +16,7 @@ from moerun.commands import options as opt
 from moerun.errors import RunError
 
 if TYPE_CHECKING:
-    from moerun.runner import Runner
+    from moerun.live.runner import Runner
     from moerun.serving.worker import Worker
 
 
@@ -107,7 +107,7 @@ def serve(
     settings = replace(settings, low=opt.low_store(model, low, found))
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
-    from moerun.runner import Runner
+    from moerun.live.runner import Runner
     from moerun.serving.app import Service
 
     err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -144,7 +144,7 @@ def _loopback(host: str) -> bool:
 
 
 def _statistics(runner: Runner, worker: Worker, interrupted: bool) -> None:
-    from moerun.report import Format, render, report_of
+    from moerun.live.report import Format, render, report_of
 
     report = report_of(runner, worker.work, interrupted=interrupted)
     sys.stderr.write(render(report, Format.table, "", {}))

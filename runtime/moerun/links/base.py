@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from moerun.arena import Arena, device_memory
 from moerun.errors import UsageError
-from moerun.layout import RECORD_ALIGN
-from moerun.links.turns import Pieces
+from moerun.format.layout import RECORD_ALIGN
+from moerun.links.arena import Arena, device_memory
+from moerun.links.bus import Pieces
 
 Done = Callable[[int, Exception | None], None]
 """Told of each copy, by the link's own thread: the key, and what went wrong (None: it is there)."""

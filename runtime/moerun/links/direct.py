@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from moerun.errors import RunError
-from moerun.layout import RECORD_ALIGN
-from moerun.links.turns import Pieces
-from moerun.store import ExpertStore
-from moerun.tensorfile import read_at
+from moerun.format.layout import RECORD_ALIGN
+from moerun.format.tensorfile import read_at
+from moerun.links.bus import Pieces
+from moerun.store.expert_store import ExpertStore
 
 
 class DirectRecords:

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 
 from moerun.links.base import DualSlot, Records, Slot, Throttle
+from moerun.links.bus import Job
 from moerun.links.direct import DirectRecords
 from moerun.links.host import HostTier
-from moerun.links.threads import ThreadedLink
-from moerun.links.turns import Job
+from moerun.links.threaded import ThreadedLink
 
 
 class DiskLink(ThreadedLink):

@@ -13,14 +13,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from moerun.arena import device_memory
 from moerun.devices import format_bytes, free_bytes
 from moerun.errors import RunError
-from moerun.layout import RECORD_ALIGN
+from moerun.format.layout import RECORD_ALIGN
+from moerun.links.arena import device_memory
 from moerun.links.base import Records
+from moerun.links.bus import Job, Pieces, Turns
 from moerun.links.direct import DirectRecords
-from moerun.links.places import Places
-from moerun.links.turns import Job, Pieces, Turns
+from moerun.links.two_sizes import Places
 
 READ_BYTES = 8 << 20
 """The pieces that records are read in: large enough for the disk to have many requests of one at

@@ -13,9 +13,9 @@ from queue import SimpleQueue
 import torch
 
 from moerun.links.base import Done, DualSlot, Slot, SlotLink, Throttle
+from moerun.links.bus import Job, rank_of
 from moerun.links.host import Hold, HostTier
 from moerun.links.lanes import Lane, Lanes, Mark
-from moerun.links.turns import Job, rank_of
 
 PIECES_AHEAD = 2
 """Pieces that have the bus together: one crosses, the next is queued behind it, so that the device

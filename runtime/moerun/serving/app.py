@@ -18,14 +18,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from moerun.chat import encode_chat, stops_of
 from moerun.errors import RunError
-from moerun.generate import encode
-from moerun.runner import Runner
-from moerun.serving.gates import Counted, Guarded
+from moerun.live.generate import encode
+from moerun.live.runner import Runner
+from moerun.serving.answering import Talk
+from moerun.serving.chat import encode_chat, stops_of
 from moerun.serving.metrics import CONTENT_TYPE, Metrics
+from moerun.serving.middleware import Counted, Guarded
 from moerun.serving.protocol import Answer, ApiError, Ask, Defaults, parse
-from moerun.serving.talk import Talk
 from moerun.serving.worker import Done, Piece, Worker
 
 BODY_BYTES = 16 << 20  # no prompt that a model can take is longer

@@ -12,7 +12,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from moerun.generate import Work
+from moerun.live.generate import Work
 from moerun.serving.worker import Worker
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

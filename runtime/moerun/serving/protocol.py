@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moerun.chat import Message
 from moerun.errors import RunError
-from moerun.generate import Generated, Sampling
+from moerun.live.generate import Generated, Sampling
+from moerun.serving.chat import Message
 
 UNLIMITED = 1 << 30
 COMPLETION_TOKENS = 16  # what /v1/completions generates unless told, by the reference

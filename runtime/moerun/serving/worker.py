@@ -13,8 +13,8 @@ import torch
 from moepolicy import PolicyError
 
 from moerun.errors import RunError
-from moerun.generate import NO_WORK, Generated, Generation, Sampling, Work
-from moerun.runner import Runner
+from moerun.live.generate import NO_WORK, Generated, Generation, Sampling, Work
+from moerun.live.runner import Runner
 
 LOG = logging.getLogger("moerun")
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moesim import __version__
-from moesim.curves import LIMIT, hit_curve, shuffled
-from moesim.loading import load_workload
+from moesim.curves.hit_ratios import LIMIT, hit_curve, shuffled
 from moesim.report import Format, deliver
+from moesim.workload.loading import load_workload
 
 
 def curve(

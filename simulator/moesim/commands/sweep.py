@@ -19,11 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moesim.engines import Engine
+from moesim.engines.choose import Engine
 from moesim.report import Format
-from moesim.sweep.drive import Report, Settings, run_sweep
 from moesim.sweep.grid import load_grid, make_grid, merge, parse_parameter
-from moesim.sweep.run import Watcher
+from moesim.sweep.loop import Watcher
+from moesim.sweep.run import Report, Settings, run_sweep
 from moesim.sweep.summary import best, render
 
 SHOWN_FAILURES = 10

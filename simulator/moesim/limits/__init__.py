@@ -1,6 +1,6 @@
 """What no policy can beat: the fewest loads and the least time, knowing the future."""
 
-from moesim.limits.gap import Gap, Limits, gap_closed, gap_of, limits_of
+from moesim.limits.bounds import Gap, Limits, gap_closed, gap_of, limits_of
 from moesim.limits.loads import min_loads
 from moesim.limits.time import min_time_ns
 

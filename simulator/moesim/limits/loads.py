@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import UsageError
-from moesim.workload import Workload
+from moesim.workload.steps import Workload
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -79,7 +79,7 @@ def windows(
 ) -> NDArray[np.int64]:
     """int64[starts, count, 2]: from every ``stride`` steps, for windows of 1, 2, ... ``count``
     strides, the loads from empty caches and those of them that the best content would spare."""
-    from moesim.limits.kernels import window_loads
+    from moesim.limits.belady_kernel import window_loads
 
     found = window_loads(
         workload.next_use,

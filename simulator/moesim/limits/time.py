@@ -20,10 +20,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from moesim.costs import Costs, Sizes, costs_of
 from moesim.limits.loads import domains, remembered, windows
-from moesim.profile import Machine
-from moesim.workload import Workload
+from moesim.machine.costs import Costs, Sizes, costs_of
+from moesim.machine.profile import Machine
+from moesim.workload.steps import Workload
 
 REACH = 32
 FINE = (1, 8)  # units between the starts of windows that reach up to REACH times as far
@@ -89,7 +89,7 @@ def min_time_ns(
             min_time_ns(part, machine, sizes, slots, scope, buffers=buffers, decoding=decoding)
             for part in workload.sequences()
         )
-    from moesim.limits.kernels import longest_path
+    from moesim.limits.belady_kernel import longest_path
 
     costs = costs_of(workload, machine, sizes, predicting=False)
     _, n_domains, capacity = domains(workload, slots, scope)

@@ -35,7 +35,7 @@ from typing import Any
 from moepolicy import PolicySpec, find_policy
 from moepolicy.console import nearest
 
-from moesim.engines import Engine
+from moesim.engines.choose import Engine
 from moesim.errors import SimulationError, UsageError
 
 SCOPES = ("layer", "global")

@@ -1,6 +1,6 @@
 """The process that talks to Ray: starts actors, passes points on, tells who died.
 
-It speaks with `moesim.sweep.cluster` over a pipe and ends when that closes.
+It speaks with `moesim.sweep.ray_pool` over a pipe and ends when that closes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from moesim.sweep.cluster import Connected, Gone
 from moesim.sweep.plan import Job, Point, code_digest
 from moesim.sweep.pool import HOPELESS, Finished, Lost, Ready, one_thread
+from moesim.sweep.ray_pool import Connected, Gone
 from moesim.sweep.worker import Outcome, Worker
 
 REACH_S = 5.0

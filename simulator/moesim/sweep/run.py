@@ -1,161 +1,166 @@
-"""The loop of a sweep: points out to workers, outcomes into the journal."""
+"""A sweep from its grid to its result file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from moesim.limits import gap_of
+from moeroute.parquet import is_url
+
+from moesim.errors import SimulationError
+from moesim.sweep.grid import Grid
 from moesim.sweep.journal import Journal
-from moesim.sweep.plan import Plan
-from moesim.sweep.pool import Finished, Lost, Pool
-from moesim.sweep.schedule import Schedule
-from moesim.sweep.worker import Outcome
+from moesim.sweep.loop import Sweep, Watcher
+from moesim.sweep.plan import make_plan, none_valid
+from moesim.sweep.pool import Pool, ProcessPool
+from moesim.sweep.ray_pool import RayPool, ray_address
+from moesim.sweep.results import read_finished, table, write
 
-TRIES = 2  # a point whose worker dies is given to one other worker
-POLL_S = 0.5
-
-
-def _nobody(*_: object) -> None:
-    """Listens to nothing."""
+LOCAL = "local"
 
 
-@dataclass
-class Watcher:
-    """Who is told how a sweep goes: points done, of how many, on how many workers; and news."""
+@dataclass(frozen=True)
+class Settings:
+    """How a sweep is run; none of it changes the result.
 
-    advance: Callable[[int, int, int], None] = _nobody
-    say: Callable[[str], None] = _nobody
+    on        "local", "ray", or a cluster's address
+    workers   at a time; None: a worker for every core
+    resume    keep what an earlier sweep finished, in ``state`` or the result itself
+    restart   throw away what an unfinished sweep left in ``state``
+    state     folder for finished points until the end; None: beside the result
+    """
+
+    on: str = LOCAL
+    workers: int | None = None
+    resume: bool = False
+    restart: bool = False
+    state: Path | None = None
 
 
-@dataclass
-class _State:
-    """Points under way, by worker in the order they were given, and how often each was tried."""
+@dataclass(frozen=True)
+class Report:
+    """What a sweep came to. ``rows`` are those written; ``failures`` names points and errors."""
 
-    given: dict[int, list[int]] = field(default_factory=dict)
-    tries: dict[int, int] = field(default_factory=dict)
-    said: set[str] = field(default_factory=set)
+    rows: list[dict[str, Any]]
+    failures: dict[str, str]
+    kept: int
+    ran: int
 
 
-class Sweep:
-    """One sweep over the points of ``plan`` that ``journal`` does not have yet."""
+def run_sweep(
+    grid: Grid, out: str, settings: Settings | None = None, watcher: Watcher | None = None
+) -> Report:
+    """Simulate every point of ``grid`` and write them to ``out``, a file or URL polars can write.
 
-    def __init__(self, plan: Plan, journal: Journal, watcher: Watcher | None = None) -> None:
-        self.plan = plan
-        self.journal = journal
-        self.watcher = watcher or Watcher()
-        self.failed: dict[str, str] = {p.key: p.refused for p in plan.points if p.refused}
-        self._state = _State()
-        self._references = plan.references() if plan.grid.limits else {}
-        measured = self._measured_from()
-        # Points that come to the same (two budgets for as many slots) are run once.
-        self._todo = {
-            point.key: number
-            for number, point in reversed(list(enumerate(plan.points)))
-            if point.key not in journal.finished
-            and not point.refused
-            and (not point.reference or point.key in measured)
-        }
+    Points that fail are rows with their error. Raises SimulationError, PolicyError or TraceError
+    where the sweep cannot be begun or finished; what was finished is kept then, and on a
+    KeyboardInterrupt, and used by ``resume``.
+    """
+    settings, watcher = settings or Settings(), watcher or Watcher()
+    if settings.on != LOCAL:
+        ray_address(settings.on)
+    plan = make_plan(grid)
+    _check_out(out)
+    earlier = read_finished(out) if settings.resume or is_url(out) else {}
+    with _journal(settings.state or _beside(out), settings) as journal:
+        if settings.resume:
+            for key, row in earlier.items():
+                journal.finished.setdefault(key, row)
+        sweep = Sweep(plan, journal, watcher)
+        kept = _kept(sweep, watcher)
+        todo = sweep.asked_left
+        if sweep.n_left:
+            with _keeping(sweep):
+                sweep.run(_pool(sweep, settings))
+        rows = sweep.rows()
+        if all(row["status"] == "failed" for row in rows):
+            if not journal.finished:
+                journal.remove()
+            raise none_valid(len(rows), [row["error"] for row in rows])
+        with _keeping(sweep):
+            write(table(rows), plan, out)
+        journal.remove()
+    failures = {
+        plan.name(point): sweep.failed[point.key]
+        for point in plan.points
+        if point.key in sweep.failed and not point.reference
+    }
+    return Report(rows, failures, kept=kept, ran=todo)
 
-    def _measured_from(self) -> set[str]:
-        """Keys of the points that others are still to be measured from."""
-        finished = self.journal.finished
-        return {
-            self._references[point.key]
-            for point in self.plan.points
-            if point.key in self._references
-            and not point.reference
-            and "gap_closed_time" not in finished.get(point.key, {})
-        }
 
-    @property
-    def n_left(self) -> int:
-        return len(self._todo)
+def _check_out(out: str) -> None:
+    """What would only be found out after hours."""
+    if is_url(out):
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise SimulationError(f"{out} is a folder, not a file to write the result to")
+    if not path.absolute().parent.is_dir():
+        raise SimulationError(f"{out}: the folder {path.absolute().parent} does not exist")
 
-    @property
-    def asked_left(self) -> int:
-        """Of the points left, those of the grid."""
-        return len(self.plan.asked & self._todo.keys())
 
-    def run(self, pool: Pool) -> None:
-        """Run what is left. Finished points are in the journal however this ends.
+def _beside(out: str) -> Path:
+    """Where finished points lie: with the result, or here if that is far away."""
+    return Path((out.rsplit("/", 1)[-1] if is_url(out) else out) + ".partial")
 
-        Raises SimulationError when ``pool`` has no more workers, OSError when the journal cannot
-        be written.
-        """
-        total = self.n_left
-        try:
-            pool.start()
-            schedule = Schedule(self.plan, self._todo.values(), pool.n_workers)
-            while self._todo:
-                for event in pool.events(POLL_S):
-                    if isinstance(event, Finished):
-                        self._finish(event)
-                    elif isinstance(event, Lost):
-                        self._lose(event, schedule)
-                    else:
-                        self._state.given[event.worker] = []
-                self._feed(pool, schedule)
-                self.watcher.advance(total - self.n_left, total, len(self._state.given))
-        finally:
-            pool.stop()
 
-    def _feed(self, pool: Pool, schedule: Schedule) -> None:
-        for worker, given in self._state.given.items():
-            if not given and (numbers := schedule.take(worker)):
-                given.extend(numbers)
-                pool.give(worker, [(number, self.plan.points[number]) for number in numbers])
+def _journal(folder: Path, settings: Settings) -> Journal:
+    """The journal to go on with. SimulationError where it is not said whether to."""
+    journal = Journal(folder)
+    if journal.finished and not settings.resume:
+        if not settings.restart:
+            n = len(journal.finished)
+            journal.close()
+            raise SimulationError(
+                f"{folder} holds {n} finished points of an unfinished sweep: --resume goes on "
+                "from them, --restart throws them away"
+            )
+        journal.clear()
+    return journal
 
-    def _finish(self, event: Finished) -> None:
-        self._state.given[event.worker].remove(event.number)
-        for note in event.outcome.notes:
-            if note not in self._state.said:
-                self._state.said.add(note)
-                self.watcher.say(note)
-        self._settle(event.number, event.outcome)
 
-    def _settle(self, number: int, outcome: Outcome) -> None:
-        key = self.plan.points[number].key
-        del self._todo[key]
-        if outcome.row is not None:
-            self.journal.add(key, outcome.row)
-        else:
-            self.failed[key] = outcome.error or "failed without saying why"
+def _kept(sweep: Sweep, watcher: Watcher) -> int:
+    """How many of the grid's points are there already; those of no use are named."""
+    keys = {point.key for point in sweep.plan.points}
+    found = set(sweep.journal.finished)
+    if found - keys:
+        watcher.say(f"{len(found - keys)} finished points are not in this grid: not in its result")
+    return len(found & sweep.plan.asked)
 
-    def _lose(self, event: Lost, schedule: Schedule) -> None:
-        """Give a dead worker's points to others; the one it was at, once."""
-        schedule.forget(event.worker)
-        given = self._state.given.pop(event.worker, [])
-        if not given:
-            self.watcher.say(f"{event.reason}; it had no point, and is replaced")
-            return
-        at, *rest = given
-        for number in reversed(rest):
-            schedule.put_back(number)
-        name = self.plan.name(self.plan.points[at])
-        tries = self._state.tries[at] = self._state.tries.get(at, 0) + 1
-        if tries < TRIES:
-            self.watcher.say(f"{event.reason} at {name}; the point is tried once more")
-            schedule.put_back(at, last=True)
-        else:
-            self.watcher.say(f"{event.reason} at {name}, for the second time: the point failed")
-            self._settle(at, Outcome(None, f"{event.reason}, as did the one that tried before"))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a point of the grid, in the plan's order: what it is of, how it went, what came
-        out, and how it compares with LRU."""
-        rows = []
-        for point in self.plan.points:
-            if point.reference:
-                continue
-            row = self.plan.labels(point)
-            error = self.failed.get(point.key)
-            if error is not None:
-                rows.append(row | {"status": "failed", "error": error})
-            elif point.key in self.journal.finished:
-                found = self.journal.finished[point.key]
-                base = self.journal.finished.get(self._references.get(point.key, ""))
-                gap = gap_of(base, found).row() if base else {}
-                rows.append(found | row | gap | {"status": "ok", "error": None})
-        return rows
+def _pool(sweep: Sweep, settings: Settings) -> Pool:
+    job, journal = sweep.plan.job, sweep.journal
+    if settings.on != LOCAL:
+        return RayPool(job, settings.on, settings.workers, journal.folder / "ray.log")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPool(job, journal.scratch, min(settings.workers or cores or 1, sweep.n_left))
+
+
+@contextmanager
+def _keeping(sweep: Sweep) -> Iterator[None]:
+    """Say what is kept when a sweep does not reach its end."""
+    try:
+        yield
+    except (SimulationError, OSError) as error:
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise SimulationError(f"{where}{reason}; {_left(sweep)}") from error
+    except KeyboardInterrupt:
+        sweep.watcher.say(f"interrupted: {_left(sweep)}")
+        raise
+
+
+def _left(sweep: Sweep) -> str:
+    journal = sweep.journal
+    journal.drop_scratch()
+    journal.recount()
+    done = len(sweep.plan.asked & journal.finished.keys())
+    if not journal.finished:
+        journal.remove()
+        return "no point was finished"
+    total = done + sweep.asked_left
+    return f"{done} of {total} points are kept in {journal.folder}: --resume goes on from them"

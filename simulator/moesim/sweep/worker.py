@@ -17,16 +17,16 @@ from moepolicy import PolicyError, PolicySpec, find_policy
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
-from moesim.costs import costs_of
-from moesim.engines import Engine
+from moesim.engines.choose import Engine
+from moesim.engines.onepass import Decisions, decide, timeless
 from moesim.errors import SimulationError
-from moesim.loading import load_workload
-from moesim.onepass import Decisions, decide, timeless
-from moesim.profile import Machine
+from moesim.machine.costs import costs_of
+from moesim.machine.profile import Machine
 from moesim.simulate import simulate, sizes_of
 from moesim.sweep.plan import Job, NamedPolicy, Point, Source, code_digest
-from moesim.sweep.scratch import shared_workload
-from moesim.workload import Workload
+from moesim.sweep.shared_workloads import shared_workload
+from moesim.workload.loading import load_workload
+from moesim.workload.steps import Workload
 
 PACKAGES = ("numpy", "numba", "polars", "simpy")
 EXPECTED = (PolicyError, SimulationError, TraceError, OSError)

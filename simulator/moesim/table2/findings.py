@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesim.profile import load_machine
+from moesim.machine.profile import load_machine
 from moesim.table2.published import CARDS, FITTED, PREDICTED, Algorithm, Card, published
 from moesim.table2.reproduce import Account, Cell, Reproduction
-from moesim.workload import Workload
+from moesim.workload.steps import Workload
 
 FAR = 0.10  # a predicted cell's error that is worth naming
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from moepolicy import PolicySpec
 
 from moesim.limits import min_time_ns
-from moesim.profile import NS_PER_S
+from moesim.machine.profile import NS_PER_S
 from moesim.simulate import simulate, sizes_of
 from moesim.table2.fit import Fit
 from moesim.table2.published import CARDS, PRECISIONS, Algorithm, Card, published
 from moesim.table2.rows import Constants
-from moesim.workload import Workload
+from moesim.workload.steps import Workload
 
 
 @dataclass(frozen=True)

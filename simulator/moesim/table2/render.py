@@ -17,7 +17,7 @@ from moesim.table2.findings import reading_s, unexplained
 from moesim.table2.ours import Reach
 from moesim.table2.published import CARDS, FITTED, PRECISIONS, PREDICTED, Algorithm
 from moesim.table2.reproduce import Account, Cell, Reproduction
-from moesim.workload import Workload
+from moesim.workload.steps import Workload
 
 WIDTH = 100
 

@@ -27,7 +27,7 @@ from moesim.table2.published import (
     published,
 )
 from moesim.table2.rows import READINGS, Bench, Constants, Reading, decoding
-from moesim.workload import Workload
+from moesim.workload.steps import Workload
 
 GUESSES = (1, 2)  # experts fetched ahead: the paper says 1 or 2
 SHAPE = (32, 8, 2)

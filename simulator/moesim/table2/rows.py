@@ -25,10 +25,10 @@ import numpy as np
 from moepolicy import Context, Policy, PolicySpec, Step, find_policy
 from numpy.typing import NDArray
 
-from moesim.profile import Compute, Link, Machine
+from moesim.machine.profile import Compute, Link, Machine
 from moesim.simulate import simulate
 from moesim.table2.published import Algorithm
-from moesim.workload import Workload
+from moesim.workload.steps import Workload
 
 STEADY_TOKENS = 16  # enough where every token costs the same
 

@@ -1,0 +1,128 @@
+"""What one expert of a model consists of, and the record it becomes at a precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moerun.errors import UsageError
+from moerun.format.bitplanes import SCHEMES, PartSpec, Scheme
+from moerun.format.layout import RecordLayout
+from moerun.format.tensorfile import DTYPE_NAMES, DTYPES
+
+PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NATIVE = "native"
+PRECISIONS = (NATIVE, *PLAIN, *SCHEMES)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertParam:
+    """One parameter of the fused experts, without the dimension of the experts.
+
+    `transposed`: a matrix [K, N] that multiplies from the right (x @ W), not [N, K].
+    `skew`: bytes past a multiple of 64 at which stock transformers has every expert's (0 but for
+    checkpoints with fused experts), which a product's last bit can depend on.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+    skew: int = 0
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def rows_columns(self) -> tuple[int, int]:
+        """Output and input features."""
+        first, second = self.shape
+        return (second, first) if self.transposed else (first, second)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The parameters of one expert, in the order of their record.
+
+    For a model without weights at hand: ExpertShape.gated(hidden=4096, inner=14336).
+    """
+
+    params: tuple[ExpertParam, ...]
+
+    @classmethod
+    def gated(cls, *, hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> ExpertShape:
+        """An expert of Mixtral's kind: gate and up stacked, and down."""
+        return cls(
+            (
+                ExpertParam("gate_up_proj", (2 * inner, hidden), dtype),
+                ExpertParam("down_proj", (hidden, inner), dtype),
+            )
+        )
+
+    @classmethod
+    def matrix(cls, rows: int, columns: int) -> ExpertShape:
+        """A single matrix [rows, columns], such as a projection of attention."""
+        return cls((ExpertParam("weight", (rows, columns), torch.bfloat16),))
+
+    @property
+    def n_weights(self) -> int:
+        return sum(math.prod(param.shape) for param in self.params)
+
+    def record(self, precision: str) -> RecordLayout:
+        """The record of one expert at `precision`. Raises RunError when it does not exist."""
+        scheme = scheme_of(precision)
+        tensors: list[PartSpec] = []
+        for param in self.params:
+            if scheme and param.is_matrix:
+                scheme.check(param.name, param.rows_columns[1])
+                tensors += [
+                    (f"{param.name}.{part}", dtype, shape)
+                    for part, dtype, shape in scheme.parts(*param.rows_columns)
+                ]
+            else:
+                dtype = PLAIN.get(precision, param.dtype)
+                tensors.append((param.name, dtype, param.shape))
+        skews = {p.name: p.skew for p in self.params if PLAIN.get(precision, p.dtype) == p.dtype}
+        return RecordLayout.of(tensors, skews)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": param.name,
+                "shape": list(param.shape),
+                "dtype": DTYPE_NAMES[param.dtype],
+                "transposed": param.transposed,
+                "skew": param.skew,
+            }
+            for param in self.params
+        ]
+
+    @classmethod
+    def from_json(cls, described: list[Mapping[str, Any]]) -> ExpertShape:
+        """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
+        return cls(
+            tuple(
+                ExpertParam(
+                    p["name"],
+                    tuple(map(int, p["shape"])),
+                    DTYPES[p["dtype"]],
+                    bool(p["transposed"]),
+                    int(p["skew"]),
+                )
+                for p in described
+            )
+        )
+
+
+def scheme_of(precision: str) -> Scheme | None:
+    """The quantisation of a precision, None for a plain one. Raises RunError for an unknown one."""
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"there is no precision {precision!r}: choose from {', '.join(PRECISIONS)}"
+        )
+    return SCHEMES.get(precision)

@@ -1,0 +1,321 @@
+"""How packed matrices compute from the memory of their slot, one class a precision and device.
+
+A slot holds the form an expert is computed in. Where that is the record as it was read, reading
+lands in the slot itself; where it is not, `arrive` derives it, once a load and off the hot path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from moerun.errors import RunError
+from moerun.format.bitplanes import (
+    KERNEL_GROUP,
+    ROWS,
+    Scheme,
+    Tensors,
+    expand_codes,
+    expand_scales,
+    pack_codes,
+    unpack_codes,
+)
+from moerun.format.expert import ExpertParam, ExpertShape, scheme_of
+from moerun.format.layout import RecordLayout, align_up
+from moerun.kernels.cpu_prompt import multiply_blockwise, pays_from_tokens
+
+
+class Linear(Protocol):
+    """One matrix, ready to compute."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x[T, K] through the matrix [N, K], with its bias where it has one: [T, N]."""
+
+
+class ExpertWeights(Protocol):
+    """One expert, ready to compute. The gate between `up` and `down` is the model's own."""
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        """x[T, H] through the fused gate and up projection: [T, 2 I] (or [T, I] without gate)."""
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        """h[T, I] through the down projection: [T, H]."""
+
+
+class ExpertSlot(ExpertWeights, Protocol):
+    """The slot that experts come and go in; `linears` are its matrices, in the shape's order.
+
+    `landing` is where a record is to be read or copied to, uint8[record_bytes] within the slot;
+    None when it must land elsewhere first. Either way `arrive(record)` makes it computable.
+    """
+
+    landing: torch.Tensor | None
+    linears: tuple[Linear, ...]
+
+    def arrive(self, record: torch.Tensor) -> None:
+        """Take up the expert whose record, uint8[record_bytes], has been read.
+
+        Nothing may be computing from the slot meanwhile. Issues work on the current stream.
+        """
+
+
+class SlotForm:
+    """The form that experts of one shape and precision take on one device."""
+
+    def __init__(self, shape: ExpertShape, precision: str, device: torch.device) -> None:
+        self._shape = shape
+        self._scheme = scheme_of(precision)
+        self._device = device
+        self.layout = shape.record(precision)
+        self.record_bytes = self.layout.record_bytes
+        self._extra = self._extra_layout()
+        self.slot_bytes = self._extra.record_bytes
+        """Bytes of memory one slot takes, at least those of the record where it lands inside."""
+        if self._lands_inside:
+            self.slot_bytes += self.record_bytes
+
+    @property
+    def _takes_nibbles(self) -> bool:
+        """Whether torch's kernel for the CPU computes, which wants its own scales."""
+        return self._scheme is not None and self._device.type == "cpu"
+
+    @property
+    def _lands_inside(self) -> bool:
+        scheme = self._scheme
+        return not self._takes_nibbles or (
+            scheme is not None and scheme.bits == 4 and kernel_reads_nibbles()
+        )
+
+    def _extra_layout(self) -> RecordLayout:
+        """What a slot holds besides a record that landed in it."""
+        if not self._takes_nibbles:
+            return RecordLayout.of([])
+        assert self._scheme is not None
+        tensors = []
+        for param in self._shape.params:
+            if not param.is_matrix:
+                if not self._lands_inside:
+                    tensors.append((param.name, param.dtype, param.shape))
+                continue
+            rows, columns = param.rows_columns
+            padded, groups = align_up(rows, ROWS), columns // self._scheme.group
+            passes = self._scheme.passes
+            if not self._lands_inside:
+                tensors.append((f"{param.name}.nibbles", torch.uint8, (padded * columns // 2,)))
+            tensors.append(
+                (f"{param.name}.terms", torch.bfloat16, (passes, groups // passes, padded, 2))
+            )
+        return RecordLayout.of(tensors)
+
+    def bind(self, memory: torch.Tensor) -> ExpertSlot:
+        """The slot that lives in `memory`, uint8[slot_bytes] on the form's device."""
+        if not self._takes_nibbles:
+            views = self.layout.views(memory)
+            if self._scheme is None:
+                return PlainSlot(self._shape, views, memory[: self.record_bytes])
+            return FusedSlot(self._shape, self._scheme, views, memory[: self.record_bytes])
+        assert self._scheme is not None
+        landing = memory[: self.record_bytes] if self._lands_inside else None
+        extra = memory[self.record_bytes :] if self._lands_inside else memory
+        return NibbleSlot(self._shape, self._scheme, self.layout, landing, self._extra.views(extra))
+
+
+class _Slot:
+    """What all slots have: an expert's two matrices, or those of whatever else was packed."""
+
+    def __init__(self, landing: torch.Tensor | None, linears: tuple[Linear, ...]) -> None:
+        self.landing = landing
+        self.linears = linears
+
+    def arrive(self, record: torch.Tensor) -> None:
+        _land(record, self.landing)
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linears[0](x)
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        return self.linears[1](h)
+
+
+class PlainSlot(_Slot):
+    """Unquantised matrices, multiplied just as the stock experts do it."""
+
+    def __init__(
+        self, shape: ExpertShape, views: dict[str, torch.Tensor], landing: torch.Tensor
+    ) -> None:
+        super().__init__(landing, tuple(_PlainLinear(param, views) for param in _matrices(shape)))
+
+
+class FusedSlot(_Slot):
+    """Quantised matrices that a GPU multiplies by straight from the record where it landed."""
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        scheme: Scheme,
+        views: dict[str, torch.Tensor],
+        landing: torch.Tensor,
+    ) -> None:
+        linears = (_FusedLinear(param, scheme, views) for param in _matrices(shape))
+        super().__init__(landing, tuple(linears))
+
+
+class NibbleSlot(_Slot):
+    """Quantised matrices as torch's int4 kernel for the CPU reads them; activations in bfloat16.
+
+    Many tokens are multiplied another way, from the same memory: see `blockwise`.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        scheme: Scheme,
+        layout: RecordLayout,
+        landing: torch.Tensor | None,
+        extra: dict[str, torch.Tensor],
+    ) -> None:
+        self._scheme = scheme
+        self._layout = layout
+        self._shape = shape
+        self._extra = extra
+        views = extra if landing is None else extra | layout.views(landing)
+        linears = (_NibbleLinear(param, scheme, views) for param in _matrices(shape))
+        super().__init__(landing, tuple(linears))
+
+    def arrive(self, record: torch.Tensor) -> None:
+        landing = self.landing
+        _land(record, landing)
+        views = self._layout.views(record)
+        for param in self._shape.params:
+            if not param.is_matrix:
+                if landing is None:
+                    self._extra[param.name].copy_(views[param.name])
+                continue
+            parts = _parts_of(param, views)
+            expand_scales(parts, self._scheme, self._extra[f"{param.name}.terms"])
+            if landing is None:
+                nibbles = self._extra[f"{param.name}.nibbles"]
+                expand_codes(parts, self._scheme, nibbles)
+                if not kernel_reads_nibbles():
+                    _to_kernel_order(nibbles, param.rows_columns[1])
+
+
+def _land(record: torch.Tensor, landing: torch.Tensor | None) -> None:
+    """Copy a record that was read elsewhere to where it belongs."""
+    if landing is not None and record.data_ptr() != landing.data_ptr():
+        landing.copy_(record, non_blocking=True)
+
+
+class _PlainLinear:
+    def __init__(self, param: ExpertParam, views: dict[str, torch.Tensor]) -> None:
+        self._weight, self._transposed = views[param.name], param.transposed
+        self._bias = views.get(f"{param.name}_bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self._weight.dtype)
+        y = x @ self._weight if self._transposed else F.linear(x, self._weight)
+        # As the stock experts add it: a fused addition may round differently.
+        return y if self._bias is None else y + self._bias
+
+
+class _FusedLinear:
+    def __init__(self, param: ExpertParam, scheme: Scheme, views: dict[str, torch.Tensor]) -> None:
+        self._multiply = _fused()
+        self._parts, self._scheme = _parts_of(param, views), scheme
+        self._rows = param.rows_columns[0]
+        self._bias = views.get(f"{param.name}_bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._multiply(x, self._parts, self._scheme, self._rows)
+        return y if self._bias is None else y + self._bias
+
+
+class _NibbleLinear:
+    def __init__(self, param: ExpertParam, scheme: Scheme, views: dict[str, torch.Tensor]) -> None:
+        self._rows, self._columns = param.rows_columns
+        nibbles = views.get(f"{param.name}.nibbles")
+        if nibbles is None:
+            nibbles = views[f"{param.name}.codes"]
+        self._nibbles = nibbles.view(-1, self._columns // 2)
+        self._terms = views[f"{param.name}.terms"]
+        self._group, self._kernel_group = scheme.group, max(scheme.group, KERNEL_GROUP)
+        self.blockwise_from = pays_from_tokens(scheme) if kernel_reads_nibbles() else None
+        self._bias = views.get(f"{param.name}_bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16)
+        if self.blockwise_from is not None and len(x) >= self.blockwise_from:
+            y = multiply_blockwise(x, self._nibbles.view(-1), self._terms, self._group)
+        elif len(self._terms) == 1:
+            y = self._multiply(x, self._terms[0])
+        else:
+            y = self._multiply_in_turns(x)
+        y = y[:, : self._rows]
+        return y if self._bias is None else y + self._bias
+
+    def _multiply(self, x: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self._nibbles, self._kernel_group, terms
+        )
+        return y
+
+    def _multiply_in_turns(self, x: torch.Tensor) -> torch.Tensor:
+        """Groups smaller than the kernel's: each turn sees one of them in every kernel group.
+
+        The other columns of x are zero in that turn, so the scales they meet do not matter.
+        """
+        turns = len(self._terms)
+        groups = x.reshape(len(x), -1, turns, self._group)
+        y = None
+        for turn, terms in enumerate(self._terms):
+            seen = torch.zeros_like(groups)
+            seen[:, :, turn] = groups[:, :, turn]
+            part = self._multiply(seen.view(len(x), -1), terms)
+            y = part if y is None else y + part
+        assert y is not None
+        return y
+
+
+def _fused() -> Callable[[torch.Tensor, Tensors, Scheme, int], torch.Tensor]:
+    try:
+        from moerun.kernels.gpu import multiply
+    except ImportError as error:
+        raise RunError(
+            "experts of 2, 3 or 4 bits are computed on a GPU by Triton, which is not here: "
+            f"pip install triton, or pack with bf16 ({error})"
+        ) from error
+    return multiply
+
+
+def _matrices(shape: ExpertShape) -> list[ExpertParam]:
+    return [param for param in shape.params if param.is_matrix]
+
+
+def _parts_of(param: ExpertParam, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = f"{param.name}."
+    return {name.removeprefix(prefix): v for name, v in views.items() if name.startswith(prefix)}
+
+
+@cache
+def kernel_reads_nibbles() -> bool:
+    """Whether torch's int4 kernel on this CPU reads the stored order (true with AVX-512)."""
+    codes = torch.arange(ROWS * KERNEL_GROUP).remainder(13).view(ROWS, KERNEL_GROUP)
+    stored = pack_codes(codes.to(torch.uint8), Scheme("probe", bits=4, group=64, lift=0))
+    return torch.equal(_kernel_order(codes).view(-1), stored["codes"])
+
+
+def _kernel_order(codes: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        codes.to(torch.int32), 1
+    )
+    return packed
+
+
+def _to_kernel_order(nibbles: torch.Tensor, columns: int) -> None:
+    """Bring stored nibbles into the order of this CPU's kernel, in place, block by block."""
+    for block in nibbles.view(-1, ROWS * columns // 2):
+        block.copy_(_kernel_order(unpack_codes(block, columns)).view(-1))

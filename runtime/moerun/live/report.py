@@ -1,0 +1,243 @@
+"""What a live run reports: one row, as a table for people or as JSON and CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from moerun.live.generate import Sampling, Work
+    from moerun.live.runner import Runner
+
+PACKAGES = ("moe-offload-lab", "torch", "transformers", "numpy")
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+def decimal_bytes(n_bytes: int) -> str:
+    """In GB (10^9), or in MB below one."""
+    return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One live run; times are measured seconds, counts are of experts.
+
+    tokens_per_s is of decoding: tokens after the first over the time they took. The shares are of
+    the gates' weights: what was left out, computed by another expert or at the lower precision.
+    """
+
+    policy: str
+    slots: int
+    scope: str
+    model: str
+    precision: str
+    attention: str
+    device: str
+    streams: int
+    link_bytes_per_s: float | None
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    requests: int
+    hits: int
+    late: int
+    misses: int
+    loads: int
+    bypasses: int
+    prefetches: int
+    useless_prefetches: int
+    cpu_experts: int
+    low_loads: int
+    substituted: int
+    skipped: int
+    skipped_share: float
+    substituted_share: float
+    low_share: float
+    bytes_loaded: int
+    hit_ratio: float
+    time_s: float
+    stall_s: float
+    tokens_per_s: float
+    prompt_tokens_per_s: float
+    disk_reads: int | None  # of loads, where host memory holds some experts and the disk all
+    arena_bytes: int
+    memory_budget_bytes: int | None
+    memory_planned_bytes: int
+    memory_peak_bytes: int
+    peak_host_bytes: int
+    peak_device_bytes: int | None
+    lossy: bool
+    interrupted: bool
+
+
+def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> Report:
+    from moerun.devices import peak_device_bytes, peak_host_bytes
+
+    settings, totals = runner.settings, generated.totals
+    # What the report shows of the masses are their shares.
+    counts: dict[str, Any] = {
+        name: n for name, n in totals._asdict().items() if not name.endswith("_mass")
+    } | totals.shares
+    return Report(
+        policy=settings.policy.label,
+        slots=runner.context.slots,
+        scope=settings.scope,
+        model=runner.store.index.model,
+        precision=runner.store.index.precision,
+        attention=runner.store.index.attention_precision,
+        device=str(settings.device),
+        streams=settings.streams,
+        link_bytes_per_s=settings.link_bytes_per_s,
+        prompt_tokens=generated.prompt_tokens,
+        new_tokens=generated.new_tokens,
+        **counts | {"stall_s": round(totals.stall_s, 6)},
+        hit_ratio=totals.hit_ratio,
+        time_s=round(generated.prompt_s + generated.decode_s, 6),
+        tokens_per_s=round(generated.tokens_per_s, 3),
+        prompt_tokens_per_s=round(generated.prompt_tokens_per_s, 3),
+        disk_reads=None if runner.host_tier is None else runner.host_tier.reads,
+        arena_bytes=runner.arena_bytes,
+        memory_budget_bytes=runner.plan.budget_bytes,
+        memory_planned_bytes=runner.plan.total_bytes,
+        memory_peak_bytes=runner.peak_bytes,
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(settings.device),
+        lossy=settings.policy.policy.lossy,
+        interrupted=interrupted,
+    )
+
+
+def provenance(sampling: Sampling) -> dict[str, Any]:
+    """What produced a run, besides what its row says."""
+    return {
+        "kind": "measured",
+        "sampling": asdict(sampling),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "packages": packages(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions of what a run depends on, as far as it is installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -> str:
+    """The row in one format. JSON and CSV carry the text; a table comes after it."""
+    if format is Format.table:
+        return _table(report)
+    row = asdict(report)
+    if format is Format.json:
+        return json.dumps({**row, "text": text, **made_by}, indent=1) + "\n"
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=[*row, "text"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerow({**row, "text": text})
+    return out.getvalue()
+
+
+def _table(report: Report) -> str:
+    """Lines for people; what a run broken off early has no value of is left out."""
+    lossy = "  (changes what the model computes)" if report.lossy else ""
+    cache = f"{report.slots} slots a layer, cache per {report.scope}, on {report.device}"
+    lines = {
+        "policy": f"{report.policy}{lossy}: {cache}",
+        "speed": _speed(report),
+        **(_experts(report) if report.requests else {}),
+        "memory": _memory(report),
+        "tokens": f"{report.prompt_tokens:,} prompt, {report.new_tokens:,} new"
+        + (" (interrupted)" if report.interrupted else ""),
+    }
+    return "".join(f"{name:8}  {line}\n" for name, line in lines.items() if line)
+
+
+def _speed(report: Report) -> str:
+    speeds = {"decoding": report.tokens_per_s, "reading the prompt": report.prompt_tokens_per_s}
+    known = [f"{speed:.2f} {doing}" for doing, speed in speeds.items() if speed]
+    return ", ".join(known).replace(" ", " tokens/s ", 1)
+
+
+def _experts(report: Report) -> dict[str, str]:
+    from moerun.devices import format_bytes
+
+    useless = f", {report.useless_prefetches:,} useless" if report.prefetches else ""
+    beside = f"; {report.cpu_experts:,} computed on the CPU" if report.cpu_experts else ""
+    # Of a prompt that was broken off the stall is known and the time is not.
+    of_time = f" of {report.time_s:.2f} s" if report.time_s else ""
+    return {
+        "experts": f"{report.requests:,} wanted: {_share(report.hits, report.requests)} hits, "
+        f"{_share(report.late, report.requests)} late, "
+        f"{_share(report.misses, report.requests)} misses",
+        "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
+        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses{beside}"
+        + ("" if report.disk_reads is None else f"; {report.disk_reads:,} read from disk"),
+        **({"changed": changed(report)} if report.lossy else {}),
+        "stall": f"{report.stall_s:.2f} s{of_time} waiting for experts",
+    }
+
+
+def _memory(report: Report) -> str:
+    from moerun.devices import format_bytes
+
+    text = (
+        f"{_against_budget(report)}{format_bytes(report.arena_bytes)} expert slots; peak "
+        f"{format_bytes(report.peak_host_bytes)} of host memory"
+    )
+    if report.peak_device_bytes is not None:
+        text += f", {format_bytes(report.peak_device_bytes)} on {report.device}"
+    return text
+
+
+def _against_budget(report: Report) -> str:
+    from moerun.devices import format_bytes
+
+    if report.memory_budget_bytes is None:
+        return ""
+    return (
+        f"{format_bytes(report.memory_peak_bytes)} taken of "
+        f"{format_bytes(report.memory_budget_bytes)}; "
+    )
+
+
+class Shares(Protocol):
+    """What a lossy policy changed, of the gates' weight."""
+
+    @property
+    def skipped_share(self) -> float: ...
+    @property
+    def substituted_share(self) -> float: ...
+    @property
+    def low_share(self) -> float: ...
+
+
+def changed(row: Shares) -> str:
+    """That in words."""
+    shares = {
+        "left out": row.skipped_share,
+        "computed by another expert": row.substituted_share,
+        "computed at the lower precision": row.low_share,
+    }
+    changes = [f"{100 * share:.1f} % {what}" for what, share in shares.items() if share]
+    return f"of the gates' weight {', '.join(changes) or 'nothing'}"
+
+
+def _share(count: int, of: int) -> str:
+    return f"{100 * count / of:.1f} %"

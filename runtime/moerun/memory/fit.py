@@ -1,0 +1,116 @@
+"""The memory plan and the cache of a run, from what was asked for and what the store is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from moepolicy import Context, PolicySpec
+from numpy.typing import NDArray
+
+from moerun.devices import format_bytes, free_bytes, who_holds
+from moerun.errors import RunError
+from moerun.kernels.slots import SlotForm
+from moerun.memory.needs import MemoryPlan, needs_of
+from moerun.store.expert_store import ExpertStore
+
+if TYPE_CHECKING:
+    from moerun.live.runner import Settings
+
+CALIBRATION = "tiny"  # the trace in which experts are counted unless another is named
+
+
+def plan_memory(store: ExpertStore, settings: Settings) -> MemoryPlan:
+    """How the run's memory is spent. RunError where a budget is too small, or is not there."""
+    plan = plan_policies(store, settings, [settings.policy], plan_context(store, settings, 0))
+    if plan.budget_bytes is not None:
+        require_free(plan.total_bytes, plan.budget_bytes, settings.device)
+    return plan
+
+
+def plan_policies(
+    store: ExpertStore, settings: Settings, policies: Sequence[PolicySpec], context: Context
+) -> MemoryPlan:
+    """A plan in which each of ``policies`` can run. RunError where a budget is too small.
+
+    ``context`` is the cache they are made for, but for its slots.
+    """
+    stores = [each for each in (store, settings.low) if each is not None]
+    all_bytes = sum(each.n_keys * each.record_bytes for each in stores)
+    budget_bytes, host_bytes = settings.memory_bytes, settings.host_bytes
+    plan = MemoryPlan(
+        needs=needs_of(
+            store,
+            settings.device,
+            context_tokens=settings.context_tokens,
+            prompt_tokens=settings.prompt_tokens,
+            horizon=max(settings.ahead(policy) for policy in policies),
+            copies=settings.copies,
+            low=settings.low,
+            aside=any("cpu" in policy.requires for policy in policies),
+            host_tier_bytes=0 if host_bytes is None else min(host_bytes, all_bytes),
+            logit_tokens=settings.logit_tokens,
+        ),
+        budget_bytes=None,
+        # A slot more than a layer has experts would never be filled.
+        slots=min(
+            store.n_experts // 2 if settings.slots is None else settings.slots, store.n_experts
+        ),
+        n_layers=store.n_layers,
+        n_experts=store.n_experts,
+        # Staging may depend on the parameters, so policies are made to ask them.
+        staging=max(policy.build(context).staging for policy in policies),
+        slot_bytes=max(_slot_bytes(each, settings.device) for each in stores),
+    )
+    if budget_bytes is None:
+        return plan
+    plan = plan.within(budget_bytes)
+    return plan.with_compiling() if settings.device.type == "cpu" else plan
+
+
+def _slot_bytes(store: ExpertStore, device: torch.device) -> int:
+    return SlotForm(store.index.shape, store.index.precision, device).slot_bytes
+
+
+def require_free(n_bytes: int, budget_bytes: int, device: torch.device) -> None:
+    """RunError where a device does not have what a budget is about to take."""
+    free = free_bytes(device)
+    if n_bytes > free:
+        raise RunError(
+            f"of the {format_bytes(budget_bytes)} asked for, {format_bytes(n_bytes)} are needed "
+            f"now and {device} has {format_bytes(free)} free{who_holds(device)}: give less "
+            "--memory (or 'auto'), or end what else uses it"
+        )
+
+
+def plan_context(store: ExpertStore, settings: Settings, slots: int) -> Context:
+    """The cache that a policy is made for."""
+    counts = None
+    if "counts" in settings.policy.requires:
+        counts = calibration_counts(store, settings)
+    return Context(
+        n_layers=store.n_layers,
+        n_experts=store.n_experts,
+        top_k=store.index.top_k,
+        slots=slots,
+        scope=settings.scope,
+        counts=counts,
+    )
+
+
+def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int64]:
+    """How often each expert is used in the calibration trace: int64[n_layers, n_experts]."""
+    from moeroute import open_trace
+
+    trace = open_trace(settings.calibration or CALIBRATION)
+    meta = trace.meta
+    if (meta.n_layers, meta.n_experts) != (store.n_layers, store.n_experts):
+        hint = "give one of this model" if settings.calibration else "give one with --calibration"
+        raise RunError(
+            f"policy '{settings.policy.label}' needs the expert counts of a trace, and "
+            f"{trace.path} is of {meta.n_layers} layers of {meta.n_experts} experts, the model of "
+            f"{store.n_layers} of {store.n_experts}: {hint}"
+        )
+    return trace.expert_counts()

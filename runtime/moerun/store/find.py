@@ -1,0 +1,146 @@
+"""From a model's name to its expert store: an existing one, or one packed on first use."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moerun.checkpoint.hub import resolve
+from moerun.checkpoint.source import Checkpoint
+from moerun.errors import RunError
+from moerun.format.expert import NATIVE
+from moerun.store.expert_store import ExpertStore
+from moerun.store.index import FORMAT_VERSION, INDEX_FILE
+from moerun.store.pack import Progress, pack
+from moerun.store.pack_plan import Precisions
+
+Report = Callable[[str], None]
+
+
+def find_store(
+    model: str,
+    *,
+    precision: str = NATIVE,
+    attention: str = NATIVE,
+    folder: Path | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> ExpertStore:
+    """The store of ``model`` (a store's folder, or what ``checkpoints.resolve`` takes).
+
+    A checkpoint is packed into ``folder``, or into the user's cache, unless that is done already.
+    What stores beside it have in the same form is shared with them.
+    ``report`` is told when it must be packed. Raises RunError where there is no such model,
+    ``folder`` holds another one, or the pack cannot be made.
+    """
+    precisions = Precisions.chosen(precision, attention, None)
+    if is_store(Path(model).expanduser()):
+        return _of_precision(ExpertStore.open(model), precision, attention)
+    checkpoint = resolve(model)
+    digest = _digest(checkpoint)
+    place = folder or cache_folder() / _store_name(model, digest, precisions)
+    with _locked(place):
+        if is_store(place):
+            return _of_precision(_of_model(_reopen(place), checkpoint), precision, attention)
+        if report:
+            report(
+                f"packing {model} ({_described(precisions)}) into {place}; "
+                "the next run will find it there"
+            )
+        return pack(
+            checkpoint,
+            place,
+            precision=precision,
+            attention=attention,
+            name=_name(model),
+            reuse=stores_in(place.parent),
+            report=report,
+            progress=progress,
+        )
+
+
+def is_store(folder: Path) -> bool:
+    return (folder / INDEX_FILE).is_file()
+
+
+def stores_in(folder: Path) -> list[ExpertStore]:
+    """The whole stores that lie in a folder; none where it is not there."""
+    found = []
+    for index in sorted(folder.glob(f"*/{INDEX_FILE}")):
+        with suppress(RunError):
+            found.append(ExpertStore.open(index.parent))
+    return found
+
+
+def cache_folder() -> Path:
+    """Where stores are kept that the user named no place for."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "moerun" / "stores"
+
+
+def _name(model: str) -> str:
+    """A model's name as one would cite it: a folder's own name, not the way to it."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
+def _described(precisions: Precisions) -> str:
+    """The experts' precision, and attention's where it is not that of the dense weights."""
+    if not precisions.packs_attention:
+        return precisions.expert
+    return f"{precisions.expert}-attention-{precisions.attention}"
+
+
+def _store_name(model: str, digest: str, precisions: Precisions) -> str:
+    name = _name(model).replace("/", "--")
+    return f"{name}-{digest[:16]}-{_described(precisions)}-v{FORMAT_VERSION}"
+
+
+def _digest(checkpoint: Path) -> str:
+    opened = Checkpoint(checkpoint)
+    try:
+        return opened.digest()
+    finally:
+        opened.close()
+
+
+def _reopen(place: Path) -> ExpertStore:
+    try:
+        return ExpertStore.open(place)
+    except RunError as error:
+        raise RunError(f"{error}; remove {place} to have it packed anew") from error
+
+
+def _of_model(store: ExpertStore, checkpoint: Path) -> ExpertStore:
+    if _digest(checkpoint) != store.index.source_digest:
+        raise RunError(
+            f"{store.path} is the store of another model ({store.index.model}), not of "
+            f"{checkpoint}: give another --store, or --model {store.path} to run that one"
+        )
+    return store
+
+
+def _of_precision(store: ExpertStore, precision: str, attention: str) -> ExpertStore:
+    if precision not in (NATIVE, store.index.precision):
+        raise RunError(
+            f"the experts in {store.path} are {store.index.precision}, not {precision}: "
+            "leave --precision out, or pack the checkpoint again"
+        )
+    if attention not in (NATIVE, store.index.attention_precision):
+        raise RunError(
+            f"attention in {store.path} is {store.index.attention_precision}, not {attention}: "
+            "leave --attention out, or pack the checkpoint again"
+        )
+    return store
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Two processes that want the same store pack it once: the second waits and finds it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f"{place.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,271 @@
+"""`index.json` of an expert store: what is stored, how a record is laid out, where each lies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moerun.errors import RunError
+from moerun.format.bitplanes import SCHEMES
+from moerun.format.expert import ExpertShape
+from moerun.format.layout import RecordLayout
+
+INDEX_FILE = "index.json"
+DENSE_FILE = "dense.safetensors"
+ATTENTION_FILE = "attention.safetensors"
+FORMAT = "moerun expert store"
+FORMAT_VERSION = 1
+
+
+def experts_file(layer: int) -> str:
+    return f"experts-{layer:05d}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecords:
+    """The records of one MoE layer: their file, and for each expert offset and CRC-32."""
+
+    module: str  # of the model, e.g. model.layers.3.mlp.experts
+    file: str
+    file_bytes: int
+    offsets: tuple[int, ...]
+    crc32: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRecord:
+    """One quantised matrix [rows, columns] of attention: its module, offset and CRC-32."""
+
+    module: str  # of the model, e.g. model.layers.3.self_attn.q_proj
+    rows: int
+    columns: int
+    offset: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRecords:
+    """The records of attention, where it is quantised. Their layout follows from their shape."""
+
+    precision: str
+    file: str
+    file_bytes: int
+    linears: tuple[LinearRecord, ...]
+
+    def layout(self, linear: LinearRecord) -> RecordLayout:
+        return ExpertShape.matrix(linear.rows, linear.columns).record(self.precision)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(linear.rows * linear.columns for linear in self.linears)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, described: dict[str, Any]) -> AttentionRecords:
+        """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
+        if described["precision"] not in SCHEMES:
+            raise ValueError(f"attention in {described['precision']!r}")
+        linears = tuple(
+            LinearRecord(
+                record["module"],
+                int(record["rows"]),
+                int(record["columns"]),
+                int(record["offset"]),
+                int(record["crc32"]),
+            )
+            for record in described["linears"]
+        )
+        return cls(described["precision"], described["file"], int(described["file_bytes"]), linears)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreIndex:
+    """Everything that is known of a store without reading its weights.
+
+    `layer_bytes` are the weights of one MoE layer besides its routed experts (mean over layers),
+    `token_bytes` what one token reads of embedding and head. `dense_bytes` are those of everything
+    that is neither routed expert nor `attention`, which is None unless quantised. `dense_skew` are
+    the dense tensors that stock transformers computes at addresses off a multiple of 64: name and
+    remainder. `dense_crc32` are their checksums by name; None where a store is older than those.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    top_k: int
+    n_shared_experts: int
+    precision: str
+    dense_precision: str
+    dense_bytes: int
+    dense_skew: dict[str, int]
+    layer_bytes: int
+    token_bytes: int
+    shape: ExpertShape
+    layout: RecordLayout
+    layers: tuple[LayerRecords, ...]
+    source_digest: str
+    source_bytes: int
+    packages: dict[str, str] = field(default_factory=dict)
+    attention: AttentionRecords | None = None
+    dense_crc32: dict[str, int] | None = None
+
+    @property
+    def attention_precision(self) -> str:
+        """That of the dense weights unless attention is quantised."""
+        return self.attention.precision if self.attention else self.dense_precision
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def n_experts(self) -> int:
+        return len(self.layers[0].offsets)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "model": {
+                "name": self.model,
+                "revision": self.revision,
+                "type": self.model_type,
+                "layers": self.n_layers,
+                "experts": self.n_experts,
+                "top_k": self.top_k,
+                "shared_experts": self.n_shared_experts,
+            },
+            "source": {"digest": self.source_digest, "bytes": self.source_bytes},
+            "dense": {
+                "precision": self.dense_precision,
+                "bytes": self.dense_bytes,
+                "skew": self.dense_skew,
+                "layer_bytes": self.layer_bytes,
+                "token_bytes": self.token_bytes,
+                "crc32": self.dense_crc32,
+            },
+            "attention": self.attention.to_json() if self.attention else None,
+            "expert": {
+                "precision": self.precision,
+                "params": self.shape.to_json(),
+                "record": self.layout.to_json(),
+            },
+            "layers": [
+                {
+                    "module": layer.module,
+                    "file": layer.file,
+                    "bytes": layer.file_bytes,
+                    "offsets": list(layer.offsets),
+                    "crc32": list(layer.crc32),
+                }
+                for layer in self.layers
+            ],
+            "packages": self.packages,
+        }
+
+    @classmethod
+    def from_json(cls, described: dict[str, Any]) -> StoreIndex:
+        """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
+        model, dense, expert = described["model"], described["dense"], described["expert"]
+        # Older stores have neither.
+        attention, dense_crc32 = described.get("attention"), dense.get("crc32")
+        layers = tuple(
+            LayerRecords(
+                layer["module"],
+                layer["file"],
+                int(layer["bytes"]),
+                tuple(map(int, layer["offsets"])),
+                tuple(map(int, layer["crc32"])),
+            )
+            for layer in described["layers"]
+        )
+        if not layers or any(
+            len(layer.offsets) != int(model["experts"]) or len(layer.crc32) != len(layer.offsets)
+            for layer in layers
+        ):
+            raise ValueError("layers and experts do not match")
+        return cls(
+            model=model["name"],
+            revision=model["revision"],
+            model_type=model["type"],
+            top_k=int(model["top_k"]),
+            n_shared_experts=int(model["shared_experts"]),
+            precision=expert["precision"],
+            dense_precision=dense["precision"],
+            dense_bytes=int(dense["bytes"]),
+            dense_skew={name: int(skew) for name, skew in dense["skew"].items()},
+            layer_bytes=int(dense["layer_bytes"]),
+            token_bytes=int(dense["token_bytes"]),
+            shape=ExpertShape.from_json(expert["params"]),
+            layout=RecordLayout.from_json(expert["record"]),
+            layers=layers,
+            source_digest=described["source"]["digest"],
+            source_bytes=int(described["source"]["bytes"]),
+            packages=dict(described["packages"]),
+            attention=AttentionRecords.from_json(attention) if attention else None,
+            dense_crc32=(
+                {name: int(crc) for name, crc in dict(dense_crc32).items()} if dense_crc32 else None
+            ),
+        )
+
+
+def checksums(
+    index: StoreIndex, file: str, precision: str, records: Mapping[str, RecordLayout]
+) -> dict[str, int] | None:
+    """The CRC-32 of each record of a file; None unless it holds just these, laid out so."""
+    attention = index.attention
+    if attention and file == attention.file:
+        stored = {r.module: (attention.layout(r), r.crc32) for r in attention.linears}
+        kept = attention.precision
+    else:
+        layer = next((layer for layer in index.layers if layer.file == file), None)
+        crc32 = layer.crc32 if layer else ()
+        stored = {f"expert.{e}": (index.layout, crc) for e, crc in enumerate(crc32)}
+        kept = index.precision
+    if kept != precision or {name: layout for name, (layout, _) in stored.items()} != records:
+        return None
+    return {name: crc for name, (_, crc) in stored.items()}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a whole file or none."""
+    partial = path.with_name(f"{path.name}.new")
+    with partial.open("w") as file:
+        json.dump(content, file, separators=(",", ":"))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_index(folder: Path) -> StoreIndex:
+    """Raises RunError when the folder holds no store that this version reads."""
+    path = folder / INDEX_FILE
+    try:
+        described = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        hint = "the folder of a pack that was finished" if folder.is_dir() else "an existing folder"
+        raise RunError(
+            f"{folder} holds no expert store (no {INDEX_FILE}): give {hint}, or make one with "
+            "'moerun pack'"
+        ) from error
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: pack the store again") from error
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        raise RunError(
+            f"{path} is not the index of an expert store: give a folder made by 'moerun pack'"
+        )
+    if described.get("version") != FORMAT_VERSION:
+        raise RunError(
+            f"{path} has store format version {described.get('version')!r}, this moerun reads "
+            f"{FORMAT_VERSION}: pack the store again"
+        )
+    try:
+        return StoreIndex.from_json(described)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}): pack the store again") from error

@@ -1,0 +1,260 @@
+"""What a pack will write and how big it is, and the index of what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from moerun.checkpoint.families import shared_experts_of, top_k_of
+from moerun.checkpoint.source import ModelSource
+from moerun.errors import UsageError
+from moerun.format.bitplanes import SCHEMES
+from moerun.format.expert import NATIVE, PLAIN, PRECISIONS, ExpertShape, scheme_of
+from moerun.format.layout import RECORD_ALIGN, RecordLayout
+from moerun.format.tensorfile import TensorEntry, bytes_of, header_of
+from moerun.store.index import (
+    ATTENTION_FILE,
+    AttentionRecords,
+    LayerRecords,
+    LinearRecord,
+    StoreIndex,
+    experts_file,
+)
+
+_SPARE_BYTES = 16 << 20  # index, tokenizer, and what the file system itself takes
+_PACKAGES = ("torch", "transformers", "hqq", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Precisions:
+    """What a store keeps its parts in.
+
+    expert     native, fp32, fp16, bf16, 4bit, 3bit or 2bit
+    attention  the same of its projections; plain ones are those of the dense weights
+    dense      everything else: native, fp32, fp16 or bf16
+    """
+
+    expert: str
+    attention: str
+    dense: str
+
+    @classmethod
+    def chosen(cls, expert: str, attention: str, dense: str | None) -> Precisions:
+        """By default dense weights are as plain attention, then as plain experts.
+
+        Raises RunError for an unknown precision, or plain attention that is not the dense weights'.
+        """
+        scheme_of(expert)
+        if attention not in PRECISIONS:
+            raise UsageError(
+                f"attention cannot be {attention!r}: choose from {', '.join(PRECISIONS)}"
+            )
+        plain = next((p for p in (attention, expert) if p in PLAIN), NATIVE)
+        chosen = dense or plain
+        if chosen != NATIVE and chosen not in PLAIN:
+            raise UsageError(
+                f"dense weights cannot be {chosen!r}: choose from {', '.join((NATIVE, *PLAIN))}"
+            )
+        if attention in PLAIN and attention != chosen:
+            raise UsageError(
+                f"attention in {attention} takes dense weights in {attention}, not {chosen}: "
+                "unquantised they are multiplied together"
+            )
+        return cls(expert, attention if attention in SCHEMES else chosen, chosen)
+
+    @property
+    def packs_attention(self) -> bool:
+        return self.attention in SCHEMES
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record to write. `what` names it to people; `read` gives its tensors, unquantised."""
+
+    name: str
+    what: str
+    shape: ExpertShape
+    layout: RecordLayout
+    read: Callable[[], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFile:
+    """A file of records of one precision."""
+
+    name: str
+    precision: str
+    records: tuple[Record, ...]
+
+    @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What the file has for safetensors: each record as its bytes."""
+        return {r.name: (torch.uint8, (r.layout.record_bytes,)) for r in self.records}
+
+    def entries(self) -> tuple[int, dict[str, TensorEntry]]:
+        """Bytes of the file, and where each record lies."""
+        header, entries = header_of(self.tensors, align=RECORD_ALIGN)
+        return len(header) + sum(entry.nbytes for entry in entries.values()), entries
+
+
+@dataclass(frozen=True, slots=True)
+class PackPlan:
+    """What a pack will write, known before it starts."""
+
+    precisions: Precisions
+    layout: RecordLayout
+    experts: tuple[RecordFile, ...]  # one file a MoE layer
+    attention: RecordFile | None
+    dense_bytes: int
+
+    @property
+    def files(self) -> tuple[RecordFile, ...]:
+        return self.experts if self.attention is None else (*self.experts, self.attention)
+
+    @property
+    def n_records(self) -> int:
+        return sum(len(file.records) for file in self.files)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.entries()[0] for file in self.files) + self.dense_bytes + _SPARE_BYTES
+
+
+def plan_pack(model: ModelSource, precisions: Precisions) -> PackPlan:
+    """Sizes of a pack. Raises RunError when a precision does not fit the model's shapes."""
+    dense = model.dense_tensors()
+    header, _ = header_of(dense)
+    layout = model.shape.record(precisions.expert)
+    return PackPlan(
+        precisions=precisions,
+        layout=layout,
+        experts=tuple(
+            _experts_of(model, layer, layout, precisions.expert)
+            for layer in range(len(model.layers))
+        ),
+        attention=_attention_of(model, precisions) if precisions.packs_attention else None,
+        dense_bytes=len(header) + sum(bytes_of(dtype, shape) for dtype, shape in dense.values()),
+    )
+
+
+def _experts_of(model: ModelSource, layer: int, layout: RecordLayout, precision: str) -> RecordFile:
+    records = (
+        Record(
+            name=f"expert.{expert}",
+            what=f"expert {expert} of layer {layer}",
+            shape=model.shape,
+            layout=layout,
+            read=partial(model.read_expert, layer, expert),
+        )
+        for expert in range(model.n_experts)
+    )
+    return RecordFile(experts_file(layer), precision, tuple(records))
+
+
+def _attention_of(model: ModelSource, precisions: Precisions) -> RecordFile:
+    records = []
+    for module, (rows, columns) in model.attention.items():
+        SCHEMES[precisions.attention].check(module, columns)
+        shape = ExpertShape.matrix(rows, columns)
+        layout = shape.record(precisions.attention)
+        records.append(Record(module, module, shape, layout, partial(model.read_attention, module)))
+    return RecordFile(ATTENTION_FILE, precisions.attention, tuple(records))
+
+
+Checksums = Mapping[tuple[str, str], int]
+"""The CRC-32 of each record written, by the names of file and record."""
+
+
+def build_index(
+    model: ModelSource,
+    plan: PackPlan,
+    crc32: Checksums,
+    *,
+    name: str,
+    revision: str | None,
+    source_digest: str,
+) -> StoreIndex:
+    """The index of a finished pack."""
+    dense = {
+        tensor: bytes_of(dtype, shape) for tensor, (dtype, shape) in model.dense_tensors().items()
+    }
+    attention = plan.attention.records if plan.attention else ()
+    packed = {record.name: record.layout.record_bytes for record in attention}
+    config = model.config
+    return StoreIndex(
+        model=name,
+        revision=revision,
+        model_type=config.model_type,
+        top_k=top_k_of(config),
+        n_shared_experts=shared_experts_of(config),
+        precision=plan.precisions.expert,
+        dense_precision=plan.precisions.dense,
+        dense_bytes=plan.dense_bytes,
+        dense_skew=model.dense_skew(),
+        layer_bytes=layer_bytes(dense | packed, model.layers),
+        token_bytes=token_bytes(dense, config),
+        shape=model.shape,
+        layout=plan.layout,
+        layers=_layers(model, plan, crc32),
+        source_digest=source_digest,
+        source_bytes=model.checkpoint.total_bytes,
+        packages=packages(),
+        attention=_attention(plan.attention, crc32) if plan.attention else None,
+    )
+
+
+def _layers(model: ModelSource, plan: PackPlan, crc32: Checksums) -> tuple[LayerRecords, ...]:
+    layers = []
+    for module, file in zip(model.layers, plan.experts, strict=True):
+        file_bytes, entries = file.entries()
+        layers.append(
+            LayerRecords(
+                module=module,
+                file=file.name,
+                file_bytes=file_bytes,
+                offsets=tuple(entries[record.name].offset for record in file.records),
+                crc32=tuple(crc32[file.name, record.name] for record in file.records),
+            )
+        )
+    return tuple(layers)
+
+
+def _attention(file: RecordFile, crc32: Checksums) -> AttentionRecords:
+    file_bytes, entries = file.entries()
+    linears = []
+    for record in file.records:
+        rows, columns = record.shape.params[0].shape
+        offset = entries[record.name].offset
+        linears.append(
+            LinearRecord(record.name, rows, columns, offset, crc32[file.name, record.name])
+        )
+    return AttentionRecords(file.precision, file.name, file_bytes, tuple(linears))
+
+
+def layer_bytes(dense: dict[str, int], layers: tuple[str, ...]) -> int:
+    """Mean over MoE layers of what a layer has besides its routed experts."""
+    # model.layers.3.mlp.experts -> model.layers.3.
+    prefixes = tuple(f"{'.'.join(name.split('.')[:3])}." for name in layers)
+    return sum(size for name, size in dense.items() if name.startswith(prefixes)) // len(layers)
+
+
+def token_bytes(dense: dict[str, int], config: Any) -> int:
+    """One row of the embedding, and the head (the embedding again where they are tied)."""
+    embedding: int = next((size for name, size in dense.items() if "embed_tokens" in name), 0)
+    return embedding // int(config.vocab_size) + dense.get("lm_head.weight", embedding)
+
+
+def packages() -> dict[str, str]:
+    """Versions of what a store depends on, as far as it is installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,225 @@
+"""Choosing an engine for one run: SimPy, or the replay, compiled where that pays and can be done.
+
+All give the same decisions and the same timeline, in integer nanoseconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import numpy as np
+from moepolicy import Context, ExpertCache, Policy, PolicyError, PolicySpec
+from moepolicy.cache import Journal, Observer
+from moepolicy.calls import calls_are_compiled
+from moepolicy.compiled import NotCompilable, compiled, compiled_policy, is_compiled
+from moepolicy.policy import MISTAKES, broken
+from moepolicy.state import Cache, new_cache
+
+from moesim.engines import replay as twin
+from moesim.engines import replay_state as clocks
+from moesim.engines.in_simpy import Clock, Simulation
+from moesim.machine.costs import Costs
+from moesim.workload.steps import Workload
+
+# Compiling takes seconds, loading what an earlier run compiled one; the interpreted loop does some
+# ten thousand steps in each. Code is used once so many of a policy's steps have been asked for.
+WORTH_COMPILING = 100_000
+WORTH_LOADING = 20_000
+CHUNK = 1 << 15  # steps whose predictions are in memory together
+PREFIX = 256  # steps on which compiled code is held against its interpreted self
+
+Look = Callable[[Cache, int, int], None]
+
+
+class Engine(StrEnum):
+    auto = "auto"
+    simpy = "simpy"
+    replay = "replay"
+
+
+_interpreted: dict[type[Policy], str] = {}  # policies that do not compile, and why
+_proven: set[tuple[Engine, type[Policy]]] = set()
+_asked: Counter[tuple[Engine, type[Policy]]] = Counter()
+
+
+def run(
+    workload: Workload,
+    policy: PolicySpec,
+    context: Context,
+    costs: Costs,
+    *,
+    engine: Engine = Engine.auto,
+    timeline: bool = False,
+    observers: tuple[Observer, ...] = (),
+    journal: Journal | None = None,
+    n_steps: int = 0,
+    look: Look | None = None,
+    n_events: int = 0,
+) -> tuple[Cache, Clock]:
+    """Replay ``workload``; returns the cache as it ended and where the time went.
+
+    Observers and a journal need SimPy, which tells of every event; "auto" then chooses it.
+    ``n_steps`` says how many steps the policy will be asked for, where ``workload`` is not all of
+    them. The replay calls ``look`` after every stretch of at most CHUNK steps, whose events
+    (``n_events`` at most) the cache then holds.
+    """
+    if engine is Engine.auto:
+        engine = Engine.simpy if observers or journal is not None else Engine.replay
+    kind = _Simulation if engine is Engine.simpy else _Replay
+    job = kind(workload, policy, context, costs, timeline, observers, journal, look, n_events)
+    _asked[engine, policy.policy] += workload.n_steps
+    asked = max(n_steps, _asked[engine, policy.policy])
+    return job.run(compile=_worth_compiling(job, asked) and _compiles(job))
+
+
+@dataclass
+class _Job:
+    """One run, yet to be made ready. Interpreted or compiled, whole or in part."""
+
+    workload: Workload
+    policy: PolicySpec
+    context: Context
+    costs: Costs
+    timeline: bool = False
+    observers: tuple[Observer, ...] = ()
+    journal: Journal | None = None
+    look: Look | None = None
+    n_events: int = 0
+    engine: ClassVar[Engine]
+
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+        """The first ``n_steps`` steps (None: all of them); NotCompilable or numba's own errors
+        where that was asked for and the policy is beyond it."""
+        raise NotImplementedError
+
+    def is_compiled(self) -> bool:
+        """Whether the code that ``compile`` asks for lies on disk."""
+        raise NotImplementedError
+
+
+def _worth_compiling(job: _Job, asked: int) -> bool:
+    """Whether so many steps under its policy pay for code."""
+    if job.policy.policy in _interpreted:
+        return False
+    if asked >= WORTH_COMPILING:
+        return True
+    try:
+        return asked >= WORTH_LOADING and job.is_compiled()
+    except NotCompilable:
+        return False
+
+
+def _compiles(job: _Job) -> bool:
+    """Whether a policy's class compiles and does the same compiled, on a prefix of the trace."""
+    policy = job.policy
+    if (job.engine, policy.policy) in _proven:
+        return True
+    trial = replace(job, timeline=False, observers=(), journal=None, look=None, n_events=0)
+    try:
+        states = [trial.run(compile=how, n_steps=PREFIX) for how in (False, True)]
+        same = all(
+            np.array_equal(one, other)
+            for one, other in zip(*(_comparable(*state) for state in states), strict=True)
+        )
+        reason = "" if same else "it decides differently when compiled"
+    except PolicyError:
+        raise
+    except NotCompilable as error:
+        reason = str(error)
+    except Exception as error:  # numba's own, of many classes: the policy's code is beyond it
+        # The first line of numba's message says where it was, the second what it met there.
+        reason = ": ".join(str(error).strip().splitlines()[:2])
+    if reason:
+        _interpreted[policy.policy] = reason
+        print(
+            f"policy '{policy.name}' runs interpreted, some 100 times slower: {reason}",
+            file=sys.stderr,
+        )
+        return False
+    _proven.add((job.engine, policy.policy))
+    return True
+
+
+def _comparable(cache: Cache, clock: Clock) -> list[Any]:
+    arrays = [cache.keys, cache.domains, cache.staging, cache.board, cache.mass]
+    return [*arrays, clock.total_ns, clock.stall_ns]
+
+
+class _Simulation(_Job):
+    """SimPy keeps the clocks; the calls of the state machine may be compiled."""
+
+    engine = Engine.simpy
+
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+        cache = ExpertCache(
+            self.context,
+            self.policy.build(self.context),
+            name=self.policy.label,
+            observers=self.observers,
+            journal=self.journal,
+            compile=compile,
+            horizon=len(self.workload.predicted),
+        )
+        simulation = Simulation(
+            self.workload, cache, self.costs, timeline=self.timeline, n_steps=n_steps
+        )
+        return cache.arrays, simulation.run()
+
+    def is_compiled(self) -> bool:
+        built = self.policy.build(self.context)
+        return calls_are_compiled(new_cache(self.context, built), built)
+
+
+class _Replay(_Job):
+    """The loop over the machine's clocks, a chunk of steps at a time."""
+
+    engine = Engine.replay
+
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+        n_steps = self.workload.n_steps if n_steps is None else min(n_steps, self.workload.n_steps)
+        policy, cache, link = self._parts(n_steps)
+        costs = self.costs
+        function: Callable[..., Any] = twin.replay
+        state: Any = policy
+        if compile:
+            state = compiled_policy(policy)
+            function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
+        work = clocks.work_of(self.workload)
+        outcome = np.zeros(self.context.n_experts, np.int8)
+        try:
+            for first in range(0, n_steps, CHUNK):
+                steps = first, min(first + CHUNK, n_steps)
+                details = self.workload.details(*steps, predictions=cache.prefetching)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    function(cache, state, work, costs, link, steps, *details, outcome)
+                if self.look is not None:
+                    self.look(cache, *steps)
+                self.workload.release()
+        except MISTAKES as error:
+            raise broken(self.policy.label, self.policy.policy, error) from error
+        return cache, clocks.clock_of(link)
+
+    def is_compiled(self) -> bool:
+        policy, cache, link = self._parts(0)
+        omit = twin.unreachable(cache, self.costs, link)
+        return is_compiled(twin.replay, compiled_policy(policy), omit=omit)
+
+    def _parts(self, n_steps: int) -> tuple[Policy, Cache, clocks.Link]:
+        policy = self.policy.build(self.context)
+        cache = new_cache(self.context, policy, n_events=self.n_events)
+        n_segments = _most_segments(self.workload, self.costs, n_steps) if self.timeline else 0
+        return policy, cache, clocks.new_link(self.costs, self.workload.n_keys, n_segments)
+
+
+def _most_segments(workload: Workload, costs: Costs, n_steps: int) -> int:
+    """An upper bound: every step may copy, read and compute everything it could want or guess."""
+    per_step = 1 + workload.meta.n_experts * 2
+    pieces = 2 * max(costs.n_pieces, costs.low_pieces) + 1
+    return n_steps * per_step * pieces

@@ -1,0 +1,343 @@
+"""The simulated machine in SimPy: one compute stream, a link, a disk, CPU workers.
+
+This is the readable reference; `moesim.engines.replay` is its compiled twin. Time is integer
+nanoseconds. At one instant arrivals complete first, then compute advances and decides, then the
+link is given its next work, so that a run repeats exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import simpy
+from moepolicy import ExpertCache, Kind, Transfer
+from moepolicy.kinds import COMPUTE as ON_CPU
+from moepolicy.kinds import HIT, LATE, MISS, SUBSTITUTE
+
+from moesim.machine.costs import Costs
+from moesim.workload.steps import Workload
+
+# SimPy orders the events of one instant by priority.
+COMPLETION = 1
+COMPUTE = 10
+DISPATCH = 20
+
+# Lanes of a timeline.
+COMPUTE_LANE = 0
+LINK_LANE = 1
+DISK_LANE = 2
+CPU_LANE = 3
+
+Process = Generator[simpy.Event, None, None]
+
+
+class Segment(NamedTuple):
+    """A stretch of one lane's time, ns. ``key`` is -1 - layer for a layer outside its experts.
+
+    ``unit`` numbers the copy stream or CPU worker; ``demand`` tells a wanted copy from a guess.
+    """
+
+    lane: int
+    unit: int
+    begins: int
+    ends: int
+    key: int
+    demand: int
+
+
+class Nanoseconds(simpy.Environment):
+    """SimPy's clock, in whole nanoseconds."""
+
+    @property
+    def now(self) -> int:
+        return int(self._now)
+
+
+class At(simpy.Event):
+    """An event ``delay`` ns from now, with its place among those of its instant."""
+
+    def __init__(self, env: Nanoseconds, delay: int, priority: int) -> None:
+        self.env = env
+        self.callbacks = []
+        self._ok = True
+        self._value = None
+        env.schedule(self, priority, delay)  # type: ignore[arg-type]
+
+
+@dataclass
+class Clock:
+    """Where the simulated time went, in ns, and what each lane did if that was asked for."""
+
+    total_ns: int = 0
+    decode_ns: int = 0
+    prompt_ns: int = 0
+    stall_ns: int = 0  # compute waited for an expert, or woke up for one
+    link_busy_ns: int = 0  # bytes flowed
+    segments: list[Segment] | None = None
+
+    def add(self, *segment: int) -> None:
+        if self.segments is not None:
+            self.segments.append(Segment(*segment))
+
+    def follow(self, other: Clock) -> None:
+        """Let another run's time come after this one's; what it left under way is cut off."""
+        if self.segments is not None:
+            for segment in other.segments or ():
+                begins, ends = segment.begins, min(segment.ends, other.total_ns)
+                if begins <= ends:
+                    shift = self.total_ns
+                    self.segments.append(segment._replace(begins=shift + begins, ends=shift + ends))
+        self.total_ns += other.total_ns
+        self.decode_ns += other.decode_ns
+        self.prompt_ns += other.prompt_ns
+        self.stall_ns += other.stall_ns
+        self.link_busy_ns += other.link_busy_ns
+
+
+@dataclass(slots=True)
+class Copy:
+    """An expert on its way, from the start of its copy to its arrival."""
+
+    key: int
+    low: bool
+    stream: int
+    number: int  # copies are numbered as they start
+    demand: bool  # wanted now; a guess becomes so when it is late
+    ready_at: int  # its bytes can flow
+    pieces: int  # still to cross
+
+
+@dataclass
+class Host:
+    """The host-memory cache in front of a disk: the most recently used records."""
+
+    capacity_bytes: int
+    used: dict[tuple[int, bool], int] = field(default_factory=dict)  # bytes, oldest first
+
+    def has(self, key: int, low: bool, n_bytes: int) -> bool:
+        """Whether the record is there; it is afterwards, if there is room for it at all."""
+        hit = self.used.pop((key, low), None) is not None
+        if n_bytes <= self.capacity_bytes:
+            self.used[key, low] = n_bytes
+        while sum(self.used.values()) > self.capacity_bytes:
+            del self.used[next(iter(self.used))]
+        return hit
+
+
+class SimulatedLink:
+    """Copies in the order the state machine starts them; their bytes share one bus, piece by piece.
+
+    A stream carries one copy at a time. Whole experts share the streams; experts in pieces have
+    as many streams for demand as for prefetch, and the bus goes to demand first.
+    """
+
+    def __init__(self, env: Nanoseconds, costs: Costs, cache: ExpertCache, clock: Clock) -> None:
+        self.env = env
+        self.costs = costs
+        self.cache = cache
+        self.clock = clock
+        self.arrived: dict[int, None] = {}  # in order of arrival, of those not yet collected
+        self._copies: list[Copy] = []
+        self._host = Host(costs.host_bytes)
+        self._bus_busy = False
+        self._followed_at: dict[int, int] = {}  # by stream: when one ended that others waited for
+        self._disk_free_at = 0
+        self._started = 0
+        self._dispatching = False
+        self._waiting: simpy.Event | None = None
+
+    def kick(self, _: simpy.Event | None = None) -> None:
+        """Something changed: dispatch once this instant's decisions are made."""
+        if not self._dispatching and (
+            self.cache.queued() is not None or (self._copies and not self._bus_busy)
+        ):
+            self._dispatching = True
+            At(self.env, 0, DISPATCH).callbacks.append(self._dispatch)
+
+    def want(self, key: int) -> None:
+        """A guess under way turned out to be right: its bytes go with the demanded ones now."""
+        for copy in self._copies:
+            if copy.key == key:
+                copy.demand = True
+
+    def arrival(self) -> simpy.Event:
+        """An event at the next arrival, after all completions of its instant."""
+        self._waiting = event = simpy.Event(self.env)
+        event._ok, event._value = True, None
+        return event
+
+    def _dispatch(self, _: simpy.Event) -> None:
+        self._dispatching = False
+        while (stream := self._free_stream()) >= 0 and (copy := self.cache.start()) is not None:
+            self._start(copy, stream)
+        if not self._bus_busy:
+            self._grant_bus()
+
+    def _free_stream(self) -> int:
+        """A stream for what would be copied next; -1 where nothing is queued or none is free."""
+        kind = self.cache.queued()
+        if kind is None:
+            return -1
+        streams = self.costs.streams
+        first = streams if self.costs.chunked and kind is Kind.SPECULATE else 0
+        taken = {copy.stream for copy in self._copies}
+        return next((s for s in range(first, first + streams) if s not in taken), -1)
+
+    def _start(self, transfer: Transfer, stream: int) -> None:
+        costs, now, low = self.costs, self.env.now, transfer.low
+        n_bytes = costs.low_bytes if low else costs.expert_bytes
+        demand = not transfer.speculative
+        follows = costs.back_to_back and self._followed_at.get(stream) == now
+        ready_at = now if follows else now + costs.latency_ns
+        if costs.read_ns and not self._host.has(transfer.key, low, n_bytes):
+            begins = max(now, self._disk_free_at)
+            self._disk_free_at = begins + (costs.low_read_ns if low else costs.read_ns)
+            ready_at = self._disk_free_at + costs.latency_ns
+            self.clock.add(DISK_LANE, 0, begins, self._disk_free_at, transfer.key, int(demand))
+        n_pieces = costs.low_pieces if low else costs.n_pieces
+        pieces = n_pieces * (2 if costs.write_back and transfer.evicts else 1)
+        self._started += 1
+        self._copies.append(
+            Copy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
+        )
+        if ready_at > now:
+            At(self.env, ready_at - now, COMPLETION).callbacks.append(self.kick)
+
+    def _grant_bus(self) -> None:
+        """The next piece: of demand before prefetch, of what started first."""
+        now = self.env.now
+        ready = [copy for copy in self._copies if copy.ready_at <= now]
+        if not ready:
+            return
+        copy = ready[0]
+        if len(ready) > 1:
+            copy = min(ready, key=lambda c: (not c.demand, c.number))
+        costs = self.costs
+        n_pieces, last_ns = costs.n_pieces, costs.last_piece_ns
+        if copy.low:
+            n_pieces, last_ns = costs.low_pieces, costs.low_last_piece_ns
+        took = last_ns if (copy.pieces - 1) % n_pieces == 0 else costs.piece_ns
+        self._bus_busy = True
+        self.clock.link_busy_ns += took
+        self.clock.add(LINK_LANE, copy.stream, now, now + took, copy.key, int(copy.demand))
+        At(self.env, took, COMPLETION).callbacks.append(lambda _: self._piece_done(copy))
+
+    def _piece_done(self, copy: Copy) -> None:
+        self._bus_busy = False
+        copy.pieces -= 1
+        if copy.pieces == 0:
+            self._copies.remove(copy)
+            self.cache.finish(copy.key)
+            if self.cache.queued() is not None:
+                self._followed_at[copy.stream] = self.env.now
+            self.arrived[copy.key] = None
+            if self._waiting is not None:
+                waiting, self._waiting = self._waiting, None
+                self.env.schedule(waiting, COMPUTE)  # type: ignore[arg-type]
+        self.kick()
+
+
+class Simulation:
+    """One policy's cache on one machine, driven through a workload."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        cache: ExpertCache,
+        costs: Costs,
+        *,
+        timeline: bool = False,
+        n_steps: int | None = None,
+    ) -> None:
+        """``n_steps`` ends the run after so many; None: after all."""
+        self.workload = workload
+        self.n_steps = workload.n_steps if n_steps is None else min(n_steps, workload.n_steps)
+        self.cache = cache
+        self.costs = costs
+        self.env = Nanoseconds(initial_time=0)
+        self.clock = Clock(segments=[] if timeline else None)
+        self.link = SimulatedLink(self.env, costs, cache, self.clock)
+        self._detail = cache.arrays.prefetching or workload.logits is not None
+        self._expert_ns = costs.expert_ns.tolist(), costs.low_expert_ns.tolist()
+
+    def run(self) -> Clock:
+        """Replay the steps; returns where the time went."""
+        done = self.env.process(self._compute())
+        self.env.run(until=done)
+        self.clock.total_ns = self.env.now
+        return self.clock
+
+    def _compute(self) -> Process:
+        gate_ns = self.costs.gate_ns(slice(None)).tolist()
+        decode = self.workload.decode.tolist()
+        layers = self.workload.layer.tolist()
+        for number in range(self.n_steps):
+            began = self.env.now
+            yield At(self.env, gate_ns[number], COMPUTE)
+            self.clock.add(COMPUTE_LANE, 0, began, self.env.now, -1 - layers[number], 1)
+            yield from self._expert_step(number)
+            if decode[number]:
+                self.clock.decode_ns += self.env.now - began
+            else:
+                self.clock.prompt_ns += self.env.now - began
+
+    def _expert_step(self, number: int) -> Process:
+        """Decide, compute what is here in router order, then what arrives as it arrives."""
+        cache, link, costs = self.cache, self.link, self.costs
+        step = self.workload.step(number, detail=self._detail)
+        keys = step.experts.tolist()
+        outcome = dict(zip(keys, cache.begin(step).tolist(), strict=True))
+        at = int(self.workload.offsets[number])
+        routed = dict(zip(keys, costs.routed[at : at + len(keys)].tolist(), strict=True))
+        for key, kind in outcome.items():
+            if kind == LATE:
+                link.want(key)
+        link.kick()
+        link.arrived.clear()  # guesses that landed before they were wanted are plain hits now
+        joins_at = self._run_on_cpu(outcome, routed)
+        # What computes for each key that does not do it itself.
+        stand_ins = {
+            key: cache.stand_in(rank) for rank, key in enumerate(keys) if outcome[key] == SUBSTITUTE
+        }
+        ready = [key for key in keys if outcome[key] == HIT] + list(stand_ins)
+        awaited = {key for key in keys if outcome[key] in (LATE, MISS)}
+        waking_ns = 0
+        while ready or awaited:
+            began = self.env.now
+            if not ready:
+                ready = [key for key in link.arrived if key in awaited][:1]
+                awaited.difference_update(ready)
+            if not ready:
+                yield link.arrival()
+                self.clock.stall_ns += self.env.now - began
+                waking_ns = costs.arrival_ns
+                continue
+            key = ready.pop(0)
+            runs = stand_ins.get(key, key)
+            took = self._expert_ns[cache.is_low(runs)][routed[key]]
+            yield At(self.env, waking_ns + took, COMPUTE)
+            self.clock.stall_ns += waking_ns
+            self.clock.add(COMPUTE_LANE, 0, began + waking_ns, self.env.now, runs, 1)
+            waking_ns = 0
+            cache.consume(key)
+            link.kick()
+        if joins_at > self.env.now:
+            self.clock.stall_ns += joins_at - self.env.now
+            yield At(self.env, joins_at - self.env.now, COMPUTE)
+        cache.end()
+        link.kick()
+
+    def _run_on_cpu(self, outcome: dict[int, int], routed: dict[int, int]) -> int:
+        """Share the step's CPU experts among the workers; returns when the last is done."""
+        free_at = [self.env.now] * self.costs.cpu_workers
+        joins_at = 0
+        for key, kind in outcome.items():
+            if kind == ON_CPU:
+                worker = free_at.index(min(free_at))
+                began = free_at[worker]
+                free_at[worker] += int(self.costs.cpu_ns[routed[key]])
+                joins_at = max(joins_at, free_at[worker])
+                self.clock.add(CPU_LANE, worker, began, free_at[worker], key, 1)
+        return joins_at

@@ -1,0 +1,82 @@
+"""What a policy decides where time plays no part: hits, misses and evictions, and no clock.
+
+Every copy arrives at once. For a policy that does not prefetch these are the decisions of every
+machine, live or simulated; for one that does, those of a link that is never waited for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from moepolicy import PolicySpec
+from moepolicy.compiled import compiled, compiled_policy
+from moepolicy.kinds import HIT
+from moepolicy.machine import begin, consume, end, finish, start, unreachable
+from moepolicy.policy import MISTAKES, Context, broken
+from moepolicy.state import BACKLOG, PINNED, Cache, new_cache
+from numpy.typing import NDArray
+
+from moesim.engines.replay_state import Work, step_at, work_of
+from moesim.workload.steps import Workload
+
+CHUNK = 1 << 15  # steps whose predictions are in memory together
+
+
+def decisions(
+    workload: Workload, policy: PolicySpec, context: Context, *, compile: bool = True
+) -> Cache:
+    """Every step of ``workload``; returns the cache as it ended, with its counters.
+
+    Raises PolicyError where the policy breaks a rule, NotCompilable (with ``compile``) where its
+    state is not arrays and numbers.
+    """
+    built = policy.build(context)
+    cache = new_cache(context, built)
+    state: Any = built
+    function: Callable[..., Any] = decide
+    if compile:
+        state = compiled_policy(built)
+        function = compiled(decide, state, omit=unreachable(cache))
+    work = work_of(workload)
+    outcome = np.zeros(context.n_experts, np.int8)
+    try:
+        for first in range(0, workload.n_steps, CHUNK):
+            last = min(first + CHUNK, workload.n_steps)
+            logits, predicted = workload.details(first, last, predictions=cache.prefetching)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                function(cache, state, work, (first, last), logits, predicted, outcome)
+    except MISTAKES as error:
+        raise broken(policy.label, policy.policy, error) from error
+    return cache
+
+
+def decide(
+    cache: Cache,
+    policy: Any,
+    work: Work,
+    steps: tuple[int, int],
+    logits: NDArray[np.float32],
+    predicted: NDArray[np.float32],
+    outcome: NDArray[np.int8],
+) -> None:
+    """Steps first to one before last; the arguments are those of `moesim.engines.replay.replay`."""
+    for number in range(steps[0], steps[1]):
+        backlog = cache.board[BACKLOG]
+        step = step_at(work, number, number - steps[0], logits, predicted, backlog)
+        begin(cache, policy, step, outcome)
+        for rank in range(len(step.experts)):
+            if outcome[rank] == HIT:
+                consume(cache, step.experts[rank])
+        while cache.board[BACKLOG]:
+            key = start(cache, policy)
+            if key < 0:
+                break  # the last guesses found no place
+            finish(cache, policy, key)
+            if cache.keys[key, PINNED]:
+                # Used as it arrives: the next copy may need its staging buffer.
+                consume(cache, key)
+        end(cache, policy)

@@ -1,0 +1,114 @@
+"""How near a result comes to what no policy can beat, and how much of the way from LRU it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moesim.errors import SimulationError
+from moesim.limits.loads import min_loads
+from moesim.limits.time import min_time_ns
+from moesim.machine.costs import Sizes
+from moesim.machine.profile import NS_PER_S, Machine
+from moesim.workload.steps import Workload
+
+if TYPE_CHECKING:
+    from moesim.simulate import Result
+
+BASELINE = "lru"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no policy can beat with so many slots on a machine, knowing the future.
+
+    loads         copies over the link, whatever is prefetched or bypassed
+    loads_kept    the same without bypass: of a policy that copies on demand only, and keeps what
+                  it copied at least while its step lasts
+    tokens_per_s  counted as `Result.tokens_per_s` is
+    buffers       staging buffers that ``tokens_per_s`` lets hold prefetched experts
+    """
+
+    loads: int
+    loads_kept: int
+    tokens_per_s: float
+    buffers: int
+
+
+def limits_of(
+    workload: Workload,
+    machine: Machine,
+    sizes: Sizes,
+    slots: int,
+    scope: str,
+    *,
+    buffers: int = 0,
+    cold: bool = False,
+) -> Limits:
+    """The limits of `min_loads` and `min_time_ns`, which say what they hold for."""
+    least_ns = min_time_ns(
+        workload,
+        machine,
+        sizes,
+        slots,
+        scope,
+        buffers=buffers,
+        cold=cold,
+        decoding=workload.n_decoded > 0,
+    )
+    tokens = workload.n_decoded or workload.n_prompt
+    return Limits(
+        loads=min_loads(workload, slots, scope, cold=cold),
+        loads_kept=min_loads(workload, slots, scope, bypass=False, cold=cold),
+        tokens_per_s=tokens * NS_PER_S / least_ns if least_ns else float("inf"),
+        buffers=buffers,
+    )
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One policy's share of the gap between the baseline and the limit.
+
+    0 is as good as the baseline, 1 the limit, below 0 worse than the baseline; None where the
+    baseline is at the limit already, so that there is no gap. ``time`` is that spent on a token.
+    """
+
+    policy: str
+    loads: float | None
+    time: float | None
+
+    def row(self) -> dict[str, float | None]:
+        return {"gap_closed_loads": self.loads, "gap_closed_time": self.time}
+
+
+def gap_closed(results: Sequence[Result], *, baseline: str = BASELINE) -> list[Gap]:
+    """The share each of ``results`` closes, in their order.
+
+    They are of one trace, machine, scope and number of slots; one is of ``baseline``.
+    SimulationError where they are not such, or were simulated without limits.
+    """
+    points = {(r.trace, r.machine, r.scope, r.slots, r.expert_bytes, r.cold) for r in results}
+    if len(points) > 1:
+        raise SimulationError("gap_closed: the results are of different traces, caches or machines")
+    base = next((r for r in results if r.policy == baseline), None)
+    if base is None:
+        raise SimulationError(f"the gap to the limit is measured from '{baseline}': compare it too")
+    if any(r.limit_tokens_per_s is None for r in results):
+        raise SimulationError("gap_closed: the results were simulated without their limits")
+    return [gap_of(base.row(), result.row()) for result in results]
+
+
+def gap_of(base: Mapping[str, Any], row: Mapping[str, Any]) -> Gap:
+    """The share that a result closes of the gap between ``base`` and the result's limit; both
+    as `Result.row` gives them."""
+    base_s, row_s = 1 / base["tokens_per_s"], 1 / row["tokens_per_s"]
+    return Gap(
+        row["policy"],
+        _share(base["loads"], row["loads"], row["limit_loads"]),
+        _share(base_s, row_s, 1 / row["limit_tokens_per_s"]),
+    )
+
+
+def _share(base: float, found: float, limit: float) -> float | None:
+    return (base - found) / (base - limit) if base > limit else None

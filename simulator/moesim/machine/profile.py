@@ -1,0 +1,217 @@
+"""Machine profiles: what a simulated machine's link and compute cost, from TOML.
+
+Shipped profiles have a name; anyone else's is a file, written by hand or by `moerun profile`.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moepolicy.console import nearest
+
+from moesim.errors import SimulationError, UsageError
+
+SHIPPED = Path(__file__).parents[1] / "machines"
+SOURCES = ("measured", "published")
+NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way from where the experts are kept to where they are used.
+
+    ``streams`` copies may be under way at once: their latencies overlap, their bytes share the
+    bandwidth one after the other. With ``chunk_bytes`` an expert travels in pieces: demanded
+    copies have streams of their own and overtake a prefetch at the end of its piece. With
+    ``write_back`` a copy that evicts first sends its victim back, as the base paper's released
+    code does although weights are never changed. With ``back_to_back`` a copy that waits for its
+    stream to be free has no latency: its command is there when the last one ends.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0  # of each transfer, before its bytes flow
+    streams: int = 1
+    chunk_bytes: int = 0  # 0: an expert travels whole
+    write_back: bool = False
+    back_to_back: bool = False
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A stage before the link, one read at a time, with a cache of experts in host memory (LRU)."""
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    host_bytes: int = 0  # of the host's cache
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Workers that compute missing experts where they are kept, beside the compute stream."""
+
+    workers: int
+    expert_s: float = 0.0
+    expert_token_s: float = 0.0
+    memory_bytes_per_s: float = math.inf  # of each worker
+    flops_per_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What one forward pass costs outside the link, in seconds; every overhead is an entry."""
+
+    token_s: float = 0.0  # once a pass: embedding, head, sampling, the loop around them
+    layer_s: float = 0.0  # a layer outside its experts: attention, norms, gate, launches
+    layer_token_s: float = 0.0  # each further token of a batch, in such a layer
+    gate_sync_s: float = 0.0  # a layer: bringing the gate's choice to the host
+    prefetch_s: float = 0.0  # a layer, under a policy that predicts: the speculative gates
+    arrival_s: float = 0.0  # an expert that compute stood still for: waking up when it is there
+    expert_s: float = 0.0  # an expert call
+    expert_token_s: float = 0.0  # each further token in it
+    memory_bytes_per_s: float = math.inf  # weights are read at this rate, on top of the fixed costs
+    flops_per_s: float = math.inf  # an expert call takes at least its operations over this
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine profile. ``source`` tells measured constants from published ones."""
+
+    name: str
+    description: str
+    source: str
+    link: Link
+    compute: Compute
+    disk: Disk | None = None
+    cpu: Cpu | None = None
+
+    def copy_ns(self, n_bytes: int) -> int:
+        """How long a copy's bytes occupy the link."""
+        return max(1, math.ceil(n_bytes * NS_PER_S / self.link.bytes_per_s))
+
+    @property
+    def latency_ns(self) -> int:
+        return _ns(self.link.latency_s)
+
+    @property
+    def arrival_ns(self) -> int:
+        return _ns(self.compute.arrival_s)
+
+    def pass_ns(self, token_bytes: int) -> int:
+        """A forward pass outside its layers."""
+        return _ns(self.compute.token_s + token_bytes / self.compute.memory_bytes_per_s)
+
+    def layer_ns(self, tokens: int, layer_bytes: int, *, predicting: bool) -> int:
+        """A layer up to the moment its gate's choice is known."""
+        cost = self.compute
+        seconds = cost.layer_s + cost.gate_sync_s + (tokens - 1) * cost.layer_token_s
+        seconds += layer_bytes / cost.memory_bytes_per_s + predicting * cost.prefetch_s
+        return _ns(seconds)
+
+    def expert_ns(self, tokens: int, expert_bytes: int, expert_params: int) -> int:
+        """One expert's compute for ``tokens`` tokens."""
+        return _expert_ns(self.compute, tokens, expert_bytes, expert_params)
+
+    def cpu_expert_ns(self, tokens: int, expert_bytes: int, expert_params: int) -> int:
+        """The same on a CPU worker."""
+        if self.cpu is None:
+            return 1
+        return max(1, _expert_ns(self.cpu, tokens, expert_bytes, expert_params))
+
+    def read_ns(self, expert_bytes: int) -> int:
+        """One expert from disk to host memory; 0 where there is no disk stage."""
+        if self.disk is None:
+            return 0
+        return _ns(self.disk.latency_s + expert_bytes / self.disk.bytes_per_s)
+
+
+def _expert_ns(cost: Compute | Cpu, tokens: int, expert_bytes: int, expert_params: int) -> int:
+    read_s = expert_bytes / cost.memory_bytes_per_s
+    flops_s = 2.0 * expert_params * tokens / cost.flops_per_s
+    return _ns(cost.expert_s + (tokens - 1) * cost.expert_token_s + max(read_s, flops_s))
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * NS_PER_S)
+
+
+def machine_names() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load_machine(name_or_path: str) -> Machine:
+    """A shipped profile by name, or a TOML file. SimulationError says what is wrong with it."""
+    path = Path(name_or_path)
+    if name_or_path in machine_names():
+        path = SHIPPED / f"{name_or_path}.toml"
+    elif path.suffix != ".toml" and not path.exists():
+        raise UsageError(
+            f"unknown machine '{name_or_path}'; {nearest(name_or_path, machine_names())}; "
+            "or a profile of your own as path/to/machine.toml"
+        )
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SimulationError(f"{path} is not a machine profile: {error}") from None
+    return _machine(path, table)
+
+
+def _machine(path: Path, table: dict[str, Any]) -> Machine:
+    known = {"name", "description", "source", "link", "compute", "disk", "cpu"}
+    _refuse_unknown(path, "", table, known)
+    source = table.get("source", "published")
+    if source not in SOURCES:
+        raise SimulationError(f"{path}: source is '{source}', not one of {', '.join(SOURCES)}")
+    return Machine(
+        name=str(table.get("name", path.stem)),
+        description=str(table.get("description", "")),
+        source=source,
+        link=Link(**_numbers(path, "link", table, Link)),
+        compute=Compute(**_numbers(path, "compute", table, Compute)),
+        disk=Disk(**_numbers(path, "disk", table, Disk)) if "disk" in table else None,
+        cpu=Cpu(**_numbers(path, "cpu", table, Cpu)) if "cpu" in table else None,
+    )
+
+
+def _numbers(path: Path, section: str, table: dict[str, Any], cls: type) -> dict[str, Any]:
+    """A section's entries, each checked against the class that will hold them."""
+    values = table.get(section, {})
+    if not isinstance(values, dict):
+        raise SimulationError(f"{path}: [{section}] is not a table")
+    known = {f.name: f for f in fields(cls)}
+    _refuse_unknown(path, f"[{section}] ", values, set(known))
+    for key, field in known.items():
+        if field.default is MISSING and key not in values:
+            raise SimulationError(f"{path}: [{section}] has no {key}")
+    for key, value in values.items():
+        if known[key].type == "bool":
+            if not isinstance(value, bool):
+                raise SimulationError(f"{path}: [{section}] {key} is {value!r}, not true or false")
+        else:
+            _check_number(path, f"[{section}] {key}", known[key], value)
+    return values
+
+
+def _check_number(path: Path, where: str, field: Field[Any], value: Any) -> None:
+    key = field.name
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise SimulationError(f"{path}: {where} is {value!r}, not a number")
+    if key == "streams" and (not isinstance(value, int) or not 1 <= value <= 3):
+        raise SimulationError(f"{path}: {where} is {value}, not 1, 2 or 3")
+    if field.type == "int" and not isinstance(value, int):
+        raise SimulationError(f"{path}: {where} is {value}, not a whole number")
+    if key == "workers" and value < 1:
+        raise SimulationError(f"{path}: {where} is {value}; leave [cpu] out for none")
+    if key.endswith("_per_s") and not value > 0:
+        raise SimulationError(f"{path}: {where} is {value}; a rate must be above 0")
+    if value < 0 or (math.isinf(value) and not key.endswith("_per_s")):
+        raise SimulationError(f"{path}: {where} is {value}; it must be 0 or more and finite")
+
+
+def _refuse_unknown(path: Path, where: str, table: dict[str, Any], known: set[str]) -> None:
+    for key in table:
+        if key not in known:
+            raise SimulationError(f"{path}: unknown entry {where}{key}; {nearest(key, known)}")

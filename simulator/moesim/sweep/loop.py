@@ -1,0 +1,161 @@
+"""The loop of a sweep: points out to workers, outcomes into the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from moesim.limits import gap_of
+from moesim.sweep.journal import Journal
+from moesim.sweep.plan import Plan
+from moesim.sweep.pool import Finished, Lost, Pool
+from moesim.sweep.schedule import Schedule
+from moesim.sweep.worker import Outcome
+
+TRIES = 2  # a point whose worker dies is given to one other worker
+POLL_S = 0.5
+
+
+def _nobody(*_: object) -> None:
+    """Listens to nothing."""
+
+
+@dataclass
+class Watcher:
+    """Who is told how a sweep goes: points done, of how many, on how many workers; and news."""
+
+    advance: Callable[[int, int, int], None] = _nobody
+    say: Callable[[str], None] = _nobody
+
+
+@dataclass
+class _State:
+    """Points under way, by worker in the order they were given, and how often each was tried."""
+
+    given: dict[int, list[int]] = field(default_factory=dict)
+    tries: dict[int, int] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+
+class Sweep:
+    """One sweep over the points of ``plan`` that ``journal`` does not have yet."""
+
+    def __init__(self, plan: Plan, journal: Journal, watcher: Watcher | None = None) -> None:
+        self.plan = plan
+        self.journal = journal
+        self.watcher = watcher or Watcher()
+        self.failed: dict[str, str] = {p.key: p.refused for p in plan.points if p.refused}
+        self._state = _State()
+        self._references = plan.references() if plan.grid.limits else {}
+        measured = self._measured_from()
+        # Points that come to the same (two budgets for as many slots) are run once.
+        self._todo = {
+            point.key: number
+            for number, point in reversed(list(enumerate(plan.points)))
+            if point.key not in journal.finished
+            and not point.refused
+            and (not point.reference or point.key in measured)
+        }
+
+    def _measured_from(self) -> set[str]:
+        """Keys of the points that others are still to be measured from."""
+        finished = self.journal.finished
+        return {
+            self._references[point.key]
+            for point in self.plan.points
+            if point.key in self._references
+            and not point.reference
+            and "gap_closed_time" not in finished.get(point.key, {})
+        }
+
+    @property
+    def n_left(self) -> int:
+        return len(self._todo)
+
+    @property
+    def asked_left(self) -> int:
+        """Of the points left, those of the grid."""
+        return len(self.plan.asked & self._todo.keys())
+
+    def run(self, pool: Pool) -> None:
+        """Run what is left. Finished points are in the journal however this ends.
+
+        Raises SimulationError when ``pool`` has no more workers, OSError when the journal cannot
+        be written.
+        """
+        total = self.n_left
+        try:
+            pool.start()
+            schedule = Schedule(self.plan, self._todo.values(), pool.n_workers)
+            while self._todo:
+                for event in pool.events(POLL_S):
+                    if isinstance(event, Finished):
+                        self._finish(event)
+                    elif isinstance(event, Lost):
+                        self._lose(event, schedule)
+                    else:
+                        self._state.given[event.worker] = []
+                self._feed(pool, schedule)
+                self.watcher.advance(total - self.n_left, total, len(self._state.given))
+        finally:
+            pool.stop()
+
+    def _feed(self, pool: Pool, schedule: Schedule) -> None:
+        for worker, given in self._state.given.items():
+            if not given and (numbers := schedule.take(worker)):
+                given.extend(numbers)
+                pool.give(worker, [(number, self.plan.points[number]) for number in numbers])
+
+    def _finish(self, event: Finished) -> None:
+        self._state.given[event.worker].remove(event.number)
+        for note in event.outcome.notes:
+            if note not in self._state.said:
+                self._state.said.add(note)
+                self.watcher.say(note)
+        self._settle(event.number, event.outcome)
+
+    def _settle(self, number: int, outcome: Outcome) -> None:
+        key = self.plan.points[number].key
+        del self._todo[key]
+        if outcome.row is not None:
+            self.journal.add(key, outcome.row)
+        else:
+            self.failed[key] = outcome.error or "failed without saying why"
+
+    def _lose(self, event: Lost, schedule: Schedule) -> None:
+        """Give a dead worker's points to others; the one it was at, once."""
+        schedule.forget(event.worker)
+        given = self._state.given.pop(event.worker, [])
+        if not given:
+            self.watcher.say(f"{event.reason}; it had no point, and is replaced")
+            return
+        at, *rest = given
+        for number in reversed(rest):
+            schedule.put_back(number)
+        name = self.plan.name(self.plan.points[at])
+        tries = self._state.tries[at] = self._state.tries.get(at, 0) + 1
+        if tries < TRIES:
+            self.watcher.say(f"{event.reason} at {name}; the point is tried once more")
+            schedule.put_back(at, last=True)
+        else:
+            self.watcher.say(f"{event.reason} at {name}, for the second time: the point failed")
+            self._settle(at, Outcome(None, f"{event.reason}, as did the one that tried before"))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a point of the grid, in the plan's order: what it is of, how it went, what came
+        out, and how it compares with LRU."""
+        rows = []
+        for point in self.plan.points:
+            if point.reference:
+                continue
+            row = self.plan.labels(point)
+            error = self.failed.get(point.key)
+            if error is not None:
+                rows.append(row | {"status": "failed", "error": error})
+            elif point.key in self.journal.finished:
+                found = self.journal.finished[point.key]
+                base = self.journal.finished.get(self._references.get(point.key, ""))
+                gap = gap_of(base, found).row() if base else {}
+                rows.append(found | row | gap | {"status": "ok", "error": None})
+        return rows

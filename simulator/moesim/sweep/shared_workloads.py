@@ -1,0 +1,29 @@
+"""Workloads shared by the workers of a machine: read once into files, then mapped by each."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from moesim.workload.loading import attached
+from moesim.workload.steps import Workload
+
+
+def shared_workload(folder: Path, name: str, load: Callable[[Path], object]) -> Workload:
+    """The workload kept as ``name`` under ``folder``; whoever comes first loads it there.
+
+    ``folder`` must belong to the sweep alone: what lies there is trusted. Loading holds a lock,
+    which the system releases should the loader be killed.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    place, partial = folder / name, folder / f"{name}.partial"
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            load(partial)
+            partial.replace(place)
+    return attached(place)

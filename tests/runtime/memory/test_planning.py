@@ -1,0 +1,213 @@
+"""What a plan counts besides weights, cache and slots, and what is compiled within a budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moepolicy import Kind, find_policy
+from moepolicy.calls import CompiledCalls
+from moerun.live.generate import Sampling
+from moerun.live.runner import Runner, Settings
+from moerun.memory.compiling import Compiling
+from moerun.memory.fit import plan_memory
+from moerun.memory.needs import COMPILED_BYTES, MIB, MemoryPlan, Needs
+from moerun.store.expert_store import ExpertStore
+from support.big_models import big_store
+
+OWN = Path(__file__).parents[2] / "support" / "policies.py"
+PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
+ASIDE = f"{OWN}:AnswersLow:answer={int(Kind.COMPUTE)}"
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
+    return big_store(tmp_path_factory.mktemp("big"))
+
+
+@pytest.mark.parametrize("precision", ["native", "4bit", "2bit"])
+def test_what_computes_beside_the_device_is_planned(
+    stores: dict[str, ExpertStore], precision: str
+) -> None:
+    store = stores[precision]
+    plain = Settings(find_policy("lru"), slots=1, low=stores["2bit"])
+    assert plan_memory(store, plain).needs.aside_bytes == 0
+    with Runner(store, Settings(find_policy(ASIDE), slots=1, low=stores["2bit"])) as runner:
+        runner.generate(PROSE, Sampling(max_new_tokens=2))
+        assert runner.session.totals.cpu_experts > 0
+        aside: Any = runner.session.aside
+        held = aside._form.slot_bytes
+        held += 0 if aside._buffer is None else aside._buffer.nbytes
+        planned = runner.plan
+    assert planned.needs.aside_bytes > held
+    assert planned.total_bytes == planned.needs.total_bytes + planned.slots_bytes
+    assert ("CPU experts", planned.needs.aside_bytes) in [row[:2] for row in planned.rows()]
+    assert planned.least_bytes > plan_memory(store, plain).least_bytes + held
+    gpu = Settings(find_policy(ASIDE), slots=1, low=stores["2bit"], device=torch.device("cuda", 0))
+    assert plan_memory(store, gpu).needs.aside_bytes == 0
+
+
+def test_experts_between_disk_and_slots_are_planned(stores: dict[str, ExpertStore]) -> None:
+    store = stores["native"]
+    for host_bytes, planned in ((10 * store.record_bytes, 10), (1 << 40, store.n_keys)):
+        settings = Settings(find_policy("lru"), slots=1, host_bytes=host_bytes)
+        assert plan_memory(store, settings).needs.host_tier_bytes == planned * store.record_bytes
+
+
+def test_pieces_and_the_lower_precision_need_their_buffers(stores: dict[str, ExpertStore]) -> None:
+    def workspace(**options: Any) -> int:
+        settings = Settings(find_policy("lru"), slots=1, **options)
+        return plan_memory(stores["native"], settings).needs.workspace_bytes
+
+    plain, low = workspace(), workspace(low=stores["2bit"])
+    pieces = workspace(low=stores["2bit"], chunk_bytes=4096)
+    buffers = 3 * stores["2bit"].record_bytes
+    assert pieces - low == buffers
+    assert low - plain > buffers  # and the blocks in which a prompt's tokens are multiplied
+
+
+@pytest.mark.parametrize(
+    ("budget", "compiling", "slots"),
+    [
+        (100, Compiling.NEVER, 0),
+        (400, Compiling.NEVER, 3),  # 112 MiB would cost a slot in every layer, and more
+        (1010, Compiling.KEPT, 8),  # all experts have slots, and 120 MiB are left
+        (1200, Compiling.ALWAYS, 8),
+        (100_000, Compiling.ALWAYS, 8),
+    ],
+)
+def test_compiling_gets_what_slots_leave(budget: int, compiling: Compiling, slots: int) -> None:
+    plan = MemoryPlan(Needs(80 * MIB, 0, 0, 9), None, 0, 10, 8, 1, 10 * MIB)
+    chosen = plan.within(budget * MIB).with_compiling()
+    assert (chosen.compiling, chosen.slots) == (compiling, slots)
+    assert chosen.needs.compiled_bytes == COMPILED_BYTES[compiling]
+    assert chosen.total_bytes <= budget * MIB
+
+
+def test_kept_code_may_cost_a_small_part_of_the_budget() -> None:
+    plan = MemoryPlan(Needs(80 * MIB, 0, 0, 9), None, 0, 10, 64, 1, 10 * MIB)
+    for budget, compiling, slots in ((1750, Compiling.NEVER, 16), (1800, Compiling.KEPT, 15)):
+        chosen = plan.within(budget * MIB).with_compiling()
+        assert (chosen.compiling, chosen.slots) == (compiling, slots)
+
+
+KEEPS = """
+import json, sys
+from moepolicy import find_policy
+from moepolicy.calls import CompiledCalls
+from moerun.live.generate import Sampling
+from moerun.live.runner import Runner, Settings
+from moerun.store.expert_store import ExpertStore
+path, budget, policy, low, prompt = sys.argv[1:]
+store = ExpertStore.open(path)
+settings = Settings(find_policy(policy), memory_bytes=int(budget), context_tokens=600,
+                    low=ExpertStore.open(low))
+with Runner(store, settings) as runner:
+    runner.session.wait_compiled()
+    runner.generate(prompt, Sampling(max_new_tokens=8, stop=False))
+    plan = runner.plan
+    print(json.dumps({
+        "compiling": plan.compiling.value, "peak": runner.peak_bytes, "planned": plan.total_bytes,
+        "compiled": isinstance(runner.session.cache._calls, CompiledCalls),
+        "slots": plan.slots, "aside": runner.session.totals.cpu_experts,
+    }))
+"""
+
+
+def measured(store: ExpertStore, budget: int, policy: str, code: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", KEEPS, str(store.path), str(budget), policy),
+            *(str(store.path), PROSE * 20),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(code)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_or_loads_keeps_to_its_budget(
+    big: ExpertStore, tmp_path: Path
+) -> None:
+    settings = Settings(find_policy("lru"), slots=8, context_tokens=600, low=big)
+    whole = plan_memory(big, settings).total_bytes
+    for room, compiling in ((260, "always"), (120, "kept")):
+        found = measured(big, whole + room * MIB, "lru", tmp_path / "code")
+        assert (found["compiling"], found["compiled"]) == (compiling, True)
+        assert found["slots"] == 8
+        assert found["peak"] <= found["planned"] <= whole + room * MIB
+
+
+def test_a_process_that_computes_aside_keeps_to_its_budget(
+    big: ExpertStore, tmp_path: Path
+) -> None:
+    budget = 300 * MIB
+    found = measured(big, budget, f"{OWN}:Anything", tmp_path / "code")
+    assert found["aside"] > 0
+    assert found["compiling"] == "never"
+    assert 0 < found["slots"] < 8
+    assert 0.5 * found["planned"] < found["peak"] <= budget
+
+
+SCORES = """
+import json, sys
+import torch
+from moepolicy import find_policy
+from moerun.perplexity.measure import Measurement
+from moerun.live.runner import Runner, Settings
+from moerun.store.expert_store import ExpertStore
+path, budget = sys.argv[1:]
+settings = Settings(find_policy("lru"), memory_bytes=int(budget))
+measurement = Measurement(path, "once upon a time there was " * 400, settings)
+with Runner(ExpertStore.open(path), measurement.settings) as runner:
+    measurement._score(runner, measurement.ids, measurement.windows[0], 0)
+    print(json.dumps({"peak": runner.peak_bytes, "context": measurement.context,
+                      "slots": runner.context.slots}))
+"""
+
+
+def test_a_process_that_scores_long_windows_keeps_to_its_budget(big: ExpertStore) -> None:
+    budget = 380 * MIB  # of which 40 MB are the logits of a window
+    done = subprocess.run(
+        [sys.executable, "-c", SCORES, str(big.path), str(budget)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["context"] == 2048
+    assert 0 < found["slots"] < 8
+    assert 0.5 * budget < found["peak"] <= budget
+
+
+def test_code_that_was_kept_is_loaded_and_no_other_compiled(
+    stores: dict[str, ExpertStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stores["native"]
+    with Runner(store, Settings(find_policy("lru"), slots=8, context_tokens=64)) as runner:
+        runner.session.wait_compiled()  # and so kept, if it was not
+        whole = runner.plan.total_bytes
+    chosen = Settings(find_policy("lru"), memory_bytes=whole + 120 * MIB, context_tokens=64)
+    with Runner(store, chosen) as runner:
+        runner.session.wait_compiled()
+        assert isinstance(runner.session.cache._calls, CompiledCalls)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "none"))
+    with Runner(store, chosen) as runner:
+        runner.session.wait_compiled()
+        assert not isinstance(runner.session.cache._calls, CompiledCalls)
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,157 @@
+"""The replay against SimPy: equal decisions and equal timelines to the nanosecond."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moepolicy import find_policy, policy_names
+from moepolicy.compiled import NotCompilable, compiled_policy
+from moeroute import open_trace
+from moesim import Machine, load_workload
+from moesim.engines import choose as engines
+from moesim.engines.choose import Engine
+from moesim.machine.costs import Sizes, costs_of
+from support.machines import full_machines, machine, machines
+from support.traces import traces, write_trace
+
+OWN = Path(__file__).parents[2] / "support" / "policies.py"
+CHOOSING = [f"{OWN}:{name}" for name in ("Anything", "AnythingAhead", "AnythingStaged")]
+POLICIES = [*policy_names(), "lru-spec:n=1,staging=1", f"{OWN}:SlotSpec", *CHOOSING]
+SIZES = Sizes(10, 5, 3, 2, low_bytes=4)
+
+
+def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, engine: str) -> Any:
+    """Everything a run ends with: counters, cache, times, timeline."""
+    cache, clock = engines.run(
+        workload,
+        find_policy(policy),
+        workload.context(slots, scope),
+        costs_of(workload, on, SIZES, predicting="predictions" in find_policy(policy).requires),
+        engine=Engine(engine),
+        timeline=True,
+    )
+    assert clock.segments is not None
+    times = (clock.total_ns, clock.decode_ns, clock.prompt_ns, clock.stall_ns, clock.link_busy_ns)
+    board = cache.board.tolist()
+    board[2] = 0  # events told so far: only SimPy tells
+    arrays = [array.tolist() for array in (cache.mass, cache.keys, cache.domains)]
+    return times, board, arrays, sorted(clock.segments)
+
+
+def load(tmp_path: Path, case: Any) -> tuple[Any, int]:
+    (tokens, predicted), n_experts, slots = case
+    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted, logits=True)
+    return load_workload(open_trace(path), predictions=True, logits=True), slots
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(traces(), machines, st.sampled_from(["layer", "global"]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_replay_is_simpy_to_the_nanosecond(
+    tmp_path_factory: pytest.TempPathFactory, policy: str, case: Any, on: Machine, scope: str
+) -> None:
+    workload, slots = load(tmp_path_factory.mktemp("t"), case)
+    simpy = outcome(workload, policy, on, slots, scope, "simpy")
+    assert outcome(workload, policy, on, slots, scope, "replay") == simpy
+
+
+# Compiling takes seconds for each policy and set of features: here every feature is on.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "lru-spec",
+        "belady-bypass",
+        "fiddler",
+        *["clock", "sieve", "slru", "2q", "s3-fifo", "arc"],
+        *["lfu-aging", "lfru", "least-stale", "class-lru"],
+        CHOOSING[1],
+    ],
+)
+@given(traces(), full_machines, st.sampled_from(["layer", "global"]))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_compiling_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, policy: str, case: Any, on: Machine, scope: str
+) -> None:
+    workload, slots = load(tmp_path_factory.mktemp("t"), case)
+    interpreted = outcome(workload, policy, on, slots, scope, "replay")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "WORTH_COMPILING", 0)
+        assert outcome(workload, policy, on, slots, scope, "replay") == interpreted
+    assert find_policy(policy).policy not in engines._interpreted
+
+
+def test_a_policy_is_compiled_once_it_pays_and_decides_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workload = load_workload(open_trace("tiny")).head(200)
+    on = machine(latency_s=3e-9)
+    interpreted = outcome(workload, "lru", on, 3, "layer", "replay")
+    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+    assert outcome(workload, "lru", on, 3, "layer", "replay") == interpreted
+    assert (Engine.replay, find_policy("lru").policy) in engines._proven
+
+
+def test_every_built_in_policy_is_compilable() -> None:
+    context = load_workload(open_trace("tiny")).context(4, "layer")
+    for name in policy_names():
+        compiled_policy(find_policy(name).build(context))
+
+
+def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from moepolicy import Policy\n"
+        "class Mine(Policy):\n"
+        "    def __init__(self, context):\n"
+        "        self.order = {}\n"
+        "    def on_load(self, key, speculative, now):\n"
+        "        self.order[key] = now\n"
+        "    def victim(self, layer, incoming, candidates):\n"
+        "        return min(candidates.tolist(), key=self.order.get)\n"
+    )
+    tokens = [(0, 1, [[e], [e]]) for e in (0, 1, 2, 0, 3)]
+    path = write_trace(tmp_path / "t.parquet", tokens, 4)
+    workload = load_workload(open_trace(path))
+    spec = find_policy(f"{mine}:Mine")
+    with pytest.raises(NotCompilable):
+        compiled_policy(spec.build(workload.context(2, "layer")))
+
+    def run(policy: Any) -> Any:
+        cache, clock = engines.run(
+            workload,
+            policy,
+            workload.context(2, "layer"),
+            costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+        )
+        return cache.board.tolist(), clock.total_ns
+
+    expected = run(find_policy("fifo"))
+    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+    assert run(spec) == run(spec) == expected
+    assert capsys.readouterr().err.count("runs interpreted") == 1
+
+
+def test_gate_columns_reach_the_replay_as_they_reach_simpy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    n_experts, n_layers = 4, 3
+    phases = [0, 0, 0, 1, 1, 0, 1]  # two prompts and what was decoded after them
+    tokens = [
+        (0, phase, [rng.permutation(n_experts)[:2].tolist() for _ in range(n_layers)])
+        for phase in phases
+    ]
+    predicted = rng.normal(size=(len(tokens) * n_layers, n_experts))
+    predicted[::n_layers] = np.nan
+    path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted)
+    workload = load_workload(open_trace(path), predictions=True)
+    _, rows = workload.details(0, workload.n_steps, predictions=True)
+    for number in range(workload.n_steps):
+        np.testing.assert_array_equal(rows[number], workload.step(number).predicted)
+    assert np.isfinite(rows).any()
