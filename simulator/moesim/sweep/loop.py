@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesim.limits import gap_of
+from moesim.sweep.events import Finished, Lost, Pool
 from moesim.sweep.journal import Journal
 from moesim.sweep.plan import Plan
-from moesim.sweep.pool import Finished, Lost, Pool
 from moesim.sweep.schedule import Schedule
 from moesim.sweep.worker import Outcome
 

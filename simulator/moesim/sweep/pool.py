@@ -11,56 +11,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from moesim.errors import SimulationError
+from moesim.sweep.events import HOPELESS, Event, Finished, Lost, Ready
 from moesim.sweep.plan import Job, Point
-from moesim.sweep.worker import Outcome, Worker
+from moesim.sweep.worker import Worker, one_thread
 
 STOP_S = 2.0
-HOPELESS = 3  # workers in a row that died before they could do anything
-
-
-class Ready(NamedTuple):
-    """A worker has started and waits for points."""
-
-    worker: int
-
-
-class Finished(NamedTuple):
-    """A worker is done with a point, the first of those it was given."""
-
-    worker: int
-    number: int
-    outcome: Outcome
-
-
-class Lost(NamedTuple):
-    """A worker is gone, with what it had not finished."""
-
-    worker: int
-    reason: str
-
-
-Event = Ready | Finished | Lost
-
-
-class Pool(Protocol):
-    """Where points are run. Workers are numbered; a replacement has a new number."""
-
-    n_workers: int
-
-    def start(self) -> None: ...
-
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
-        """Hand numbered points to a worker that is ready or has finished its last."""
-
-    def events(self, timeout_s: float) -> list[Event]:
-        """What has happened; empty after ``timeout_s``. Raises SimulationError when no worker
-        can be had any more."""
-
-    def stop(self) -> None:
-        """End every worker, whatever it is doing."""
 
 
 @dataclass
@@ -173,12 +131,6 @@ def _work(pipe: Connection, job: Job, scratch: Path) -> None:
                 pipe.send((number, worker.run(point)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def one_thread() -> None:
-    """Keep libraries to one thread: there is a worker a core. Before they are imported."""
-    for name in ("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
 
 
 def _die_with_parent() -> None:

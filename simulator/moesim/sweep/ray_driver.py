@@ -20,10 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from moesim.sweep.events import HOPELESS, Connected, Finished, Gone, Lost, Ready
 from moesim.sweep.plan import Job, Point, code_digest
-from moesim.sweep.pool import HOPELESS, Finished, Lost, Ready, one_thread
-from moesim.sweep.ray_pool import Connected, Gone
-from moesim.sweep.worker import Outcome, Worker
+from moesim.sweep.worker import Outcome, Worker, one_thread
 
 REACH_S = 5.0
 GONE_S = 15.0  # a cluster that cannot be reached for so long is given up

@@ -9,31 +9,16 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import SimulationError, UsageError
+from moesim.sweep.events import Connected, Event, Gone
 from moesim.sweep.plan import Job, Point
-from moesim.sweep.pool import Event
 
 START_S = 120.0
 STOP_S = 30.0
-
-
-@dataclass(frozen=True)
-class Connected:
-    """The driver's first word: how many workers the sweep will have."""
-
-    n_workers: int
-
-
-@dataclass(frozen=True)
-class Gone:
-    """The driver's last word: why there can be no more results."""
-
-    reason: str
 
 
 def ray_address(on: str) -> str | None:

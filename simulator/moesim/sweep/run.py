@@ -12,11 +12,12 @@ from typing import Any
 from moeroute.parquet import is_url
 
 from moesim.errors import SimulationError
+from moesim.sweep.events import Pool
 from moesim.sweep.grid import Grid
 from moesim.sweep.journal import Journal
 from moesim.sweep.loop import Sweep, Watcher
 from moesim.sweep.plan import make_plan, none_valid
-from moesim.sweep.pool import Pool, ProcessPool
+from moesim.sweep.pool import ProcessPool
 from moesim.sweep.ray_pool import RayPool, ray_address
 from moesim.sweep.results import read_finished, table, write
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ from moesim.workload.steps import Workload
 
 PACKAGES = ("numpy", "numba", "polars", "simpy")
 EXPECTED = (PolicyError, SimulationError, TraceError, OSError)
+
+
+def one_thread() -> None:
+    """Keep libraries to one thread: there is a worker a core. Before they are imported."""
+    for name in ("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 
 @dataclass(frozen=True)

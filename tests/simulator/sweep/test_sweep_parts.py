@@ -13,11 +13,11 @@ import pytest
 from moesim import SimulationError
 from moesim.report import Format
 from moesim.simulate import Result
+from moesim.sweep.events import Event, Finished, Lost, Ready
 from moesim.sweep.grid import Grid
 from moesim.sweep.journal import Journal
 from moesim.sweep.loop import Sweep, Watcher
 from moesim.sweep.plan import Plan, Point, make_plan
-from moesim.sweep.pool import Event, Finished, Lost, Ready
 from moesim.sweep.results import METADATA, read_finished, table, write
 from moesim.sweep.schedule import Schedule
 from moesim.sweep.summary import best, render
