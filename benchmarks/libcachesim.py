@@ -230,14 +230,13 @@ def lru_hooks() -> dict[str, Callable[..., Any]]:
 def our_run(workload: Any, cell: Cell) -> tuple[int, float]:
     """Misses and CPU seconds of one compiled run, its policy's making included."""
     from moepolicy import Kind, find_policy
-    from moepolicy.state import COUNTERS
     from moesim.engines.timeless import decisions
 
     spec = find_policy(POLICIES.get(cell.policy, "lru"))
     context = workload.context(cell.slots, "layer")
     began = time.process_time()
     cache = decisions(workload, spec, context)
-    return int(cache.board[COUNTERS + Kind.MISS]), time.process_time() - began
+    return int(cache.counters[Kind.MISS]), time.process_time() - began
 
 
 def measure(cells: list[Cell], folder: Path, rounds: int) -> None:

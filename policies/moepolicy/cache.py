@@ -15,23 +15,7 @@ from numpy.typing import NDArray
 from moepolicy.calls import Call, Calls, CompiledCalls, calls_are_compiled
 from moepolicy.kinds import Kind
 from moepolicy.policy import Context, Policy, PolicyError, broken
-from moepolicy.state import (
-    COUNTERS,
-    DEMAND,
-    EVICTED,
-    EXCESS,
-    FIRST,
-    IS_LOW,
-    N_DEMAND,
-    N_EVENTS,
-    PLACE,
-    PREFETCH,
-    STAND_INS,
-    UNUSED,
-    Cache,
-    check,
-    new_cache,
-)
+from moepolicy.state import DEMAND, PREFETCH, Cache, check, new_cache
 from moepolicy.steps import Step
 
 
@@ -100,8 +84,11 @@ class ExpertCache:
         self._calls: Calls = self.compile_calls(horizon) if compile else Calls(self.arrays, policy)
         self._outcome = np.zeros(context.n_experts, np.int8)
         # Single entries are read in a third of the time that an array takes for them.
-        self._board = self.arrays.board.data
-        self._keys = self.arrays.keys.data
+        self._place = self.arrays.place.data
+        self._unused = self.arrays.unused.data
+        self._is_low = self.arrays.is_low.data
+        self._evicted = self.arrays.evicted.data
+        self._first = self.arrays.first.data
 
     @property
     def n_slots(self) -> int:
@@ -110,17 +97,17 @@ class ExpertCache:
         They are numbered from 0 until the first resize.
         """
         arrays = self.arrays
-        most = len(arrays.domains) * arrays.slots + arrays.staging_buffers
-        return most - int(arrays.spare[0])
+        most = arrays.staging * arrays.slots + arrays.staging_buffers
+        return most - int(arrays.n_spare[0])
 
     @property
     def shrinking(self) -> bool:
         """Whether slots are still to go, as soon as what lies in them can."""
-        return bool(self.arrays.board[EXCESS])
+        return bool(self.arrays.excess[0])
 
     def spare_slots(self) -> frozenset[int]:
         """The slots that the cache could have and has not: nothing lies in them or is to come."""
-        return frozenset(self.arrays.spare[1 : 1 + self.arrays.spare[0]].tolist())
+        return frozenset(self.arrays.spare[: self.arrays.n_spare[0]].tolist())
 
     def is_compiled(self) -> bool:
         """Whether an earlier run has left these calls compiled on disk. Raises NotCompilable."""
@@ -168,9 +155,8 @@ class ExpertCache:
             self._publish()
         if key < 0:
             return None
-        keys = self._keys
-        speculative, evicts = bool(keys[key, UNUSED]), self._board[EVICTED] >= 0
-        return Transfer(key, keys[key, PLACE], speculative, evicts, bool(keys[key, IS_LOW]))
+        speculative, evicts = bool(self._unused[key]), self._evicted[0] >= 0
+        return Transfer(key, self._place[key], speculative, evicts, bool(self._is_low[key]))
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
@@ -216,27 +202,27 @@ class ExpertCache:
 
     def slot_of(self, key: int) -> int:
         """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
-        return self._keys[key, PLACE]
+        return self._place[key]
 
     def is_low(self, key: int) -> bool:
         """Whether the copy of ``key``, here or on its way, is of the lower precision."""
-        return bool(self._keys[key, IS_LOW])
+        return bool(self._is_low[key])
 
     def stand_in(self, rank: int) -> int:
         """The key that runs in place of the ``rank``-th of the step in progress; -1: none."""
-        return int(self.arrays.scratch[STAND_INS, rank])
+        return int(self.arrays.stand_ins[rank])
 
     def count(self, kind: Kind) -> int:
-        return int(self.arrays.board[COUNTERS + kind])
+        return int(self.arrays.counters[kind])
 
     def in_step(self) -> bool:
-        return bool(self.arrays.board[N_DEMAND])
+        return bool(self.arrays.n_demand[0])
 
     def queued(self) -> Kind | None:
         """What ``start`` would try to copy next: LOAD (demand), SPECULATE (a prefetch), nothing."""
-        if self._board[FIRST + DEMAND] >= 0:
+        if self._first[DEMAND] >= 0:
             return Kind.LOAD
-        return Kind.SPECULATE if self._board[FIRST + PREFETCH] >= 0 else None
+        return Kind.SPECULATE if self._first[PREFETCH] >= 0 else None
 
     def check(self) -> None:
         """AssertionError if an invariant of the state machine does not hold."""
@@ -252,13 +238,13 @@ class ExpertCache:
     def _publish(self) -> None:
         if not self.observers:
             return
-        n = self.arrays.board[N_EVENTS]
+        n = self.arrays.n_events[0]
         if n:
             for kind, step, key, other in self.arrays.events[:n].tolist():
                 event = Event(Kind(kind), step, key, other)
                 for observe in self.observers:
                     observe(event)
-        self.arrays.board[N_EVENTS] = 0
+        self.arrays.n_events[0] = 0
 
 
 def replay_journal(cache: ExpertCache, steps: Iterable[Step], journal: Journal) -> None:

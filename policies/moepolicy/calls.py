@@ -18,7 +18,7 @@ from moepolicy.compiled import compiled, compiled_policy, is_compiled
 from moepolicy.machine import begin, consume, end, finish, start
 from moepolicy.policy import Policy
 from moepolicy.resize import resize
-from moepolicy.state import BACKLOG, Cache
+from moepolicy.state import Cache
 from moepolicy.steps import Step
 
 
@@ -45,7 +45,7 @@ class Calls:
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
         """Write what becomes of each key; the step's backlog is the link's as it is now."""
-        step = step._replace(backlog=self.cache.board.item(BACKLOG))
+        step = step._replace(backlog=self.cache.backlog.item())
         begin(self.cache, self.policy, step, outcome)
 
     def start(self) -> int:
@@ -68,7 +68,7 @@ class Calls:
 CALL = 0
 ABOUT = 1  # the step's number, a key or slots; on return what the call gave
 LAYER = 2
-N_DEMAND = 3
+N_EXPERTS = 3  # that the step demands
 TOKENS = 4
 LINK_BACKLOG = 5
 N_LOGITS = 6
@@ -97,7 +97,7 @@ def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, N
         yield 0
         call = slip[CALL]
         if call == BEGIN:
-            n = slip[N_DEMAND]
+            n = slip[N_EXPERTS]
             step = Step(
                 slip[ABOUT],
                 slip[LAYER],
@@ -159,9 +159,9 @@ class CompiledCalls(Calls):
         slip[CALL] = BEGIN
         slip[ABOUT] = step.number
         slip[LAYER] = step.layer
-        slip[N_DEMAND] = n
+        slip[N_EXPERTS] = n
         slip[TOKENS] = step.tokens
-        slip[LINK_BACKLOG] = self.cache.board.item(BACKLOG)
+        slip[LINK_BACKLOG] = self.cache.backlog.item()
         slip[N_LOGITS] = n_logits
         slip[HORIZON] = horizon
         self._resume()

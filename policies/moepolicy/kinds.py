@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Kind(IntEnum):
-    """What the state machine decided. The values count from COUNTERS on ``Cache.board``."""
+    """What the state machine decided. The values index ``Cache.counters``."""
 
     HIT = 0  # wanted and resident
     LATE = 1  # wanted and in flight: waited for

@@ -35,7 +35,6 @@ from moepolicy.misses import (
 )
 from moepolicy.places import (
     domain_of,
-    free_buffer,
     gather_candidates,
     hold,
     join_queue,
@@ -43,41 +42,13 @@ from moepolicy.places import (
     leave_queue,
     note,
     pop_free,
+    push_free,
     stage,
     unstage,
 )
 from moepolicy.policy import Policy
 from moepolicy.resize import resize, take_from, trim
-from moepolicy.state import (
-    ABSENT,
-    BACKLOG,
-    CANDIDATES,
-    CONSUMED,
-    DEMAND,
-    EVICTED,
-    EXCESS,
-    FIRST,
-    GUESSED,
-    HELD,
-    LOADING,
-    N_DEMAND,
-    N_FREE,
-    N_HELD,
-    NOTHING,
-    PINNED,
-    PLACE,
-    PREFETCH,
-    QUEUED,
-    RESIDENT,
-    STAGED,
-    STAMP,
-    STATUS,
-    STEP,
-    TRANSIENT,
-    UNUSED,
-    WANTED,
-    Cache,
-)
+from moepolicy.state import ABSENT, DEMAND, LOADING, NOTHING, PREFETCH, QUEUED, RESIDENT, Cache
 from moepolicy.steps import Step
 
 
@@ -88,26 +59,26 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     for each key of ``step.experts``.
     """
     n = len(step.experts)
-    cache.board[STEP] = step.number
-    cache.board[N_DEMAND] = n
+    cache.step[0] = step.number
+    cache.n_demand[0] = n
     policy.on_step(step)
     for rank in range(n):
         key = int(step.experts[rank])
-        cache.scratch[WANTED, rank] = key
-        cache.keys[key, PINNED] = 1
-        cache.keys[key, STAMP] = step.number * (cache.n_experts + 1) + n - rank
+        cache.wanted[rank] = key
+        cache.pinned[key] = 1
+        cache.stamp[key] = step.number * (cache.n_experts + 1) + n - rank
     if cache.prefetching:
         _disprove(cache, policy, step.layer)
     if cache.lowering:
         drop_low_copies(cache, policy, step)
-        if cache.board[EXCESS] > 0:
+        if cache.excess[0] > 0:
             trim(cache, policy)
     for rank in range(n):
         outcome[rank] = _request(cache, policy, step, rank)
     for rank in range(n - 1, -1, -1):
         key = int(step.experts[rank])
         if outcome[rank] == HIT or outcome[rank] == LATE:
-            policy.on_hit(key, cache.keys[key, STAMP])
+            policy.on_hit(key, cache.stamp[key])
         elif cache.choosing:
             use_stand_in(cache, policy, step, rank)
     if cache.choosing:
@@ -115,7 +86,7 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     if cache.prefetching:
         for rank in range(n):
             key = int(step.experts[rank])
-            if cache.keys[key, STAGED]:
+            if cache.staged[key]:
                 _promote(cache, policy, key)
         _queue_prefetches(cache, policy, step)
 
@@ -126,57 +97,56 @@ def start(cache: Cache, policy: Policy) -> int:
     Demand goes before prefetch. A demand that waits for a staging buffer holds everything behind
     it back, so that the order of demanded copies never depends on the clock.
     """
-    cache.board[EVICTED] = -1
-    key = int(cache.board[FIRST + DEMAND])
+    cache.evicted[0] = -1
+    key = int(cache.first[DEMAND])
     if key >= 0:
         return _start_demand(cache, policy, key)
-    key = int(cache.board[FIRST + PREFETCH])
+    key = int(cache.first[PREFETCH])
     while key >= 0:
         leave_queue(cache, key)
         slot = _prefetch_slot(cache, policy, key)
         if slot >= 0:
-            cache.keys[key, UNUSED] = 1
+            cache.unused[key] = 1
             _load(cache, policy, key, slot, SPECULATE)
             return key
         note(cache, DROP, key, NOTHING)
-        key = int(cache.board[FIRST + PREFETCH])
+        key = int(cache.first[PREFETCH])
     return -1
 
 
 def finish(cache: Cache, policy: Policy, key: int) -> None:
     """The copy of ``key`` has arrived."""
-    row = cache.keys[key]
-    row[STATUS] = RESIDENT
-    cache.board[BACKLOG] -= 1
-    if row[TRANSIENT] and not row[PINNED]:
+    cache.status[key] = RESIDENT
+    cache.backlog[0] -= 1
+    if cache.transient[key] and not cache.pinned[key]:
         _discard(cache, policy, key)
-    if cache.board[EXCESS] > 0:
+    if cache.excess[0] > 0:
         trim(cache, policy)
 
 
 def consume(cache: Cache, key: int) -> None:
     """The step's compute has finished with ``key``; a bypassed expert's buffer may be reused."""
-    cache.keys[key, CONSUMED] = 1
+    cache.consumed[key] = 1
 
 
 def end(cache: Cache, policy: Policy) -> None:
     """All of the step's experts are computed: pins drop, bypassed experts go."""
-    for rank in range(cache.board[N_DEMAND]):
-        key = int(cache.scratch[WANTED, rank])
-        cache.keys[key, PINNED] = 0
-        cache.keys[key, CONSUMED] = 0
+    for rank in range(cache.n_demand[0]):
+        key = int(cache.wanted[rank])
+        cache.pinned[key] = 0
+        cache.consumed[key] = 0
         if cache.choosing:
             release_stand_in(cache, rank)
-    if cache.board[EXCESS] > 0:
+    if cache.excess[0] > 0:
         trim(cache, policy)
     i = 0
-    while i < cache.staging[N_HELD]:
-        key = int(cache.staging[HELD + i])
-        if not (cache.keys[key, TRANSIENT] and cache.keys[key, STATUS] == RESIDENT):
+    while i < cache.n_held[cache.staging]:
+        key = int(cache.held[cache.staging, i])
+        if not (cache.transient[key] and cache.status[key] == RESIDENT):
             i += 1
         elif not (cache.retaining and _retain(cache, policy, key)):
             _discard(cache, policy, key)
-    cache.board[N_DEMAND] = 0
+    cache.n_demand[0] = 0
 
 
 def unreachable(cache: Cache) -> frozenset[Any]:
@@ -198,20 +168,19 @@ def unreachable(cache: Cache) -> frozenset[Any]:
 def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     """Tell hit from late from miss, and deal with a miss; a prefetch found useful is used now."""
     key = int(step.experts[rank])
-    row = cache.keys[key]
-    if row[STATUS] == RESIDENT:
+    if cache.status[key] == RESIDENT:
         kind = HIT
-    elif row[STATUS] == LOADING:
+    elif cache.status[key] == LOADING:
         kind = LATE
-        row[TRANSIENT] = 0  # disproved for an earlier token, wanted after all
+        cache.transient[key] = 0  # disproved for an earlier token, wanted after all
     else:
         kind = MISS
-        if row[STATUS] == QUEUED:
+        if cache.status[key] == QUEUED:
             leave_queue(cache, key)
         if cache.choosing:
             return settle(cache, policy, step, rank)
         join_queue(cache, key, DEMAND)
-    row[UNUSED] = 0
+    cache.unused[key] = 0
     note(cache, kind, key, NOTHING)
     return kind
 
@@ -219,47 +188,44 @@ def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
 def _disprove(cache: Cache, policy: Policy, layer: int) -> None:
     """The gate of ``layer`` has spoken: what was guessed for it and is not wanted goes."""
     first = layer * cache.n_experts
-    if cache.board[FIRST + PREFETCH] >= 0:
+    if cache.first[PREFETCH] >= 0:
         for key in range(first, first + cache.n_experts):
-            row = cache.keys[key]
-            if row[STATUS] == QUEUED and not row[PINNED]:
+            if cache.status[key] == QUEUED and not cache.pinned[key]:
                 leave_queue(cache, key)
                 note(cache, CANCEL, key, NOTHING)
     i = 0
-    while i < cache.staging[N_HELD]:
-        key = int(cache.staging[HELD + i])
-        row = cache.keys[key]
-        if key // cache.n_experts != layer or row[PINNED]:
+    while i < cache.n_held[cache.staging]:
+        key = int(cache.held[cache.staging, i])
+        if key // cache.n_experts != layer or cache.pinned[key]:
             i += 1
-        elif row[STATUS] == LOADING:
-            row[TRANSIENT] = 1
+        elif cache.status[key] == LOADING:
+            cache.transient[key] = 1
             i += 1
         else:
             _discard(cache, policy, key)
 
 
 def _queue_prefetches(cache: Cache, policy: Policy, step: Step) -> None:
-    wanted = cache.scratch[GUESSED]
+    wanted = cache.guessed
     n = policy.prefetch(step, wanted)
     for i in range(n):
         key = int(wanted[i])
-        if key < 0 or key >= cache.keys.shape[0]:
+        if key < 0 or key >= len(cache.status):
             raise ValueError("prefetch named a key that does not exist")
-        if cache.keys[key, STATUS] == ABSENT:
+        if cache.status[key] == ABSENT:
             join_queue(cache, key, PREFETCH)
             note(cache, QUEUE_PREFETCH, key, NOTHING)
 
 
 def _start_demand(cache: Cache, policy: Policy, key: int) -> int:
-    row = cache.keys[key]
     slot = -1
-    if not row[TRANSIENT]:
+    if not cache.transient[key]:
         slot = _claim_slot(cache, policy, key)
         if slot < 0:
             # Decided once: asking the policy again later would make it depend on the clock.
-            row[TRANSIENT] = 1
+            cache.transient[key] = 1
             note(cache, BYPASS, key, NOTHING)
-    if row[TRANSIENT]:
+    if cache.transient[key]:
         slot = _claim_buffer(cache, policy)
         if slot < 0:
             return -1
@@ -270,39 +236,37 @@ def _start_demand(cache: Cache, policy: Policy, key: int) -> int:
 
 
 def _load(cache: Cache, policy: Policy, key: int, slot: int, kind: int) -> None:
-    row = cache.keys[key]
-    row[STATUS] = LOADING
-    row[PLACE] = slot
-    cache.board[BACKLOG] += 1
+    cache.status[key] = LOADING
+    cache.place[key] = slot
+    cache.backlog[0] += 1
     note(cache, kind, key, slot)
     if kind == LOAD:
-        policy.on_load(key, False, cache.keys[key, STAMP])
+        policy.on_load(key, False, cache.stamp[key])
     else:
-        policy.on_load(key, True, cache.board[STEP] * (cache.n_experts + 1))
+        policy.on_load(key, True, cache.step[0] * (cache.n_experts + 1))
 
 
 def _prefetch_slot(cache: Cache, policy: Policy, key: int) -> int:
     """A place for a prefetch: a free staging buffer or, as the policy says, a cache slot."""
     if not cache.stage_prefetches:
         return _claim_slot(cache, policy, key)
-    if cache.staging[N_FREE] == 0:
+    if cache.n_free[cache.staging] == 0:
         return -1
     stage(cache, key)
-    return pop_free(cache.staging, cache.staging_buffers)
+    return pop_free(cache, cache.staging)
 
 
 def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
     """A cache slot for ``key``, which becomes a resident: a free one, or a victim's; else -1."""
     domain = domain_of(cache, key)
-    held = cache.domains[domain]
-    if held[N_FREE]:
-        slot = pop_free(held, cache.slots)
-        hold(held, key)
+    if cache.n_free[domain]:
+        slot = pop_free(cache, domain)
+        hold(cache, domain, key)
     else:
         n = gather_candidates(cache, domain)
         if n == 0:
             return -1
-        candidates = cache.scratch[CANDIDATES, :n]
+        candidates = cache.candidates[:n]
         layer = key // cache.n_experts
         return take_from(cache, policy, policy.victim(layer, key, candidates), key)
     return slot
@@ -314,31 +278,29 @@ def _claim_buffer(cache: Cache, policy: Policy) -> int:
     Free ones first, then the oldest unpinned guess, then the oldest bypass of this step once its
     compute is done: in order of their starts, whatever order they arrived in.
     """
-    if cache.staging[N_FREE] == 0:
-        for i in range(cache.staging[N_HELD]):
-            key = int(cache.staging[HELD + i])
-            row = cache.keys[key]
-            if row[STATUS] == RESIDENT and not row[PINNED]:
+    if cache.n_free[cache.staging] == 0:
+        for i in range(cache.n_held[cache.staging]):
+            key = int(cache.held[cache.staging, i])
+            if cache.status[key] == RESIDENT and not cache.pinned[key]:
                 _discard(cache, policy, key)
                 break
-    if cache.staging[N_FREE] == 0:
-        for i in range(cache.staging[N_HELD]):
-            key = int(cache.staging[HELD + i])
-            row = cache.keys[key]
-            if row[TRANSIENT] and row[PINNED]:
-                if row[CONSUMED]:
+    if cache.n_free[cache.staging] == 0:
+        for i in range(cache.n_held[cache.staging]):
+            key = int(cache.held[cache.staging, i])
+            if cache.transient[key] and cache.pinned[key]:
+                if cache.consumed[key]:
                     _discard(cache, policy, key)
                 break
-    if cache.staging[N_FREE] == 0:
+    if cache.n_free[cache.staging] == 0:
         return -1
-    return pop_free(cache.staging, cache.staging_buffers)
+    return pop_free(cache, cache.staging)
 
 
 def _promote(cache: Cache, policy: Policy, key: int) -> None:
     """A staged expert is used for the first time: it becomes a resident, its buffer a slot."""
     slot = _claim_slot(cache, policy, key)
     if slot < 0:
-        cache.keys[key, TRANSIENT] = 1
+        cache.transient[key] = 1
         note(cache, BYPASS, key, NOTHING)
     else:
         _keep(cache, key, slot)
@@ -350,7 +312,7 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
     n = gather_candidates(cache, domain)
     if n == 0:
         return False
-    candidates = cache.scratch[CANDIDATES, :n]
+    candidates = cache.candidates[:n]
     layer = key // cache.n_experts
     slot = take_from(cache, policy, policy.retain(layer, key, candidates), key)
     if slot < 0:
@@ -362,15 +324,15 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
 def _keep(cache: Cache, key: int, slot: int) -> None:
     """``key`` stays where it lies: its buffer joins the cache, ``slot`` becomes a buffer."""
     unstage(cache, key)
-    cache.keys[key, TRANSIENT] = 0
-    free_buffer(cache, slot)
+    cache.transient[key] = 0
+    push_free(cache, cache.staging, slot)
     note(cache, PROMOTE, key, slot)
 
 
 def _discard(cache: Cache, policy: Policy, key: int) -> None:
     """``key`` leaves its staging buffer."""
-    slot = int(cache.keys[key, PLACE])
+    slot = int(cache.place[key])
     unstage(cache, key)
-    cache.keys[key, TRANSIENT] = 0
-    free_buffer(cache, slot)
+    cache.transient[key] = 0
+    push_free(cache, cache.staging, slot)
     leave_device(cache, policy, key)

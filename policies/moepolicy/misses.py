@@ -9,25 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepolicy.kinds import COMPUTE, EVICT, LOAD, LOW, MISS, SKIP, SUBSTITUTE
-from moepolicy.places import domain_of, free_slot, join_queue, leave_device, note, remove
+from moepolicy.places import domain_of, join_queue, leave_device, note, push_free, remove
 from moepolicy.policy import Policy
 from moepolicy.state import (
     ALL_MASS,
-    CANDIDATES,
     DEMAND,
-    HELD,
-    IS_LOW,
     LOW_MASS,
-    N_HELD,
     NOTHING,
-    PINNED,
-    PLACE,
     RESIDENT,
     SKIPPED_MASS,
-    STAND_INS,
-    STATUS,
     SUBSTITUTED_MASS,
-    UNUSED,
     Cache,
 )
 from moepolicy.steps import Step
@@ -38,15 +29,14 @@ def drop_low_copies(cache: Cache, policy: Policy, step: Step) -> None:
     for the full one leave their slots, for that to come wherever it will."""
     for rank in range(len(step.experts)):
         key = int(step.experts[rank])
-        row = cache.keys[key]
-        if row[STATUS] != RESIDENT or not row[IS_LOW]:
+        if cache.status[key] != RESIDENT or not cache.is_low[key]:
             continue
         answer = policy.precision(step, rank)
         if answer == LOAD:
             note(cache, EVICT, key, key)
-            held = cache.domains[domain_of(cache, key)]
-            remove(held, key)
-            free_slot(held, cache.slots, int(row[PLACE]))
+            domain = domain_of(cache, key)
+            remove(cache, domain, key)
+            push_free(cache, domain, int(cache.place[key]))
             leave_device(cache, policy, key)
         elif answer != LOW:
             raise ValueError("precision answered neither LOW nor LOAD")
@@ -64,22 +54,22 @@ def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
         note(cache, COMPUTE, key, NOTHING)
         return COMPUTE
     if answer == SKIP:
-        cache.keys[key, PINNED] = 0
+        cache.pinned[key] = 0
         note(cache, SKIP, key, NOTHING)
         return SKIP
     if answer == SUBSTITUTE:
         stand_in = _find_stand_in(cache, policy, step, rank)
         if stand_in >= 0:
-            cache.keys[key, PINNED] = 0
-            cache.keys[stand_in, PINNED] = 1
-            cache.keys[stand_in, UNUSED] = 0
-            cache.scratch[STAND_INS, rank] = stand_in
+            cache.pinned[key] = 0
+            cache.pinned[stand_in] = 1
+            cache.unused[stand_in] = 0
+            cache.stand_ins[rank] = stand_in
             note(cache, SUBSTITUTE, key, stand_in)
             return SUBSTITUTE
     elif answer == LOW:
         if not cache.lowering:
             raise ValueError('on_miss answered LOW: put "low" into what the policy requires')
-        cache.keys[key, IS_LOW] = 1
+        cache.is_low[key] = 1
         note(cache, LOW, key, NOTHING)
     elif answer != LOAD:
         raise ValueError("on_miss answered none of LOAD, COMPUTE, LOW, SUBSTITUTE and SKIP")
@@ -94,26 +84,26 @@ def _find_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     """
     n = 0
     first = step.layer * cache.n_experts
-    held = cache.domains[step.layer if cache.per_layer else 0]
-    for i in range(HELD, HELD + held[N_HELD]):
-        key = held[i]
-        if first <= key < first + cache.n_experts and cache.keys[key, STATUS] == RESIDENT:
-            cache.scratch[CANDIDATES, n] = key
+    domain = domain_of(cache, first)
+    for i in range(cache.n_held[domain]):
+        key = cache.held[domain, i]
+        if first <= key < first + cache.n_experts and cache.status[key] == RESIDENT:
+            cache.candidates[n] = key
             n += 1
     if n == 0:
         return -1
-    chosen = policy.substitute(step, rank, cache.scratch[CANDIDATES, :n])
+    chosen = policy.substitute(step, rank, cache.candidates[:n])
     if chosen < 0:
         return -1
     for i in range(n):
-        if cache.scratch[CANDIDATES, i] == chosen:
+        if cache.candidates[i] == chosen:
             return int(chosen)
     raise ValueError("substitute named a key that was not among the candidates")
 
 
 def use_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> None:
     """Tell the policy that the expert which stands in for the ``rank``-th, if any, is used."""
-    stand_in = int(cache.scratch[STAND_INS, rank])
+    stand_in = int(cache.stand_ins[rank])
     if stand_in >= 0:
         policy.on_hit(stand_in, step.number * (cache.n_experts + 1) + len(step.experts) - rank)
 
@@ -129,13 +119,13 @@ def weigh(cache: Cache, step: Step, outcome: NDArray[np.int8]) -> None:
             mass[SKIPPED_MASS] += weight
         elif kind == SUBSTITUTE:
             mass[SUBSTITUTED_MASS] += weight
-        elif cache.keys[step.experts[rank], IS_LOW]:
+        elif cache.is_low[step.experts[rank]]:
             mass[LOW_MASS] += weight
 
 
 def release_stand_in(cache: Cache, rank: int) -> None:
     """The step is over: whoever stood in for its ``rank``-th expert is pinned no more."""
-    stand_in = cache.scratch[STAND_INS, rank]
+    stand_in = cache.stand_ins[rank]
     if stand_in >= 0:
-        cache.keys[stand_in, PINNED] = 0
-        cache.scratch[STAND_INS, rank] = -1
+        cache.pinned[stand_in] = 0
+        cache.stand_ins[rank] = -1

@@ -14,25 +14,11 @@ from moepolicy.places import (
     leave_device,
     note,
     pop_free,
+    push_free,
     remove,
 )
 from moepolicy.policy import Policy
-from moepolicy.state import (
-    CANDIDATES,
-    EVICTED,
-    EXCESS,
-    HELD,
-    LIMIT,
-    N_FREE,
-    N_HELD,
-    NOTHING,
-    PINNED,
-    PLACE,
-    RESIDENT,
-    STAGED,
-    STATUS,
-    Cache,
-)
+from moepolicy.state import NOTHING, RESIDENT, Cache
 
 
 def resize(cache: Cache, policy: Policy, slots: int) -> None:
@@ -42,46 +28,41 @@ def resize(cache: Cache, policy: Policy, slots: int) -> None:
     ones go first, then the policy's victims; pinned experts and those in flight stay until a
     ``finish`` or ``end`` lets them go, and until then nothing new comes to their domain.
     """
-    n_domains = cache.domains.shape[0]
-    n_layers = cache.keys.shape[0] // cache.n_experts
+    n_domains = cache.staging
+    n_layers = len(cache.status) // cache.n_experts
     limit = slots * n_layers // n_domains
-    cache.board[LIMIT] = limit
+    cache.limit[0] = limit
     policy.on_resize(slots)
     excess = 0
     for domain in range(n_domains):
-        held = cache.domains[domain]
-        while held[N_HELD] + held[N_FREE] < limit:
-            slot = cache.spare[cache.spare[0]]
-            cache.spare[0] -= 1
-            held[HELD + cache.slots + held[N_FREE]] = slot
-            held[N_FREE] += 1
-        excess += held[N_HELD] + held[N_FREE] - limit
-    cache.board[EXCESS] = excess
+        while cache.n_held[domain] + cache.n_free[domain] < limit:
+            cache.n_spare[0] -= 1
+            push_free(cache, domain, cache.spare[cache.n_spare[0]])
+        excess += cache.n_held[domain] + cache.n_free[domain] - limit
+    cache.excess[0] = excess
     trim(cache, policy)
 
 
 def trim(cache: Cache, policy: Policy) -> None:
     """Withdraw the slots beyond the limit, as far as what lies in them can go now."""
-    for domain in range(cache.domains.shape[0]):
-        held = cache.domains[domain]
-        while held[N_HELD] + held[N_FREE] > cache.board[LIMIT]:
+    for domain in range(cache.staging):
+        while cache.n_held[domain] + cache.n_free[domain] > cache.limit[0]:
             slot = _given_up(cache, policy, domain)
             if slot < 0:
                 break
-            cache.spare[0] += 1
-            cache.spare[cache.spare[0]] = slot
-            cache.board[EXCESS] -= 1
+            cache.spare[cache.n_spare[0]] = slot
+            cache.n_spare[0] += 1
+            cache.excess[0] -= 1
 
 
 def _given_up(cache: Cache, policy: Policy, domain: int) -> int:
     """A slot of ``domain``, emptied if need be; -1 while everything in it must stay."""
-    held = cache.domains[domain]
-    if held[N_FREE]:
-        return pop_free(held, cache.slots)
+    if cache.n_free[domain]:
+        return pop_free(cache, domain)
     n = gather_candidates(cache, domain)
     if n == 0:
         return -1
-    candidates = cache.scratch[CANDIDATES, :n]
+    candidates = cache.candidates[:n]
     # Who goes if one of them came only now? Where the policy would not let it in, that one.
     newcomer = int(candidates[n - 1])
     victim = policy.victim(newcomer // cache.n_experts, newcomer, candidates)
@@ -89,7 +70,7 @@ def _given_up(cache: Cache, policy: Policy, domain: int) -> int:
         victim = newcomer
     slot = _slot_of_victim(cache, victim, domain)
     note(cache, EVICT, victim, NOTHING)
-    remove(held, victim)
+    remove(cache, domain, victim)
     leave_device(cache, policy, victim)
     return slot
 
@@ -101,16 +82,16 @@ def take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
     domain = domain_of(cache, incoming)
     slot = _slot_of_victim(cache, victim, domain)
     note(cache, EVICT, victim, incoming)
-    cache.board[EVICTED] = victim
-    exchange(cache.domains[domain], victim, incoming)
+    cache.evicted[0] = victim
+    exchange(cache, domain, victim, incoming)
     leave_device(cache, policy, victim)
     return slot
 
 
 def _slot_of_victim(cache: Cache, victim: int, domain: int) -> int:
-    if victim >= cache.keys.shape[0]:
+    if victim >= len(cache.status):
         raise ValueError("victim named a key that does not exist")
-    row = cache.keys[victim]
-    if row[STATUS] != RESIDENT or row[PINNED] or row[STAGED] or domain_of(cache, victim) != domain:
+    resident = cache.status[victim] == RESIDENT and not cache.staged[victim]
+    if not resident or cache.pinned[victim] or domain_of(cache, victim) != domain:
         raise ValueError("victim named a key that was not among the candidates")
-    return int(row[PLACE])
+    return int(cache.place[victim])

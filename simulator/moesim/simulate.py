@@ -13,7 +13,6 @@ from moepolicy import Kind, PolicySpec
 from moepolicy.cache import Journal, Observer
 from moepolicy.state import (
     ALL_MASS,
-    COUNTERS,
     LOW_MASS,
     MASS_ENTRIES,
     SKIPPED_MASS,
@@ -248,7 +247,7 @@ def simulate(
         counts, parts = decisions.counts, iter(())
     for part in parts:
         cache, spent = replayed(part)
-        counts += cache.board[COUNTERS:]
+        counts += cache.counters
         mass[: len(cache.mass)] += cache.mass
         clock.follow(spent)
         buffers = cache.staging_buffers if cache.prefetching and cache.stage_prefetches else 0

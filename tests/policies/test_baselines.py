@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from moepolicy import Context, Kind, PolicyError, find_policy
-from moepolicy.state import COUNTERS
 from moesim.engines.timeless import decisions
 from support.clock import context_for, drive, make_steps
 from support.workloads import make_workload
@@ -53,7 +52,7 @@ def test_one_key_at_a_time_the_misses_are_the_textbook_s(policy: str) -> None:
     counted = [
         decisions(
             workload, find_policy(policy), workload.context(slots, "layer"), compile=False
-        ).board[COUNTERS + Kind.MISS]
+        ).counters[Kind.MISS]
         for slots in (20, 30)
     ]
     assert tuple(counted) == MISSES[policy]

@@ -109,7 +109,7 @@ def test_a_policy_hears_of_every_arrival_and_departure(
     cache = ExpertCache(context, built)
     _, live = drive(policy, context, scenario["steps"], seed=seed, streams=2)
     replay_journal(cache, scenario["steps"], live.journal)
-    assert held == {int(k) for k in np.flatnonzero(cache.arrays.keys[:, 6] >= 0)}
+    assert held == {int(k) for k in np.flatnonzero(cache.arrays.place >= 0)}
 
 
 # One layer of 4 experts, 2 slots, top-1. The trace, LRU's cache after each step, what happens:

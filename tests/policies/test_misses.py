@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moepolicy import Event, ExpertCache, Kind, PolicyError, find_policy
-from moepolicy.state import PINNED
 from support.clock import context_for, drive, make_steps, scenarios
 
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
@@ -58,7 +57,7 @@ class Answering:
 
     @property
     def pinned(self) -> list[int]:
-        return np.flatnonzero(self.cache.arrays.keys[:, PINNED]).tolist()
+        return np.flatnonzero(self.cache.arrays.pinned).tolist()
 
 
 def test_what_is_skipped_is_neither_copied_nor_held() -> None:

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moepolicy import Context, ExpertCache, Kind, PolicyError, find_policy, replay_journal
 from moepolicy.cache import Event
-from moepolicy.state import EXCESS
 from support.clock import context_for, drive, make_steps, scenarios
 
 DEMAND_ONLY = ["lru", "lfu", "fifo", "random:seed=3", "static", "belady", "belady-bypass"]
@@ -152,7 +151,7 @@ def test_what_the_step_uses_stays_until_its_end() -> None:
     manual.begin(0, 1)
     cache.resize(0)
     assert manual.evicted == [2]
-    assert cache.arrays.board[EXCESS] == 2
+    assert cache.arrays.excess[0] == 2
     assert cache.slot_of(0) >= 0
     assert cache.slot_of(1) >= 0
     cache.end()
@@ -167,7 +166,7 @@ def test_a_copy_under_way_is_awaited() -> None:
     manual.begin(3)
     assert manual.load() == 3
     cache.resize(0)
-    assert cache.arrays.board[EXCESS] == 1
+    assert cache.arrays.excess[0] == 1
     cache.finish(3)
     assert cache.slot_of(3) >= 0
     cache.consume(3)

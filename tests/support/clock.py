@@ -106,7 +106,7 @@ def drive(
         cache.end()
         if check:
             cache.check()
-        assert not any(cache.arrays.keys[step.experts, 1]), "a pin outlived its step"
+        assert not any(cache.arrays.pinned[step.experts]), "a pin outlived its step"
     return cache, seen
 
 

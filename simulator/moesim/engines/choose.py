@@ -19,10 +19,10 @@ from moepolicy.cache import Journal, Observer
 from moepolicy.calls import calls_are_compiled
 from moepolicy.compiled import NotCompilable, compiled, compiled_policy, is_compiled
 from moepolicy.policy import MISTAKES, broken
-from moepolicy.state import Cache, new_cache
+from moepolicy.state import Cache, arrays_of, new_cache
 
 from moesim.engines import replay as twin
-from moesim.engines import replay_state as clocks
+from moesim.engines import replay_state
 from moesim.engines.in_simpy import Clock, Simulation
 from moesim.machine.costs import Costs
 from moesim.workload.steps import Workload
@@ -147,7 +147,7 @@ def _compiles(job: _Job) -> bool:
 
 
 def _comparable(cache: Cache, clock: Clock) -> list[Any]:
-    arrays = [cache.keys, cache.domains, cache.staging, cache.board, cache.mass]
+    arrays = arrays_of(cache).values()
     return [*arrays, clock.total_ns, clock.stall_ns]
 
 
@@ -183,14 +183,14 @@ class _Replay(_Job):
 
     def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
         n_steps = self.workload.n_steps if n_steps is None else min(n_steps, self.workload.n_steps)
-        policy, cache, link = self._parts(n_steps)
+        policy, cache, clocks = self._parts(n_steps)
         costs = self.costs
         function: Callable[..., Any] = twin.replay
         state: Any = policy
         if compile:
             state = compiled_policy(policy)
-            function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, link))
-        work = clocks.work_of(self.workload)
+            function = compiled(twin.replay, state, omit=twin.unreachable(cache, costs, clocks))
+        work = replay_state.work_of(self.workload)
         outcome = np.zeros(self.context.n_experts, np.int8)
         try:
             for first in range(0, n_steps, CHUNK):
@@ -198,24 +198,24 @@ class _Replay(_Job):
                 details = self.workload.details(*steps, predictions=cache.prefetching)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    function(cache, state, work, costs, link, steps, *details, outcome)
+                    function(cache, state, work, costs, clocks, steps, *details, outcome)
                 if self.look is not None:
                     self.look(cache, *steps)
                 self.workload.release()
         except MISTAKES as error:
             raise broken(self.policy.label, self.policy.policy, error) from error
-        return cache, clocks.clock_of(link)
+        return cache, replay_state.clock_of(clocks)
 
     def is_compiled(self) -> bool:
-        policy, cache, link = self._parts(0)
-        omit = twin.unreachable(cache, self.costs, link)
+        policy, cache, clocks = self._parts(0)
+        omit = twin.unreachable(cache, self.costs, clocks)
         return is_compiled(twin.replay, compiled_policy(policy), omit=omit)
 
-    def _parts(self, n_steps: int) -> tuple[Policy, Cache, clocks.Link]:
+    def _parts(self, n_steps: int) -> tuple[Policy, Cache, replay_state.Clocks]:
         policy = self.policy.build(self.context)
         cache = new_cache(self.context, policy, n_events=self.n_events)
         n_segments = _most_segments(self.workload, self.costs, n_steps) if self.timeline else 0
-        return policy, cache, clocks.new_link(self.costs, self.workload.n_keys, n_segments)
+        return policy, cache, replay_state.new_clocks(self.costs, self.workload.n_keys, n_segments)
 
 
 def _most_segments(workload: Workload, costs: Costs, n_steps: int) -> int:

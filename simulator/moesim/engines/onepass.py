@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from moepolicy import NO_LOGITS, NO_PREDICTIONS, Context, Policy, PolicySpec, Step, machine
 from moepolicy.policy import overrides
-from moepolicy.state import COUNTERS, N_EVENTS, Cache, new_cache
+from moepolicy.state import Cache, new_cache
 from numpy.typing import NDArray
 
 from moesim.engines import replay as twin
-from moesim.engines import replay_state as clocks
 from moesim.engines.choose import CHUNK, run
 from moesim.engines.in_simpy import Clock
+from moesim.engines.replay_state import Work, clock_of, new_clocks
 from moesim.machine.costs import Costs
 from moesim.machine.profile import Machine
 from moesim.workload.steps import Workload
@@ -46,9 +46,9 @@ class Decisions:
         total = Clock()
         for kind, n in self.steps.items():
             spent = _time(kind, self.top_k, self.staging, costs)
-            total.total_ns += n * int(spent[clocks.NOW])
-            total.stall_ns += n * int(spent[clocks.STALL_NS])
-            total.link_busy_ns += n * int(spent[clocks.LINK_BUSY_NS])
+            total.total_ns += n * spent.total_ns
+            total.stall_ns += n * spent.stall_ns
+            total.link_busy_ns += n * spent.link_busy_ns
         total.decode_ns = total.total_ns
         return total
 
@@ -78,11 +78,11 @@ def decide(
     table = np.zeros(1 << (2 * top_k + 1), np.int64)
 
     def look(cache: Cache, first: int, last: int) -> None:
-        n = int(cache.board[N_EVENTS])
+        n = int(cache.n_events[0])
         steps = slice(first, last)
         begins = workload.begins_pass[steps]
         count_kinds(cache.events[:n], first, workload.keys, top_k, begins, table)
-        cache.board[N_EVENTS] = 0
+        cache.n_events[0] = 0
 
     context = workload.context(slots, scope)
     # A key is wanted, copied, bypassed and kept after all, and two others leave for it.
@@ -90,7 +90,7 @@ def decide(
     cache, _ = run(workload, policy, context, costs, look=look, n_events=room)
     kinds = np.flatnonzero(table)
     return Decisions(
-        counts=cache.board[COUNTERS:].copy(),
+        counts=cache.counters.copy(),
         steps=dict(zip(kinds.tolist(), table[kinds].tolist(), strict=True)),
         top_k=top_k,
         staging=cache.staging_buffers,
@@ -108,7 +108,7 @@ class _Scripted(Policy):
         return int(candidates[0]) if self.came[incoming] == INTO_EMPTIED else -1
 
 
-def _time(kind: int, top_k: int, staging: int, costs: Costs) -> NDArray[np.int64]:
+def _time(kind: int, top_k: int, staging: int, costs: Costs) -> Clock:
     """The replay's clock after one step of a kind: keys 0 to top_k - 1 wanted, others cached that
     may go."""
     came = [kind >> (1 + 2 * rank) & 3 for rank in range(top_k)]
@@ -120,11 +120,11 @@ def _time(kind: int, top_k: int, staging: int, costs: Costs) -> NDArray[np.int64
     cache = new_cache(context, policy)
     outcome = np.zeros(context.n_experts, np.int8)
     _fill(cache, policy, np.array(held + going, np.int32), outcome)
-    link = clocks.new_link(costs, context.n_experts)
+    clocks = new_clocks(costs, context.n_experts)
     begins = np.array([bool(kind & 1)])
     wanted = np.arange(top_k, dtype=np.int32)
     ones = np.ones(top_k, np.int32)
-    work = clocks.Work(
+    work = Work(
         wanted,
         np.ones(top_k, np.float32),
         np.array([0, top_k]),
@@ -134,8 +134,8 @@ def _time(kind: int, top_k: int, staging: int, costs: Costs) -> NDArray[np.int64
     )
     costs = costs._replace(tokens=ones[:1], routed=ones, begins_pass=begins)
     logits, predicted = NO_LOGITS[None], NO_PREDICTIONS[None]
-    twin.replay(cache, policy, work, costs, link, (0, 1), logits, predicted, outcome)
-    return link.clock
+    twin.replay(cache, policy, work, costs, clocks, (0, 1), logits, predicted, outcome)
+    return clock_of(clocks)
 
 
 def _fill(cache: Cache, policy: Policy, keys: NDArray[np.int32], outcome: NDArray[np.int8]) -> None:

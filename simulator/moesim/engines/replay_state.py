@@ -17,44 +17,40 @@ from moesim.workload.steps import Workload
 
 NEVER = np.iinfo(np.int64).max
 
-# Entries of Link.clock.
-NOW = 0
-BUS_UNTIL = 1  # end of the piece on the bus; NEVER when it is idle
-BUS_COPY = 2  # whose it is
-DISK_FREE_AT = 3
-STARTED = 4  # copies so far
-ARRIVED = 5  # arrivals so far
-N_SEGMENTS = 6
-HOST_BYTES = 7  # of the records in the host's cache
-DECODE_NS = 8
-PROMPT_NS = 9
-STALL_NS = 10
-LINK_BUSY_NS = 11
-N_COPIES = 12  # under way
-CLOCK_ENTRIES = 13
 
-# Columns of Link.copies, a row a stream. KEY is -1 where the stream is free.
-KEY = 0
-NUMBER = 1
-WANTED_NOW = 2
-READY_AT = 3
-PIECES = 4
-COPY_IS_LOW = 5
-FOLLOWED_AT = 6  # when a copy of this stream last ended that others waited for
-COPY_COLUMNS = 7
+class Clocks(NamedTuple):
+    """Everything of the machine that lasts from step to step. Times are in ns; a single number is
+    an array of one entry."""
 
-# Columns of Link.host: the neighbours in order of use. NEWER is -1 where the key is not there.
-NEWER = 0
-OLDER = 1
+    # Of the whole: [1].
+    now: NDArray[np.int64]
+    bus_until: NDArray[np.int64]  # end of the piece on the bus; NEVER when it is idle
+    bus_copy: NDArray[np.int64]  # the stream whose piece it is
+    disk_free_at: NDArray[np.int64]
+    started: NDArray[np.int64]  # copies so far
+    arrived: NDArray[np.int64]  # arrivals so far
+    n_copies: NDArray[np.int64]  # under way
+    n_segments: NDArray[np.int64]
+    decode_ns: NDArray[np.int64]  # where the time went
+    prompt_ns: NDArray[np.int64]
+    stall_ns: NDArray[np.int64]
+    link_busy_ns: NDArray[np.int64]
 
+    # Of each stream, the copy under way: [streams].
+    copy_key: NDArray[np.int64]  # -1 where the stream is free
+    copy_number: NDArray[np.int64]
+    copy_is_demand: NDArray[np.int64]
+    copy_is_low: NDArray[np.int64]
+    ready_at: NDArray[np.int64]
+    pieces: NDArray[np.int64]  # that have not crossed yet
+    followed_at: NDArray[np.int64]  # when a copy of the stream last ended that others waited for
 
-class Link(NamedTuple):
-    """Everything of the machine that lasts from step to step."""
+    # Of each record, and last the ring's beginning: [records + 1]; the host's cache, by use.
+    host_newer: NDArray[np.int64]  # -1 where the record is not there
+    host_older: NDArray[np.int64]
+    host_bytes: NDArray[np.int64]  # [1] of the records in it
 
-    clock: NDArray[np.int64]  # [CLOCK_ENTRIES]
-    copies: NDArray[np.int64]  # [streams, COPY_COLUMNS]
     arrival: NDArray[np.int64]  # [n_keys] which arrival the key's latest was
-    host: NDArray[np.int64]  # [records + 1, 2] its cache, a ring by use; the last row begins it
     cpu_free_at: NDArray[np.int64]  # [workers]
     segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
 
@@ -70,18 +66,36 @@ class Work(NamedTuple):
     decode: NDArray[np.bool_]
 
 
-def new_link(costs: Costs, n_keys: int, n_segments: int = 0) -> Link:
-    clock = np.zeros(CLOCK_ENTRIES, np.int64)
-    clock[BUS_UNTIL] = NEVER
-    copies = np.full((costs.streams * (2 if costs.chunked else 1), COPY_COLUMNS), -1, np.int64)
+def new_clocks(costs: Costs, n_keys: int, n_segments: int = 0) -> Clocks:
+    """An idle machine at time 0."""
+    n_streams = costs.streams * (2 if costs.chunked else 1)
     n_records = n_keys * (2 if costs.low_bytes else 1)
-    host = np.full((n_records + 1, 2), -1, np.int64)
-    host[n_records] = n_records
-    return Link(
-        clock=clock,
-        copies=copies,
+    host = np.full((2, n_records + 1), -1, np.int64)
+    host[:, n_records] = n_records
+    return Clocks(
+        now=np.zeros(1, np.int64),
+        bus_copy=np.zeros(1, np.int64),
+        disk_free_at=np.zeros(1, np.int64),
+        started=np.zeros(1, np.int64),
+        arrived=np.zeros(1, np.int64),
+        n_copies=np.zeros(1, np.int64),
+        n_segments=np.zeros(1, np.int64),
+        decode_ns=np.zeros(1, np.int64),
+        prompt_ns=np.zeros(1, np.int64),
+        stall_ns=np.zeros(1, np.int64),
+        link_busy_ns=np.zeros(1, np.int64),
+        host_bytes=np.zeros(1, np.int64),
+        copy_key=np.full(n_streams, -1),
+        copy_number=np.full(n_streams, -1),
+        copy_is_demand=np.full(n_streams, -1),
+        copy_is_low=np.full(n_streams, -1),
+        ready_at=np.full(n_streams, -1),
+        pieces=np.full(n_streams, -1),
+        followed_at=np.full(n_streams, -1),
+        bus_until=np.full(1, NEVER),
+        host_newer=host[0],
+        host_older=host[1],
         arrival=np.zeros(n_keys, np.int64),
-        host=host,
         cpu_free_at=np.zeros(costs.cpu_workers, np.int64),
         segments=np.zeros((n_segments, 6), np.int64),
     )
@@ -98,17 +112,16 @@ def work_of(workload: Workload) -> Work:
     )
 
 
-def clock_of(link: Link) -> Clock:
+def clock_of(clocks: Clocks) -> Clock:
     """Where the time went until now."""
-    clock = link.clock
-    segments = link.segments[: clock[N_SEGMENTS]].tolist()
+    segments = clocks.segments[: clocks.n_segments[0]].tolist()
     return Clock(
-        total_ns=int(clock[NOW]),
-        decode_ns=int(clock[DECODE_NS]),
-        prompt_ns=int(clock[PROMPT_NS]),
-        stall_ns=int(clock[STALL_NS]),
-        link_busy_ns=int(clock[LINK_BUSY_NS]),
-        segments=[Segment(*row) for row in segments] if len(link.segments) else None,
+        total_ns=clocks.now.item(),
+        decode_ns=clocks.decode_ns.item(),
+        prompt_ns=clocks.prompt_ns.item(),
+        stall_ns=clocks.stall_ns.item(),
+        link_busy_ns=clocks.link_busy_ns.item(),
+        segments=[Segment(*row) for row in segments] if len(clocks.segments) else None,
     )
 
 

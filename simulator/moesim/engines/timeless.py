@@ -16,7 +16,7 @@ from moepolicy.compiled import compiled, compiled_policy
 from moepolicy.kinds import HIT
 from moepolicy.machine import begin, consume, end, finish, start, unreachable
 from moepolicy.policy import MISTAKES, Context, broken
-from moepolicy.state import BACKLOG, PINNED, Cache, new_cache
+from moepolicy.state import Cache, new_cache
 from numpy.typing import NDArray
 
 from moesim.engines.replay_state import Work, step_at, work_of
@@ -65,18 +65,18 @@ def decide(
 ) -> None:
     """Steps first to one before last; the arguments are those of `moesim.engines.replay.replay`."""
     for number in range(steps[0], steps[1]):
-        backlog = cache.board[BACKLOG]
+        backlog = cache.backlog[0]
         step = step_at(work, number, number - steps[0], logits, predicted, backlog)
         begin(cache, policy, step, outcome)
         for rank in range(len(step.experts)):
             if outcome[rank] == HIT:
                 consume(cache, step.experts[rank])
-        while cache.board[BACKLOG]:
+        while cache.backlog[0]:
             key = start(cache, policy)
             if key < 0:
                 break  # the last guesses found no place
             finish(cache, policy, key)
-            if cache.keys[key, PINNED]:
+            if cache.pinned[key]:
                 # Used as it arrives: the next copy may need its staging buffer.
                 consume(cache, key)
         end(cache, policy)

@@ -14,7 +14,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from moepolicy import ExpertCache, Kind, PolicyError, find_policy, replay_journal
-from moepolicy.state import N_DEMAND, WANTED
 from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
@@ -161,7 +160,7 @@ class Checked:
         for expert, found in served:
             if found is not None and not isinstance(found, AsideExpert):
                 arrays = cache.arrays
-                wanted = arrays.scratch[WANTED, : arrays.board[N_DEMAND]].tolist()
+                wanted = arrays.wanted[: arrays.n_demand[0]].tolist()
                 key = layer * self.session.context.n_experts + expert
                 stand_in = cache.stand_in(wanted.index(key))
                 who = stand_in if stand_in >= 0 else key

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moepolicy import PolicyError, find_policy
-from moepolicy.state import COUNTERS
+from moepolicy.state import arrays_of
 from moeroute import open_trace
 from moesim import load_workload
 from moesim.engines import choose as engines
@@ -24,7 +24,7 @@ OWN = Path(__file__).parents[2] / "support" / "policies.py"
 
 
 def state(cache: Any) -> Any:
-    return cache.keys.tolist(), cache.domains.tolist(), cache.staging.tolist(), cache.board.tolist()
+    return {name: array.tolist() for name, array in arrays_of(cache).items()}
 
 
 @pytest.mark.parametrize("policy", ["lru", "arc", "s3-fifo", "belady-bypass"])
@@ -45,8 +45,8 @@ def test_without_prefetching_they_are_the_replay_s(
         engine=Engine.replay,
     )
     alone = decisions(workload, spec, context, compile=False)
-    assert alone.board[COUNTERS:].tolist() == timed.board[COUNTERS:].tolist()
-    assert alone.domains.tolist() == timed.domains.tolist()
+    assert alone.counters.tolist() == timed.counters.tolist()
+    assert alone.held.tolist() == timed.held.tolist()
 
 
 GUESSING = f"{OWN}:Guessing:eviction="
@@ -87,7 +87,7 @@ def test_a_guess_that_arrives_at_once_is_a_hit() -> None:
         workload, find_policy("lru-spec:n=1"), workload.context(1, "layer"), compile=False
     )
     # The second layer is always foreseen; the first never has what it wants in its one slot.
-    assert cache.board[COUNTERS : COUNTERS + 3].tolist() == [6, 0, 6]
+    assert cache.counters[:3].tolist() == [6, 0, 6]
 
 
 def test_a_policy_that_breaks_the_rules_is_named() -> None:

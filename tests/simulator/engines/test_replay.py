@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moepolicy import find_policy, policy_names
 from moepolicy.compiled import NotCompilable, compiled_policy
+from moepolicy.state import arrays_of
 from moeroute import open_trace
 from moesim import Machine, load_workload
 from moesim.engines import choose as engines
@@ -37,10 +38,9 @@ def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, eng
     )
     assert clock.segments is not None
     times = (clock.total_ns, clock.decode_ns, clock.prompt_ns, clock.stall_ns, clock.link_busy_ns)
-    board = cache.board.tolist()
-    board[2] = 0  # events told so far: only SimPy tells
-    arrays = [array.tolist() for array in (cache.mass, cache.keys, cache.domains)]
-    return times, board, arrays, sorted(clock.segments)
+    arrays = {name: array.tolist() for name, array in arrays_of(cache).items()}
+    del arrays["events"], arrays["n_events"]  # only SimPy tells
+    return times, arrays, sorted(clock.segments)
 
 
 def load(tmp_path: Path, case: Any) -> tuple[Any, int]:
@@ -131,7 +131,7 @@ def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
             workload.context(2, "layer"),
             costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
         )
-        return cache.board.tolist(), clock.total_ns
+        return cache.counters.tolist(), clock.total_ns
 
     expected = run(find_policy("fifo"))
     monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
