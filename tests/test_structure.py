@@ -1,0 +1,99 @@
+"""The plan of the house: imports run down, between packages and between the rooms of a package."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Package: where it lies, and which of the others it may import.
+PACKAGES = {
+    "moeroute": ("traces", set()),
+    "moepolicy": ("policies", set()),
+    "moesim": ("simulator", {"moeroute", "moepolicy"}),
+    "moerun": ("runtime", {"moeroute", "moepolicy"}),
+    "moetrace": ("tracer", {"moeroute", "moepolicy", "moerun"}),
+}
+# From the ground up: a room imports rooms of lower floors only. A room is a folder or a file.
+FLOORS = {
+    "moesim": [
+        {"errors", "files", "jit"},
+        {"workload"},
+        {"machine"},
+        {"engines", "limits", "curves"},
+        {"simulate"},
+        {"report"},
+        {"sweep", "table2"},
+        {"commands"},
+        {"cli"},
+    ],
+    "moerun": [
+        {"errors", "policies"},
+        {"devices", "format"},
+        {"checkpoint", "kernels"},
+        {"store"},
+        {"links"},
+        {"offload"},
+        {"memory"},
+        {"live"},
+        {"bench", "perplexity", "profiling", "serving"},
+        {"commands"},
+        {"cli"},
+    ],
+}
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    """The modules of ``package`` by name."""
+    root = ROOT / PACKAGES[package][0]
+    for file in sorted((root / package).rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__"), file
+
+
+def imports(file: Path) -> set[str]:
+    """Whatever ``file`` may import, in functions too: modules and the names taken from them."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_those_below(package: str) -> None:
+    allowed = PACKAGES[package][1] | {package}
+    for name, file in modules(package):
+        others = {wanted.split(".")[0] for wanted in imports(file)} & set(PACKAGES)
+        assert others <= allowed, name
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_rooms_import_only_lower_floors(package: str) -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
+    known = dict(modules(package))
+    seen = set()
+    for name, file in known.items():
+        if name == package:
+            continue  # the package's face shows what the rooms have
+        room = name.split(".")[1]
+        seen.add(room)
+        for wanted in imports(file) & set(known) - {package}:
+            other = wanted.split(".")[1]
+            assert other == room or floor[other] < floor[room], f"{name} imports {wanted}"
+    assert seen == set(floor)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_plan_shows_every_room(package: str) -> None:
+    plan = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    for room in set().union(*FLOORS[package]):
+        path = Path(str(importlib.import_module(package).__file__)).parent / room
+        shown = f"`{room}/`" if path.is_dir() else f"`{room}.py`"
+        assert shown in plan, f"docs/structure.md does not show {package}'s {shown}"
