@@ -1,0 +1,1 @@
+"""Measuring this machine for the simulator, and predictions beside live runs."""

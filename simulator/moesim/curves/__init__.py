@@ -1,0 +1,1 @@
+"""Hit ratios for every cache size from one pass over a trace."""

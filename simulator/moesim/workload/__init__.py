@@ -1,0 +1,1 @@
+"""A routing trace as the expert steps that every engine replays."""
