@@ -7,14 +7,15 @@ journal of calls from which ``replay_journal`` reproduces a run without any cloc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.blame import broken
 from moepolicy.calls import Call, Calls, CompiledCalls, calls_are_compiled
 from moepolicy.kinds import Kind
-from moepolicy.policy import Context, Policy, PolicyError, broken
+from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.state import (
     COUNTERS,
     DEMAND,
@@ -27,6 +28,7 @@ from moepolicy.state import (
     PLACE,
     PREFETCH,
     STAND_INS,
+    STEP,
     UNUSED,
     Cache,
     check,
@@ -152,7 +154,7 @@ class ExpertCache:
         try:
             self._calls.begin(step, outcome)
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
         return outcome
@@ -163,7 +165,7 @@ class ExpertCache:
         try:
             key = self._calls.start()
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
         if key < 0:
@@ -178,7 +180,7 @@ class ExpertCache:
         try:
             self._calls.finish(key)
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
 
@@ -193,7 +195,7 @@ class ExpertCache:
         try:
             self._calls.end()
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
 
@@ -210,7 +212,7 @@ class ExpertCache:
         try:
             self._calls.resize(slots)
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
 
@@ -246,8 +248,11 @@ class ExpertCache:
         if self.journal is not None:
             self.journal.append((int(call), key))
 
-    def _failed(self, error: Exception) -> PolicyError:
-        return broken(self.name, type(self.policy), error)
+    def _fail(self, error: Exception) -> NoReturn:
+        found = broken(self.name, type(self.policy), error, int(self.arrays.board[STEP]))
+        if found is error:
+            raise error
+        raise found from error
 
     def _publish(self) -> None:
         if not self.observers:
