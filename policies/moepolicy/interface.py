@@ -13,7 +13,9 @@ from typing import Any
 
 from moepolicy.policy import HOOKS, NEEDS, Policy, PolicyError
 
-DECLARATIONS = frozenset({"requires", "lossy", "staging", "stage_prefetches", "horizon", "same_as"})
+DECLARATIONS = frozenset(
+    {"requires", "horizon", "always_evicts", "lossy", "staging", "stage_prefetches", "same_as"}
+)
 _ALIKE = 0.8  # of 1, by difflib: on_hits and prefetchs are, a helper of one's own is not
 
 

@@ -47,6 +47,13 @@ class Context(NamedTuple):
         return self.n_layers * self.n_experts
 
 
+class Same(NamedTuple):
+    """Another policy that decides alike, and why."""
+
+    policy: str
+    why: str
+
+
 class Policy:
     """Orders and chooses; it owns no slots and no statistics, and never learns of the clock.
 
@@ -60,6 +67,7 @@ class Policy:
                       "logits", "weights"; and what the machine must have: "cpu" workers to
                       COMPUTE, a "low" store of experts for LOW. What is not required is not given
     horizon           how many layers ahead it reads predictions; it is given so many, or refused
+    always_evicts     promises that ``victim`` never answers -1
     lossy             whether it can change what the model computes
     staging           buffers beside the slots: for bypasses and, where ``stage_prefetches``, for
                       prefetched experts until their first use
@@ -69,11 +77,28 @@ class Policy:
     requires: ClassVar[frozenset[str]] = frozenset()
     horizon: ClassVar[int] = 1
     lossy: ClassVar[bool] = False
+    always_evicts: ClassVar[bool] = False
     staging: int = 1
     stage_prefetches: bool = True
 
     def __init__(self, context: Context) -> None:
         """Policies take the context first and their own parameters by keyword."""
+
+    @classmethod
+    def same_as(cls, context: Context) -> Same | None:
+        """The built-in policy that this one cannot differ from in a cache of this kind; None where
+        it can. It is told under a comparison."""
+        own = ("prefetch", "on_miss")
+        if any(getattr(cls, hook) is not getattr(Policy, hook) for hook in own):
+            return None
+        if context.slots >= context.n_experts:
+            return Same("lru", "there is a slot for every expert, and none is evicted")
+        if cls.always_evicts and context.scope == "layer" and context.slots <= context.top_k:
+            return Same(
+                "lru",
+                "a layer has no more slots than a token has experts, and all else must go",
+            )
+        return None
 
     def on_step(self, step: Step) -> None:
         """A step begins; called before anything is decided about it."""

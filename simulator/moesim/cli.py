@@ -15,7 +15,7 @@ from rich.progress import track
 
 from moesim import __version__
 from moesim.commands.curve import curve
-from moesim.commands.points import Points
+from moesim.commands.points import Points, same_figures
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
 from moesim.engines.choose import Engine
@@ -197,7 +197,8 @@ def compare(
     }
     if calibrating is not None:
         provenance["calibration_sha256"] = calibrating.digest
-    deliver(render(compared, format, title, provenance), out)
+    alike = same_figures(specs, workload.context(0, scope), sizes)
+    deliver(render(compared, format, title, provenance, alike), out)
 
 
 app.command()(curve)

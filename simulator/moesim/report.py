@@ -73,11 +73,16 @@ def beside_baseline(results: Sequence[Result], baseline: Callable[[int], Result]
 
 
 def render(
-    results: Sequence[Compared | Refused], format: Format, title: str, provenance: dict[str, Any]
+    results: Sequence[Compared | Refused],
+    format: Format,
+    title: str,
+    provenance: dict[str, Any],
+    notes: Sequence[str] = (),
 ) -> str:
-    """The results in one format. JSON and CSV rows carry their provenance; a table its title."""
+    """The results in one format. JSON and CSV rows carry their provenance; a table its title, and
+    ``notes`` under it."""
     if format is Format.table:
-        return _table(results, title)
+        return _table(results, title, notes)
     rows = [one.row() | provenance for one in results]
     if format is Format.json:
         return json.dumps(rows, indent=1) + "\n"
@@ -97,7 +102,7 @@ def deliver(text: str, out: Path | None) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _table(results: Sequence[Compared | Refused], title: str) -> str:
+def _table(results: Sequence[Compared | Refused], title: str, notes: Sequence[str]) -> str:
     """A group of rows for each number of slots, which ends with what no policy can beat."""
     limited = any(one.gap is not None for one in results if isinstance(one, Compared))
     names = ["slots", "hit %", "late %", "loads", "useless", "stall %", "tokens/s"]
@@ -122,7 +127,7 @@ def _table(results: Sequence[Compared | Refused], title: str) -> str:
     stream = console.file
     assert isinstance(stream, io.StringIO)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-    return "\n".join([title, *lines, *_notes(results, limited)]) + "\n"
+    return "\n".join([title, *lines, *_notes(results, limited), *notes]) + "\n"
 
 
 def _cells(one: Compared | Refused) -> dict[str, str]:

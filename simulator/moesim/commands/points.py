@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from moepolicy import PolicyError, PolicySpec
+from moepolicy import Context, PolicyError, PolicySpec, Same
 from moepolicy.console import WrongUsage
 from moeroute import Trace, TraceError
 
@@ -68,3 +68,24 @@ def none_ran(errors: Sequence[Exception]) -> Exception:
     usage = all(isinstance(error, WrongUsage) for error in errors)
     kind = UsageError if usage else SimulationError
     return kind(f"none of the policies could run: {'; '.join(reasons)}")
+
+
+def same_figures(
+    policies: Sequence[PolicySpec], context: Context, sizes: Sequence[int]
+) -> list[str]:
+    """A line for each of ``policies`` that cannot differ from another one, with these ``sizes`` of
+    the cache that ``context`` is of."""
+    found: dict[tuple[Same, tuple[int, ...]], list[str]] = {}
+    for policy in policies:
+        at: dict[Same, list[int]] = {}
+        for slots in sizes:
+            same = policy.policy.same_as(context._replace(slots=slots))
+            if same is not None and same.policy != policy.name:
+                at.setdefault(same, []).append(slots)
+        for same, its in at.items():
+            found.setdefault((same, tuple(its)), []).append(policy.label)
+    lines = []
+    for (same, slots_of), names in found.items():
+        where = f" at {', '.join(map(str, slots_of))} slots" if len(slots_of) < len(sizes) else ""
+        lines.append(f"{', '.join(names)}{where} cannot differ from {same.policy}: {same.why}")
+    return lines
