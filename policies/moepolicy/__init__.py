@@ -9,7 +9,7 @@ from moepolicy.calls import Call
 from moepolicy.clairvoyant import next_use
 from moepolicy.composite import Composite
 from moepolicy.kinds import Kind
-from moepolicy.policy import NO_USE, Context, Policy, PolicyError, PolicyUsageError
+from moepolicy.policy import NO_USE, Context, Policy, PolicyError, PolicyUsageError, Same
 from moepolicy.registry import PolicySpec, find_policy, policy_names
 from moepolicy.steps import NO_LOGITS, NO_PREDICTIONS, Step, demand_order, pool_logits
 
@@ -28,6 +28,7 @@ __all__ = [
     "PolicyError",
     "PolicySpec",
     "PolicyUsageError",
+    "Same",
     "Step",
     "Transfer",
     "demand_order",

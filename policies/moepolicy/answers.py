@@ -23,7 +23,7 @@ class Hobbit(Policy):
     weighed by the four further parameters. The paper's prefetching is not part of it.
     """
 
-    requires = frozenset({"low"})
+    requires = frozenset({"low", "weights"})
     lossy = True
 
     def __init__(
@@ -109,6 +109,7 @@ class AdapmoeSkip(Lru):
     paper neither the prefetching nor the sharing of slots among layers is part of it.
     """
 
+    requires = frozenset({"weights"})
     lossy = True
 
     def __init__(self, context: Context, sensitivity: float = 0.125) -> None:

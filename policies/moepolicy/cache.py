@@ -7,14 +7,15 @@ journal of calls from which ``replay_journal`` reproduces a run without any cloc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.blame import broken
 from moepolicy.calls import Call, Calls, CompiledCalls, calls_are_compiled
 from moepolicy.kinds import Kind
-from moepolicy.policy import Context, Policy, PolicyError, broken
+from moepolicy.policy import Context, Policy, PolicyError
 from moepolicy.state import DEMAND, PREFETCH, Cache, check, new_cache
 from moepolicy.steps import Step
 
@@ -139,7 +140,7 @@ class ExpertCache:
         try:
             self._calls.begin(step, outcome)
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
         return outcome
@@ -150,7 +151,7 @@ class ExpertCache:
         try:
             key = self._calls.start()
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
         if key < 0:
@@ -164,7 +165,7 @@ class ExpertCache:
         try:
             self._calls.finish(key)
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
 
@@ -179,7 +180,7 @@ class ExpertCache:
         try:
             self._calls.end()
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
 
@@ -196,7 +197,7 @@ class ExpertCache:
         try:
             self._calls.resize(slots)
         except Exception as error:
-            raise self._failed(error) from error
+            self._fail(error)
         finally:
             self._publish()
 
@@ -232,8 +233,11 @@ class ExpertCache:
         if self.journal is not None:
             self.journal.append((int(call), key))
 
-    def _failed(self, error: Exception) -> PolicyError:
-        return broken(self.name, type(self.policy), error)
+    def _fail(self, error: Exception) -> NoReturn:
+        found = broken(self.name, type(self.policy), error, int(self.arrays.step[0]))
+        if found is error:
+            raise error
+        raise found from error
 
     def _publish(self) -> None:
         if not self.observers:

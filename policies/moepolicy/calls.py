@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepolicy import machine
-from moepolicy.compiled import compiled, compiled_policy, is_compiled
+from moepolicy.compiled import allow_memory, compiled, compiled_policy, is_compiled
 from moepolicy.machine import begin, consume, end, finish, start
 from moepolicy.policy import Policy
 from moepolicy.resize import resize
@@ -140,9 +140,17 @@ class CompiledCalls(Calls):
         # A view takes single entries in half the time that the array does.
         self._slip = self._mail.slip.data
         # The generator refers to these arrays and counts no references: they must outlive it.
-        self._state = compiled_policy(policy)
-        serve = compiled(answer_mail, self._state, omit=machine.unreachable(cache))
-        self._resume = serve(cache, self._state, self._mail).__next__
+        try:
+            self._serve()
+        except Exception as error:
+            if not allow_memory(policy, error):
+                raise
+            self._serve()
+
+    def _serve(self) -> None:
+        self._state = compiled_policy(self.policy)
+        serve = compiled(answer_mail, self._state, omit=machine.unreachable(self.cache))
+        self._resume = serve(self.cache, self._state, self._mail).__next__
         self._resume()
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
@@ -194,4 +202,4 @@ class CompiledCalls(Calls):
 
 def calls_are_compiled(cache: Cache, policy: Policy) -> bool:
     """Whether an earlier run has left these calls compiled on disk."""
-    return is_compiled(answer_mail, compiled_policy(policy), omit=machine.unreachable(cache))
+    return is_compiled(answer_mail, policy, omit=machine.unreachable(cache))

@@ -75,6 +75,7 @@ class Belady(Policy):
     """Evict the expert whose next use is farthest (Belady's MIN over whole steps, no bypass)."""
 
     requires = frozenset({"future"})
+    always_evicts = True
 
     def __init__(self, context: Context) -> None:
         self.next_use, self.offsets = _future(context, "belady")

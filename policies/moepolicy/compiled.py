@@ -17,18 +17,21 @@ import numpy as np
 
 from moepolicy.codecache import is_kept, keep
 from moepolicy.fingerprint import fingerprint
-from moepolicy.policy import Policy
+from moepolicy.inplace import Store, in_place, stores
+from moepolicy.policy import HOOKS, Policy
+from moepolicy.reasons import needs_memory
 
 PLAIN = (np.ndarray, np.generic, bool, int, float)
 
 # No reference counts: nothing is allocated in a replay, and counting costs 7 times more than the
-# work itself.
+# work itself. A policy whose code makes arrays is compiled with them, the state machine never.
 OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 # Inlined throughout: the state is a tuple of many words, which calls would copy (5 times slower).
 INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
 
 _entries: dict[str, Any] = {}
-_twins: dict[tuple[FunctionType, frozenset[FunctionType]], Any] = {}
+_twins: dict[tuple[FunctionType, frozenset[FunctionType], bool], Any] = {}
+_allocating: set[type[Policy]] = set()  # classes whose code makes arrays
 
 
 def compiled(
@@ -45,21 +48,60 @@ def compiled(
     name = _file_name(function, state, omit)
     if name not in _entries:
         assert isinstance(function, FunctionType)
-        _entries[name] = numba.njit(_twin(function, omit), **OPTIONS)
+        if _allocates(state):
+            _start_allocator()
+        _entries[name] = numba.njit(_twin(function, omit, False), **OPTIONS)
         keep(_entries[name], name)
     return _entries[name]  # type: ignore[no-any-return]
 
 
 def is_compiled(
-    function: Callable[..., Any], state: Any, *, omit: frozenset[FunctionType] = frozenset()
+    function: Callable[..., Any], policy: Policy, *, omit: frozenset[FunctionType] = frozenset()
 ) -> bool:
-    """Whether an earlier run has left what ``compiled`` makes on disk."""
-    return is_kept(_file_name(function, state, omit))
+    """Whether an earlier run has left what ``compiled`` makes for ``policy`` on disk.
+
+    Where that makes arrays, it is compiled so from now on. Raises NotCompilable.
+    """
+    if is_kept(_file_name(function, compiled_policy(policy), omit)):
+        return True
+    classes = classes_of(policy) - _allocating
+    _allocating.update(classes)
+    if is_kept(_file_name(function, compiled_policy(policy), omit)):
+        return True
+    _allocating.difference_update(classes)
+    return False
+
+
+def allow_memory(policy: Policy, error: BaseException) -> bool:
+    """Whether ``error``, of compiling ``policy``, was that its code makes arrays and must not.
+
+    It may from now on: compiling it once more is worth a try.
+    """
+    classes = classes_of(policy)
+    if classes <= _allocating or not needs_memory(error):
+        return False
+    _allocating.update(classes)
+    return True
+
+
+def classes_of(policy: Policy) -> set[type[Policy]]:
+    """The classes of a policy and of those it is made of."""
+    parts = [value for value in vars(policy).values() if isinstance(value, Policy)]
+    return {type(policy)}.union(*map(classes_of, parts))
+
+
+def _start_allocator() -> None:
+    from numba.core.registry import cpu_target
+    from numba.core.runtime import rtsys
+
+    rtsys.initialize(cpu_target.target_context)
 
 
 def _file_name(function: Callable[..., Any], state: Any, omit: frozenset[FunctionType]) -> str:
     classes = _policy_classes(state)
-    return f"{function.__name__}-{classes[0].__name__}-{_digest(function, classes, omit)}"
+    memory = "-memory" if _allocates(state) else ""
+    digest = _digest(function, classes, omit)
+    return f"{function.__name__}-{classes[0].__name__}{memory}-{digest}"
 
 
 @cache
@@ -70,23 +112,25 @@ def _digest(
     return fingerprint(function, classes, omit)
 
 
-def _inner(function: FunctionType, omit: frozenset[FunctionType]) -> Any:
+def _inner(function: FunctionType, omit: frozenset[FunctionType], allocating: bool) -> Any:
     """The compiled twin of a function that only compiled code calls."""
     import numba
 
-    if (function, omit) not in _twins:
-        _twins[function, omit] = numba.njit(_twin(function, omit), **INNER)
-    return _twins[function, omit]
+    key = function, omit, allocating
+    if key not in _twins:
+        _twins[key] = numba.njit(_twin(*key), **(INNER | {"_nrt": allocating}))
+    return _twins[key]
 
 
-def _twin(function: FunctionType, omit: frozenset[FunctionType]) -> FunctionType:
+def _twin(function: FunctionType, omit: frozenset[FunctionType], allocating: bool) -> FunctionType:
     namespace = {name: _wide(value) for name, value in function.__globals__.items()}
     namespace["int"] = np.int64
     for name in function.__code__.co_names:
         value = namespace.get(name)
         if isinstance(value, FunctionType) and not value.__module__.startswith("numpy"):
-            namespace[name] = _inner(NEVER_REACHED if value in omit else value, omit)
-    twin = FunctionType(function.__code__, namespace, function.__name__)
+            value = NEVER_REACHED if value in omit else value
+            namespace[name] = _inner(value, omit, allocating)
+    twin = FunctionType(in_place(function), namespace, function.__name__)
     twin.__defaults__ = function.__defaults__
     return twin
 
@@ -115,8 +159,10 @@ class NotCompilable(TypeError):
 def compiled_policy(policy: Policy) -> Any:
     """``policy`` as compiled code takes it. It shares the policy's arrays: state stays in sync.
 
-    Raises NotCompilable where an attribute is neither an array nor a number nor such a policy.
+    Raises NotCompilable where an attribute is neither an array nor a number nor such a policy, or
+    where a hook assigns it.
     """
+    _refuse_stores(policy)
     values = {}
     for name, value in vars(policy).items():
         if isinstance(value, Policy):
@@ -124,11 +170,37 @@ def compiled_policy(policy: Policy) -> Any:
         elif isinstance(value, PLAIN):
             values[name] = value
         else:
-            raise NotCompilable(f"{type(policy).__name__}.{name} is a {type(value).__name__}")
+            raise NotCompilable(
+                f"{type(policy).__name__}.{name} is a {type(value).__name__}, neither an array nor "
+                "a number"
+            )
     for name in ("staging", "stage_prefetches"):
         values.setdefault(name, getattr(policy, name))
     cls: Any = type(policy)
-    return _state_class(cls, tuple(values))(**values)
+    return _state_class(cls, tuple(values), cls in _allocating)(**values)
+
+
+def _refuse_stores(policy: Policy) -> None:
+    """NotCompilable where a hook assigns an attribute, for compiled code could not."""
+    cls: Any = type(policy)
+    for store in _stores(cls):
+        value = getattr(policy, store.attribute, None)
+        if not (store.in_place and isinstance(value, np.ndarray) and value.ndim):
+            raise NotCompilable(
+                f"{type(policy).__name__}.{store.method} assigns '{store.attribute}' (line "
+                f"{store.line}): keep what changes in the entries of an array"
+            )
+
+
+@cache
+def _stores(cls: Any) -> list[Store]:
+    return stores(cls, HOOKS)
+
+
+def _allocates(state: Any) -> bool:
+    """Whether the policy that ``state`` stands for, or one that it is made of, makes arrays."""
+    parts = [value for value in state if hasattr(type(value), "policy_class")]
+    return bool(type(state).allocating) or any(map(_allocates, parts))
 
 
 def _policy_classes(state: Any) -> tuple[type[Policy], ...]:
@@ -138,12 +210,14 @@ def _policy_classes(state: Any) -> tuple[type[Policy], ...]:
 
 
 @cache
-def _state_class(cls: Any, fields: tuple[str, ...]) -> Any:
+def _state_class(cls: Any, fields: tuple[str, ...], allocating: bool) -> Any:
     """The named tuple that stands for a policy's ``self`` in compiled code."""
     state = namedtuple(cls.__name__, fields)  # type: ignore[misc]
     state.policy_class = cls  # type: ignore[attr-defined]
+    state.allocating = allocating  # type: ignore[attr-defined]
     # Code on disk refers to the class by name.
-    state.__qualname__ = "_".join((cls.__module__, cls.__qualname__, *fields)).replace(".", "_")
+    names = cls.__module__, cls.__qualname__, *fields, *(["memory"] if allocating else [])
+    state.__qualname__ = "_".join(names).replace(".", "_")
     state.__module__ = __name__
     globals()[state.__qualname__] = state
     for name in dir(cls):
@@ -166,7 +240,7 @@ def _resolve_method(name: str) -> None:
         cls = getattr(state.instance_class, "policy_class", None)
         if cls is None:
             return None
-        method = _inner(getattr(cls, name), frozenset())
+        method = _inner(getattr(cls, name), frozenset(), state.instance_class.allocating)
 
         def call(state: Any, *args: Any) -> Any:
             return method(state, *args)

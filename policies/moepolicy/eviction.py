@@ -14,6 +14,8 @@ from moepolicy.steps import Step
 class Lru(Policy):
     """Evict the least recently used expert (the cache of arXiv 2312.17238)."""
 
+    always_evicts = True
+
     def __init__(self, context: Context) -> None:
         self.used = np.zeros(context.n_layers * context.n_experts, np.int64)
 
@@ -30,6 +32,8 @@ class Lru(Policy):
 class Fifo(Policy):
     """Evict the expert that was loaded first."""
 
+    always_evicts = True
+
     def __init__(self, context: Context) -> None:
         self.loaded = np.zeros(context.n_layers * context.n_experts, np.int64)
 
@@ -42,6 +46,8 @@ class Fifo(Policy):
 
 class Lfu(Policy):
     """Evict the expert used least often since the start, resident or not (perfect LFU)."""
+
+    always_evicts = True
 
     def __init__(self, context: Context) -> None:
         self.uses = np.zeros(context.n_layers * context.n_experts, np.int64)
@@ -59,6 +65,8 @@ class Lfu(Policy):
 
 class Random(Policy):
     """Evict any expert, each with equal chance; ``seed`` makes it repeat."""
+
+    always_evicts = True
 
     def __init__(self, context: Context, seed: int = 0) -> None:
         if seed < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.policy import Context, Policy, PolicyUsageError
+from moepolicy.policy import Context, Policy, PolicyUsageError, Same
 from moepolicy.steps import Step
 
 
@@ -17,6 +17,8 @@ class LfuAging(Policy):
     victim at that use. ``aging=0`` leaves the latter out: LFU that forgets what it evicts. Of
     equals the one that reached its worth first goes.
     """
+
+    always_evicts = True
 
     def __init__(self, context: Context, aging: int = 1) -> None:
         if aging not in (0, 1):
@@ -55,6 +57,8 @@ class Lfru(Policy):
     Hyperbolic caching (Blankstein, Sen and Freedman, USENIX ATC 2017).
     """
 
+    always_evicts = True
+
     def __init__(self, context: Context) -> None:
         self.uses = np.zeros(context.n_keys, np.int64)
         self.used = np.zeros(context.n_keys, np.int64)  # step of its last use or load
@@ -88,13 +92,21 @@ class LeastStale(Policy):
 
     Least-Stale (SpecMD, arXiv 2602.03921). First loaded, first gone among the stale, so that a
     quiet pass does not cost an expert its slot as under LRU. A pass begins where the layers start
-    over.
+    over. With a cache per layer it is FIFO: all that may go is stale there.
     """
+
+    always_evicts = True
 
     def __init__(self, context: Context) -> None:
         self.loaded = np.zeros(context.n_keys, np.int64)
         self.touched = np.full(context.n_keys, -1, np.int64)  # the pass that touched it last
         self.passes = np.zeros(2, np.int64)  # the pass in progress, and its latest layer
+
+    @classmethod
+    def same_as(cls, context: Context) -> Same | None:
+        if (same := super().same_as(context)) is None and context.scope == "layer":
+            same = Same("fifo", "a pass comes to a layer once, and all that may go there is stale")
+        return same
 
     def on_step(self, step: Step) -> None:
         if step.layer <= self.passes[1]:
@@ -130,6 +142,8 @@ class ClassLru(Policy):
     forward passes: the frequency classes of Robinson and Devarakonda (SIGMETRICS 1990) with
     exponential decay in place of their periodic halving.
     """
+
+    always_evicts = True
 
     def __init__(self, context: Context, half_life: int = 128) -> None:
         if half_life < 1:

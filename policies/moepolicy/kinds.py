@@ -5,6 +5,10 @@ from __future__ import annotations
 from enum import IntEnum
 
 
+class WrongAnswer(ValueError):
+    """A hook of the policy answered what it must not; the message begins with the hook."""
+
+
 class Kind(IntEnum):
     """What the state machine decided. The values index ``Cache.counters``."""
 

@@ -24,6 +24,8 @@ class Queues(Policy):
     ``guessed`` until its first use, so that this does not count as a second one.
     """
 
+    always_evicts = True
+
     def __init__(self, context: Context, n_lists: int) -> None:
         shared = context.scope == "global"
         n_domains = 1 if shared else context.n_layers

@@ -25,6 +25,7 @@ from moepolicy.kinds import (
     PROMOTE,
     QUEUE_PREFETCH,
     SPECULATE,
+    WrongAnswer,
 )
 from moepolicy.misses import (
     drop_low_copies,
@@ -208,10 +209,12 @@ def _disprove(cache: Cache, policy: Policy, layer: int) -> None:
 def _queue_prefetches(cache: Cache, policy: Policy, step: Step) -> None:
     wanted = cache.guessed
     n = policy.prefetch(step, wanted)
+    if n < 0 or n > len(wanted):
+        raise WrongAnswer("prefetch answered a number of keys that there cannot be")
     for i in range(n):
         key = int(wanted[i])
         if key < 0 or key >= len(cache.status):
-            raise ValueError("prefetch named a key that does not exist")
+            raise WrongAnswer("prefetch named a key that does not exist")
         if cache.status[key] == ABSENT:
             join_queue(cache, key, PREFETCH)
             note(cache, QUEUE_PREFETCH, key, NOTHING)

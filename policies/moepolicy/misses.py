@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.kinds import COMPUTE, EVICT, LOAD, LOW, MISS, SKIP, SUBSTITUTE
+from moepolicy.kinds import COMPUTE, EVICT, LOAD, LOW, MISS, SKIP, SUBSTITUTE, WrongAnswer
 from moepolicy.places import domain_of, join_queue, leave_device, note, push_free, remove
 from moepolicy.policy import Policy
 from moepolicy.state import (
@@ -39,7 +39,7 @@ def drop_low_copies(cache: Cache, policy: Policy, step: Step) -> None:
             push_free(cache, domain, int(cache.place[key]))
             leave_device(cache, policy, key)
         elif answer != LOW:
-            raise ValueError("precision answered neither LOW nor LOAD")
+            raise WrongAnswer("precision answered neither LOW nor LOAD")
 
 
 def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
@@ -50,7 +50,7 @@ def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     answer = policy.on_miss(step, rank)
     if answer == COMPUTE:
         if not cache.computing:
-            raise ValueError('on_miss answered COMPUTE: put "cpu" into what the policy requires')
+            raise WrongAnswer('on_miss answered COMPUTE: put "cpu" into what the policy requires')
         note(cache, COMPUTE, key, NOTHING)
         return COMPUTE
     if answer == SKIP:
@@ -68,11 +68,11 @@ def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
             return SUBSTITUTE
     elif answer == LOW:
         if not cache.lowering:
-            raise ValueError('on_miss answered LOW: put "low" into what the policy requires')
+            raise WrongAnswer('on_miss answered LOW: put "low" into what the policy requires')
         cache.is_low[key] = 1
         note(cache, LOW, key, NOTHING)
     elif answer != LOAD:
-        raise ValueError("on_miss answered none of LOAD, COMPUTE, LOW, SUBSTITUTE and SKIP")
+        raise WrongAnswer("on_miss answered none of LOAD, COMPUTE, LOW, SUBSTITUTE and SKIP")
     join_queue(cache, key, DEMAND)
     return MISS
 
@@ -93,12 +93,12 @@ def _find_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     if n == 0:
         return -1
     chosen = policy.substitute(step, rank, cache.candidates[:n])
-    if chosen < 0:
+    if chosen == -1:
         return -1
     for i in range(n):
         if cache.candidates[i] == chosen:
             return int(chosen)
-    raise ValueError("substitute named a key that was not among the candidates")
+    raise WrongAnswer("substitute named a key that was not among the candidates")
 
 
 def use_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
-from inspect import isfunction
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,26 +20,6 @@ class PolicyError(ValueError):
 
 class PolicyUsageError(PolicyError, WrongUsage):
     """A name or value that can be no policy, parameter or cache, on any machine."""
-
-
-MISTAKES = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What an author's code raises by mistake; an AssertionError is ours."""
-
-
-def broken(name: str, policy: type[Policy], error: Exception) -> PolicyError:
-    """The error of a policy's code in one line, with the line of its file where there is one."""
-    files = {f.__code__.co_filename for f in vars(policy).values() if isfunction(f)}
-    frames = traceback.extract_tb(error.__traceback__)
-    own = next((f for f in reversed(frames) if f.filename in files), None)
-    where = "" if own is None else f" ({own.filename}:{own.lineno})"
-    return PolicyError(f"policy '{name}' failed: {type(error).__name__}: {error}{where}")
 
 
 class Context(NamedTuple):
@@ -69,6 +47,13 @@ class Context(NamedTuple):
         return self.n_layers * self.n_experts
 
 
+class Same(NamedTuple):
+    """Another policy that decides alike, and why."""
+
+    policy: str
+    why: str
+
+
 class Policy:
     """Orders and chooses; it owns no slots and no statistics, and never learns of the clock.
 
@@ -79,8 +64,10 @@ class Policy:
     the class as it stands; with any other state it runs interpreted.
 
     requires          what the context or the steps must carry: "future", "counts", "predictions",
-                      "logits", and what the machine must have: "cpu" workers to COMPUTE, a "low"
-                      store of experts for LOW
+                      "logits", "weights"; and what the machine must have: "cpu" workers to
+                      COMPUTE, a "low" store of experts for LOW. What is not required is not given
+    horizon           how many layers ahead it reads predictions; it is given so many, or refused
+    always_evicts     promises that ``victim`` never answers -1
     lossy             whether it can change what the model computes
     staging           buffers beside the slots: for bypasses and, where ``stage_prefetches``, for
                       prefetched experts until their first use
@@ -88,12 +75,30 @@ class Policy:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    horizon: ClassVar[int] = 1
     lossy: ClassVar[bool] = False
+    always_evicts: ClassVar[bool] = False
     staging: int = 1
     stage_prefetches: bool = True
 
     def __init__(self, context: Context) -> None:
         """Policies take the context first and their own parameters by keyword."""
+
+    @classmethod
+    def same_as(cls, context: Context) -> Same | None:
+        """The built-in policy that this one cannot differ from in a cache of this kind; None where
+        it can. It is told under a comparison."""
+        own = ("prefetch", "on_miss")
+        if any(getattr(cls, hook) is not getattr(Policy, hook) for hook in own):
+            return None
+        if context.slots >= context.n_experts:
+            return Same("lru", "there is a slot for every expert, and none is evicted")
+        if cls.always_evicts and context.scope == "layer" and context.slots <= context.top_k:
+            return Same(
+                "lru",
+                "a layer has no more slots than a token has experts, and all else must go",
+            )
+        return None
 
     def on_step(self, step: Step) -> None:
         """A step begins; called before anything is decided about it."""
@@ -117,7 +122,7 @@ class Policy:
         prefetch is dropped. The array is only valid during the call. Where the cache must shrink,
         ``incoming`` is one of the candidates itself, and goes if the policy declines.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no victim")
 
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
         """A bypassed expert is about to go at the end of its step: whose slot may it take?
@@ -168,3 +173,32 @@ def overrides(policy: Policy, hook: str) -> bool:
     if parts:
         return any(overrides(part, hook) for part in parts)
     return getattr(type(policy), hook) is not getattr(Policy, hook)
+
+
+NEEDS = {
+    "future": "the future of a recorded trace",
+    "counts": "the expert counts of a calibration trace",
+    "predictions": "the gates' predictions of later layers",
+    "logits": "the gates' logits",
+    "weights": "the gates' weights",
+    "cpu": "CPU workers",
+    "low": "experts at a lower precision",
+}
+"""What a policy may require."""
+
+HOOKS = frozenset(
+    {
+        "on_step",
+        "on_hit",
+        "on_load",
+        "on_evict",
+        "on_resize",
+        "victim",
+        "retain",
+        "on_miss",
+        "precision",
+        "substitute",
+        "prefetch",
+    }
+)
+"""The methods that the state machine calls."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import linecache
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from moepolicy.answers import AdapmoeSkip, EmoeSubstitute, Hobbit
+from moepolicy.blame import broken
 from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
 from moepolicy.console import nearest
 from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
 from moepolicy.frequency import ClassLru, LeastStale, Lfru, LfuAging
-from moepolicy.policy import Context, Policy, PolicyError, PolicyUsageError
+from moepolicy.interface import accepted, check_class, required
+from moepolicy.policy import NEEDS, Context, Policy, PolicyError, PolicyUsageError
 from moepolicy.queues import Arc, S3Fifo, Slru, TwoQ
 from moepolicy.scan import Clock, Sieve
 from moepolicy.speculation import LruSpec
@@ -71,15 +75,44 @@ class PolicySpec:
     def requires(self) -> frozenset[str]:
         return self.policy.requires
 
+    @property
+    def horizon(self) -> int:
+        """How many layers ahead it reads predictions: its parameter ``horizon``, if it has one, or
+        what its class declares; 0 where it reads none."""
+        if "predictions" not in self.requires:
+            return 0
+        parameter = accepted(self.policy).get("horizon")
+        default = self.policy.horizon if parameter is None else parameter.default
+        return int(self.parameters.get("horizon", default))
+
     def build(self, context: Context) -> Policy:
-        """A fresh policy for one cache; PolicyError where its parameters do not fit."""
+        """A fresh policy for one cache, given what it requires of ``context`` and no more.
+
+        PolicyError where its parameters do not fit, or ``context`` lacks what it requires.
+        """
         try:
-            made = self.policy(context, **self.parameters)
+            made = self.policy(self._given(context), **self.parameters)
         except PolicyError:
             raise
         except Exception as error:
-            raise PolicyError(f"policy '{self.label}' could not be made: {error}") from error
+            found = broken(self.label, self.policy, error)
+            said = str(found).partition(" failed: ")[2] or f"{type(error).__name__}: {error}"
+            raise PolicyError(f"policy '{self.label}' could not be made: {said}") from error
+        if not isinstance(made.staging, int):
+            raise PolicyError(
+                f"policy '{self.label}': staging must be a whole number, not {made.staging!r}"
+            )
         return made
+
+    def _given(self, context: Context) -> Context:
+        fields = {"counts": ("counts",), "future": ("next_use", "offsets", "demands")}
+        for need, names in fields.items():
+            if need not in self.requires:
+                nothing: dict[str, Any] = dict.fromkeys(names)
+                context = context._replace(**nothing)
+            elif getattr(context, names[0]) is None:
+                raise PolicyError(f"policy '{self.label}' needs {NEEDS[need]}")
+        return context
 
 
 def find_policy(spec: str) -> PolicySpec:
@@ -89,16 +122,17 @@ def find_policy(spec: str) -> PolicySpec:
         raise PolicyUsageError(_which_class(Path(name)))
     cls = _from_file(name) if ".py:" in name else _by_name(name)
     parameters = _parameters(spec, rest)
-    known = _accepted(cls)
+    known = accepted(cls)
+    free = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
     for key, value in parameters.items():
-        if key not in known:
+        if key in known:
+            parameters[key] = _fitting(name, key, value, known[key].default)
+        elif not free:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise PolicyUsageError(f"policy '{name}' has no parameter '{key}': {has}")
-        default = known[key].default
-        if type(default) in (int, float) and isinstance(value, str):
-            raise PolicyUsageError(f"policy '{name}': {key} must be a number, not '{value}'")
-        if type(default) is int and isinstance(value, float):
-            raise PolicyUsageError(f"policy '{name}': {key} must be a whole number, not {value}")
+    if missing := [key for key in required(cls) if key not in parameters]:
+        given = ",".join(f"{key}=VALUE" for key in missing)
+        raise PolicyUsageError(f"policy '{name}' needs {', '.join(missing)}: give {name}:{given}")
     return PolicySpec(name, cls, parameters)
 
 
@@ -135,7 +169,7 @@ def _installed() -> dict[str, type[Policy]]:
     found = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
-            found[entry.name] = _as_policy(entry.load(), f"entry point '{entry.name}'")
+            found[entry.name] = _as_policy(entry.load(), entry.name)
         except (ImportError, AttributeError) as error:
             raise PolicyError(f"policy '{entry.name}' ({entry.value}): {error}") from error
     return found
@@ -174,6 +208,9 @@ def _load(path: Path) -> ModuleType:
         module_spec.loader.exec_module(module)
     except Exception as error:
         raise PolicyError(f"{path} does not load: {type(error).__name__}: {error}") from error
+    # Kept, as a worker may have the file only while it loads it; compiling looks at the source.
+    source = path.read_text(encoding="utf-8")
+    linecache.cache[str(path)] = len(source), None, source.splitlines(keepends=True), str(path)
     return module
 
 
@@ -182,25 +219,48 @@ def _is_policy(value: Any) -> bool:
 
 
 def _as_policy(value: Any, where: str) -> type[Policy]:
-    if not _is_policy(value):
+    if not isinstance(value, type):
+        raise PolicyError(
+            f"{where} is not a class, but a {type(value).__name__}: a policy is a class derived "
+            "from moepolicy.Policy"
+        )
+    if not issubclass(value, Policy) or value is Policy:
         raise PolicyError(f"{where} is not a policy: derive its class from moepolicy.Policy")
-    cls: type[Policy] = value
-    return cls
+    check_class(where, value)
+    return value
 
 
-def _accepted(cls: type[Policy]) -> dict[str, inspect.Parameter]:
-    parameters = list(inspect.signature(cls).parameters.values())
-    return {p.name: p for p in parameters[1:]}
-
-
-def _parameters(spec: str, text: str) -> dict[str, int | float | str]:
-    parameters: dict[str, int | float | str] = {}
+def _parameters(spec: str, text: str) -> dict[str, Any]:
+    """Each as it is written."""
+    parameters: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
+        key = key.strip()
         if not equals:
             raise PolicyUsageError(f"policy '{spec}': '{part}' is not parameter=value")
-        parameters[key.strip()] = _number(value.strip())
+        if key in parameters:
+            raise PolicyUsageError(f"policy '{spec}' gives '{key}' twice")
+        parameters[key] = value.strip()
     return parameters
+
+
+def _fitting(name: str, key: str, text: str, default: Any) -> int | float | str:
+    """A parameter's value, of the type that its ``default`` has."""
+    if isinstance(default, bool):
+        if text.lower() not in TRUTH:
+            raise PolicyUsageError(f"policy '{name}': {key} must be true or false, not '{text}'")
+        return TRUTH[text.lower()]
+    if isinstance(default, str):
+        return text
+    value = _number(text)
+    if type(default) in (int, float) and (isinstance(value, str) or math.isnan(value)):
+        raise PolicyUsageError(f"policy '{name}': {key} must be a number, not '{text}'")
+    if type(default) is int and isinstance(value, float):
+        raise PolicyUsageError(f"policy '{name}': {key} must be a whole number, not {text}")
+    return value
+
+
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def _number(text: str) -> int | float | str:

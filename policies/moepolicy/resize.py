@@ -6,7 +6,7 @@ between none and a fixed number of slots, and what it is to lose goes as soon as
 
 from __future__ import annotations
 
-from moepolicy.kinds import EVICT
+from moepolicy.kinds import EVICT, WrongAnswer
 from moepolicy.places import (
     domain_of,
     exchange,
@@ -67,6 +67,8 @@ def _given_up(cache: Cache, policy: Policy, domain: int) -> int:
     newcomer = int(candidates[n - 1])
     victim = policy.victim(newcomer // cache.n_experts, newcomer, candidates)
     if victim < 0:
+        if victim != -1:
+            raise WrongAnswer("victim named a negative key that is not -1")
         victim = newcomer
     slot = _slot_of_victim(cache, victim, domain)
     note(cache, EVICT, victim, NOTHING)
@@ -78,6 +80,8 @@ def _given_up(cache: Cache, policy: Policy, domain: int) -> int:
 def take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
     """Give ``victim``'s slot to ``incoming`` and return it; -1 where the policy declined."""
     if victim < 0:
+        if victim != -1:
+            raise WrongAnswer("victim named a negative key that is not -1")
         return -1
     domain = domain_of(cache, incoming)
     slot = _slot_of_victim(cache, victim, domain)
@@ -90,8 +94,8 @@ def take_from(cache: Cache, policy: Policy, victim: int, incoming: int) -> int:
 
 def _slot_of_victim(cache: Cache, victim: int, domain: int) -> int:
     if victim >= len(cache.status):
-        raise ValueError("victim named a key that does not exist")
+        raise WrongAnswer("victim named a key that does not exist")
     resident = cache.status[victim] == RESIDENT and not cache.staged[victim]
     if not resident or cache.pinned[victim] or domain_of(cache, victim) != domain:
-        raise ValueError("victim named a key that was not among the candidates")
+        raise WrongAnswer("victim named a key that was not among the candidates")
     return int(cache.place[victim])

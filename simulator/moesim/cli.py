@@ -15,6 +15,7 @@ from rich.progress import track
 
 from moesim import __version__
 from moesim.commands.curve import curve
+from moesim.commands.points import Points, same_figures
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
 from moesim.engines.choose import Engine
@@ -23,7 +24,7 @@ from moesim.engines.timeline import write_timeline
 from moesim.errors import SimulationError
 from moesim.limits.bounds import BASELINE
 from moesim.machine.profile import load_machine, machine_names
-from moesim.report import Compared, Format, beside_baseline, deliver, render
+from moesim.report import Format, deliver, render
 from moesim.simulate import (
     check_calibration,
     expert_size,
@@ -146,7 +147,8 @@ def compare(
         opened.meta, size, precision=low_precision, expert_bytes=low_expert_bytes
     )
     sizes = _slots(slots, opened.meta.n_experts)
-    workload = workload_for(opened, specs)
+    points = Points(opened.title, scope, profile.name)
+    workload = workload_for(opened, [spec for spec in specs if points.admits(opened, spec)])
     if tokens is not None:
         workload = workload.head(tokens)
     calibrating = None if calibration is None else open_trace(calibration)
@@ -164,15 +166,14 @@ def compare(
         cold=cold,
         limits=limits,
     )
-    points = [(count, spec) for count in sizes for spec in specs]
-    results, timelines = [], []
-    for count, spec in _progress(points):
+    timelines = []
+    for count, spec in _progress([(count, spec) for count in sizes for spec in specs]):
         segments: list[Segment] | None = None if timeline is None else []
-        results.append(run(spec, slots=count, timeline=segments))
-        timelines.append((f"{spec.label}, {count} slots", segments or []))
-    compared = [Compared(result, None) for result in results]
-    if limits:
-        compared = beside_baseline(results, lambda count: run(find_policy(BASELINE), slots=count))
+        if points.run(spec, count, partial(run, spec, slots=count, timeline=segments)):
+            timelines.append((f"{spec.label}, {count} slots", segments or []))
+    compared = points.beside(
+        (lambda count: run(find_policy(BASELINE), slots=count)) if limits else None
+    )
     if timeline is not None:
         write_timeline(
             timeline,
@@ -196,7 +197,8 @@ def compare(
     }
     if calibrating is not None:
         provenance["calibration_sha256"] = calibrating.digest
-    deliver(render(compared, format, title, provenance), out)
+    alike = same_figures(specs, workload.context(0, scope), sizes)
+    deliver(render(compared, format, title, provenance, alike), out)
 
 
 app.command()(curve)

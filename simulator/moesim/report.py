@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
@@ -30,14 +31,36 @@ class Format(StrEnum):
     csv = "csv"
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A row of a policy that could not run on the trace, cache or machine, and why."""
+
+    policy: str
+    slots: int
+    scope: str
+    machine: str
+    trace: str
+    refused: str
+
+    def row(self) -> dict[str, Any]:
+        """The columns of a comparison, empty but for what was asked for and the reason."""
+        empty: dict[str, Any] = dict.fromkeys(each.name for each in fields(Result))
+        return empty | Gap("", None, None).row() | asdict(self)
+
+
 class Compared(NamedTuple):
     """A result and, where limits were asked for, its share of the gap between LRU and them."""
 
     result: Result
     gap: Gap | None
 
+    @property
+    def slots(self) -> int:
+        return self.result.slots
+
     def row(self) -> dict[str, Any]:
-        return self.result.row() | (self.gap or Gap(self.result.policy, None, None)).row()
+        gap = self.gap or Gap(self.result.policy, None, None)
+        return self.result.row() | gap.row() | {"refused": None}
 
 
 def beside_baseline(results: Sequence[Result], baseline: Callable[[int], Result]) -> list[Compared]:
@@ -50,11 +73,16 @@ def beside_baseline(results: Sequence[Result], baseline: Callable[[int], Result]
 
 
 def render(
-    results: Sequence[Compared], format: Format, title: str, provenance: dict[str, Any]
+    results: Sequence[Compared | Refused],
+    format: Format,
+    title: str,
+    provenance: dict[str, Any],
+    notes: Sequence[str] = (),
 ) -> str:
-    """The results in one format. JSON and CSV rows carry their provenance; a table its title."""
+    """The results in one format. JSON and CSV rows carry their provenance; a table its title, and
+    ``notes`` under it."""
     if format is Format.table:
-        return _table(results, title)
+        return _table(results, title, notes)
     rows = [one.row() | provenance for one in results]
     if format is Format.json:
         return json.dumps(rows, indent=1) + "\n"
@@ -74,9 +102,9 @@ def deliver(text: str, out: Path | None) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _table(results: Sequence[Compared], title: str) -> str:
+def _table(results: Sequence[Compared | Refused], title: str, notes: Sequence[str]) -> str:
     """A group of rows for each number of slots, which ends with what no policy can beat."""
-    limited = results[0].gap is not None
+    limited = any(one.gap is not None for one in results if isinstance(one, Compared))
     names = ["slots", "hit %", "late %", "loads", "useless", "stall %", "tokens/s"]
     if limited:
         names.insert(names.index("loads") + 1, "x limit")
@@ -85,12 +113,13 @@ def _table(results: Sequence[Compared], title: str) -> str:
     table.add_column("policy", overflow="fold")  # a long spec folds before a number is cut
     for name in names:
         table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    for _, each in groupby(results, key=lambda one: one.result.slots):
+    for _, each in groupby(results, key=lambda one: one.slots):
         group = list(each)
         for one in group:
             cells = _cells(one)
-            table.add_row(cells["policy"], *(cells[name] for name in names))
-        for cells in _limits([one.result for one in group]) if limited else ():
+            table.add_row(cells["policy"], *(cells.get(name, "") for name in names))
+        ran = [one.result for one in group if isinstance(one, Compared)]
+        for cells in _limits(ran) if limited else ():
             table.add_row(cells["policy"], *(cells.get(name, "") for name in names), style="dim")
         table.add_section()
     console = Console(file=io.StringIO(), width=None if sys.stdout.isatty() else WIDTH)
@@ -98,10 +127,12 @@ def _table(results: Sequence[Compared], title: str) -> str:
     stream = console.file
     assert isinstance(stream, io.StringIO)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-    return "\n".join([title, *lines, *_notes(results, limited)]) + "\n"
+    return "\n".join([title, *lines, *_notes(results, limited), *notes]) + "\n"
 
 
-def _cells(one: Compared) -> dict[str, str]:
+def _cells(one: Compared | Refused) -> dict[str, str]:
+    if isinstance(one, Refused):
+        return {"policy": one.policy, "slots": str(one.slots)}
     result = one.result
     cells = {
         "policy": result.policy + ("*" if result.lossy else ""),
@@ -147,8 +178,8 @@ def _limits(results: Sequence[Result]) -> list[dict[str, str]]:
     ]
 
 
-def _notes(compared: Sequence[Compared], limited: bool) -> list[str]:
-    results = [one.result for one in compared]
+def _notes(compared: Sequence[Compared | Refused], limited: bool) -> list[str]:
+    results = [one.result for one in compared if isinstance(one, Compared)]
     notes = []
     if limited:
         kept = {result.slots: result.limit_loads_kept for result in results}
@@ -167,7 +198,18 @@ def _notes(compared: Sequence[Compared], limited: bool) -> list[str]:
     if any(result.lossy for result in results):
         notes.append("* changes what the model computes" + ": no limit binds it" * limited)
         notes += [_change_note(result) for result in results if result.lossy]
-    return notes
+    return notes + _refusals([one for one in compared if isinstance(one, Refused)])
+
+
+def _refusals(refused: Sequence[Refused]) -> list[str]:
+    """Why rows are empty: a line for each policy and reason."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for one in refused:
+        sizes.setdefault((one.policy, one.refused), []).append(one.slots)
+    return [
+        f"{policy}, {', '.join(map(str, slots))} slots: could not run: {reason}"
+        for (policy, reason), slots in sizes.items()
+    ]
 
 
 def _change_note(result: Result) -> str:

@@ -19,7 +19,7 @@ from moepolicy.state import (
     SUBSTITUTED_MASS,
     Cache,
 )
-from moeroute import Trace
+from moeroute import Trace, TraceError
 from moeroute.schema import TraceMeta, prediction_column
 from numpy.typing import NDArray
 
@@ -103,16 +103,32 @@ class Result:
         return asdict(self)
 
 
+# What a policy may require of the steps, and the column of the trace that has it.
+COLUMNS = {"logits": "router_logits", "weights": "weights"}
+
+
+def check_needs(trace: Trace, policy: PolicySpec) -> None:
+    """TraceError that names what ``policy`` requires and ``trace`` lacks."""
+    for need, column in COLUMNS.items():
+        if need in policy.requires:
+            trace.require(column, f"policy '{policy.label}'")
+    if policy.horizon and not trace.has(prediction_column(1)):
+        trace.require(prediction_column(1), f"policy '{policy.label}'")
+    if policy.horizon and not trace.has(prediction_column(policy.horizon)):
+        raise TraceError(
+            f"{trace.path}: policy '{policy.label}' reads predictions {policy.horizon} layers "
+            f"ahead, and the trace has them {trace.meta.horizon} ahead: give one recorded with "
+            f"--horizon {policy.horizon}"
+        )
+
+
 def workload_for(trace: Trace, policies: list[PolicySpec]) -> Workload:
-    """Read a trace once for all ``policies``; TraceError names a column one of them needs.
+    """Read a trace once for all ``policies``; TraceError names what one of them needs.
 
     A long one lies in files of the system's folder for temporary ones, which are mapped.
     """
-    needs = {"predictions": prediction_column(1), "logits": "router_logits"}
     for policy in policies:
-        for need, column in needs.items():
-            if need in policy.requires:
-                trace.require(column, f"policy '{policy.label}'")
+        check_needs(trace, policy)
     wanted = {need for policy in policies for need in policy.requires}
     load = partial(
         load_workload, trace, predictions="predictions" in wanted, logits="logits" in wanted

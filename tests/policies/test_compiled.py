@@ -103,15 +103,15 @@ def run_afresh(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Any, Any]
     function(state, counts)
     assert counts[0] == STEP
     assert vars(policy)["loaded"][0] == STEP
-    return function, state
+    return function, policy
 
 
 def test_code_is_loaded_by_the_next_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    function, state = run_afresh(monkeypatch, tmp_path)
+    function, policy = run_afresh(monkeypatch, tmp_path)
     assert not function.stats.cache_hits
-    assert compiled.is_compiled(advance, state)
+    assert compiled.is_compiled(advance, policy)
     function, _ = run_afresh(monkeypatch, tmp_path)
     assert function.stats.cache_hits
 

@@ -86,7 +86,7 @@ def test_an_installed_package_adds_a_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "theirs.py").write_text(
-        "from moepolicy import Policy\nclass Theirs(Policy):\n    'Keep all.'\n"
+        "from moepolicy.eviction import Lru\nclass Theirs(Lru):\n    'Keep all.'\n"
     )
     info = tmp_path / "theirs-1.dist-info"
     info.mkdir()

@@ -184,33 +184,38 @@ class ForcedGates:
         """Raises RunError where the model's gates are not the routing's."""
         self.routing = routing
         self.session: Session | None = None
-        self.predicts = False
+        self.horizon = 0  # how many layers ahead the session's policy reads predictions
         self._routers = find_routers(model)
         self._token = 0
         self._tensors: tuple[torch.Tensor, ...] = ()
-        self._predictor = GatePredictor(model, 1)
+        self._model = model
+        self._predictors: dict[int, GatePredictor] = {}  # by how many layers ahead they look
         self._hooks = [
             router.register_forward_hook(partial(self._decide, layer))
             for layer, router in enumerate(self._routers)
         ]
 
-    def start(self, session: Session | None, *, predicts: bool) -> None:
-        """The next pass is the routing's first token; ``session`` is told of the logits."""
-        self.session, self.predicts, self._token = session, predicts, 0
+    def start(self, session: Session | None, *, horizon: int = 0) -> None:
+        """The next pass is the routing's first token; ``session`` is told of the logits, and of
+        ``horizon`` predictions."""
+        self.session, self.horizon, self._token = session, horizon, 0
+        if horizon and horizon not in self._predictors:
+            self._predictors[horizon] = GatePredictor(self._model, horizon)
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._predictor.close()
+        for predictor in self._predictors.values():
+            predictor.close()
 
     @torch.no_grad()
     def _decide(self, layer: int, _router: Any, arguments: Any, output: Any) -> Any:
         logits, weights, ids = self._forced(output)
-        if self.predicts:
-            self._predictor.predict(layer, arguments[0])
+        if self.horizon:
+            self._predictors[self.horizon].predict(layer, arguments[0])
         token = slice(self._token, self._token + 1)
         if self.session is not None:
-            ahead = self._ahead[:, token, layer] if self.predicts else None
+            ahead = self._ahead[: self.horizon, token, layer] if self.horizon else None
             self.session.note(layer, logits[token, layer], ahead)
         if layer == len(self._routers) - 1:
             self._token += 1

@@ -293,9 +293,8 @@ class Bench(AbstractContextManager["Bench"]):
         with session:
             session.wait_compiled()
             warm: list[Totals] = []
-            predicts = "predictions" in policy.requires
             timings = self._decode(
-                session, session, lambda: warm.append(session.totals), predicts=predicts
+                session, session, lambda: warm.append(session.totals), horizon=policy.horizon
             )
             totals = session.totals.since(warm[0])
             session.settle()
@@ -334,12 +333,12 @@ class Bench(AbstractContextManager["Bench"]):
         session: Session | None,
         on_warm: Callable[[], None] = lambda: None,
         *,
-        predicts: bool = False,
+        horizon: int = 0,
         tokens: int | None = None,
     ) -> Marked:
         """Decode the forced tokens from the first on, as `moerun` decodes any."""
         attach(self._experts, provider, self._sums)
-        self._gates.start(session, predicts=predicts)
+        self._gates.start(session, horizon=horizon)
         timings = Marked(self.plan.warm_up if tokens is None else 0, on_warm)
         tokens = tokens or self.plan.forced_tokens
         decode_forced(self.model, timings, tokens, new_cache(self.model, 1 + tokens))

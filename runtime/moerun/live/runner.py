@@ -51,7 +51,7 @@ class Settings:
     host_bytes: int | None = None  # of the cache between disk and device; None: room for all
     chunk_bytes: int = 0  # experts travel in pieces of this; 0: whole
     cold: bool = False  # keep what is read out of the page cache
-    horizon: int | None = None  # None: 1 if the policy looks at predictions, else 0
+    horizon: int | None = None  # None: as far as the policy reads predictions
     calibration: str | None = None  # the trace that policies count experts in
     low: ExpertStore | None = None  # the same experts at a lower precision
 
@@ -62,8 +62,7 @@ class Settings:
 
     def ahead(self, policy: PolicySpec) -> int:
         """How many layers ahead the gates are asked under ``policy``."""
-        needed = int("predictions" in policy.requires)
-        return needed if self.horizon is None else max(self.horizon, needed)
+        return max(self.horizon or 0, policy.horizon)
 
     @property
     def copies(self) -> int:

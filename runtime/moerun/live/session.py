@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from moepolicy import (
     NO_LOGITS,
@@ -27,6 +28,7 @@ from moepolicy import (
     pool_logits,
 )
 from moepolicy.cache import Observer
+from numpy.typing import NDArray
 
 from moerun.errors import RunError
 from moerun.links import Link, in_form
@@ -91,7 +93,7 @@ class Session:
         self._mutex = threading.RLock()  # that of ``lock``, quicker to take
         self.lock = threading.Condition(self._mutex)  # held for every call of the cache
         self._wants_logits = "logits" in policy.requires
-        self._wants_predictions = "predictions" in policy.requires
+        self._horizon = policy.horizon
         self._under_way = 0
         self._guessed: set[int] = set()  # of those, prefetches with streams of their own
         self._awaited: set[int] = set()
@@ -276,7 +278,7 @@ class Session:
         experts, weights = demand_order(gate.ids, gate.weights)
         keys = experts + layer * self.context.n_experts
         logits = gate.logits if self._wants_logits else None
-        predicted = gate.predicted if self._wants_predictions else None
+        predicted = self._predicted(gate)
         with self._mutex:
             self._raise_failure()
             step = Step(
@@ -285,7 +287,7 @@ class Session:
                 experts=keys,
                 weights=weights,
                 logits=NO_LOGITS if logits is None else pool_logits(logits),
-                predicted=NO_PREDICTIONS if predicted is None else pool_rows(predicted),
+                predicted=predicted,
                 tokens=len(gate.ids),
             )
             outcome = self.cache.begin(step).tolist()
@@ -298,6 +300,19 @@ class Session:
                 self.link.want(key)
             self._pump()
         return opened
+
+    def _predicted(self, gate: Gate) -> NDArray[np.float32]:
+        """Predictions as far ahead as the policy reads them, and no further. PolicyError where the
+        gates were not asked that far."""
+        if not self._horizon:
+            return NO_PREDICTIONS
+        found = 0 if gate.predicted is None else len(gate.predicted)
+        if gate.predicted is None or found < self._horizon:
+            raise PolicyError(
+                f"policy '{self.policy.label}' reads predictions {self._horizon} layers ahead, and "
+                f"is given them {found} ahead"
+            )
+        return pool_rows(gate.predicted[: self._horizon])
 
     def _opened(self, keys: list[int], outcome: list[int]) -> Opened:
         """Sort a step's keys by what they are, and note which are awaited. The lock is held."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from contextlib import suppress
 from enum import Enum
 
-from moepolicy import ExpertCache
+from moepolicy import ExpertCache, Policy
+from moepolicy.blame import files_of
+from moepolicy.compiled import NotCompilable
+from moepolicy.reasons import why_not
 
 PATIENCE_S = 20.0
 """How long a run must last before a policy is compiled for it: compiling takes seconds, and most
@@ -19,6 +22,9 @@ class Compiling(Enum):
     NEVER = "never"
     KEPT = "kept"  # load what an earlier run has left on disk
     ALWAYS = "always"  # and compile where none has
+
+
+_told: set[type[Policy]] = set()
 
 
 class CompileBeside:
@@ -54,8 +60,7 @@ class CompileBeside:
         self._thread.join()
 
     def _work(self) -> None:
-        # What is beyond compiling fails here in numba's many ways, and runs interpreted.
-        with suppress(Exception):
+        try:
             if not self._cache.is_compiled():
                 if self._allowed is Compiling.KEPT:
                     return
@@ -64,3 +69,14 @@ class CompileBeside:
                 calls = self._cache.compile_calls(self._horizon)
                 with self._lock:
                     self._cache.use(calls)
+        except NotCompilable as error:
+            self._tell(str(error))
+        except Exception as error:  # numba's own, of many classes
+            self._tell(why_not(error, files_of(type(self._cache.policy))))
+
+    def _tell(self, reason: str) -> None:
+        """Say once why a policy's calls are not compiled; they serve as they are."""
+        policy = type(self._cache.policy)
+        if policy not in _told:
+            _told.add(policy)
+            print(f"policy '{self._cache.name}' runs interpreted: {reason}", file=sys.stderr)

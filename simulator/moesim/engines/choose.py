@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from moepolicy import Context, ExpertCache, Policy, PolicyError, PolicySpec
+from moepolicy.blame import broken, files_of
 from moepolicy.cache import Journal, Observer
 from moepolicy.calls import calls_are_compiled
-from moepolicy.compiled import NotCompilable, compiled, compiled_policy, is_compiled
-from moepolicy.policy import MISTAKES, broken
+from moepolicy.compiled import NotCompilable, allow_memory, compiled, compiled_policy, is_compiled
+from moepolicy.reasons import why_not
 from moepolicy.state import Cache, arrays_of, new_cache
 
 from moesim.engines import replay as twin
@@ -72,10 +73,13 @@ def run(
     if engine is Engine.auto:
         engine = Engine.simpy if observers or journal is not None else Engine.replay
     kind = _Simulation if engine is Engine.simpy else _Replay
+    workload = workload.shown_to(policy)
     job = kind(workload, policy, context, costs, timeline, observers, journal, look, n_events)
     _asked[engine, policy.policy] += workload.n_steps
     asked = max(n_steps, _asked[engine, policy.policy])
-    return job.run(compile=_worth_compiling(job, asked) and _compiles(job))
+    if _worth_compiling(job, asked) and _compiles(job):
+        return _run_compiled(job)
+    return job.run(compile=False)
 
 
 @dataclass
@@ -94,8 +98,10 @@ class _Job:
     engine: ClassVar[Engine]
 
     def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
-        """The first ``n_steps`` steps (None: all of them); NotCompilable or numba's own errors
-        where that was asked for and the policy is beyond it."""
+        """The first ``n_steps`` steps (None: all of them).
+
+        Interpreted it raises PolicyError where the policy fails. Compiled it raises whatever the
+        compiler and the code do: NotCompilable, numba's own errors, what the policy raises."""
         raise NotImplementedError
 
     def is_compiled(self) -> bool:
@@ -116,34 +122,92 @@ def _worth_compiling(job: _Job, asked: int) -> bool:
 
 
 def _compiles(job: _Job) -> bool:
-    """Whether a policy's class compiles and does the same compiled, on a prefix of the trace."""
+    """Whether a policy's class compiles and does the same compiled, on a prefix of the trace.
+
+    Raises PolicyError where the policy fails interpreted, too: that is its author's mistake.
+    """
     policy = job.policy
     if (job.engine, policy.policy) in _proven:
         return True
     trial = replace(job, timeline=False, observers=(), journal=None, look=None, n_events=0)
+    expected = _comparable(*trial.run(compile=False, n_steps=PREFIX))
+    reason = ""
     try:
-        states = [trial.run(compile=how, n_steps=PREFIX) for how in (False, True)]
-        same = all(
-            np.array_equal(one, other)
-            for one, other in zip(*(_comparable(*state) for state in states), strict=True)
-        )
+        trial.is_compiled()  # and in which form
+        found = _comparable(*_compile_somehow(trial))
+        same = all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
         reason = "" if same else "it decides differently when compiled"
-    except PolicyError:
-        raise
-    except NotCompilable as error:
-        reason = str(error)
     except Exception as error:  # numba's own, of many classes: the policy's code is beyond it
-        # The first line of numba's message says where it was, the second what it met there.
-        reason = ": ".join(str(error).strip().splitlines()[:2])
+        reason = _reason(policy, error)
     if reason:
-        _interpreted[policy.policy] = reason
-        print(
-            f"policy '{policy.name}' runs interpreted, some 100 times slower: {reason}",
-            file=sys.stderr,
-        )
+        _run_interpreted(policy, reason)
         return False
     _proven.add((job.engine, policy.policy))
     return True
+
+
+def _compile_somehow(trial: _Job) -> tuple[Cache, Clock]:
+    """The prefix by compiled code that allocates nothing or, if need be, by code that does."""
+    try:
+        return trial.run(compile=True, n_steps=PREFIX)
+    except Exception as error:
+        if not allow_memory(trial.policy.build(trial.context), error):
+            raise
+    return trial.run(compile=True, n_steps=PREFIX)
+
+
+def _run_compiled(job: _Job) -> tuple[Cache, Clock]:
+    """Run all of ``job`` compiled; where that fails, interpreted from the start.
+
+    Compiled code cannot say where it failed. If the policy fails interpreted, too, that says it.
+    """
+    past = [_Past(observe) for observe in job.observers]
+    looked = None if job.look is None else _Past(job.look)
+    job = replace(job, observers=tuple(past), look=looked)
+    n_calls = 0 if job.journal is None else len(job.journal)
+    try:
+        return job.run(compile=True)
+    except Exception as error:
+        if job.journal is not None:
+            del job.journal[n_calls:]
+        for each in [*past, *([looked] if looked else [])]:
+            each.again()
+        found = job.run(compile=False)
+        _run_interpreted(job.policy, _reason(job.policy, error))
+        return found
+
+
+class _Past:
+    """Tells what a run tells, and when it is run again only what it had not come to."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self._tell = tell
+        self._told = self._known = 0
+
+    def again(self) -> None:
+        self._told, self._known = 0, self._told
+
+    def __call__(self, *about: Any) -> None:
+        self._told += 1
+        if self._told > self._known:
+            self._tell(*about)
+
+
+def _reason(policy: PolicySpec, error: Exception) -> str:
+    """Why compiled code is not to be had, or not to be trusted."""
+    if isinstance(error, NotCompilable):
+        return str(error)
+    cause = error.__cause__ if isinstance(error, PolicyError) and error.__cause__ else error
+    return why_not(cause, files_of(policy.policy))
+
+
+def _run_interpreted(policy: PolicySpec, reason: str) -> None:
+    """Run a policy's class interpreted from now on, and say why."""
+    _interpreted[policy.policy] = reason
+    print(
+        f"policy '{policy.name}' runs interpreted, some 100 times slower: {reason}",
+        file=sys.stderr,
+    )
 
 
 def _comparable(cache: Cache, clock: Clock) -> list[Any]:
@@ -195,21 +259,28 @@ class _Replay(_Job):
         try:
             for first in range(0, n_steps, CHUNK):
                 steps = first, min(first + CHUNK, n_steps)
-                details = self.workload.details(*steps, predictions=cache.prefetching)
+                details = self.workload.details(*steps)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     function(cache, state, work, costs, clocks, steps, *details, outcome)
                 if self.look is not None:
                     self.look(cache, *steps)
+                    cache.n_events[0] = 0
                 self.workload.release()
-        except MISTAKES as error:
-            raise broken(self.policy.label, self.policy.policy, error) from error
+        except Exception as error:
+            if compile:
+                raise
+            step = int(cache.step[0])
+            found = broken(self.policy.label, self.policy.policy, error, step)
+            if found is error:
+                raise
+            raise found from error
         return cache, replay_state.clock_of(clocks)
 
     def is_compiled(self) -> bool:
         policy, cache, clocks = self._parts(0)
         omit = twin.unreachable(cache, self.costs, clocks)
-        return is_compiled(twin.replay, compiled_policy(policy), omit=omit)
+        return is_compiled(twin.replay, policy, omit=omit)
 
     def _parts(self, n_steps: int) -> tuple[Policy, Cache, replay_state.Clocks]:
         policy = self.policy.build(self.context)

@@ -259,7 +259,7 @@ class Simulation:
         self.env = Nanoseconds(initial_time=0)
         self.clock = Clock(segments=[] if timeline else None)
         self.link = SimulatedLink(self.env, costs, cache, self.clock)
-        self._detail = cache.arrays.prefetching or workload.logits is not None
+        self._detail = bool(workload.predicted) or workload.logits is not None
         self._expert_ns = costs.expert_ns.tolist(), costs.low_expert_ns.tolist()
 
     def run(self) -> Clock:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from moepolicy import PolicySpec
+from moepolicy.blame import broken
 from moepolicy.compiled import compiled, compiled_policy
 from moepolicy.kinds import HIT
 from moepolicy.machine import begin, consume, end, finish, start, unreachable
-from moepolicy.policy import MISTAKES, Context, broken
+from moepolicy.policy import Context
 from moepolicy.state import Cache, new_cache
 from numpy.typing import NDArray
 
@@ -33,6 +34,7 @@ def decisions(
     Raises PolicyError where the policy breaks a rule, NotCompilable (with ``compile``) where its
     state is not arrays and numbers.
     """
+    workload = workload.shown_to(policy)
     built = policy.build(context)
     cache = new_cache(context, built)
     state: Any = built
@@ -45,12 +47,17 @@ def decisions(
     try:
         for first in range(0, workload.n_steps, CHUNK):
             last = min(first + CHUNK, workload.n_steps)
-            logits, predicted = workload.details(first, last, predictions=cache.prefetching)
+            logits, predicted = workload.details(first, last)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 function(cache, state, work, (first, last), logits, predicted, outcome)
-    except MISTAKES as error:
-        raise broken(policy.label, policy.policy, error) from error
+    except Exception as error:
+        if compile:  # only the interpreter says where it was
+            return decisions(workload, policy, context, compile=False)
+        found = broken(policy.label, policy.policy, error, int(cache.step[0]))
+        if found is error:
+            raise
+        raise found from error
     return cache
 
 

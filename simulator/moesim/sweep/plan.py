@@ -23,14 +23,12 @@ import moesim
 from moesim.errors import SimulationError, UsageError
 from moesim.limits.bounds import BASELINE
 from moesim.machine.profile import Machine, load_machine
-from moesim.simulate import check_calibration, expert_size, low_expert_size
+from moesim.simulate import check_calibration, check_needs, expert_size, low_expert_size
 from moesim.sweep.grid import Grid
 
 # The parts of moesim that decide what a simulation gives; a test holds this list complete.
 DECIDES = ("engines", "errors.py", "jit.py", "limits", "machine", "simulate.py", "workload")
 SHOWN = 3  # reasons in one message
-# What a policy may require of the steps, and the column of the trace that has it.
-COLUMNS = {"predictions": prediction_column(1), "logits": "router_logits"}
 
 
 @dataclass(frozen=True)
@@ -239,8 +237,8 @@ class _Layout:
                 place=_place(name, trace),
                 digest=trace.digest,
                 seed=trace.meta.seed,
-                predictions="predictions" in wanted and trace.has(COLUMNS["predictions"]),
-                logits="logits" in wanted and trace.has(COLUMNS["logits"]),
+                predictions="predictions" in wanted and trace.has(prediction_column(1)),
+                logits="logits" in wanted and trace.has("router_logits"),
             )
             for name, trace in zip(grid.traces, traces, strict=True)
         ]
@@ -272,9 +270,7 @@ class _Layout:
         low, low_bytes = self.grid.low_precision, 0
         calibration = self.calibration if "counts" in spec.requires else None
         try:
-            for need, column in COLUMNS.items():
-                if need in spec.requires:
-                    trace.require(column, f"policy '{spec.label}'")
+            check_needs(trace, spec)
             if calibration is not None:
                 check_calibration(calibration, trace.meta)
             size = expert_size(trace.meta, precision=precision, expert_bytes=expert_bytes)

@@ -44,12 +44,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Report:
-    """What a sweep came to. ``rows`` are those written; ``failures`` names points and errors."""
+    """What a sweep came to. ``rows`` are those written; ``failures`` names points and errors, the
+    ``refused`` among them, whose policy cannot run on their trace."""
 
     rows: list[dict[str, Any]]
     failures: dict[str, str]
     kept: int
     ran: int
+    refused: int = 0
 
 
 def run_sweep(
@@ -90,7 +92,8 @@ def run_sweep(
         for point in plan.points
         if point.key in sweep.failed and not point.reference
     }
-    return Report(rows, failures, kept=kept, ran=todo)
+    refused = sum(bool(point.refused) and not point.reference for point in plan.points)
+    return Report(rows, failures, kept=kept, ran=todo, refused=refused)
 
 
 def _check_out(out: str) -> None:

@@ -15,7 +15,15 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from moepolicy import NO_LOGITS, NO_PREDICTIONS, Context, Step, next_use, pool_logits
+from moepolicy import (
+    NO_LOGITS,
+    NO_PREDICTIONS,
+    Context,
+    PolicySpec,
+    Step,
+    next_use,
+    pool_logits,
+)
 from moeroute.schema import TraceMeta
 from numpy.typing import NDArray
 
@@ -163,6 +171,13 @@ class Workload:
         vars(found).update(calibration=counts, counts=counts)
         return found
 
+    def shown_to(self, policy: PolicySpec) -> Workload:
+        """The same steps with the logits and predictions that ``policy`` requires, and no more."""
+        found = copy(self)
+        logits = self.logits if "logits" in policy.requires else None
+        vars(found).update(predicted=self.predicted[: policy.horizon], logits=logits)
+        return found
+
     def context(self, slots: int, scope: str) -> Context:
         """What a policy is made from, clairvoyant knowledge included."""
         return Context(
@@ -191,9 +206,7 @@ class Workload:
             tokens=int(self.tokens[number]),
         )
 
-    def details(
-        self, first: int, last: int, *, predictions: bool
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def details(self, first: int, last: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits [steps, E] and predictions [steps, horizon, E] of steps first..last-1.
 
         Where there are none to look at, one row that stands for every step.
@@ -203,7 +216,7 @@ class Workload:
         if self.logits is not None:
             logits = np.empty((n, n_experts), np.float32)
             self._fill(logits, self.logits, first, 0)
-        if predictions and self.predicted:
+        if self.predicted:
             predicted = np.empty((n, len(self.predicted), n_experts), np.float32)
             for j, column in enumerate(self.predicted):
                 self._fill(predicted[:, j], column, first, j + 1)

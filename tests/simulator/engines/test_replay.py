@@ -151,7 +151,7 @@ def test_gate_columns_reach_the_replay_as_they_reach_simpy(tmp_path: Path) -> No
     predicted[::n_layers] = np.nan
     path = write_trace(tmp_path / "t.parquet", tokens, n_experts, predicted)
     workload = load_workload(open_trace(path), predictions=True)
-    _, rows = workload.details(0, workload.n_steps, predictions=True)
+    _, rows = workload.details(0, workload.n_steps)
     for number in range(workload.n_steps):
         np.testing.assert_array_equal(rows[number], workload.step(number).predicted)
     assert np.isfinite(rows).any()

@@ -1,0 +1,54 @@
+"""Why numba does not compile a policy, in one line out of the hundred it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+# What numba puts around a cause: where it was in its own work, and what it tried in vain.
+_FRAME = re.compile(
+    r"Failed in nopython mode pipeline|- Resolution failure|Rejected as|Overload (in|of) function"
+    r"|There are \d+ candidate|- Of which|With argument|During:|raised from|None$|No match"
+)
+_OURS = "_resolve_method.<locals>.overload"  # how compiled code comes to a policy's hook
+
+
+def needs_memory(error: BaseException) -> bool:
+    """Whether compiling failed because the code makes arrays, and was to do without."""
+    return "NRT required" in str(error)
+
+
+def why_not(error: BaseException, files: frozenset[str]) -> str:
+    """One line: the cause, and which line of the policy's ``files`` it is about."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines()]
+    # What follows the last mention of our own detour is about the policy's code.
+    ours = [i for i, line in enumerate(lines) if _OURS in line and "Overload in" in line]
+    about = lines[ours[-1] + 1 :] if ours else lines
+    cause = next(_causes(about), text.strip().splitlines()[0] if text.strip() else "")
+    where = _place(about, files)
+    kind = type(error).__name__
+    return f"{where}numba: {cause or kind}"
+
+
+def _causes(lines: list[str]) -> Iterator[str]:
+    for i, line in enumerate(lines):
+        bare = line.partition("Error: ")[2] if re.match(r"\w+Error: ", line) else line
+        if not bare or _FRAME.search(bare) or bare.startswith(">>>"):
+            continue
+        if bare.startswith("No implementation of function"):
+            call = next((each for each in lines[i:] if each.startswith(">>> ")), None)
+            yield f"no implementation of {call[4:]}" if call else bare
+        else:
+            yield bare
+
+
+def _place(lines: list[str], files: frozenset[str]) -> str:
+    names = {file.rpartition("/")[2]: file for file in files}
+    for line in lines:
+        found = re.search(r'File "([^"]+)", line (\d+)', line) or re.search(
+            r" at (\S+) \((\d+)\)$", line
+        )
+        if found and (name := found[1].rpartition("/")[2]) in names:
+            return f"{name}:{found[2]}: "
+    return ""
