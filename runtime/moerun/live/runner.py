@@ -185,9 +185,18 @@ class Runner:
         """Token ids, int64[1, tokens], on the model's device."""
         return encode(self.tokenizer, prompt, self.settings.device)
 
-    def generation(self, on_text: Callable[[str], None] | None = None) -> Generation:
+    def generation(
+        self,
+        on_text: Callable[[str], None] | None = None,
+        on_reasoning: Callable[[str], None] | None = None,
+    ) -> Generation:
         return Generation(
-            self.model, self.tokenizer, self.session, on_text, context_tokens=self.context_tokens
+            self.model,
+            self.tokenizer,
+            self.session,
+            on_text,
+            on_reasoning=on_reasoning,
+            context_tokens=self.context_tokens,
         )
 
     def generate(self, prompt: str, sampling: Sampling) -> str:
