@@ -113,27 +113,37 @@ class MemoryPlan:
         slots = (budget_bytes - self.least_bytes) // (self.n_layers * self.slot_bytes)
         return replace(self, budget_bytes=budget_bytes, slots=min(slots, self.n_experts))
 
-    def with_compiling(self) -> MemoryPlan:
+    def with_compiling(self, done: Compiling = Compiling.NEVER) -> MemoryPlan:
         """This plan, in a budget on the CPU, with what there is room for of compiled policy calls.
 
         They save some microseconds a layer, a slot saves copies: compiling gets what slots leave
-        unused, code that is kept on disk may cost a small part of the budget.
+        unused, code that is kept on disk may cost a small part of the budget. What is ``done``
+        already is counted. Raises RunError where the budget is too small for that.
         """
         assert self.budget_bytes is not None
+        assert self.needs.compiled_bytes == 0
         unused_bytes = self.budget_bytes - self.total_bytes
         for chosen in (Compiling.ALWAYS, Compiling.KEPT):
             n_bytes = COMPILED_BYTES[chosen]
             needs = replace(self.needs, compiled_bytes=n_bytes)
             plan = replace(self, needs=needs, compiling=chosen)
             small = chosen is Compiling.KEPT and n_bytes <= self.budget_bytes // COMPILED_SHARE
-            if n_bytes <= unused_bytes or (small and plan.least_bytes <= self.budget_bytes):
+            fits = n_bytes <= unused_bytes or (small and plan.least_bytes <= self.budget_bytes)
+            if fits or chosen is done:
                 return plan.within(self.budget_bytes)
         return replace(self, compiling=Compiling.NEVER)
 
-    def counting_compiled(self) -> MemoryPlan:
-        """This plan, made without a budget, with what its compiled policy calls may take."""
-        needs = replace(self.needs, compiled_bytes=COMPILED_BYTES[self.compiling])
-        return replace(self, needs=needs)
+    def on_host_within(self, budget_bytes: int, done: Compiling) -> MemoryPlan:
+        """As ``within``, of a run on the CPU for whose compiled calls so much is ``done``."""
+        bare = replace(self, needs=replace(self.needs, compiled_bytes=0))
+        bare = bare.within(budget_bytes)
+        try:
+            return bare.with_compiling(done)
+        except RunError as error:
+            raise RunError(
+                f"{error}; the policy's code is loaded and stays: a run that begins with "
+                "--memory does without it"
+            ) from error
 
     def _least(self) -> str:
         """What the smallest budget would be spent on."""
