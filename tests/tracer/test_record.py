@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,24 @@ def test_greedy_generation_is_the_models_own(
         for layer, expected in enumerate(stock):
             found = by_token(trace, "router_logits")[mine, layer]
             np.testing.assert_allclose(found, expected.numpy(), rtol=5e-3, atol=5e-3)
+
+
+def test_the_tokenizers_end_ends_a_generation_that_the_configuration_does_not(
+    tiny: Checkpoint, corpus: Path, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, generate=12, prompt_tokens=12, max_tokens=12)
+    windows = open_windows(tiny, [corpus], settings)
+    with torch.no_grad():
+        out = tiny.model.generate(
+            torch.tensor(windows.sequences[:1]), max_new_tokens=12, do_sample=False
+        )[0].tolist()
+    end = next(i for i in range(14, len(out) - 1) if out[i] not in out[12:i])
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(out[end])
+    record(replace(tiny, tokenizer=tokenizer), windows, settings, tmp_path / "t.parquet")
+    trace = open_trace(tmp_path / "t.parquet")
+    # The last token is chosen but not passed through.
+    assert by_token(trace, "token_id")[:, 0].tolist() == out[:end]
 
 
 def test_sampling_follows_the_seed(tiny: Checkpoint, corpus: Path, tmp_path: Path) -> None:

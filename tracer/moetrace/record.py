@@ -182,7 +182,8 @@ def generated(
 
     sampling = Sampling(settings.generate, settings.temperature)
     sampling.check()
-    config = sampling.config(checkpoint.model, settings.generate)
+    ends = sampling.ends(checkpoint.model, checkpoint.tokenizer)
+    config = sampling.config(checkpoint.model, settings.generate, ends)
     passes: list[Routing] = []
     hook = checkpoint.model.register_forward_hook(lambda *_: passes.append(capture.take()))
     try:

@@ -100,9 +100,10 @@ def find_config(shape: str, layers: int | None = None) -> Any:
     """
     config = _config(shape)
     if layers is not None:
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise UsageError(f"layers must be 1 to {config.num_hidden_layers}, not {layers}")
-        _cut(config, layers)
+        text = config.get_text_config()
+        if not 1 <= layers <= text.num_hidden_layers:
+            raise UsageError(f"layers must be 1 to {text.num_hidden_layers}, not {layers}")
+        _cut(text, layers)
     return config
 
 

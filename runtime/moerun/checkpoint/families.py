@@ -119,11 +119,12 @@ def expert_shape(module: nn.Module, dtype: torch.dtype) -> ExpertShape:
 
 
 def top_k_of(config: Any) -> int:
-    return int(_first(config, _TOP_K, 0))
+    return int(_first(config.get_text_config(), _TOP_K, 0))
 
 
 def shared_experts_of(config: Any) -> int:
     """Experts that every token passes besides the routed ones."""
+    config = config.get_text_config()
     if getattr(config, "shared_expert_intermediate_size", 0):
         return 1
     return int(_first(config, _SHARED, 0))

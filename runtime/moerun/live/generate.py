@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from moerun.live.kvcache import new_cache
 from moerun.live.session import Session
 from moerun.live.text import TextStream
 from moerun.live.totals import Totals
+from moerun.live.turn import Turn, model_ends
 
 NO_TOKEN = -1
 
@@ -33,6 +34,7 @@ class Sampling:
     seed: int = 0
     stop: bool = True  # False: go on past the model's own end tokens
     stop_strings: tuple[str, ...] = ()  # the text ends before the first of them
+    turn: Turn | None = None  # what ends an answer of a chat besides, and its channels
 
     def check(self) -> None:
         """Raises RunError naming what is out of range."""
@@ -47,18 +49,24 @@ class Sampling:
         if not all(self.stop_strings):
             raise UsageError("a stop string must not be empty")
 
-    def config(self, model: Any, max_new_tokens: int) -> GenerationConfig:
-        """For this model's generate(): its end tokens, and nothing else of its defaults."""
+    def ends(self, model: Any, tokenizer: Any) -> tuple[int, ...]:
+        """The tokens that end a text: the model's, its tokenizer's and the turn's."""
+        if not self.stop:
+            return ()
+        turn = self.turn.end_ids if self.turn else ()
+        return tuple(dict.fromkeys((*model_ends(model, tokenizer), *turn)))
+
+    def config(self, model: Any, max_new_tokens: int, ends: Sequence[int] = ()) -> GenerationConfig:
+        """For this model's generate(): ``ends``, and nothing of its own defaults."""
         own = model.generation_config
-        end = own.eos_token_id
         pad = own.pad_token_id
-        if pad is None:
-            pad = end[0] if isinstance(end, list) else end
+        if pad is None and ends:
+            pad = ends[0]
         sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=self.temperature > 0,
-            eos_token_id=end if self.stop else NO_TOKEN,
+            eos_token_id=list(ends) or NO_TOKEN,
             pad_token_id=pad,
             bos_token_id=own.bos_token_id,
             # Experts are loaded between the layers, by code that no compiled graph can hold.
@@ -134,10 +142,13 @@ Ending = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Generated(Work):
-    """One prompt's outcome: stopped by an end token or a stop string, full, or cut short."""
+    """One prompt's outcome: stopped by an end token or a stop string, full, or cut short.
+
+    ``reasoning`` is what the model's turn marks as such; it is no part of ``text``."""
 
     token_ids: list[int]
     text: str
+    reasoning: str
     ending: Ending
 
 
@@ -167,9 +178,11 @@ class Generation:
         session: Session,
         on_text: Callable[[str], None] | None = None,
         *,
+        on_reasoning: Callable[[str], None] | None = None,
         context_tokens: int | None = None,
     ) -> None:
-        """``on_text`` is given the new text piece by piece as it becomes certain.
+        """``on_text`` is given the new text piece by piece as it becomes certain,
+        ``on_reasoning`` what a chat's turn has before its answer.
 
         ``context_tokens`` is what memory was planned for; None: whatever the model takes.
         """
@@ -179,6 +192,7 @@ class Generation:
         self.prompt_tokens = 0
         self._tokenizer = tokenizer
         self._on_text = on_text
+        self._on_reasoning = on_reasoning
         self._text = TextStream(tokenizer, on_text)
         self._timings = Timings()
         self._cancelled = threading.Event()
@@ -200,10 +214,15 @@ class Generation:
         room = check_length(self.model, prompt_ids.shape[1], self.context_tokens)
         self._room = min(sampling.max_new_tokens, room)
         self.prompt_tokens = prompt_ids.shape[1]
-        config = sampling.config(self.model, self._room)
-        end = config.eos_token_id
-        self._end_ids = tuple(end) if isinstance(end, list) else (end,)
-        self._text = TextStream(self._tokenizer, self._on_text, sampling.stop_strings)
+        self._end_ids = sampling.ends(self.model, self._tokenizer)
+        config = sampling.config(self.model, self._room, self._end_ids)
+        self._text = TextStream(
+            self._tokenizer,
+            self._on_text,
+            sampling.stop_strings,
+            on_reasoning=self._on_reasoning,
+            parser=sampling.turn and sampling.turn.parser(self._tokenizer, prompt_ids),
+        )
         set_seed(sampling.seed)
         self.session.before_steps.append(self._look_up)
         try:
@@ -240,6 +259,7 @@ class Generation:
             totals=self.session.totals.since(self._before),
             token_ids=ids,
             text=self._text.text,
+            reasoning=self._text.reasoning,
             ending=self._ending(ids),
         )
 

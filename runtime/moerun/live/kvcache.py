@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 STEP_TOKENS = 256  # room is made for so many more
 
@@ -56,6 +56,29 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return room[..., :total, :]
 
 
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """Keys and values of a layer that looks back so far only, in memory of that size: the stock
+    layer's are part of those of the whole prompt, which they keep alive until the next token."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take up the states [batch, heads, tokens, width]; returns all in reach."""
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, *args, **kwargs
+        )
+        self.keys, self.values = _alone(self.keys), _alone(self.values)
+        return states
+
+
+def _alone(states: torch.Tensor) -> torch.Tensor:
+    """The same, not as the smaller part of a larger tensor."""
+    return states.clone() if states.untyped_storage().nbytes() > 2 * states.nbytes else states
+
+
 def _begins_with(room: torch.Tensor, held: torch.Tensor, tokens: int) -> bool:
     """Whether the ``tokens`` held [batch, heads, tokens, width] are the first ones of a room."""
     if not tokens:
@@ -68,14 +91,21 @@ def new_cache(model: Any, limit_tokens: int) -> DynamicCache:
     """An empty cache for one text of at most ``limit_tokens``; sliding windows keep no more."""
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
-    cache.layers = [
-        RoomyLayer(limit_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    cache.layers = [_roomy(layer, limit_tokens) for layer in cache.layers]
     if _attends_quicker_with_a_mask(model, config):
         for layer in cache.layers:
             # All that this says of a layer of a DynamicCache is that decoding has a mask.
             layer.is_compileable = True
     return cache
+
+
+def _roomy(layer: Any, limit_tokens: int) -> Any:
+    """A layer that does the same as an empty stock one in less time or memory; if none does, it."""
+    if type(layer) is DynamicLayer:
+        return RoomyLayer(limit_tokens)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return WindowLayer(layer.sliding_window)
+    return layer
 
 
 def _attends_quicker_with_a_mask(model: Any, config: Any) -> bool:

@@ -166,12 +166,17 @@ class Runner:
         than the memory there is.
         """
         with self._sizing:
-            plan = self.plan
-            if plan.budget_bytes is None and self.settings.device.type == "cpu":
-                plan = plan.counting_compiled()
-            plan = plan.within(budget_bytes)
+            on_host = self.settings.device.type == "cpu"
+            done = self.session.compiled
+            if on_host:
+                plan = self.plan.on_host_within(budget_bytes, done)
+            else:
+                plan = self.plan.within(budget_bytes)
             more_bytes = plan.slots_bytes - self.plan.slots_bytes
             require_free(more_bytes, budget_bytes, self.settings.device)
+            if on_host and self.session.allow_compiling(plan.compiling) is not done:
+                # It has begun meanwhile, and counts.
+                plan = self.plan.on_host_within(budget_bytes, self.session.compiled)
             self.session.resize(plan.slots)
             self.plan = plan
 
@@ -184,9 +189,18 @@ class Runner:
         """Token ids, int64[1, tokens], on the model's device."""
         return encode(self.tokenizer, prompt, self.settings.device)
 
-    def generation(self, on_text: Callable[[str], None] | None = None) -> Generation:
+    def generation(
+        self,
+        on_text: Callable[[str], None] | None = None,
+        on_reasoning: Callable[[str], None] | None = None,
+    ) -> Generation:
         return Generation(
-            self.model, self.tokenizer, self.session, on_text, context_tokens=self.context_tokens
+            self.model,
+            self.tokenizer,
+            self.session,
+            on_text,
+            on_reasoning=on_reasoning,
+            context_tokens=self.context_tokens,
         )
 
     def generate(self, prompt: str, sampling: Sampling) -> str:

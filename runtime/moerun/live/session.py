@@ -104,6 +104,7 @@ class Session:
         self._stall_s = 0.0
         self._noted: dict[int, tuple[Any, Any]] = {}
         self._allowed = compiling
+        self._compiled = Compiling.NEVER  # for the caches before a reset
         self._compiling = self._compile_beside()
         self.link.start(self._on_copied)
 
@@ -212,6 +213,7 @@ class Session:
                 self.aside.drop()
             self.cache = self._new_cache(journal, observers)
             self._fit_memory()
+            self._compiled = self.compiled
             compiling, self._compiling = self._compiling, self._compile_beside()
             self._failure = None
             self._awaited.clear()
@@ -221,6 +223,24 @@ class Session:
             self._stall_s = 0.0
         if compiling:
             compiling.close()
+
+    @property
+    def compiled(self) -> Compiling:
+        """What memory has been spent for, or is about to be, to have compiled calls."""
+        begun = self._compiling.taken if self._compiling else Compiling.NEVER
+        return max(begun, self._compiled, key=lambda each: each.rank)
+
+    def allow_compiling(self, allowed: Compiling) -> Compiling:
+        """Do no more for compiled calls than ``allowed`` from now on. Returns what has been done,
+        which stays."""
+        with self.lock:
+            if self._compiling and self._compiling.give_up() is Compiling.NEVER:
+                self._compiling = None
+            done = self.compiled
+            self._allowed = max(allowed, done, key=lambda each: each.rank)
+            if self._compiling is None:
+                self._compiling = self._compile_beside()
+            return done
 
     def wait_compiled(self) -> None:
         """Wait until the policy's calls are compiled, where they can be and are to be."""

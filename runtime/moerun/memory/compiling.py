@@ -23,6 +23,10 @@ class Compiling(Enum):
     KEPT = "kept"  # load what an earlier run has left on disk
     ALWAYS = "always"  # and compile where none has
 
+    @property
+    def rank(self) -> int:
+        return list(Compiling).index(self)
+
 
 _told: set[type[Policy]] = set()
 
@@ -44,6 +48,9 @@ class CompileBeside:
         self._horizon = horizon
         self._allowed = allowed
         self._closing = threading.Event()
+        self._beginning = threading.Lock()
+        self.taken = Compiling.NEVER
+        """What the process has spent memory for, or is about to: code is not unloaded again."""
         self._at_once = threading.Event()
         self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
         self._thread.start()
@@ -53,6 +60,13 @@ class CompileBeside:
         self._at_once.set()
         self._thread.join()
 
+    def give_up(self) -> Compiling:
+        """Begin nothing more. Returns what has begun, which goes on."""
+        with self._beginning:
+            self._closing.set()
+        self._at_once.set()
+        return self.taken
+
     def close(self) -> None:
         """Give up what has not begun; wait for what has, which must not outlive the interpreter."""
         self._closing.set()
@@ -61,14 +75,18 @@ class CompileBeside:
 
     def _work(self) -> None:
         try:
-            if not self._cache.is_compiled():
+            kept = self._cache.is_compiled()
+            if not kept:
                 if self._allowed is Compiling.KEPT:
                     return
                 self._at_once.wait(PATIENCE_S)
-            if not self._closing.is_set():
-                calls = self._cache.compile_calls(self._horizon)
-                with self._lock:
-                    self._cache.use(calls)
+            with self._beginning:
+                if self._closing.is_set():
+                    return
+                self.taken = Compiling.KEPT if kept else Compiling.ALWAYS
+            calls = self._cache.compile_calls(self._horizon)
+            with self._lock:
+                self._cache.use(calls)
         except NotCompilable as error:
             self._tell(str(error))
         except Exception as error:  # numba's own, of many classes

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moerun.devices import format_bytes, free_bytes, who_holds
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
+from moerun.memory.compiling import Compiling
 from moerun.memory.needs import MemoryPlan, needs_of
 from moerun.store.expert_store import ExpertStore
 
@@ -66,8 +67,9 @@ def plan_policies(
     )
     if budget_bytes is None:
         return plan
-    plan = plan.within(budget_bytes)
-    return plan.with_compiling() if settings.device.type == "cpu" else plan
+    if settings.device.type == "cpu":
+        return plan.on_host_within(budget_bytes, Compiling.NEVER)
+    return plan.within(budget_bytes)
 
 
 def _slot_bytes(store: ExpertStore, device: torch.device) -> int:

@@ -18,6 +18,7 @@ from moerun.format.expert import scheme_of
 from moerun.format.tensorfile import bytes_of
 from moerun.kernels.cpu_prompt import scratch_bytes
 from moerun.kernels.slots import SlotForm
+from moerun.memory.cache import ModelShape, shape_of
 from moerun.memory.compiling import Compiling
 from moerun.offload.attention import packed_attention_bytes
 from moerun.store.expert_store import ExpertStore
@@ -33,6 +34,9 @@ PARTIAL_SUMS_BYTES = 16 * MIB
 COMPILED_BYTES = {Compiling.NEVER: 0, Compiling.KEPT: 112 * MIB, Compiling.ALWAYS: 256 * MIB}
 COMPILED_SHARE = 16  # compiled calls may cost slots of no more than this part of a budget
 LOGIT_ROWS = 256  # turned into float32 at a time where many are scored
+# Float32 copies of its keys and values that a layer with a recurrent state makes of a prompt, where
+# it runs torch's own operations (measured with Qwen3-Next: 8.0 to 9.3).
+STATE_COPIES = 10
 DEFAULT_CONTEXT = 2048  # tokens planned for where neither the user nor a prompt says how many
 
 
@@ -109,27 +113,37 @@ class MemoryPlan:
         slots = (budget_bytes - self.least_bytes) // (self.n_layers * self.slot_bytes)
         return replace(self, budget_bytes=budget_bytes, slots=min(slots, self.n_experts))
 
-    def with_compiling(self) -> MemoryPlan:
+    def with_compiling(self, done: Compiling = Compiling.NEVER) -> MemoryPlan:
         """This plan, in a budget on the CPU, with what there is room for of compiled policy calls.
 
         They save some microseconds a layer, a slot saves copies: compiling gets what slots leave
-        unused, code that is kept on disk may cost a small part of the budget.
+        unused, code that is kept on disk may cost a small part of the budget. What is ``done``
+        already is counted. Raises RunError where the budget is too small for that.
         """
         assert self.budget_bytes is not None
+        assert self.needs.compiled_bytes == 0
         unused_bytes = self.budget_bytes - self.total_bytes
         for chosen in (Compiling.ALWAYS, Compiling.KEPT):
             n_bytes = COMPILED_BYTES[chosen]
             needs = replace(self.needs, compiled_bytes=n_bytes)
             plan = replace(self, needs=needs, compiling=chosen)
             small = chosen is Compiling.KEPT and n_bytes <= self.budget_bytes // COMPILED_SHARE
-            if n_bytes <= unused_bytes or (small and plan.least_bytes <= self.budget_bytes):
+            fits = n_bytes <= unused_bytes or (small and plan.least_bytes <= self.budget_bytes)
+            if fits or chosen is done:
                 return plan.within(self.budget_bytes)
         return replace(self, compiling=Compiling.NEVER)
 
-    def counting_compiled(self) -> MemoryPlan:
-        """This plan, made without a budget, with what its compiled policy calls may take."""
-        needs = replace(self.needs, compiled_bytes=COMPILED_BYTES[self.compiling])
-        return replace(self, needs=needs)
+    def on_host_within(self, budget_bytes: int, done: Compiling) -> MemoryPlan:
+        """As ``within``, of a run on the CPU for whose compiled calls so much is ``done``."""
+        bare = replace(self, needs=replace(self.needs, compiled_bytes=0))
+        bare = bare.within(budget_bytes)
+        try:
+            return bare.with_compiling(done)
+        except RunError as error:
+            raise RunError(
+                f"{error}; the policy's code is loaded and stays: a run that begins with "
+                "--memory does without it"
+            ) from error
 
     def _least(self) -> str:
         """What the smallest budget would be spent on."""
@@ -195,24 +209,28 @@ def needs_of(
     ``copies`` may be under way at once; ``aside``: some experts are computed on the CPU; a pass
     gives the logits of ``logit_tokens``.
     """
-    config = store.config().get_text_config()
+    whole_config = store.config()
+    config = whole_config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     context = min(context_tokens or DEFAULT_CONTEXT, limit or (1 << 30))
     batch = max(1, min(prompt_tokens or context - 1, context))
     dense = store.dense_tensors()
-    itemsize = max((dtype.itemsize for dtype, shape in dense.values() if len(shape) > 1), default=4)
+    matrices = [dtype for dtype, shape in dense.values() if len(shape) > 1]
+    dtype = max(matrices, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    itemsize = dtype.itemsize
+    model = shape_of(whole_config, dtype)
     weights = sum(bytes_of(dtype, shape) for dtype, shape in dense.values())
     on_host = device.type == "cpu"
     quantised = max(_quantised_bytes(each, device, copies, batch) for each in (store, low) if each)
     return Needs(
         weights_bytes=weights + packed_attention_bytes(store, device),
-        kv_cache_bytes=kv_cache_bytes(config, context, itemsize),
-        workspace_bytes=_activation_bytes(config, store, batch, context, itemsize, horizon)
+        kv_cache_bytes=model.cache_bytes(context),
+        workspace_bytes=_activation_bytes(config, model, store, batch, context, itemsize, horizon)
         + _logit_bytes(config, logit_tokens, itemsize)
         + quantised
         + LIBRARIES_BYTES[device.type],
         context_tokens=context,
-        aside_bytes=_aside_bytes(config, store, batch, itemsize) if aside and on_host else 0,
+        aside_bytes=_aside_bytes(config, model, store, batch, itemsize) if aside and on_host else 0,
         host_tier_bytes=host_tier_bytes if on_host else 0,
     )
 
@@ -239,29 +257,6 @@ class Peak:
         return max(peak_host_bytes() - self._baseline_bytes, 0)
 
 
-def kv_cache_bytes(config: Any, context_tokens: int, itemsize: int) -> int:
-    """Keys and values of ``context_tokens`` tokens, and one layer's again: it grows by copying.
-
-    Layers with a sliding window keep no more than that.
-    """
-    width = _cached_width(config) * itemsize
-    window = getattr(config, "sliding_window", None) or context_tokens
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    kept = [
-        min(context_tokens, window) if kind == "sliding_attention" else context_tokens
-        for kind in kinds
-    ]
-    return (sum(kept) + max(kept)) * width
-
-
-def _cached_width(config: Any) -> int:
-    """Numbers that a layer caches a token; DeepSeek's cache holds what all heads share."""
-    if latent := getattr(config, "kv_lora_rank", None):
-        return int(latent) + int(config.qk_rope_head_dim)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(heads) * sum(_head_widths(config))
-
-
 def _head_widths(config: Any) -> tuple[int, int]:
     """Of a key and a value as they are multiplied; DeepSeek's differ."""
     if getattr(config, "qk_nope_head_dim", None):
@@ -271,7 +266,13 @@ def _head_widths(config: Any) -> tuple[int, int]:
 
 
 def _activation_bytes(
-    config: Any, store: ExpertStore, batch: int, context: int, itemsize: int, horizon: int
+    config: Any,
+    model: ModelShape,
+    store: ExpertStore,
+    batch: int,
+    context: int,
+    itemsize: int,
+    horizon: int,
 ) -> int:
     """The most that one forward pass holds at once besides weights and cache: a layer's attention
     or its experts, and the hidden states around them."""
@@ -282,10 +283,11 @@ def _activation_bytes(
     projected = 3 * batch * heads * (key + value) * itemsize
     repeated = context * heads * (key + value) * itemsize
     scores = batch * context * (1 + wide)  # the mask, as bits and as what is added
-    if _attends_eagerly(config):
+    if model.holds_scores:
         scores += 3 * heads * batch * context * wide
-    attention = projected + repeated + scores
-    inside = _inside_bytes(config, store, batch, itemsize)
+    recurrent = STATE_COPIES * batch * model.state_width * 4
+    attention = max(projected + repeated + scores, recurrent)
+    inside = _inside_bytes(config, model, store, batch, itemsize)
     experts = batch * (store.index.top_k + 2) * hidden * wide + inside
     gates = batch * store.n_experts * 4 * (3 + 2 * horizon)
     around = 6 * batch * hidden * wide
@@ -299,22 +301,25 @@ def _logit_bytes(config: Any, tokens: int, itemsize: int) -> int:
     return int(config.vocab_size) * (becomes + (tokens + 1) * itemsize * (tokens > 1))
 
 
-def _inside_bytes(config: Any, store: ExpertStore, batch: int, itemsize: int) -> int:
+def _inside_bytes(
+    config: Any, model: ModelShape, store: ExpertStore, batch: int, itemsize: int
+) -> int:
     """What one expert holds between its matrices, or the layer's shared one."""
     sides = (param.rows_columns for param in store.index.shape.params if param.is_matrix)
-    shared = getattr(config, "intermediate_size", 0) or 0
-    widest = max(shared, *(rows for rows, _ in sides))
+    widest = max(model.widest, *(rows for rows, _ in sides))
     return batch * (3 * widest + 3 * int(config.hidden_size)) * itemsize
 
 
-def _aside_bytes(config: Any, store: ExpertStore, batch: int, itemsize: int) -> int:
+def _aside_bytes(
+    config: Any, model: ModelShape, store: ExpertStore, batch: int, itemsize: int
+) -> int:
     """The slot of what computes beside the device, its buffer and what it derives the slot with,
     and its own activations: its inputs wait for it, and it computes one expert at a time."""
     form = SlotForm(store.index.shape, store.index.precision, torch.device("cpu"))
     quantised = scheme_of(store.index.precision) is not None
     buffers = 3 * form.record_bytes if quantised else 0
     inputs = batch * store.index.top_k * int(config.hidden_size) * itemsize
-    return form.slot_bytes + buffers + inputs + _inside_bytes(config, store, batch, itemsize)
+    return form.slot_bytes + buffers + inputs + _inside_bytes(config, model, store, batch, itemsize)
 
 
 def _quantised_bytes(store: ExpertStore, device: torch.device, copies: int, batch: int) -> int:
@@ -342,8 +347,3 @@ def _quantised_matrices(store: ExpertStore) -> list[tuple[int, int, Scheme]]:
     if index.attention and (scheme := scheme_of(index.attention.precision)):
         found += [(each.rows, each.columns, scheme) for each in index.attention.linears]
     return found
-
-
-def _attends_eagerly(config: Any) -> bool:
-    """Whether scores are held whole: where attention has sinks, which torch's kernels have not."""
-    return bool(config.model_type == "gpt_oss")

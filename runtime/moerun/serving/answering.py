@@ -53,12 +53,13 @@ class Talk:
             yield event
 
     async def whole(self, event: Piece | Done) -> tuple[str, Generated]:
-        """The text and how it came about."""
+        """The answer's text, without its reasoning, and how it came about."""
         text: list[str] = []
         async for part in self.pieces(event):
             if isinstance(part, Done):
                 return "".join(text), part.generated
-            text.append(part.text)
+            if not part.reasoning:
+                text.append(part.text)
         raise AssertionError("an answer without an end")
 
     def leave(self) -> None:
@@ -68,7 +69,7 @@ class Talk:
 
     def _tell(self, event: Event) -> None:
         """Called from the worker's thread."""
-        if self._lead and isinstance(event, Piece):
+        if self._lead and isinstance(event, Piece) and not event.reasoning:
             self._lead(event.text)
         else:
             self._put(event)

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from moerun.errors import RunError
 from moerun.live.generate import encode
 from moerun.live.runner import Runner
+from moerun.live.turn import turn_of
 from moerun.serving.answering import Talk
 from moerun.serving.chat import encode_chat, stops_of
 from moerun.serving.metrics import CONTENT_TYPE, Metrics
@@ -48,6 +49,7 @@ class Service:
         self._tokenizer = copy.deepcopy(runner.tokenizer)
         self._encoding = asyncio.Lock()
         self._stops = stops_of(runner.tokenizer)
+        self._turn = turn_of(runner.tokenizer)
         self._began_s = int(time.time())
         routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
             "/v1/chat/completions": ("POST", self._chat),
@@ -86,7 +88,11 @@ class Service:
         async with self._encoding:
             ids = await asyncio.to_thread(self._encode, ask)
         sampling = ask.sampling(
-            ids.shape[1], self._limit, self._defaults.most_tokens, self._stops if chat else ()
+            ids.shape[1],
+            self._limit,
+            self._defaults.most_tokens,
+            self._stops if chat else (),
+            self._turn if chat else None,
         )
         answer = Answer(ask, self.model, int(time.time()))
         headers = {"x-moerun-seed": str(ask.seed)}
@@ -185,7 +191,7 @@ async def _sse(talk: Talk, first: Piece | Done, answer: Answer) -> AsyncIterator
             yield _data(opening)
         async for event in talk.pieces(first):
             if isinstance(event, Piece):
-                yield _data(answer.piece(event.text))
+                yield _data(answer.piece(event.text, reasoning=event.reasoning))
             else:
                 for part in answer.last(event.generated):
                     yield _data(part)

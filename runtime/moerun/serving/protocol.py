@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from moerun.errors import RunError
 from moerun.live.generate import Generated, Sampling
+from moerun.live.turn import REASONING, Turn
 from moerun.serving.chat import Message
 
 UNLIMITED = 1 << 30
@@ -93,7 +94,12 @@ class Ask:
     include_usage: bool
 
     def sampling(
-        self, prompt_tokens: int, limit: int | None, most_tokens: int | None, stops: tuple[str, ...]
+        self,
+        prompt_tokens: int,
+        limit: int | None,
+        most_tokens: int | None,
+        stops: tuple[str, ...],
+        turn: Turn | None = None,
     ) -> Sampling:
         """For a model whose context is ``limit``. Raises ApiError where a value is out of range."""
         room = self._room(prompt_tokens, limit)
@@ -104,6 +110,7 @@ class Ask:
             top_p=self.top_p,
             seed=self.seed,
             stop_strings=self.stop + stops,
+            turn=turn,
         )
         try:
             chosen.check()
@@ -279,15 +286,20 @@ def _message(name: str, value: Any) -> Message:
     role = value.get("role")
     if role not in ROLES:
         raise _wrong(f"{name}.role", f"one of {', '.join(ROLES)}", role)
+    # As other servers name it, and as ours gives it: an answer may come back as it was given.
+    mused = [name for name in REASONING if role == "assistant" and value.get(name)]
     for field, content in value.items():
-        if field not in ("role", "content") and content:
+        if field not in ("role", "content", *mused) and content:
             raise ApiError(
                 400,
                 f"{name}.{field} is not supported here",
                 param=f"{name}.{field}",
                 code="unsupported_parameter",
             )
-    return {"role": ROLES[role], "content": _content(f"{name}.content", value.get("content"))}
+    said = {"role": ROLES[role], "content": _content(f"{name}.content", value.get("content"))}
+    if mused:
+        said["reasoning_content"] = _content(f"{name}.{mused[0]}", value[mused[0]])
+    return said
 
 
 def _content(name: str, value: Any) -> str:
@@ -326,7 +338,10 @@ class Answer:
     def whole(self, text: str, generated: Generated) -> dict[str, Any]:
         said: dict[str, Any] = {"text": text}
         if self._chat:
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            message = {"role": "assistant", "content": text, "refusal": None}
+            if generated.reasoning:
+                message["reasoning_content"] = generated.reasoning
+            said = {"message": message}
         name = "chat.completion" if self._chat else "text_completion"
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": generated.ending}
         return {**self._common, "object": name, "choices": [choice], "usage": usage(generated)}
@@ -335,8 +350,9 @@ class Answer:
         """What a stream opens with, if anything."""
         return self._chunk({"role": "assistant", "content": ""}) if self._chat else None
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk({"content": text} if self._chat else {"text": text})
+    def piece(self, text: str, *, reasoning: bool = False) -> dict[str, Any]:
+        name = "reasoning_content" if reasoning else "content"
+        return self._chunk({name: text} if self._chat else {"text": text})
 
     def last(self, generated: Generated) -> list[dict[str, Any]]:
         """How it ended, and the usage where it was asked for."""

@@ -17,6 +17,7 @@ from moerun.errors import RunError
 from moerun.live.generate import NO_WORK, Generated, Generation, Sampling, check_length
 from moerun.live.report import Format, render, report_of
 from moerun.live.runner import Runner
+from moerun.live.turn import turn_of
 from moerun.memory.budget import parse_budget
 from moerun.serving.chat import Conversation, Lead, stops_of
 
@@ -34,7 +35,8 @@ class Sitting:
     def __init__(self, runner: Runner, sampling: Sampling, system: str | None) -> None:
         self._runner = runner
         stops = (*sampling.stop_strings, *stops_of(runner.tokenizer))
-        self._sampling = replace(sampling, stop_strings=stops)
+        turn = turn_of(runner.tokenizer)
+        self._sampling = replace(sampling, stop_strings=stops, turn=turn)
         self._talk = Conversation(runner.tokenizer, runner.settings.device, system)
         self._limit = runner.limit_tokens
         self._work = NO_WORK
@@ -139,13 +141,14 @@ class Sitting:
     def _answer(self, prompt_ids: torch.Tensor) -> Generated:
         seed = (self._sampling.seed + self._asked) % 2**32  # or each answer draws alike
         self._asked += 1
-        generation = self._runner.generation(Lead(_stream))
+        voices = Voices(self._err)
+        generation = self._runner.generation(Lead(voices.answer), voices.reasoning)
         try:
             with _stopped_by_ctrl_c(generation):
                 generation.run(prompt_ids, replace(self._sampling, seed=seed))
         finally:
             generation.end_text()
-            _stream("\n")
+            voices.end()
             outcome = generation.outcome()
             self._work += outcome
         cut = ", stopped" if outcome.ending == "cancelled" else ""
@@ -182,6 +185,33 @@ def _stopped_by_ctrl_c(generation: Generation) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Voices:
+    """An answer on stdout, and the reasoning before it on stderr, on lines of its own."""
+
+    def __init__(self, err: Console) -> None:
+        self._err = err
+        self._reasoning = False  # is being written
+
+    def answer(self, text: str) -> None:
+        if self._reasoning:
+            self._end_reasoning()
+        _stream(text)
+
+    def reasoning(self, text: str) -> None:
+        if not self._reasoning:
+            self._reasoning, text = True, f"(reasoning: {text.lstrip()}"
+        self._err.print(text, end="", style="dim", markup=False)
+
+    def end(self) -> None:
+        if self._reasoning:
+            self._end_reasoning()
+        _stream("\n")
+
+    def _end_reasoning(self) -> None:
+        self._reasoning = False
+        self._err.print(")", style="dim")
 
 
 def _stream(text: str) -> None:

@@ -20,9 +20,10 @@ LOG = logging.getLogger("moerun")
 
 
 class Piece(NamedTuple):
-    """More text."""
+    """More text, of the answer or of the reasoning before it."""
 
     text: str
+    reasoning: bool = False
 
 
 class Done(NamedTuple):
@@ -156,7 +157,9 @@ class Worker:
                 return None
             job = self._waiting.popleft()
             # Made under the lock, so that whoever cancels finds it.
-            job.generation = self._runner.generation(lambda text: job.tell(Piece(text)))
+            job.generation = self._runner.generation(
+                lambda text: job.tell(Piece(text)), lambda text: job.tell(Piece(text, True))
+            )
             self._running = job
             return job
 

@@ -246,7 +246,9 @@ def layer_bytes(dense: dict[str, int], layers: tuple[str, ...]) -> int:
 def token_bytes(dense: dict[str, int], config: Any) -> int:
     """One row of the embedding, and the head (the embedding again where they are tied)."""
     embedding: int = next((size for name, size in dense.items() if "embed_tokens" in name), 0)
-    return embedding // int(config.vocab_size) + dense.get("lm_head.weight", embedding)
+    return embedding // int(config.get_text_config().vocab_size) + dense.get(
+        "lm_head.weight", embedding
+    )
 
 
 def packages() -> dict[str, str]:

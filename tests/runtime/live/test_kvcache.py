@@ -12,13 +12,13 @@ import torch
 from moepolicy import find_policy
 from moerun.checkpoint.hub import resolve
 from moerun.live.generate import Sampling
-from moerun.live.kvcache import STEP_TOKENS, RoomyLayer, new_cache
+from moerun.live.kvcache import STEP_TOKENS, RoomyLayer, WindowLayer, new_cache
 from moerun.live.runner import Runner, Settings
-from moerun.memory.needs import kv_cache_bytes
+from moerun.memory.cache import held_bytes, shape_of
 from moerun.store.pack import pack
 from support.moe_models import FAMILIES, random_model
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,6 +62,18 @@ def test_states_that_others_replaced_are_not_forgotten() -> None:
     assert all(map(torch.equal, ours.update(*both), stock.update(*both)))
 
 
+@pytest.mark.parametrize("prompt", [3, 6, 40])
+def test_a_window_keeps_the_states_of_the_stock_layer_in_less_memory(prompt: int) -> None:
+    ours, stock = WindowLayer(6), DynamicSlidingWindowLayer(6)
+    for tokens in (prompt, 1, 1, 4, 1):
+        both = states(tokens)
+        assert all(map(torch.equal, ours.update(*both), stock.update(*both)))
+        assert torch.equal(ours.keys, stock.keys)
+        assert ours.get_seq_length() == stock.get_seq_length()
+        assert ours.get_mask_sizes(1) == stock.get_mask_sizes(1)
+        assert ours.keys.untyped_storage().nbytes() <= 2 * ours.keys.nbytes
+
+
 def test_a_token_is_written_behind_the_others_until_the_room_is_full() -> None:
     layer = RoomyLayer(10 + STEP_TOKENS + 5)
     keys, _ = layer.update(*states(10))
@@ -89,20 +101,20 @@ def test_generations_have_the_logits_of_the_stock_cache(name: str) -> None:
     assert all(map(torch.equal, ours.logits, stock.logits))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_no_more_is_held_than_was_planned(family: str) -> None:
-    model: Any = random_model(family)
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_no_more_is_held_than_was_planned(name: str) -> None:
+    family, changes = MODELS[name]
+    model: Any = random_model(family, **changes)
+    shape = shape_of(model.config, torch.float32)
     cache = new_cache(model, 40)
     model(torch.arange(30)[None], past_key_values=cache)
+    kept = sum(layer.kept_bytes(40) for layer in shape.cache)
+    assert sum(map(held_bytes, cache.layers)) <= kept  # a window is not all of the prompt
     for token in range(10):
         model(torch.tensor([[token]]), past_key_values=cache)
-    held = [
-        getattr(layer, name).untyped_storage().nbytes()
-        for layer in cache.layers
-        for name in ("keys", "values")
-    ]
+    held = [held_bytes(layer) for layer in cache.layers]
     # Growing, a layer's keys are there twice for a moment, or its values.
-    assert sum(held) + max(held) <= kv_cache_bytes(model.config.get_text_config(), 40, 4)
+    assert sum(held) + max(held) / 2 <= shape.cache_bytes(40)
 
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 6}])

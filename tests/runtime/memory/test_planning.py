@@ -13,6 +13,7 @@ import pytest
 import torch
 from moepolicy import Kind, find_policy
 from moepolicy.calls import CompiledCalls
+from moerun.errors import RunError
 from moerun.live.generate import Sampling
 from moerun.live.runner import Runner, Settings
 from moerun.memory.compiling import Compiling
@@ -88,6 +89,58 @@ def test_compiling_gets_what_slots_leave(budget: int, compiling: Compiling, slot
     assert (chosen.compiling, chosen.slots) == (compiling, slots)
     assert chosen.needs.compiled_bytes == COMPILED_BYTES[compiling]
     assert chosen.total_bytes <= budget * MIB
+
+
+def test_what_is_compiled_already_counts_and_nothing_else_does() -> None:
+    plan = MemoryPlan(Needs(80 * MIB, 0, 0, 9), None, 0, 10, 8, 1, 10 * MIB)
+    least = plan.least_bytes
+    for done, n_bytes in COMPILED_BYTES.items():
+        exact = plan.on_host_within(least + n_bytes, done)
+        assert (exact.compiling, exact.needs.compiled_bytes) == (done, n_bytes)
+        # One that is made from it does not count what it has counted again.
+        assert exact.on_host_within(least, Compiling.NEVER).total_bytes == least
+        if done is not Compiling.NEVER:
+            assert exact.slots == 0
+            with pytest.raises(RunError, match=r"compiled \d+\.00 MiB.*code is loaded and stays"):
+                plan.on_host_within(least + n_bytes - 1, done)
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1 << 30])
+def test_a_running_process_may_shrink_to_what_it_could_have_begun_with(
+    stores: dict[str, ExpertStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory_bytes: int | None,
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "none"))  # nothing is kept there
+    store = stores["native"]
+    smallest = plan_memory(store, Settings(find_policy("lru"), context_tokens=64)).least_bytes
+    begun = Settings(find_policy("lru"), context_tokens=64, memory_bytes=memory_bytes)
+    with Runner(store, begun) as runner:
+        runner.set_memory(smallest)
+        assert (runner.plan.slots, runner.plan.compiling) == (0, Compiling.NEVER)
+        runner.session.wait_compiled()
+        runner.session.reset()
+        runner.session.wait_compiled()
+        assert not isinstance(runner.session.cache._calls, CompiledCalls)
+        assert runner.session.compiled is Compiling.NEVER
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_a_running_process_has_compiled_stays(stores: dict[str, ExpertStore]) -> None:
+    chosen = Settings(find_policy("lru"), context_tokens=64, memory_bytes=60 * MIB)
+    with Runner(stores["native"], chosen) as runner:
+        assert runner.plan.compiling is Compiling.NEVER
+        runner.set_memory(1 << 30)
+        runner.session.wait_compiled()
+        assert isinstance(runner.session.cache._calls, CompiledCalls)
+        done = runner.session.compiled
+        assert done is not Compiling.NEVER
+        runner.session.reset()
+        assert runner.session.compiled is done
+        with pytest.raises(RunError, match="code is loaded and stays"):
+            runner.set_memory(60 * MIB)
+        assert runner.plan.budget_bytes == 1 << 30
 
 
 def test_kept_code_may_cost_a_small_part_of_the_budget() -> None:
