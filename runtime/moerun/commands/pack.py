@@ -72,7 +72,7 @@ def pack(
     console = Console(stderr=True)
 
     def report(text: str) -> None:
-        console.print(text, style="dim", highlight=False, soft_wrap=True)
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     with pack_progress(console) as progress:
         store = pack_store(
