@@ -187,7 +187,8 @@ def described(items: Mapping[str, str], width: int | None = None) -> str:
     beside = widest + INDENT
     if beside > width // 2:
         return "".join(
-            f"{name}\n{wrapped([' ' * INDENT + text], width)}" for name, text in items.items()
+            f"{name.rstrip()}\n{wrapped([' ' * INDENT + text], width)}"
+            for name, text in items.items()
         )
     lines = []
     for name, text in items.items():

@@ -154,7 +154,7 @@ def _table(report: Report) -> str:
         "tokens": f"{report.prompt_tokens:,} prompt, {report.new_tokens:,} new"
         + (" (interrupted)" if report.interrupted else ""),
     }
-    return described({name: line for name, line in lines.items() if line})
+    return described({f"{name:8}": line for name, line in lines.items() if line})
 
 
 def _speed(report: Report) -> str:
