@@ -47,6 +47,8 @@ def check_free(path: Path | None, *, force: bool, what: str = "--out") -> None:
         raise CommandError(f"{what} {path}: the folder {path.parent} does not exist")
     if not os.access(path.absolute().parent, os.W_OK):
         raise CommandError(f"{what} {path}: the folder {path.parent} cannot be written to")
+    if path.is_dir():
+        raise CommandError(f"{what} {path} is a folder, not a file to write to")
     # Devices (/dev/stdout, /dev/null) hold nothing that could be lost.
     if not force and path.is_file():
         raise CommandError(

@@ -186,9 +186,9 @@ def described(items: Mapping[str, str], width: int | None = None) -> str:
     widest = max(map(cell_len, items), default=0)
     beside = widest + INDENT
     if beside > width // 2:
+        indent = " " * INDENT
         return "".join(
-            f"{name.rstrip()}\n{wrapped([' ' * INDENT + text], width)}"
-            for name, text in items.items()
+            f"{name.rstrip()}\n{wrapped([indent + text], width)}" for name, text in items.items()
         )
     lines = []
     for name, text in items.items():
