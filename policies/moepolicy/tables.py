@@ -139,8 +139,9 @@ class Table:
                     if cell
                 ]
                 lines += _packed(pairs, width)
-        names = ", ".join(name.replace("\n", " ") for name in self.headings[: self.n_keys])
-        return f"{names}:\n" + "".join(f"{line.rstrip()}\n" for line in lines)
+        names = "  ".join(name.replace("\n", " ") for name in self.headings[: self.n_keys])
+        rule = "-" * min(cell_len(names), width)
+        return "".join(f"{line.rstrip()}\n" for line in [names, rule, *lines])
 
 
 def _packed(pairs: Sequence[str], width: int) -> list[str]:

@@ -49,7 +49,8 @@ def test_what_does_not_fit_stands_in_a_second_block_under_the_names() -> None:
 
 def test_beside_names_too_long_for_the_width_each_row_is_a_paragraph() -> None:
     assert make().render(24) == (
-        "policy, slots:\n"
+        "policy  slots\n"
+        "-------------\n"
         "lru  4\n"
         "  loads 46,427\n"
         "  tokens/s 156.97\n"
