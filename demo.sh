@@ -16,7 +16,7 @@ library=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 corpus=("$library/pydoc_data/topics.py" "$library/argparse.py" "$library/statistics.py")
 
 say '1. Record which experts the bundled model chooses for text of the Python library'
-run moetrace record "${corpus[@]}" --model tiny --max-tokens 8192 --horizon 3 --out demo/python.parquet
+run moetrace record "${corpus[@]}" --model tiny --max-tokens 8192 --horizon 3 --out demo/python.parquet --force
 run moetrace stats demo/python.parquet
 
 say '2. Simulate policies on that trace: whose choice of experts costs the fewest copies?'

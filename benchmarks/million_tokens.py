@@ -131,7 +131,7 @@ def main(
             points = [*POLICIES, "--slots", SLOTS, "--machine", ",".join(map(str, machines))]
             more = ["--workers", str(workers), "--limits" if limits else "--no-limits"]
             result = str(Path(scratch, "sweep.parquet"))
-            cost = cost_of("sweep", *points, *common, *more, "--out", result)
+            cost = cost_of("sweep", *points, *common, *more, "--out", result, "--force")
             report(f"{len(POLICIES) * 8 * len(GBPS)} points, {workers} workers", tokens, cost)
         for part in (100, 10, 1) if growth else ():
             n = max(1, tokens // part)

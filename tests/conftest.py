@@ -8,6 +8,7 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["COLUMNS"] = "100"  # tables are as wide as the terminal
     if config.getoption("markexpr") != "gpu":
         # Triton's interpreter runs the GPU's kernels. It is asked for where a kernel is defined,
         # Triton's own included, and some libraries import those.

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 from moepolicy import PolicyError, console, find_policy, policy_names
+from moepolicy.outputs import check_free, check_suffix
+from moepolicy.tables import Format, described
 
 from moerun.commands import options as opt
 from moerun.commands.bench import bench
@@ -19,7 +21,6 @@ from moerun.commands.perplexity import perplexity
 from moerun.commands.profile import profile
 from moerun.commands.serve import serve
 from moerun.errors import RunError
-from moerun.live.report import Format
 from moerun.policies import unserved
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -73,6 +74,7 @@ def generate(
         bool,
         typer.Option("--plan", help="Print what would take how much memory, and load nothing."),
     ] = False,
+    force: opt.Force = False,
     format: Annotated[
         Format,
         typer.Option(
@@ -93,6 +95,10 @@ def generate(
         return
     from moerun.commands.run import run, show_plan
 
+    for path, suffix, what in ((record, ".parquet", "--record"), (journal, ".json", "--journal")):
+        if path is not None:
+            check_suffix(path, [suffix], what)
+            check_free(path, force=force, what=what)
     unprompted = plan and prompt is None and prompt_file is None
     text = None if unprompted else _prompt(prompt, prompt_file)
     settings = opt.settings(
@@ -138,15 +144,23 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give --prompt or --prompt-file, not both")
     if prompt is not None:
-        return prompt
+        # In a locale without UTF-8 Python hands its bytes over as lone surrogates.
+        return _decoded(prompt.encode("utf-8", "surrogateescape"), "--prompt")
     if prompt_file is not None:
-        try:
-            return prompt_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RunError(f"{prompt_file} is no UTF-8 text") from error
+        return _decoded(prompt_file.read_bytes(), str(prompt_file))
     if sys.stdin.isatty():
         raise typer.BadParameter("give --prompt TEXT, --prompt-file FILE, or a prompt on stdin")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RunError(f"the prompt on stdin is no {sys.stdin.encoding} text") from error
+
+
+def _decoded(prompt: bytes, where: str) -> str:
+    try:
+        return prompt.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{where} is no UTF-8 text") from error
 
 
 app.command()(chat)
@@ -161,12 +175,11 @@ app.command()(perplexity)
 @app.command("policies")
 def list_policies() -> None:
     """List the policies there are, and which of them only the simulator can run."""
-    names = policy_names()
-    width = max(map(len, names))
-    for name, summary in names.items():
+    shown = {}
+    for name, summary in policy_names().items():
         what = unserved(find_policy(name))
-        note = f" [not live: needs {what}]" if what else ""
-        typer.echo(f"{name:{width}}  {summary}{note}")
+        shown[name] = summary + (f" [not live: needs {what}]" if what else "")
+    console.emit(described(shown))
 
 
 def main() -> None:

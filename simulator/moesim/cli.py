@@ -9,22 +9,25 @@ from typing import Annotated
 
 import typer
 from moepolicy import PolicyError, PolicySpec, console, find_policy, policy_names
+from moepolicy.outputs import Output, check_free, check_suffix
+from moepolicy.tables import described
 from moeroute import TraceError, open_trace
 from rich.console import Console
 from rich.progress import track
 
 from moesim import __version__
 from moesim.commands.curve import curve
+from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.commands.points import Points, same_figures
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
 from moesim.engines.choose import Engine
 from moesim.engines.in_simpy import Segment
-from moesim.engines.timeline import write_timeline
+from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
 from moesim.limits.bounds import BASELINE
 from moesim.machine.profile import load_machine, machine_names
-from moesim.report import Format, deliver, render
+from moesim.report import rows_of, table
 from moesim.simulate import (
     check_calibration,
     expert_size,
@@ -125,8 +128,9 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
-    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    format: ResultFormat = None,
+    out: ResultFile = None,
+    force: Force = False,
 ) -> None:
     """Replay a trace under each policy and cache size, and print them side by side.
 
@@ -135,6 +139,10 @@ def compare(
     % of the most (limit %), and how much of the time that lru takes beyond the least it saves
     (gap %; lru is simulated for that if it is not compared).
     """
+    output = Output.checked(out, format, force=force)
+    if timeline is not None:
+        check_suffix(timeline, SUFFIXES, "--timeline")
+        check_free(timeline, force=force, what="--timeline")
     if precision is not None and expert_bytes is not None:
         raise typer.BadParameter("give --precision or --expert-bytes, not both")
     if low_precision is not None and low_expert_bytes is not None:
@@ -198,7 +206,7 @@ def compare(
     if calibrating is not None:
         provenance["calibration_sha256"] = calibrating.digest
     alike = same_figures(specs, workload.context(0, scope), sizes)
-    deliver(render(compared, format, title, provenance, alike), out)
+    output.deliver(rows_of(compared, provenance), lambda: table(compared, title, alike))
 
 
 app.command()(curve)
@@ -209,19 +217,14 @@ app.command()(table2)
 @app.command("policies")
 def list_policies() -> None:
     """List the policies there are."""
-    names = policy_names()
-    width = max(map(len, names))
-    for name, summary in names.items():
-        typer.echo(f"{name:{width}}  {summary}")
+    console.emit(described(policy_names()))
 
 
 @app.command("machines")
 def list_machines() -> None:
     """List the machine profiles that ship with the simulator."""
-    width = max(map(len, machine_names()))
-    for name in machine_names():
-        machine = load_machine(name)
-        typer.echo(f"{name:{width}}  {machine.source}: {machine.description}")
+    machines = {name: load_machine(name) for name in machine_names()}
+    console.emit(described({n: f"{m.source}: {m.description}" for n, m in machines.items()}))
 
 
 def _progress(points: list[tuple[int, PolicySpec]]) -> Iterable[tuple[int, PolicySpec]]:

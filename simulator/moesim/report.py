@@ -1,34 +1,17 @@
-"""Results as a table for people, or as JSON and CSV for programs."""
+"""What a comparison shows: rows for programs, and a table for people."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from moepolicy.tables import Table, wrapped
 
-from moesim.files import written_whole
 from moesim.limits import Gap, gap_of
 from moesim.limits.bounds import BASELINE
 from moesim.simulate import Result
-
-WIDTH = 100  # of a table that is not printed to a terminal
-
-
-class Format(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
 
 
 @dataclass(frozen=True)
@@ -72,62 +55,32 @@ def beside_baseline(results: Sequence[Result], baseline: Callable[[int], Result]
     return [Compared(one, gap_of(bases[one.slots].row(), one.row())) for one in results]
 
 
-def render(
-    results: Sequence[Compared | Refused],
-    format: Format,
-    title: str,
-    provenance: dict[str, Any],
-    notes: Sequence[str] = (),
-) -> str:
-    """The results in one format. JSON and CSV rows carry their provenance; a table its title, and
-    ``notes`` under it."""
-    if format is Format.table:
-        return _table(results, title, notes)
-    rows = [one.row() | provenance for one in results]
-    if format is Format.json:
-        return json.dumps(rows, indent=1) + "\n"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def rows_of(
+    results: Sequence[Compared | Refused], provenance: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The results for programs, each row with what it was made from."""
+    return [one.row() | provenance for one in results]
 
 
-def deliver(text: str, out: Path | None) -> None:
-    """Print, or write ``out`` whole or not at all."""
-    if out is None:
-        sys.stdout.write(text)
-        return
-    with written_whole(out) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _table(results: Sequence[Compared | Refused], title: str, notes: Sequence[str]) -> str:
-    """A group of rows for each number of slots, which ends with what no policy can beat."""
+def table(results: Sequence[Compared | Refused], title: str, notes: Sequence[str] = ()) -> str:
+    """For people: a group of rows for each number of slots, which ends with what no policy can
+    beat, and what there is to say under them, ``notes`` last."""
     limited = any(one.gap is not None for one in results if isinstance(one, Compared))
-    names = ["slots", "hit %", "late %", "loads", "useless", "stall %", "tokens/s"]
+    names = ["hit %", "late %", "loads", "useless", "stall %", "tokens/s"]
     if limited:
         names.insert(names.index("loads") + 1, "x limit")
         names += ["limit %", "gap %"]
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("policy", overflow="fold")  # a long spec folds before a number is cut
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    shown = Table(["policy", "slots"], names, right=["slots"])
     for _, each in groupby(results, key=lambda one: one.slots):
         group = list(each)
-        for one in group:
-            cells = _cells(one)
-            table.add_row(cells["policy"], *(cells.get(name, "") for name in names))
+        cells = [_cells(one) for one in group]
         ran = [one.result for one in group if isinstance(one, Compared)]
-        for cells in _limits(ran) if limited else ():
-            table.add_row(cells["policy"], *(cells.get(name, "") for name in names), style="dim")
-        table.add_section()
-    console = Console(file=io.StringIO(), width=None if sys.stdout.isatty() else WIDTH)
-    console.print(table)
-    stream = console.file
-    assert isinstance(stream, io.StringIO)
-    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-    return "\n".join([title, *lines, *_notes(results, limited), *notes]) + "\n"
+        cells += _limits(ran) if limited else []
+        for row in cells:
+            shown.add_row(*(row.get(name, "") for name in shown.headings))
+        shown.end_section()
+    under = wrapped([*_notes(results, limited), *notes])
+    return f"{wrapped(title.splitlines())}\n{shown.render()}{under and chr(10)}{under}"
 
 
 def _cells(one: Compared | Refused) -> dict[str, str]:
@@ -185,14 +138,14 @@ def _notes(compared: Sequence[Compared | Refused], limited: bool) -> list[str]:
         kept = {result.slots: result.limit_loads_kept for result in results}
         each = ", ".join(f"{loads:,} at {slots}" for slots, loads in sorted(kept.items()))
         notes = [
-            "limit: the fewest loads and the least time that any policy could do with the slots,",
-            f"  knowing the future; without prefetch and bypass the fewest loads are {each}",
+            "limit: the fewest loads and the least time that any policy could do with the slots, "
+            f"knowing the future; without prefetch and bypass the fewest loads are {each}",
             f"gap %: how much of the time a token takes longer under {BASELINE} than at the limit "
             "a policy saves",
         ]
         names = sorted({row["policy"] for row in _limits(results)} - {"limit"})
         if names:
-            notes.insert(2, f"  ({', '.join(names)}: with so many staging buffers for prefetches)")
+            notes.insert(1, f"  ({', '.join(names)}: with so many staging buffers for prefetches)")
         if all(result.policy != BASELINE for result in results):
             notes.append(f"  ({BASELINE} is not among the policies; it was simulated for this)")
     if any(result.lossy for result in results):

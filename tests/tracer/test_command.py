@@ -128,8 +128,10 @@ def test_wrong_models_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> 
         str(dense): "LlamaForCausalLM is no mixture of experts",
     }
     for model, message in cases.items():
-        assert_fails(moetrace("record", corpus, "--model", model, "--out", tmp_path / "t"), message)
-    assert not (tmp_path / "t").exists()
+        assert_fails(
+            moetrace("record", corpus, "--model", model, "--out", tmp_path / "t.parquet"), message
+        )
+    assert not (tmp_path / "t.parquet").exists()
 
 
 def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Pa
 
     copy = checkpoint_copy(tmp_path)
     weights = copy / "model.safetensors"
-    arguments = ("record", corpus, "--model", copy, "--out", tmp_path / "t")
+    arguments = ("record", corpus, "--model", copy, "--out", tmp_path / "t.parquet")
     whole = load_file(weights)
     save_file({k: v for k, v in whole.items() if "layers.3" not in k}, weights, {"format": "pt"})
     assert_fails(moetrace(*arguments), "incomplete: it lacks model.layers.3")
@@ -158,7 +160,10 @@ def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Pa
         (["a.jsonl"], "line 1: say with --field which field is the text; there are: q"),
         (["a.jsonl", "--field", "text"], "line 1: has no text under 'text'"),
         (["a.txt", "--sequence-length", "9999"], "the model was made for 512 at most"),
-        (["a.txt", "--out", "no/such/folder/t"], "the folder no/such/folder does not exist"),
+        (
+            ["a.txt", "--out", "no/such/folder/t.parquet"],
+            "the folder no/such/folder does not exist",
+        ),
         (["a.txt", "--device", "cuda:7"], "cuda:7"),
     ],
 )
@@ -192,9 +197,9 @@ def assert_fails(outcome: tuple[int, str, str], message: str) -> None:
     "arguments",
     [
         ["record", "a.txt"],
-        ["record", "a.txt", "--out", "t", "--horizon", "-1"],
-        ["record", "a.txt", "--out", "t", "--prediction", "guesswork"],
-        ["record", "a.txt", "--out", "t", "--seed", "3"],
+        ["record", "a.txt", "--out", "t.parquet", "--horizon", "-1"],
+        ["record", "a.txt", "--out", "t.parquet", "--prediction", "guesswork"],
+        ["record", "a.txt", "--out", "t.parquet", "--seed", "3"],
         ["import", "a.npz"],
         ["stats", "tiny", "--sizes", "two"],
         ["replay"],

@@ -11,7 +11,10 @@ from typing import Annotated
 
 import typer
 from moepolicy import console
+from moepolicy.outputs import check_free, check_suffix
+from moepolicy.tables import Format, wrapped
 from moeroute import TraceError
+from moeroute.parquet import partial_folder
 from moerun.errors import RunError
 
 app = typer.Typer(
@@ -29,14 +32,6 @@ class Prediction(StrEnum):
     gate_input = "gate-input"
 
 
-class Format(StrEnum):
-    """How results are printed."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
 class Dtype(StrEnum):
     """What to compute in."""
 
@@ -44,6 +39,11 @@ class Dtype(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a file that lies where the trace is to be written.")
+]
 
 
 @app.callback()
@@ -128,6 +128,7 @@ def record(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted recording to --out.")
     ] = False,
+    force: Force = False,
 ) -> None:
     """Record which experts a model chooses for each token of a corpus, and what its gates foresee.
 
@@ -138,6 +139,7 @@ def record(
     for name, value in (("--temperature", temperature), ("--seed", seed)):
         if value is not None and not generate:
             raise typer.BadParameter(f"{name} needs --generate: reading text samples nothing")
+    _check_out(out, resume=resume, force=force)
     from moetrace import model as checkpoints
     from moetrace.record import Settings, open_windows
     from moetrace.record import record as write_trace
@@ -171,10 +173,12 @@ def import_trace(
     file: Annotated[Path, typer.Argument(help="A routing .npz or a BigMoeOnEdge route CSV.")],
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+    force: Force = False,
 ) -> None:
     """Turn a foreign recording into a trace; what it did not record is left out and noted."""
     from moeroute.importers import import_foreign
 
+    _check_out(out, resume=False, force=force)
     import_foreign(file, out)
     _describe(out)
 
@@ -203,7 +207,7 @@ def stats(
 
     opened = open_trace(trace)
     found = summarize(opened, sizes=_numbers(sizes), seed=seed)
-    typer.echo(render(found, opened, format), nl=False)
+    console.emit(render(found, opened, format))
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -215,10 +219,20 @@ def _numbers(text: str | None) -> list[int] | None:
         raise typer.BadParameter(f"--sizes {text!r}: give whole numbers, as in 2,4,6") from None
 
 
+def _check_out(out: Path, *, resume: bool, force: bool) -> None:
+    """CommandError where no trace can be written to ``out``, before any work is done for it.
+
+    What there is to be resumed, or that there is nothing, is for the writer to tell.
+    """
+    check_suffix(out, [".parquet"])
+    unfinished = partial_folder(out).is_dir()
+    check_free(out, force=force or (resume and not unfinished))
+
+
 def _describe(path: Path) -> None:
     from moeroute import open_trace
 
-    typer.echo(open_trace(path).describe())
+    console.emit(wrapped(open_trace(path).describe().splitlines()))
 
 
 @contextmanager

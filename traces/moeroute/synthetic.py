@@ -224,9 +224,13 @@ def _command(
     name: Annotated[str, typer.Option(help="What to imitate.")] = NAMES[0],
     tokens: Annotated[int, typer.Option(min=1, help="Decode tokens.")] = SAMPLE_TOKENS,
     seed: Annotated[int, typer.Option(min=0, help="Seed; equal seeds, equal traces.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file at --out.")] = False,
 ) -> None:
     """Generate a synthetic trace and print its statistics beside the published ones."""
     try:
+        if out.exists() and not force:
+            size = out.stat().st_size
+            raise TraceError(f"{out} exists already, {size:,} bytes: --force replaces it")
         trace = write_synthetic(out, name=name, tokens=tokens, seed=seed)
     except (TraceError, OSError) as error:
         typer.echo(f"error: {error}", err=True)

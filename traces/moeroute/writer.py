@@ -18,7 +18,14 @@ from typing import Self
 import numpy as np
 
 from moeroute.check import RowChecker
-from moeroute.parquet import frame_from_rows, join_parts, partial_folder, read_part, write_part
+from moeroute.parquet import (
+    frame_from_rows,
+    join_parts,
+    naming_errors,
+    partial_folder,
+    read_part,
+    write_part,
+)
 from moeroute.schema import META_KEY, Rows, TraceError, TraceMeta, rows_from_columns
 
 PART_BYTES = 16 << 20
@@ -159,7 +166,10 @@ class TraceWriter:
                 raise TraceError(f"{self.folder}: is in the way and holds no unfinished trace")
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        with self._finishing(self.folder / "meta.json") as unfinished:
+        with (
+            self._finishing(self.folder / "meta.json") as unfinished,
+            naming_errors(unfinished),
+        ):
             unfinished.write_text(self.meta.to_json(), encoding="utf-8")
 
     @contextmanager

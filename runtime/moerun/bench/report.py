@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -12,8 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
+
 from moerun.bench.run import RELEASED, Bench, Timed
-from moerun.live.report import Format, changed, packages
+from moerun.live.report import changed, packages
 
 if TYPE_CHECKING:
     import torch
@@ -183,28 +182,14 @@ def _cpu_model() -> str:
 def render(rows: list[Row], format: Format, made_by: dict[str, Any]) -> str:
     if format is Format.table:
         return _table(rows, made_by)
-    if format is Format.json:
-        return json.dumps({"rows": [asdict(row) for row in rows], **made_by}, indent=1) + "\n"
-    out = io.StringIO()
     plain = [asdict(row) for row in rows]
-    for row in plain:
-        row["rounds"] = " ".join(f"{rate:.4g}" for rate in row["rounds"])
-    writer = csv.DictWriter(out, fieldnames=list(plain[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain)
-    return out.getvalue()
+    return to_json({"rows": plain, **made_by}) if format is Format.json else to_csv(plain)
 
 
 def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(header_style="bold")
-    table.add_column("policy", no_wrap=True)
-    names = ("tok/s", "spread", "hit | late | miss %", "GB/token", "GB/s", "bound ms", "over")
+    names = ["tok/s", "spread", "hit | late | miss %", "GB/token", "GB/s", "bound ms", "over"]
     simulated = any(row.simulated_tokens_per_s is not None for row in rows)
-    for name in (*names, "sim tok/s")[: len(names) + simulated]:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Table(["policy"], [*names, *["sim tok/s"] * simulated])
     for row in rows:
         shares = (row.hit_ratio, row.late_ratio, row.miss_ratio)
         cells = [
@@ -221,9 +206,7 @@ def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
             rate = row.simulated_tokens_per_s
             cells.append("" if rate is None else f"{rate:.2f}")
         table.add_row(*cells)
-    out = io.StringIO()
-    Console(file=out, width=110).print(table)
-    return out.getvalue() + _legend(rows, made_by)
+    return table.render() + wrapped(_legend(rows, made_by))
 
 
 def _bound(link_bytes_per_s: float | None, compute_ms: float) -> str:
@@ -236,7 +219,7 @@ def _bound(link_bytes_per_s: float | None, compute_ms: float) -> str:
     return f"link {link_bytes_per_s / 1e9:.2f} GB/s, {compute}; bound = max(bytes / link, compute)"
 
 
-def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
+def _legend(rows: list[Row], made_by: dict[str, Any]) -> list[str]:
     machine = made_by["hardware"]
     lines = [
         f"{made_by['shape']}, {made_by['layers']} layers, {made_by['attention']} attention, "
@@ -255,7 +238,7 @@ def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
             f"{RELEASED}: our model of the released mixtral-offloading engine (serial copies, "
             "evicted experts written back, no speculation), not its own code"
         )
-    return "".join(f"{line}\n" for line in lines)
+    return lines
 
 
 def _answers(row: Row) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from moepolicy import find_policy
+from moepolicy.console import emit
+from moepolicy.tables import Format
 from rich.console import Console
 
 from moerun.commands import options as opt
 from moerun.commands.progress import pack_progress
 from moerun.errors import RunError
-from moerun.live.report import Format
 
 
 class Baseline(StrEnum):
@@ -142,7 +142,7 @@ def bench(
     console = Console(stderr=True)
 
     def tell(text: str) -> None:
-        console.print(text, style="dim", highlight=False, soft_wrap=True)
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     with pack_progress(console) as progress:
         made = Bench(
@@ -160,6 +160,6 @@ def bench(
             except RunError as error:
                 failure = error  # what was measured is worth having all the same
         rows = reports.rows_of(made, simulated)
-        sys.stdout.write(reports.render(rows, format, reports.provenance(made)))
+        emit(reports.render(rows, format, reports.provenance(made)))
         if failure is not None:
             raise failure

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from moepolicy import find_policy
+from moepolicy.console import emit
+from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 from rich.console import Console
 
 from moerun.commands import options as opt
-from moerun.live.report import Format
 from moerun.profiling.undisturbed import CALM
 
 if TYPE_CHECKING:
@@ -95,32 +92,19 @@ def fidelity(
             machine=machine,
             report=status.update,
         )
-    sys.stdout.write(_render(rows, format))
+    emit(_render(rows, format))
 
 
 def _render(rows: list[Comparison], format: Format) -> str:
     if format is Format.table:
         return _table(rows)
     plain = [asdict(row) | {"error": row.error} for row in rows]
-    if format is Format.json:
-        return json.dumps(plain, indent=1) + "\n"
-    out = io.StringIO()
-    for row in plain:
-        row["live_runs"] = " ".join(f"{rate:.3f}" for rate in row["live_runs"])
-    writer = csv.DictWriter(out, fieldnames=list(plain[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain)
-    return out.getvalue()
+    return to_json(plain) if format is Format.json else to_csv(plain)
 
 
 def _table(rows: list[Comparison]) -> str:
-    from rich.table import Table
-
-    table = Table(header_style="bold", title="live (measured) beside simulated (predicted)")
-    table.add_column("policy", no_wrap=True)
-    names = ("slots", "live tok/s", "sim tok/s", "error", "hit %", "late %", "miss %", "useless %")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ["live tok/s", "sim tok/s", "error", "hit %", "late %", "miss %", "useless %"]
+    table = Table(["policy", "slots"], names, right=["slots"])
     for row in rows:
         pairs = (
             (row.live_hits, row.simulated_hits),
@@ -136,13 +120,12 @@ def _table(rows: list[Comparison]) -> str:
             f"{100 * row.error:+.1f} %",
             *(f"{100 * live:.1f} | {100 * simulated:.1f}" for live, simulated in pairs),
         )
-    out = io.StringIO()
-    Console(file=out, width=None if sys.stdout.isatty() else 110).print(table)
-    note = "hit, late, miss, useless: live | simulated, in % of the experts wanted\n"
+    notes = ["hit, late, miss, useless: live | simulated, in % of the experts wanted"]
     waited = rows[0].waited
     if waited > CALM:
-        note += (
+        notes.append(
             f"not to be relied on: other programs kept these runs waiting for {100 * waited:.0f} % "
-            "of their time\n"
+            "of their time"
         )
-    return out.getvalue() + note
+    title = wrapped(["live (measured) beside simulated (predicted)"])
+    return f"{title}\n{table.render()}{wrapped(notes)}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from moepolicy import find_policy
+from moepolicy.tables import Format
 
 from moerun.errors import RunError, UsageError
-from moerun.live.report import Format
 
 if TYPE_CHECKING:
     from moerun.live.generate import Sampling
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from moerun.store.expert_store import ExpertStore
 
 
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a file that lies where one is to be written.")
+]
 Output = Annotated[
     Format,
     typer.Option(help="table for people; json, csv for programs."),
@@ -266,7 +269,7 @@ def store(
     console = Console(stderr=True)
 
     def report(text: str) -> None:
-        console.print(text, style="dim", highlight=False, soft_wrap=True)
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     with pack_progress(console) as progress:
         return find_store(
@@ -283,12 +286,6 @@ def check_machine(profile: Path | None) -> None:
     """RunError where a machine's profile was named that is not there."""
     if profile is not None and not profile.is_file():
         raise RunError(f"{profile} is not there: give --machine a file from 'moerun profile'")
-
-
-def check_folder_of(out: Path) -> None:
-    """RunError where a file is to be written into a folder that is not there."""
-    if not out.parent.is_dir():
-        raise RunError(f"{out}: the folder {out.parent} does not exist")
 
 
 def low_store(model: str, low: str | None, full: ExpertStore | None) -> ExpertStore | None:

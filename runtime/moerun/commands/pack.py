@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from moepolicy.console import emit
 
 from moerun.commands import options as opt
 from moerun.live.report import decimal_bytes
@@ -48,6 +49,9 @@ def pack(
         str | None,
         typer.Option(help="Of a model on the hub: branch, tag or commit.", show_default=False),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a finished store at --out.")
+    ] = False,
 ) -> None:
     """Pack a checkpoint into a store that moerun reads one expert at a time.
 
@@ -72,7 +76,7 @@ def pack(
     console = Console(stderr=True)
 
     def report(text: str) -> None:
-        console.print(text, style="dim", highlight=False, soft_wrap=True)
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     with pack_progress(console) as progress:
         store = pack_store(
@@ -86,12 +90,13 @@ def pack(
             workers=workers,
             device=device,
             reuse=stores_in(out.absolute().parent),
+            force=force,
             report=report,
             progress=progress,
         )
     with store:
         for line in _sizes(store):
-            typer.echo(line)
+            emit(f"{line}\n")
 
 
 def _sizes(store: ExpertStore) -> Iterator[str]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
-import json
-import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -15,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from moepolicy import PolicySpec, find_policy
+from moepolicy.console import emit
+from moepolicy.outputs import check_suffix
+from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 from rich.console import Console
 
 from moerun.commands import options as opt
 from moerun.errors import RunError
-from moerun.live.report import Format, decimal_bytes
+from moerun.live.report import decimal_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -76,8 +75,8 @@ def perplexity(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Keep the results in this file (JSON lines), and go on with what it holds. "
-            "Default: one in the user's cache.",
+            help="Keep the results in this file (JSON lines, .jsonl), and go on with what it "
+            "holds. Default: one in the user's cache.",
             show_default=False,
         ),
     ] = None,
@@ -117,6 +116,8 @@ def perplexity(
     Table 1 of the base paper has Mixtral-8x7B on WikiText-2 and C4. Its figures are shown, beside
     and apart, for a model of that shape only; they compare with a measurement on the same text.
     """
+    if out is not None:
+        check_suffix(out, [".jsonl"])
     specs = [find_policy(name) for name in dict.fromkeys(policy or ("lru",))]
     settings = opt.settings(
         policy=specs[0].label,
@@ -163,7 +164,7 @@ def perplexity(
             raise
         results.finish()
     cells = [results.cells[point.key] for point in points]
-    sys.stdout.write(_render(cells, measurement.identity, format))
+    emit(_render(cells, measurement.identity, format))
 
 
 class Point(NamedTuple):
@@ -219,7 +220,7 @@ def _names(listed: str) -> list[str]:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, style="dim", highlight=False, soft_wrap=True)
+    console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _bar(console: Console) -> Progress:
@@ -296,35 +297,26 @@ def _render(cells: list[Cell], identity: dict[str, Any], format: Format) -> str:
         return _table(cells, identity)
     rows = [asdict(cell) for cell in cells]
     if format is Format.json:
-        return json.dumps({"kind": "measured", **identity, "cells": rows}, indent=1) + "\n"
+        return to_json({"kind": "measured", **identity, "cells": rows})
     for row in rows:
         published = row.pop("published") or {}
         for name in ("size_gib", "wikitext2", "c4"):
             row[f"published_{name}"] = published.get(name)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return to_csv(rows)
 
 
 def _table(cells: list[Cell], identity: dict[str, Any]) -> str:
-    from rich.table import Table
-
     known = any(cell.published for cell in cells)
     lossy = any(cell.lossy for cell in cells)
     policies = list(dict.fromkeys(cell.policy for cell in cells))
-    table = Table(header_style="bold", title=f"{identity['model']}: measured perplexity")
-    for name in ("attention", "experts", *(["policy"] if lossy or len(policies) > 1 else [])):
-        table.add_column(name, no_wrap=True)
+    keys = ["attention", "experts", *(["policy"] if lossy or len(policies) > 1 else [])]
     names = ["size", "bits/weight", "perplexity", "bits/byte"]
-    changes = ["out | other | low %"] if lossy else []
-    published = ["GiB (published)", "WikiText-2 (published)", "C4 (published)"] if known else []
-    for name in (*names, *changes, *published):
-        table.add_column(name, justify="right", no_wrap=True)
+    names += ["out | other | low %"] if lossy else []
+    names += ["GiB\n(published)", "WikiText-2\n(published)", "C4\n(published)"] if known else []
+    table = Table(keys, names)
     for cell in cells:
         row = cell.published
-        figures = (row.size_gib, row.wikitext2, row.c4) if row else ()
+        figures = (row.size_gib, row.wikitext2, row.c4) if row else (None,) * 3 * known
         shares = cell.skipped_share, cell.substituted_share, cell.low_share
         table.add_row(
             cell.attention,
@@ -335,14 +327,13 @@ def _table(cells: list[Cell], identity: dict[str, Any]) -> str:
             f"{cell.perplexity:.4f}",
             f"{cell.bits_per_byte:.4f}",
             *([" | ".join(f"{100 * share:.1f}" for share in shares)] if lossy else []),
-            *(f"{figure:.2f}" for figure in figures),
+            *("" if figure is None else f"{figure:.2f}" for figure in figures),
         )
-    out = io.StringIO()
-    Console(file=out, width=None if sys.stdout.isatty() else 140).print(table)
-    return out.getvalue() + _legend(cells, identity)
+    title = wrapped([f"{identity['model']}: measured perplexity"])
+    return f"{title}\n{table.render()}{wrapped(_legend(cells, identity))}"
 
 
-def _legend(cells: list[Cell], identity: dict[str, Any]) -> str:
+def _legend(cells: list[Cell], identity: dict[str, Any]) -> list[str]:
     marks = {cell.policy: " (changes what the model computes)" * cell.lossy for cell in cells}
     how = "decoded token by token" if identity["by_token"] else "read whole"
     lines = [
@@ -360,4 +351,4 @@ def _legend(cells: list[Cell], identity: dict[str, Any]) -> str:
         lines.append(f"lower precision: {identity['low']}, {decimal_bytes(low_bytes)} beside size")
     if any(cell.published for cell in cells):
         lines.append("published: Table 1 of arXiv 2312.17238, Mixtral-8x7B, on its own texts")
-    return "".join(f"{line}\n" for line in lines)
+    return lines

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from moepolicy.outputs import check_free, check_suffix, written_whole
 from rich.console import Console
 
 from moerun.commands import options as opt
@@ -30,6 +31,7 @@ def profile(
         str | None,
         typer.Option(help="Of the profile. Default: the file's name.", show_default=False),
     ] = None,
+    force: opt.Force = False,
 ) -> None:
     """Measure this machine with this model, for moesim.
 
@@ -37,6 +39,8 @@ def profile(
     experts computed on the CPU where they are kept. Run it while nothing else keeps the machine
     busy.
     """
+    check_suffix(out, [".toml"])
+    check_free(out, force=force)
     settings = opt.settings(
         policy="lru",
         slots=slots,
@@ -46,15 +50,13 @@ def profile(
         cold=cold,
         threads=threads,
     )
-    opt.check_folder_of(out)
     found = opt.store(model, precision, store, attention)
     from moerun.profiling.profiler import measure
 
     with Console(stderr=True).status("preparing") as status:
         measured = measure(found, settings, name or out.stem, repeats=repeats, report=status.update)
-    partial = out.with_name(f"{out.name}.tmp")
-    partial.write_text(measured.to_toml(), encoding="utf-8")
-    partial.replace(out)
+    with written_whole(out) as partial:
+        partial.write_text(measured.to_toml(), encoding="utf-8")
     link, cost = measured.link, measured.compute
     typer.echo(
         f"{out}: link {link.bytes_per_s / 1e9:.3f} GB/s + {1e6 * link.latency_s:.0f} us a copy; "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from moepolicy.console import emit
+from moepolicy.tables import Format, to_csv, to_json
 
 from moerun.devices import calm_collector
 from moerun.live.generate import Generation, Sampling, encode
 from moerun.live.recording import LiveRecording
-from moerun.live.report import Format, provenance, render, report_of
+from moerun.live.report import provenance, render, report_of
 from moerun.live.runner import Runner, Settings
 from moerun.memory.fit import plan_memory
 from moerun.offload.load import load_tokenizer
@@ -51,8 +52,11 @@ def run(
         report = report_of(runner, outcome, interrupted=interrupted)
         if outcome.ending == "length" and outcome.new_tokens < sampling.max_new_tokens:
             say(f"the text ends here: the context of {runner.limit_tokens} tokens is full")
-    out = sys.stderr if streaming else sys.stdout
-    out.write(render(report, format, outcome.text, provenance(sampling)))
+    shown = render(report, format, outcome.text, provenance(sampling))
+    if streaming:
+        sys.stderr.write(shown)
+    else:
+        emit(shown)
     return interrupted
 
 
@@ -88,12 +92,10 @@ def show_plan(
         settings = fitted(store, settings, sampling, prompt)
     plan = plan_memory(store, settings)
     if format is Format.table:
-        sys.stdout.write(plan.table())
-    elif format is Format.json:
-        sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+        emit(plan.table())
     else:
-        rows = plan.to_json()
-        sys.stdout.write(f"{','.join(rows)}\n{','.join(map(str, rows.values()))}\n")
+        row = plan.to_json()
+        emit(to_json(row) if format is Format.json else to_csv([row]))
 
 
 def fitted(store: ExpertStore, settings: Settings, sampling: Sampling, prompt: str) -> Settings:
@@ -115,5 +117,4 @@ def say(text: str) -> None:
 
 
 def _stream(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    emit(text)

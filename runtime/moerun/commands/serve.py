@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from moepolicy import console
+from moepolicy.tables import Format
 from rich.console import Console
 
 from moerun.commands import options as opt
@@ -144,7 +145,7 @@ def _loopback(host: str) -> bool:
 
 
 def _statistics(runner: Runner, worker: Worker, interrupted: bool) -> None:
-    from moerun.live.report import Format, render, report_of
+    from moerun.live.report import render, report_of
 
     report = report_of(runner, worker.work, interrupted=interrupted)
     sys.stderr.write(render(report, Format.table, "", {}))

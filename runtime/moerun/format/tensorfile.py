@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moepolicy.outputs import naming
 
 from moerun.errors import RunError
 
@@ -242,7 +243,8 @@ class TensorFileWriter:
         self.total_bytes = len(header) + sum(e.nbytes for e in self.entries.values())
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
         self._fd = os.open(path, flags, 0o644)
-        os.ftruncate(self._fd, self.total_bytes)
+        with naming(path):
+            os.ftruncate(self._fd, self.total_bytes)
         self._write_at(0, memoryview(header))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -257,13 +259,15 @@ class TensorFileWriter:
 
     def _write_at(self, offset: int, data: memoryview) -> None:
         done = 0
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done : done + _READ_BYTES], offset + done)
+        with naming(self.path):
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done : done + _READ_BYTES], offset + done)
 
     def close(self) -> None:
         """Close after the bytes have reached the disk."""
         if self._fd >= 0:
-            os.fsync(self._fd)
+            with naming(self.path):
+                os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from moepolicy import Event, Journal
+from moepolicy.outputs import written_whole
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
@@ -195,9 +196,9 @@ class LiveRecording:
             self._writer.close()
         if self._journal is not None:
             document = journal_document(self.recorder, self._runner, self._trace)
-            unfinished = self._journal.with_name(f"{self._journal.name}.tmp")
-            unfinished.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-            unfinished.replace(self._journal)
+            with written_whole(self._journal) as unfinished:
+                text = json.dumps(document, separators=(",", ":"))
+                unfinished.write_text(text, encoding="utf-8")
 
     def discard(self) -> None:
         """Leave nothing behind."""

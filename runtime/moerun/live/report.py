@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import platform
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
+
+from moepolicy.tables import Format, described, to_csv, to_json
 
 if TYPE_CHECKING:
     from moerun.live.generate import Sampling, Work
     from moerun.live.runner import Runner
 
 PACKAGES = ("moe-offload-lab", "torch", "transformers", "numpy")
-
-
-class Format(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
 
 
 def decimal_bytes(n_bytes: int) -> str:
@@ -146,12 +138,8 @@ def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -
         return _table(report)
     row = asdict(report)
     if format is Format.json:
-        return json.dumps({**row, "text": text, **made_by}, indent=1) + "\n"
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=[*row, "text"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerow({**row, "text": text})
-    return out.getvalue()
+        return to_json({**row, "text": text, **made_by})
+    return to_csv([{**row, "text": text}])
 
 
 def _table(report: Report) -> str:
@@ -166,7 +154,7 @@ def _table(report: Report) -> str:
         "tokens": f"{report.prompt_tokens:,} prompt, {report.new_tokens:,} new"
         + (" (interrupted)" if report.interrupted else ""),
     }
-    return "".join(f"{name:8}  {line}\n" for name, line in lines.items() if line)
+    return described({f"{name:8}": line for name, line in lines.items() if line})
 
 
 def _speed(report: Report) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from moepolicy.tables import described
 
 from moerun.devices import format_bytes, peak_device_bytes, peak_host_bytes, resident_bytes
 from moerun.errors import RunError
@@ -162,9 +163,8 @@ class MemoryPlan:
         ]
 
     def table(self) -> str:
-        return "".join(
-            f"{name:11} {format_bytes(n_bytes):>11}  {why}".rstrip() + "\n"
-            for name, n_bytes, why in self.rows()
+        return described(
+            {f"{name:11} {format_bytes(size):>11}": why for name, size, why in self.rows()}
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
+from moepolicy.outputs import naming
+
 from moerun.errors import RunError
 
 KIND = "moerun perplexity"
@@ -106,8 +108,9 @@ class Results:
         return dict(self._windows.get(key, {}))
 
     def add_window(self, key: Key, number: int, scored: Scored) -> None:
-        self._journal.write(json.dumps([*key, number, *scored]) + "\n")
-        self._journal.flush()
+        with naming(Path(self._journal.name)):
+            self._journal.write(json.dumps([*key, number, *scored]) + "\n")
+            self._journal.flush()
 
     def add_cell(self, cell: Cell) -> None:
         self.cells[cell.key] = cell
@@ -165,8 +168,9 @@ class Results:
     def _write_cells(self) -> None:
         lines = [self._identity, *(asdict(cell) for cell in self.cells.values())]
         partial = self.path.with_name(f"{self.path.name}.new")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        with naming(self.path, partial):
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from moepolicy import PolicyError
+from moepolicy.console import emit
+from moepolicy.tables import Format
 from rich.console import Console
 
 from moerun.errors import RunError
 from moerun.live.generate import NO_WORK, Generated, Generation, Sampling, check_length
-from moerun.live.report import Format, render, report_of
+from moerun.live.report import render, report_of
 from moerun.live.runner import Runner
 from moerun.live.turn import turn_of
 from moerun.memory.budget import parse_budget
@@ -215,5 +217,4 @@ class Voices:
 
 
 def _stream(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    emit(text)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moepolicy.outputs import naming
+
 from moerun.errors import RunError
 from moerun.format.bitplanes import SCHEMES
 from moerun.format.expert import ExpertShape
@@ -236,11 +238,12 @@ def checksums(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a whole file or none."""
     partial = path.with_name(f"{path.name}.new")
-    with partial.open("w") as file:
-        json.dump(content, file, separators=(",", ":"))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with naming(path, partial):
+        with partial.open("w") as file:
+            json.dump(content, file, separators=(",", ":"))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def read_index(folder: Path) -> StoreIndex:

@@ -30,7 +30,7 @@ from moerun.format.layout import RECORD_ALIGN
 from moerun.format.quantise import quantise
 from moerun.format.tensorfile import TensorFileWriter, memory_of, read_at, write_tensors
 from moerun.store.expert_store import ExpertStore
-from moerun.store.index import DENSE_FILE, INDEX_FILE, checksums, write_json
+from moerun.store.index import DENSE_FILE, INDEX_FILE, checksums, read_index, write_json
 from moerun.store.pack_plan import (
     Precisions,
     Record,
@@ -62,6 +62,7 @@ def pack(
     workers: int | None = None,
     device: str | None = None,
     reuse: Sequence[ExpertStore] = (),
+    force: bool = False,
     report: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> ExpertStore:
@@ -77,11 +78,12 @@ def pack(
     device           that quantises: cpu, cuda, cuda:1; a GPU where there is one by default
     reuse            stores of the same checkpoint: files that would be the same are shared with
                      them (hard links) instead of being packed again, as `report` is told
+    force            replace a finished store at `out`, which stays until the new one is whole
 
     Raises RunError for bad input, an `out` that holds something else, and a full disk.
     """
     precisions = Precisions.chosen(precision, attention, dense_precision)
-    _refuse_taken(out)
+    _refuse_taken(out, force=force)
     model = ModelSource(
         source, dtype=PLAIN.get(precisions.dense), attention_apart=precisions.packs_attention
     )
@@ -292,9 +294,14 @@ class _Packer:
             source_digest=self._source_digest,
         )
         write_json(self.folder / INDEX_FILE, replace(index, dense_crc32=dense_crc32).to_json())
-        if self.out.exists():
+        old = None
+        if _is_store(self.out):
+            old = self.out.rename(self.out.with_name(f"{self.out.name}.old"))
+        elif self.out.exists():
             self.out.rmdir()  # an empty folder, as checked before
         self.folder.rename(self.out)
+        if old is not None:
+            shutil.rmtree(old)
         (self.out / PLAN_FILE).unlink()
         (self.out / JOURNAL_FILE).unlink()
 
@@ -306,9 +313,23 @@ class _Packer:
                     shutil.copyfile(file, self.folder / file.name)
 
 
-def _refuse_taken(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already: give a new folder, or remove it first")
+def _refuse_taken(out: Path, *, force: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not _is_store(out):
+        raise RunError(
+            f"{out} exists already and is no expert store: give a new folder, or remove it first"
+        )
+    if not force:
+        found = read_index(out)
+        raise RunError(
+            f"{out} exists already, a finished store of {found.model} with {found.precision} "
+            f"experts and {found.attention_precision} attention: --force replaces it"
+        )
+
+
+def _is_store(folder: Path) -> bool:
+    return (folder / INDEX_FILE).is_file()
 
 
 def _silent(*_: object) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from moepolicy.outputs import Output
+from moepolicy.tables import Table, wrapped
 from moeroute import open_trace
-from rich.console import Console
-from rich.table import Table
 
 from moesim import __version__
+from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.curves.hit_ratios import LIMIT, hit_curve, shuffled
-from moesim.report import Format, deliver
 from moesim.workload.loading import load_workload
 
 
@@ -34,8 +30,9 @@ def curve(
         bool, typer.Option("--cold", help="Empty the caches with every sequence.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the shuffled copy of the trace.", min=0)] = 0,
-    format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
-    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    format: ResultFormat = None,
+    out: ResultFile = None,
+    force: Force = False,
 ) -> None:
     """Print the hit ratio of every cache size, from one pass over the trace.
 
@@ -43,6 +40,7 @@ def curve(
     to locality, not to some experts being popular. The limit is the highest hit ratio that a
     policy without prefetching could have, knowing the future.
     """
+    output = Output.checked(out, format, force=force)
     opened = open_trace(trace)
     workload = load_workload(opened)
     mixed = shuffled(workload, seed)
@@ -71,33 +69,21 @@ def curve(
     ]
     when = ", cold at every sequence" if cold else ""
     title = f"Hit ratio in %, cache per {scope}{when}. {opened.title}; shuffled with seed {seed}."
-    deliver(_render(rows, format, title), out)
-
-
-def _render(rows: list[dict[str, Any]], format: Format, title: str) -> str:
-    if format is Format.table:
-        return _table(rows, title)
-    if format is Format.json:
-        return json.dumps(rows, indent=1) + "\n"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    output.deliver(rows, lambda: _table(rows, title))
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> str:
-    table = Table(header_style="bold")
-    table.add_column("slots a layer", justify="right")
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    for name in [*policies, "limit"]:
-        table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("shuffled", justify="right", style="dim", no_wrap=True)
+    headings = [name for policy in [*policies, "limit"] for name in (policy, f"{policy}\nshuffled")]
+    table = Table(["slots a layer"], headings, right=["slots a layer"])
     for slots in sorted({row["slots"] for row in rows}):
-        here = [row for row in rows if row["slots"] == slots]
-        ratios = [row[name] for row in here for name in ("hit_ratio", "shuffled_hit_ratio")]
-        ratios += [here[0]["limit_hit_ratio"], here[0]["shuffled_limit_hit_ratio"]]
+        here = {row["policy"]: row for row in rows if row["slots"] == slots}
+        ratios = [
+            here[policy][name]
+            for policy in policies
+            for name in ("hit_ratio", "shuffled_hit_ratio")
+        ]
+        any_row = here[policies[0]]
+        ratios += [any_row["limit_hit_ratio"], any_row["shuffled_limit_hit_ratio"]]
         table.add_row(str(slots), *(f"{100 * ratio:.1f}" for ratio in ratios))
-    stream = io.StringIO()
-    Console(file=stream, width=max(100, 24 * (len(policies) + 2))).print(table)
-    return f"{title}\n{stream.getvalue()}"
+    return f"{wrapped([title])}\n{table.render()}"

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moepolicy.console import FAILED, INTERRUPTED
+from moepolicy.console import FAILED, INTERRUPTED, CommandError
+from moepolicy.outputs import Output, check_free
+from moepolicy.tables import Format
+from moeroute.parquet import is_url
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,12 +22,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from moesim.commands.options import Force
 from moesim.engines.choose import Engine
-from moesim.report import Format
 from moesim.sweep.grid import load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.loop import Watcher
+from moesim.sweep.results import read_finished, suffix_of
 from moesim.sweep.run import Report, Settings, run_sweep
-from moesim.sweep.summary import best, render
+from moesim.sweep.summary import best, table
 
 SHOWN_FAILURES = 10
 LOG_EVERY_S = 60.0  # where stderr is no terminal
@@ -33,7 +37,10 @@ LOG_EVERY_S = 60.0  # where stderr is no terminal
 def sweep(
     out: Annotated[
         str,
-        typer.Option(help="The result, one row a point: a Parquet file or a URL polars can write."),
+        typer.Option(
+            help="The result, one row a point: a file of which the suffix says the format "
+            "(.parquet, .csv, .json), or a URL polars can write Parquet to."
+        ),
     ],
     policies: Annotated[
         list[str] | None,
@@ -120,6 +127,7 @@ def sweep(
             "that is a URL."
         ),
     ] = None,
+    force: Force = False,
     format: Annotated[Format, typer.Option(help="How to print the best policies.")] = Format.table,
 ) -> None:
     """Simulate every combination of policies, cache sizes, scopes, machines, precisions, traces
@@ -146,6 +154,9 @@ def sweep(
     }
     given = {name: value for name, value in flags.items() if value or value is False}
     axes = make_grid(merge(load_grid(grid) if grid else {}, given))
+    suffix_of(out)
+    if not resume:
+        _check_free(out, force=force)
     settings = Settings(on, workers, resume, restart, state)
     began = time.monotonic()
     try:
@@ -157,6 +168,17 @@ def sweep(
     # A policy that cannot run on a trace or machine leaves its rows empty, as in a comparison.
     if len(report.failures) > report.refused:
         raise typer.Exit(FAILED)
+
+
+def _check_free(out: str, *, force: bool) -> None:
+    """CommandError where a finished sweep, or another file, would be replaced."""
+    if not is_url(out):
+        check_free(Path(out), force=force)
+    elif not force and (points := len(read_finished(out))):
+        raise CommandError(
+            f"--out {out} exists already, a finished sweep of {points:,} points: --resume goes on "
+            "from it, --force replaces it"
+        )
 
 
 class _Show:
@@ -212,7 +234,7 @@ def _conclude(report: Report, out: str, format: Format, took_s: float) -> None:
     say(f"{out}: {len(report.rows)} points; {report.ran} run in {took_s:.1f} s{earlier}")
     found = best(report.rows)
     if found:
-        typer.echo(render(found, format), nl=False)
+        Output(format, None).deliver(found, lambda: table(found))
 
 
 def _split(text: str | None) -> list[str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from moepolicy import find_policy
+from moepolicy.outputs import Output
 from moeroute import open_trace
 
 from moesim import __version__
-from moesim.report import Format, deliver
+from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.simulate import workload_for
-from moesim.table2.render import render
+from moesim.table2.render import as_json, cells, text
 from moesim.table2.reproduce import find_reading, reproduce
 
 TRACE = "mixtral-like"
@@ -39,8 +39,9 @@ def table2(
         str,
         typer.Option(help="How the measured engines are understood; all are fitted and listed."),
     ] = "released",
-    format: Annotated[Format, typer.Option(help="How to print the results.")] = Format.table,
-    out: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    format: ResultFormat = None,
+    out: ResultFile = None,
+    force: Force = False,
 ) -> None:
     """Reproduce the base paper's Table 2: two constants a card, fitted on the 2-bit cells, and
     the 3-bit cells predicted.
@@ -48,6 +49,7 @@ def table2(
     Prints every cell as published and as simulated, the constants beside the data sheets', what
     stays unexplained, and what this project's engine would reach on the same cards.
     """
+    output = Output.checked(out, format, force=force)
     find_reading(reading)
     specs = [find_policy(name) for name in policies or OURS]
     opened = open_trace(trace)
@@ -64,4 +66,8 @@ def table2(
         "tokens": workload.n_decoded,
         "moesim_version": __version__,
     }
-    deliver(render(found, workload, format, title, provenance), out)
+    output.deliver(
+        cells(found, provenance),
+        lambda: text(found, workload, title),
+        provenance | as_json(found, workload),
+    )

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from moepolicy.outputs import written_whole
+
 from moesim.engines.in_simpy import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, Segment
-from moesim.files import written_whole
 
 NAMES = {COMPUTE_LANE: "compute", LINK_LANE: "copy stream", DISK_LANE: "disk", CPU_LANE: "CPU"}
+SUFFIXES = (".json", ".json.gz")
 LANE_THREADS = 100  # thread numbers of a lane: more than it has units
 
 

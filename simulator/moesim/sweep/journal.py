@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from moepolicy.outputs import naming
+
 from moesim.errors import SimulationError
 
 SYNC_S = 1.0  # at most so much work is lost to a power cut, and none to a kill
@@ -53,8 +55,9 @@ class Journal:
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Keep a finished point: from here on a kill does not lose it."""
-        self._file.write(json.dumps([key, row]).encode() + b"\n")
-        self._file.flush()
+        with naming(self.folder / "points.jsonl"):
+            self._file.write(json.dumps([key, row]).encode() + b"\n")
+            self._file.flush()
         self.finished[key] = row
         if time.monotonic() - self._synced_at > SYNC_S:
             os.fsync(self._file.fileno())

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from moepolicy.outputs import check_suffix, written_whole
+from moepolicy.tables import to_json
 from moeroute.parquet import is_url
 
 from moesim.errors import SimulationError
-from moesim.files import written_whole
 from moesim.limits import Gap
 from moesim.simulate import Result
 from moesim.sweep.plan import Plan
@@ -22,6 +23,7 @@ from moesim.sweep.worker import versions
 if TYPE_CHECKING:
     import polars as pl
 
+SUFFIXES = (".parquet", ".csv", ".json")
 METADATA = "moesim-sweep"  # of the Parquet file's key-value metadata: the grid
 
 # What a row is of and what it was made with; the columns of `Result` follow.
@@ -55,9 +57,14 @@ def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
     """The rows as a frame with the same columns and types whatever they hold."""
     import polars as pl
 
-    kinds = {str: pl.String, int: pl.Int64, float: pl.Float64, bool: pl.Boolean}
-    schema = {name: kinds[kind] for name, kind in columns().items()}
-    return pl.DataFrame(rows, schema=schema, orient="row", strict=True)
+    return pl.DataFrame(rows, schema=_schema(), orient="row", strict=True)
+
+
+def _schema() -> dict[str, pl.DataType]:
+    import polars as pl
+
+    kinds = {str: pl.String(), int: pl.Int64(), float: pl.Float64(), bool: pl.Boolean()}
+    return {name: kinds[kind] for name, kind in columns().items()}
 
 
 def columns() -> dict[str, type]:
@@ -69,15 +76,28 @@ def columns() -> dict[str, type]:
     return found | dict.fromkeys(Gap("", None, None).row(), float)
 
 
+def suffix_of(out: str) -> str:
+    """What says the format of ``out``. Raises CommandUsageError where it says none that is known.
+
+    A URL takes Parquet alone: nothing else can be read back from there.
+    """
+    return check_suffix(out, SUFFIXES[:1] if is_url(out) else SUFFIXES)
+
+
 def write(frame: pl.DataFrame, plan: Plan, out: str) -> None:
     """Write ``out`` whole or not at all. Raises SimulationError naming it."""
-    metadata = {METADATA: json.dumps(asdict(plan.grid))}
+    suffix, metadata = suffix_of(out), {METADATA: json.dumps(asdict(plan.grid))}
     with _naming(out):
         if is_url(out):
             frame.write_parquet(out, metadata=metadata)
             return
         with written_whole(Path(out)) as partial:
-            frame.write_parquet(partial, metadata=metadata)
+            if suffix == ".parquet":
+                frame.write_parquet(partial, metadata=metadata)
+            elif suffix == ".csv":
+                frame.write_csv(partial)
+            else:
+                partial.write_text(to_json(frame.to_dicts()), encoding="utf-8")
 
 
 def read_finished(out: str) -> dict[str, dict[str, Any]]:
@@ -89,13 +109,28 @@ def read_finished(out: str) -> dict[str, dict[str, Any]]:
 
     with _naming(out):
         try:
-            frame = pl.read_parquet(out, glob=False)
+            frame = _read(out)
         except FileNotFoundError:
             return {}
     if not {"key", "status"} <= set(frame.columns):
         raise SimulationError(f"{out} is not the result of a sweep: it has no column key")
     done = frame.filter(pl.col("status") == "ok")
     return {row["key"]: row for row in done.iter_rows(named=True)}
+
+
+def _read(out: str) -> pl.DataFrame:
+    """A result as it was written, types included. Raises FileNotFoundError and polars' errors."""
+    import polars as pl
+
+    suffix = suffix_of(out)
+    if suffix == ".parquet":
+        return pl.read_parquet(out, glob=False)
+    if suffix == ".csv":
+        return pl.read_csv(out, schema_overrides=_schema(), glob=False)
+    try:
+        return table(json.loads(Path(out).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError):
+        return pl.DataFrame()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from moesim.sweep.loop import Sweep, Watcher
 from moesim.sweep.plan import make_plan, none_valid
 from moesim.sweep.pool import ProcessPool
 from moesim.sweep.ray_pool import RayPool, ray_address
-from moesim.sweep.results import read_finished, table, write
+from moesim.sweep.results import read_finished, suffix_of, table, write
 
 LOCAL = "local"
 
@@ -67,6 +67,7 @@ def run_sweep(
     if settings.on != LOCAL:
         ray_address(settings.on)
     plan = make_plan(grid)
+    suffix_of(out)
     _check_out(out)
     earlier = read_finished(out) if settings.resume or is_url(out) else {}
     with _journal(settings.state or _beside(out), settings) as journal:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from moepolicy.outputs import naming
+
 from moesim.workload.loading import attached
 from moesim.workload.steps import Workload
 
@@ -24,6 +26,7 @@ def shared_workload(folder: Path, name: str, load: Callable[[Path], object]) -> 
         if not place.exists():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            load(partial)
+            with naming(partial):
+                load(partial)
             partial.replace(place)
     return attached(place)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from moepolicy.tables import Table, wrapped
 
-from moesim.report import Format, percent
+from moesim.report import percent
 
 SETTING = ("trace_path", "scope", "precision", "expert_bytes", "machine", "memory_bytes")
 
@@ -61,21 +56,8 @@ def _best_of(rows: list[Row]) -> Row:
     }
 
 
-def render(rows: Sequence[Row], format: Format) -> str:
-    """What ``best`` found, in one format."""
-    if format is Format.json:
-        return json.dumps(list(rows), indent=1) + "\n"
-    if format is Format.csv:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-    return _table(rows)
-
-
-def _table(rows: Sequence[Row]) -> str:
-    """Columns that are the same throughout go into the title."""
+def table(rows: Sequence[Row]) -> str:
+    """What ``best`` found, for people; columns that are the same throughout go into the title."""
     shown = {
         "trace_path": "trace",
         "machine": "machine",
@@ -90,31 +72,18 @@ def _table(rows: Sequence[Row]) -> str:
         for name in shown
         if name not in varied and rows[0][name] is not None
     ]
-    table = Table(header_style="bold")
-    for name in varied:
-        right = name in ("slots", "memory_bytes")
-        table.add_column(shown[name], justify="right" if right else "left")
-    for name in (
-        "best policy",
-        "tokens/s",
-        "hit %",
-        "x limit",
-        "limit %",
-        "gap %",
-        "second",
-        "by %",
-    ):
-        left = name in ("best policy", "second")
-        table.add_column(name, justify="left" if left else "right")
+    names = ["best policy", "tokens/s", "hit %", "x limit", "limit %", "gap %", "second", "by %"]
+    result = Table(
+        [shown[name] for name in varied],
+        names,
+        left=["best policy", "second"],
+        right=["slots", "memory"],
+    )
     for row in rows:
-        table.add_row(*(_cell(name, row[name]) for name in varied), *_scores(row))
-    console = Console(file=io.StringIO(), width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    stream = console.file
-    assert isinstance(stream, io.StringIO)
-    title = f"Best simulated tokens/s: {', '.join(fixed)}.\n"
-    note = "* changes what the model computes\n" if any(row["lossy"] for row in rows) else ""
-    return title + stream.getvalue() + note
+        result.add_row(*(_cell(name, row[name]) for name in varied), *_scores(row))
+    title = f"Best simulated tokens/s: {', '.join(fixed)}."
+    notes = ["* changes what the model computes"] if any(row["lossy"] for row in rows) else []
+    return f"{wrapped([title])}\n{result.render()}{wrapped(notes)}"
 
 
 def _scores(row: Row) -> list[str]:

@@ -1,41 +1,23 @@
-"""Table 2 as text for people, or as JSON and CSV for programs."""
+"""Table 2 as text for people, and as rows and one document for programs."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from moepolicy.tables import Table, described, wrapped
 
-from moesim.report import Format
 from moesim.table2.findings import reading_s, unexplained
 from moesim.table2.ours import Reach
 from moesim.table2.published import CARDS, FITTED, PRECISIONS, PREDICTED, Algorithm
 from moesim.table2.reproduce import Account, Cell, Reproduction
 from moesim.workload.steps import Workload
 
-WIDTH = 100
 
-
-def render(
-    found: Reproduction, workload: Workload, format: Format, title: str, provenance: dict[str, Any]
-) -> str:
-    """Everything as a table or JSON; CSV has the cells alone."""
-    if format is Format.table:
-        return _text(found, workload, title)
-    if format is Format.json:
-        return json.dumps(provenance | as_json(found, workload), indent=1) + "\n"
-    rows = [_cell(cell) | provenance for cell in found.account.cells]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def cells(found: Reproduction, provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table's cells as rows."""
+    return [_cell(cell) | provenance for cell in found.account.cells]
 
 
 def as_json(found: Reproduction, workload: Workload) -> dict[str, Any]:
@@ -112,41 +94,45 @@ def _reach(reach: Reach) -> dict[str, Any]:
     }
 
 
-def _text(found: Reproduction, workload: Workload, title: str) -> str:
+def text(found: Reproduction, workload: Workload, title: str) -> str:
+    """Everything for people."""
     account = found.account
-    notes = "\n".join(f"- {sentence}" for sentence in unexplained(found, workload))
     fitted, predicted = (account.median_error(role) for role in ("fitted", "predicted"))
-    return (
-        f"{title}\nReading '{account.reading.name}': {account.reading.summary}; "
-        f"{account.guesses} guessed ahead. Tokens/s:\n{_plain(_cells_table(account))}"
-        f"Median error: fitted {fitted:.1%}, predicted {predicted:.1%}.\n\n"
-        f"Fitted constants beside the data sheets'\n{_plain(_constants_table(found, workload))}\n"
-        "The same fit under other readings of the measured engines; n: experts guessed ahead\n"
-        f"{_plain(_readings_table(found))}\n"
-        "This project's engine with those constants: copies beside compute, nothing written back.\n"
-        "Simulated tokens/s, and the paper's fastest row to compare\n"
-        f"{_plain(_reach_table(found.reach))}{_best(found.reach)}\nLeft unexplained\n{notes}\n"
-    )
+    readings = {other.reading.name: other.reading.summary for other in found.others}
+    parts = [
+        wrapped(
+            [
+                title,
+                f"Reading '{account.reading.name}': {account.reading.summary}; "
+                f"{account.guesses} guessed ahead. Tokens/s:",
+            ]
+        ),
+        _cells_table(account).render(),
+        wrapped([f"Median error: fitted {fitted:.1%}, predicted {predicted:.1%}."]),
+        wrapped(["Fitted constants beside the data sheets'"])
+        + _constants_table(found, workload).render(),
+        wrapped(
+            ["The same fit under other readings of the measured engines; n: experts guessed ahead"]
+        )
+        + _readings_table(found).render(),
+        described(readings),
+        wrapped(
+            [
+                "This project's engine with those constants: copies beside compute, nothing "
+                "written back. Simulated tokens/s, and the paper's fastest row to compare"
+            ]
+        )
+        + _reach_table(found.reach).render()
+        + wrapped(_best(found.reach)),
+        wrapped(["Left unexplained", *(f"- {one}" for one in unexplained(found, workload))]),
+    ]
+    return "\n".join(parts)
 
 
-def _best(reach: Sequence[Reach]) -> str:
+def _best(reach: Sequence[Reach]) -> list[str]:
     times = Counter(row.best for row in reach if row.best is not None)
     each = ", ".join(f"{name} in {n} of {len(reach)}" for name, n in times.most_common())
-    return f"Fastest without knowing the future: {each}.\n" if each else ""
-
-
-def _plain(table: Table) -> str:
-    stream = io.StringIO()
-    Console(file=stream, width=WIDTH).print(table)
-    return stream.getvalue()
-
-
-def _table(names: Sequence[str], *, text: int) -> Table:
-    """A table whose first ``text`` columns are words, the others numbers."""
-    table = Table(header_style="bold")
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < text else "right", no_wrap=True)
-    return table
+    return [f"Fastest without knowing the future: {each}."] if each else []
 
 
 def _cells_table(account: Account) -> Table:
@@ -156,9 +142,8 @@ def _cells_table(account: Account) -> Table:
         for precision, half in zip(PRECISIONS, halves, strict=True)
         for name in half
     ]
-    table = _table(["GPU", "algorithm", *names], text=2)
+    table = Table(["GPU", "algorithm"], names)
     by_place = {(cell.gpu, cell.algorithm, cell.precision): cell for cell in account.cells}
-    last = list(Algorithm)[-1]
     for card in CARDS:
         for algorithm in Algorithm:
             row = [card.name, algorithm.value]
@@ -166,13 +151,15 @@ def _cells_table(account: Account) -> Table:
                 cell = by_place[card.name, algorithm, precision]
                 error = "(left out)" if cell.role == "excluded" else f"{100 * cell.error:+.1f}"
                 row += [f"{cell.published:.3f}", f"{cell.simulated:.3f}", error]
-            table.add_row(*row, end_section=algorithm is last)
+            table.add_row(*row)
+        table.end_section()
     return table
 
 
 def _constants_table(found: Reproduction, workload: Workload) -> Table:
-    names = ["GPU", "link", "slots", "GB/s\nfitted", "GB/s\nasked", "GB/s\nby PCIe"]
-    table = _table([*names, "layer ms\nfitted", "layer ms\nby memory", "misfit\n%"], text=2)
+    names = ["link", "slots", "GB/s\nfitted", "GB/s\nasked", "GB/s\nby PCIe"]
+    names += ["layer ms\nfitted", "layer ms\nby memory", "misfit\n%"]
+    table = Table(["GPU"], names, left=["link"])
     for row in _constants(found, workload):
         table.add_row(
             row["gpu"],
@@ -189,12 +176,11 @@ def _constants_table(found: Reproduction, workload: Workload) -> Table:
 
 
 def _readings_table(found: Reproduction) -> Table:
-    names = ["reading", "that is", "n", "misfit\n%", f"{PREDICTED}\nmedian %", "worst %"]
-    table = _table([*names, "link %\nasked"], text=2)
+    names = ["n", "misfit\n%", f"{PREDICTED}\nmedian %", "worst %", "link %\nasked"]
+    table = Table(["reading"], names)
     for row in map(_reading, found.others):
         table.add_row(
             row["reading"],
-            row["summary"],
             str(row["guesses"]),
             f"{100 * row['misfit']:.1f}",
             f"{100 * row['median_error_predicted']:.1f}",
@@ -206,8 +192,7 @@ def _readings_table(found: Reproduction) -> Table:
 
 def _reach_table(reach: Sequence[Reach]) -> Table:
     policies = list(reach[0].policies)
-    names = ["GPU", "experts", "paper", *policies, "limit", "compute\nalone"]
-    table = _table(names, text=2)
+    table = Table(["GPU", "experts"], ["paper", *policies, "limit", "compute\nalone"])
     shown: Callable[[float], str] = "{:.3f}".format
     for row in reach:
         table.add_row(
@@ -217,6 +202,7 @@ def _reach_table(reach: Sequence[Reach]) -> Table:
             *(shown(row.policies[name]) for name in policies),
             shown(row.limit),
             shown(row.compute_limit),
-            end_section=row.precision == FITTED and row.gpu == CARDS[-1].name,
         )
+        if row.precision == FITTED and row.gpu == CARDS[-1].name:
+            table.end_section()
     return table

@@ -121,7 +121,7 @@ def test_a_sample_by_name_says_that_it_is_synthetic() -> None:
         (["compare", "lru", "--slots", "-1"], 2, "a cache has 0 slots or more"),
         (["compare", "lru", "--format", "xml"], 2, "'xml' is not one of"),
         (["compare"], 2, "Missing argument"),
-        (["compare", "lru", "--out", "absent/rows.csv"], 1, "No such file or directory"),
+        (["compare", "lru", "--out", "absent/rows.csv"], 1, "the folder absent does not exist"),
     ],
 )
 def test_a_mistake_is_one_clear_line(arguments: list[str], code: int, says: str) -> None:

@@ -131,7 +131,7 @@ def test_compare_prints_the_limit_and_the_gap_within_100_columns() -> None:
     assert max(map(len, text.splitlines())) <= 100
     for heading in ("x limit", "limit %", "gap %"):
         assert text.count(heading) == 1 or heading == "gap %"
-    assert text.count("\n limit") == 2  # a row for each number of slots
+    assert text.count("\nlimit ") == 2  # a row for each number of slots
     assert "lru is not among the policies; it was simulated for this" in text
     bare = moesim("compare", "lfu", "--tokens", "60", "--slots", "2", "--no-limits")
     assert "limit" not in bare
@@ -217,5 +217,5 @@ def test_a_sweep_of_a_file_without_limits(tmp_path: Path) -> None:
     frame = pl.read_parquet(out)
     assert frame["limit_loads"].to_list() == [None]
     assert frame["cold"].to_list() == [True]
-    moesim("sweep", "--grid", grid, "--limits", "--out", out)
+    moesim("sweep", "--grid", grid, "--limits", "--out", out, "--force")
     assert pl.read_parquet(out)["limit_loads"].null_count() == 0

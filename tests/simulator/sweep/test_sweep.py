@@ -102,7 +102,7 @@ def test_the_command_from_a_file_and_flags(tmp_path: Path, trace: str) -> None:
     assert len(frame) == 8
     assert frame["moesim_version"].null_count() == 0
     assert "8 points; 8 run in" in done.stderr
-    assert "tokens/s" in sweep("--grid", grid, "--slots", "1", "--out", out).stdout
+    assert "tokens/s" in sweep("--grid", grid, "--slots", "1", "--out", out, "--force").stdout
 
 
 def test_experts_are_counted_in_the_calibration_trace(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_policy_file_travels_with_the_job(tmp_path: Path, trace: str) -> None:
         (["lru", "--out", "r", "--slots", "few"], 2, "slots: 'few' is not a whole number"),
         (["lru", "--out", "r", "--param", "n=1"], 2, "'n=1' is not policy:parameter=value"),
         (["lru", "--out", "r", "--workers", "0"], 2, "should be greater than or equal to 1"),
-        (["lru", "--out", "r", "--on", "moon"], 2, "--on is 'moon'"),
+        (["lru", "--out", "r.parquet", "--on", "moon"], 2, "--on is 'moon'"),
         (["lru", "--out", "r", "--grid", "absent.toml"], 1, "absent.toml"),
     ],
 )
@@ -338,7 +338,10 @@ def test_traces_and_results_in_an_object_store(
         assert "2 run in" in again.stderr
         assert "2 finished before" in again.stderr
         there = pl.read_parquet(store.objects["/results/deep/r.parquet"])
-        absent = sweep("lru", "--trace", "s3://traces/absent.parquet", "--out", out, code=1)
+        taken = sweep("lru", "--trace", "s3://traces/t.parquet", *axes, "--out", out, code=1)
+        assert "exists already, a finished sweep of 4 points" in taken.stderr
+        elsewhere = out.replace("r.parquet", "other.parquet")
+        absent = sweep("lru", "--trace", "s3://traces/absent.parquet", "--out", elsewhere, code=1)
         assert absent.stderr == "error: s3://traces/absent.parquet: there is no such trace\n"
     sweep("lru", "lfu", "--trace", trace, *axes, "--out", "here.parquet")
     told = ["key", "trace_path", "trace_sha256"]  # the place, and what its digest is of

@@ -10,8 +10,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from moepolicy.tables import to_csv, to_json
 from moesim import SimulationError
-from moesim.report import Format
 from moesim.simulate import Result
 from moesim.sweep.events import Event, Finished, Lost, Ready
 from moesim.sweep.grid import Grid
@@ -20,7 +20,8 @@ from moesim.sweep.loop import Sweep, Watcher
 from moesim.sweep.plan import Plan, Point, make_plan
 from moesim.sweep.results import METADATA, read_finished, table, write
 from moesim.sweep.schedule import Schedule
-from moesim.sweep.summary import best, render
+from moesim.sweep.summary import best
+from moesim.sweep.summary import table as table_of_best
 from moesim.sweep.worker import Outcome, Worker
 from support.traces import random_trace
 
@@ -282,12 +283,12 @@ def test_the_best_policy_is_one_that_could_run_and_changes_nothing() -> None:
         (2, "skip", None),
     ]
     assert found[0]["clairvoyant_tokens_per_s"] == 9.0
-    printed = render(found, Format.table)
+    printed = table_of_best(found)
     assert "skip*" in printed
     assert "25.0" in printed  # of the gap
     assert "precision fp16" in printed  # the same throughout: said once
-    assert len(render(found, Format.csv).splitlines()) == 4
-    assert json.loads(render(found, Format.json)) == found
+    assert len(to_csv(found).splitlines()) == 4
+    assert json.loads(to_json(found)) == found
 
 
 def test_with_a_budget_the_slots_are_the_winner_s() -> None:

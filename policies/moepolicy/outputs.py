@@ -1,0 +1,170 @@
+"""Files that commands write: in the format of their suffix, whole or not at all, and never over a
+finished file unless told to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepolicy.console import CommandError, CommandUsageError, emit
+from moepolicy.tables import Format, to_csv, to_json
+
+PARQUET = "parquet"
+FORMATS = {".txt": "table", ".json": "json", ".csv": "csv", ".parquet": PARQUET}
+"""The format of a file of results by its suffix."""
+
+# Keys of Parquet metadata: the trace format's and the sweep's own.
+_TRACE, _SWEEP = "moeroute", "moesim-sweep"
+
+
+def check_suffix(path: Path | str, suffixes: Sequence[str], what: str = "--out") -> str:
+    """The suffix of ``path``, one of ``suffixes``. Raises CommandUsageError listing them.
+
+    A suffix of two parts, such as .json.gz, is looked for first.
+    """
+    if "://" not in str(path) and Path(path).is_dir():
+        raise CommandError(f"{what} {path} is a folder, not a file to write to")
+    name = Path(path).name.lower()
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        if name.endswith(suffix) and name != suffix:
+            return suffix
+    known = ", ".join(suffixes)
+    raise CommandUsageError(f"{what} {path}: the suffix says the format, and there are: {known}")
+
+
+def check_free(path: Path | None, *, force: bool, what: str = "--out") -> None:
+    """Raise CommandError unless a file can be written to ``path``: call it before the work.
+
+    The folder must be there, and no file may lie at ``path`` unless ``force`` lets it be replaced.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise CommandError(f"{what} {path}: the folder {path.parent} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise CommandError(f"{what} {path}: the folder {path.parent} cannot be written to")
+    if path.is_dir():
+        raise CommandError(f"{what} {path} is a folder, not a file to write to")
+    # Devices (/dev/stdout, /dev/null) hold nothing that could be lost.
+    if not force and path.is_file():
+        raise CommandError(
+            f"{what} {path} exists already, {what_lies_at(path)}: --force replaces it"
+        )
+
+
+def what_lies_at(path: Path) -> str:
+    """A file in words: a trace, a sweep, or its size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    return (_parquet(path) if is_parquet else None) or f"a file of {size:,} bytes"
+
+
+def _parquet(path: Path) -> str | None:
+    """What our own Parquet files say of themselves; None of others."""
+    import json
+
+    import polars as pl
+
+    try:
+        noted = pl.read_parquet_metadata(path)
+        n_rows = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+        if _TRACE in noted:
+            meta = json.loads(noted[_TRACE])
+            n_tokens = n_rows // max(meta["n_layers"], 1)
+            return f"a finished trace of {n_tokens:,} tokens of {meta['model']}"
+        if _SWEEP in noted:
+            policies = ", ".join(json.loads(noted[_SWEEP])["policies"])
+            return f"a finished sweep of {n_rows:,} points ({policies})"
+    except (pl.exceptions.PolarsError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return None
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a name beside ``path`` to write to; it becomes ``path`` if nothing fails.
+
+    System errors that name no file, as those of a full disk, or the passing name are told as ones
+    of ``path``.
+    """
+    if path.exists() and not path.is_file():
+        with naming(path):
+            yield path  # a device has no name to be replaced
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with naming(path, partial):
+            yield partial
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, alias: Path | None = None) -> Iterator[None]:
+    """Let system errors that name no file, or ``alias``, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.filename == str(alias):
+            error.filename = str(path)
+            error.filename2 = None
+        raise
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go and in which format: stdout, or a file in the format of its suffix."""
+
+    format: str
+    path: Path | None
+
+    @classmethod
+    def checked(cls, out: Path | None, format: Format | None, *, force: bool) -> Output:
+        """What --out, --format and --force ask for. Raises CommandError before any work is done:
+
+        where the suffix is unknown or contradicts ``format``, the folder is not there, or a file
+        lies at ``out`` that may not be replaced.
+        """
+        if out is None:
+            return cls(format or Format.table, None)
+        suffix = check_suffix(out, list(FORMATS))
+        wanted = FORMATS[suffix]
+        if format is not None and format != wanted:
+            raise CommandUsageError(
+                f"--out {out} would hold {wanted}, and --format says {format.value}: give one of "
+                "the two, or a suffix of that format"
+            )
+        check_free(out, force=force)
+        return cls(wanted, out)
+
+    def deliver(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        table: Callable[[], str],
+        document: Any = None,
+    ) -> None:
+        """Print or write the results: ``rows`` for CSV and Parquet, ``document`` (by default the
+        rows) for JSON, and what ``table`` makes for people."""
+        if self.path is None:
+            emit(self._text(rows, table, document))
+            return
+        with written_whole(self.path) as partial:
+            if self.format == PARQUET:
+                import polars as pl
+
+                pl.DataFrame(list(rows), infer_schema_length=None).write_parquet(partial)
+            else:
+                partial.write_text(self._text(rows, table, document), encoding="utf-8")
+
+    def _text(
+        self, rows: Sequence[Mapping[str, Any]], table: Callable[[], str], document: Any
+    ) -> str:
+        if self.format == Format.json:
+            return to_json(rows if document is None else document)
+        return to_csv(rows) if self.format == Format.csv else table()
