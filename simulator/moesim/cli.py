@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 from moepolicy import PolicyError, PolicySpec, console, find_policy, policy_names
 from moeroute import TraceError, open_trace
+from moeroute.sizes import GivenSizes
 from rich.console import Console
 from rich.progress import track
 
 from moesim import __version__
 from moesim.commands.curve import curve
+from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
 from moesim.engines.choose import Engine
@@ -23,6 +25,7 @@ from moesim.engines.timeline import write_timeline
 from moesim.errors import SimulationError
 from moesim.limits.bounds import BASELINE
 from moesim.machine.profile import load_machine, machine_names
+from moesim.machine.unknown import dense_label, expert_label, size_notes
 from moesim.report import Compared, Format, beside_baseline, deliver, render
 from moesim.simulate import (
     check_calibration,
@@ -77,7 +80,9 @@ def compare(
     ] = "rtx3060",
     precision: Annotated[
         str | None,
-        typer.Option(help="Size of an expert by its precision, of those the trace lists."),
+        typer.Option(
+            help="Size of an expert by its precision, of those the trace or --like lists."
+        ),
     ] = None,
     expert_bytes: Annotated[int | None, typer.Option(help="Size of an expert in bytes.")] = None,
     low_precision: Annotated[
@@ -91,6 +96,11 @@ def compare(
     low_expert_bytes: Annotated[
         int | None, typer.Option(help="The same in bytes.", show_default=False)
     ] = None,
+    like: Like = None,
+    layers: Layers = None,
+    attention: Attention = None,
+    dense_layer_bytes: DenseLayerBytes = None,
+    dense_token_bytes: DenseTokenBytes = None,
     engine: Annotated[
         Engine,
         typer.Option(help="simpy is the reference, replay the fast loop; the results are equal."),
@@ -141,12 +151,12 @@ def compare(
     specs = [find_policy(name) for name in policies]
     profile = load_machine(machine)
     opened = open_trace(trace)
-    size = expert_size(opened.meta, precision=precision, expert_bytes=expert_bytes)
-    low_size = low_expert_size(
-        opened.meta, size, precision=low_precision, expert_bytes=low_expert_bytes
-    )
+    given = GivenSizes(like, layers, attention, {}, dense_layer_bytes, dense_token_bytes)
+    meta = given.on(opened.meta)
+    size = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
+    low_size = low_expert_size(meta, size, precision=low_precision, expert_bytes=low_expert_bytes)
     sizes = _slots(slots, opened.meta.n_experts)
-    workload = workload_for(opened, specs)
+    workload = workload_for(opened, specs).sized(meta)
     if tokens is not None:
         workload = workload.head(tokens)
     calibrating = None if calibration is None else open_trace(calibration)
@@ -164,6 +174,11 @@ def compare(
         cold=cold,
         limits=limits,
     )
+    if timeline is not None and size is None:
+        raise SimulationError(
+            "a timeline is of times, and nothing says how big an expert is: give --like or "
+            "--expert-bytes"
+        )
     points = [(count, spec) for count in sizes for spec in specs]
     results, timelines = [], []
     for count, spec in _progress(points):
@@ -173,18 +188,20 @@ def compare(
     compared = [Compared(result, None) for result in results]
     if limits:
         compared = beside_baseline(results, lambda count: run(find_policy(BASELINE), slots=count))
-    if timeline is not None:
+    if timeline is not None and size is not None:
         write_timeline(
             timeline,
             timelines,
             n_experts=opened.meta.n_experts,
             expert_bytes=size,
             piece_bytes=min(profile.link.chunk_bytes or size, size),
+            notes=size_notes(result.row() for result in results),
         )
     title = (
-        f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes"
+        f"Simulated on {profile.name} ({profile.source} constants), {expert_label(size)}"
         f"{f' ({low_size:,} at the lower precision)' if low_size else ''}, "
-        f"cache per {scope}{', cold at every sequence' if cold else ''}.\n{opened.title}: "
+        f"cache per {scope}{', cold at every sequence' if cold else ''}.\n"
+        f"{dense_label(meta)}.\n{opened.title}: "
         f"{workload.n_decoded + workload.n_prompt:,} tokens x {opened.meta.n_layers} layers, "
         f"top-{opened.meta.top_k} of {opened.meta.n_experts} experts."
     )
@@ -194,6 +211,8 @@ def compare(
         "machine_source": profile.source,
         "moesim_version": __version__,
     }
+    if like is not None:
+        provenance["sizes_like"] = like
     if calibrating is not None:
         provenance["calibration_sha256"] = calibrating.digest
     deliver(render(compared, format, title, provenance), out)

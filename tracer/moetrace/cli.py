@@ -171,11 +171,69 @@ def import_trace(
     file: Annotated[Path, typer.Argument(help="A routing .npz or a BigMoeOnEdge route CSV.")],
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Take the model's sizes from this one: a name such as gpt-oss-20b, a config.json, "
+            "or its folder. Layers, experts and top-k must agree with the recording's.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="The recording is of --like's first so many layers alone.", show_default=False
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of --like's attention: native, bf16, 4bit, 3bit, 2bit. Default: "
+            "native.",
+            show_default=False,
+        ),
+    ] = None,
+    expert_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION=BYTES,...",
+            help="Bytes of one expert by precision, that of the recording first.",
+            show_default=False,
+        ),
+    ] = None,
+    dense_layer_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Bytes of a layer's weights other than routed experts.", show_default=False
+        ),
+    ] = None,
+    dense_token_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Bytes a token reads outside those layers: last norm, head, layers without "
+            "experts.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Turn a foreign recording into a trace; what it did not record is left out and noted."""
-    from moeroute.importers import import_foreign
+    """Turn a foreign recording into a trace; what it did not record is left out and noted.
 
-    import_foreign(file, out)
+    Times are simulated from the model's sizes. Few recordings say them: without --like or numbers
+    they stay unknown, which is said beside every number that would need them.
+    """
+    from moeroute.importers import import_foreign
+    from moeroute.sizes import GivenSizes
+
+    sizes = GivenSizes(
+        like,
+        layers,
+        attention,
+        _expert_bytes(expert_bytes),
+        dense_layer_bytes,
+        dense_token_bytes,
+    )
+    import_foreign(file, out, sizes=sizes)
     _describe(out)
 
 
@@ -213,6 +271,19 @@ def _numbers(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"--sizes {text!r}: give whole numbers, as in 2,4,6") from None
+
+
+def _expert_bytes(text: str | None) -> dict[str, int]:
+    """The sizes of 4bit=13000000,bf16=50000000 by name."""
+    found: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        name, _, size = part.partition("=")
+        if not name.strip() or not size.strip().isdecimal() or not int(size):
+            raise typer.BadParameter(
+                f"--expert-bytes {text!r}: give PRECISION=BYTES, as in 4bit=13000000,bf16=50000000"
+            )
+        found[name.strip()] = int(size)
+    return found
 
 
 def _describe(path: Path) -> None:

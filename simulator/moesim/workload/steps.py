@@ -163,6 +163,12 @@ class Workload:
         vars(found).update(calibration=counts, counts=counts)
         return found
 
+    def sized(self, meta: TraceMeta) -> Workload:
+        """The same steps of a model with the sizes of ``meta``."""
+        found = copy(self)
+        vars(found).update(meta=meta)
+        return found
+
     def context(self, slots: int, scope: str) -> Context:
         """What a policy is made from, clairvoyant knowledge included."""
         return Context(
