@@ -12,6 +12,7 @@ from moepolicy import PolicyError, PolicySpec, console, find_policy, policy_name
 from moepolicy.outputs import Output, check_free, check_suffix
 from moepolicy.tables import described
 from moeroute import TraceError, open_trace
+from moeroute.sizes import GivenSizes
 from rich.console import Console
 from rich.progress import track
 
@@ -19,6 +20,7 @@ from moesim import __version__
 from moesim.commands.curve import curve
 from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.commands.points import Points, same_figures
+from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
 from moesim.engines.choose import Engine
@@ -27,7 +29,8 @@ from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
 from moesim.limits.bounds import BASELINE
 from moesim.machine.profile import load_machine, machine_names
-from moesim.report import rows_of, table
+from moesim.machine.unknown import dense_label, expert_label, size_notes
+from moesim.report import Compared, rows_of, table
 from moesim.simulate import (
     check_calibration,
     expert_size,
@@ -81,7 +84,9 @@ def compare(
     ] = "rtx3060",
     precision: Annotated[
         str | None,
-        typer.Option(help="Size of an expert by its precision, of those the trace lists."),
+        typer.Option(
+            help="Size of an expert by its precision, of those the trace or --like lists."
+        ),
     ] = None,
     expert_bytes: Annotated[int | None, typer.Option(help="Size of an expert in bytes.")] = None,
     low_precision: Annotated[
@@ -95,6 +100,11 @@ def compare(
     low_expert_bytes: Annotated[
         int | None, typer.Option(help="The same in bytes.", show_default=False)
     ] = None,
+    like: Like = None,
+    layers: Layers = None,
+    attention: Attention = None,
+    dense_layer_bytes: DenseLayerBytes = None,
+    dense_token_bytes: DenseTokenBytes = None,
     engine: Annotated[
         Engine,
         typer.Option(help="simpy is the reference, replay the fast loop; the results are equal."),
@@ -150,13 +160,14 @@ def compare(
     specs = [find_policy(name) for name in policies]
     profile = load_machine(machine)
     opened = open_trace(trace)
-    size = expert_size(opened.meta, precision=precision, expert_bytes=expert_bytes)
-    low_size = low_expert_size(
-        opened.meta, size, precision=low_precision, expert_bytes=low_expert_bytes
-    )
+    given = GivenSizes(like, layers, attention, {}, dense_layer_bytes, dense_token_bytes)
+    meta = given.on(opened.meta)
+    size = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
+    low_size = low_expert_size(meta, size, precision=low_precision, expert_bytes=low_expert_bytes)
     sizes = _slots(slots, opened.meta.n_experts)
     points = Points(opened.title, scope, profile.name)
-    workload = workload_for(opened, [spec for spec in specs if points.admits(opened, spec)])
+    admitted = [spec for spec in specs if points.admits(opened, spec)]
+    workload = workload_for(opened, admitted).sized(meta)
     if tokens is not None:
         workload = workload.head(tokens)
     calibrating = None if calibration is None else open_trace(calibration)
@@ -174,6 +185,11 @@ def compare(
         cold=cold,
         limits=limits,
     )
+    if timeline is not None and size is None:
+        raise SimulationError(
+            "a timeline is of times, and nothing says how big an expert is: give --like or "
+            "--expert-bytes"
+        )
     timelines = []
     for count, spec in _progress([(count, spec) for count in sizes for spec in specs]):
         segments: list[Segment] | None = None if timeline is None else []
@@ -182,18 +198,20 @@ def compare(
     compared = points.beside(
         (lambda count: run(find_policy(BASELINE), slots=count)) if limits else None
     )
-    if timeline is not None:
+    if timeline is not None and size is not None:
         write_timeline(
             timeline,
             timelines,
             n_experts=opened.meta.n_experts,
             expert_bytes=size,
             piece_bytes=min(profile.link.chunk_bytes or size, size),
+            notes=size_notes(one.result.row() for one in compared if isinstance(one, Compared)),
         )
     title = (
-        f"Simulated on {profile.name} ({profile.source} constants), experts of {size:,} bytes"
+        f"Simulated on {profile.name} ({profile.source} constants), {expert_label(size)}"
         f"{f' ({low_size:,} at the lower precision)' if low_size else ''}, "
-        f"cache per {scope}{', cold at every sequence' if cold else ''}.\n{opened.title}: "
+        f"cache per {scope}{', cold at every sequence' if cold else ''}.\n"
+        f"{dense_label(meta)}.\n{opened.title}: "
         f"{workload.n_decoded + workload.n_prompt:,} tokens x {opened.meta.n_layers} layers, "
         f"top-{opened.meta.top_k} of {opened.meta.n_experts} experts."
     )
@@ -203,6 +221,8 @@ def compare(
         "machine_source": profile.source,
         "moesim_version": __version__,
     }
+    if like is not None:
+        provenance["sizes_like"] = like
     if calibrating is not None:
         provenance["calibration_sha256"] = calibrating.digest
     alike = same_figures(specs, workload.context(0, scope), sizes)

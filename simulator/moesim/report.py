@@ -11,6 +11,7 @@ from moepolicy.tables import Table, wrapped
 
 from moesim.limits import Gap, gap_of
 from moesim.limits.bounds import BASELINE
+from moesim.machine.unknown import size_notes
 from moesim.simulate import Result
 
 
@@ -94,15 +95,25 @@ def _cells(one: Compared | Refused) -> dict[str, str]:
         "late %": f"{100 * result.late / result.requests:.1f}",
         "loads": f"{result.loads:,}",
         "useless": f"{result.useless_prefetches:,}",
-        "stall %": f"{100 * result.stall_s / result.time_s:.1f}",
-        "tokens/s": f"{result.tokens_per_s:.2f}",
+        "stall %": percent(_stall_share(result)),
+        "tokens/s": per_second(result.tokens_per_s),
     }
     if one.gap is not None:
-        assert result.share_of_limit is not None
         cells["x limit"] = f"{result.loads / result.limit_loads:.2f}" if result.limit_loads else "-"
-        cells["limit %"] = f"{100 * result.share_of_limit:.1f}"
+        cells["limit %"] = percent(result.share_of_limit)
         cells["gap %"] = percent(one.gap.time)
     return cells
+
+
+def _stall_share(result: Result) -> float | None:
+    if result.stall_s is None or not result.time_s:
+        return None
+    return result.stall_s / result.time_s
+
+
+def per_second(tokens_per_s: float | None) -> str:
+    """tokens/s for a table; None: there are no times."""
+    return "-" if tokens_per_s is None else f"{tokens_per_s:.2f}"
 
 
 def percent(share: float | None) -> str:
@@ -123,9 +134,9 @@ def _limits(results: Sequence[Result]) -> list[dict[str, str]]:
             "slots": str(result.slots),
             "loads": f"{result.limit_loads:,}",
             "x limit": "1.00",
-            "tokens/s": f"{result.limit_tokens_per_s:.2f}",
-            "limit %": "100.0",
-            "gap %": "100.0",
+            "tokens/s": per_second(result.limit_tokens_per_s),
+            "limit %": percent(result.limit_tokens_per_s and 1.0),
+            "gap %": percent(result.limit_tokens_per_s and 1.0),
         }
         for result in found.values()
     ]
@@ -151,6 +162,7 @@ def _notes(compared: Sequence[Compared | Refused], limited: bool) -> list[str]:
     if any(result.lossy for result in results):
         notes.append("* changes what the model computes" + ": no limit binds it" * limited)
         notes += [_change_note(result) for result in results if result.lossy]
+    notes += size_notes(result.row() for result in results)
     return notes + _refusals([one for one in compared if isinstance(one, Refused)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from moepolicy import Kind, PolicySpec
 from moepolicy.cache import Journal, Observer
+from moepolicy.policy import overrides
 from moepolicy.state import (
     ALL_MASS,
     LOW_MASS,
@@ -29,7 +30,7 @@ from moesim.engines.onepass import Decisions
 from moesim.errors import SimulationError, UsageError
 from moesim.limits import Limits, limits_of
 from moesim.machine.costs import Sizes, costs_of
-from moesim.machine.profile import NS_PER_S, Machine
+from moesim.machine.profile import NS_PER_S, Link, Machine
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload
 
@@ -41,6 +42,12 @@ WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 class Result:
     """One policy on one cache and machine. Counts are of experts, times simulated seconds.
 
+    expert_bytes      None: unknown, and with it every time, None too
+    layer_bytes       of a layer's dense weights; None: unknown
+    token_bytes       that a token reads outside the layers; None: unknown
+    dense_precision   what those two count the weights as; None: the trace does not say
+    time_is_lower_bound  whether the times leave out reading dense weights of unknown bytes, so
+                      that times are at least, and tokens/s at most, what is said; None: no times
     loads             experts copied over the link, prefetches included
     low_expert_bytes  of one in the second, lower-precision store; 0: there was none
     low_loads         of those, the ones that brought the lower precision
@@ -67,8 +74,12 @@ class Result:
     scope: str
     machine: str
     trace: str
-    expert_bytes: int
+    expert_bytes: int | None
     low_expert_bytes: int
+    layer_bytes: int | None
+    token_bytes: int | None
+    dense_precision: str | None
+    time_is_lower_bound: bool | None
     steps: int
     requests: int
     hits: int
@@ -85,12 +96,12 @@ class Result:
     skipped_share: float
     substituted_share: float
     low_share: float
-    bytes_loaded: int
+    bytes_loaded: int | None
     hit_ratio: float
-    time_s: float
-    stall_s: float
-    link_busy_s: float
-    tokens_per_s: float
+    time_s: float | None
+    stall_s: float | None
+    link_busy_s: float | None
+    tokens_per_s: float | None
     cold: bool
     lossy: bool
     limit_loads: int | None
@@ -98,6 +109,12 @@ class Result:
     limit_tokens_per_s: float | None
     limit_buffers: int | None
     share_of_limit: float | None
+
+    @property
+    def speed(self) -> float:
+        """``tokens_per_s`` of a run that has times."""
+        assert self.tokens_per_s is not None
+        return self.tokens_per_s
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -150,33 +167,32 @@ def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
         )
 
 
-def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | None) -> int:
-    """Bytes of one expert: given, of a named precision, or of the trace's own."""
+def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | None) -> int | None:
+    """Bytes of one expert: given, of a named precision, or of the trace's own; None: unknown."""
     if expert_bytes is not None:
         if expert_bytes <= 0:
             raise UsageError(f"expert-bytes must be above 0, not {expert_bytes}")
         return expert_bytes
-    if not meta.expert_bytes:
-        raise SimulationError(
-            f"the trace of {meta.model} does not say how big an expert is: give --expert-bytes"
-        )
     if precision is None:
-        return next(iter(meta.expert_bytes.values()))
+        return next(iter(meta.expert_bytes.values()), None)
     if precision not in meta.expert_bytes:
+        known = f"it has {', '.join(meta.expert_bytes)}" if meta.expert_bytes else "it has none"
         raise SimulationError(
-            f"the trace has no size for precision '{precision}'; "
-            f"it has {', '.join(meta.expert_bytes)}; or give --expert-bytes"
+            f"the trace has no size for precision '{precision}'; {known}; or give --like or "
+            "--expert-bytes"
         )
     return meta.expert_bytes[precision]
 
 
 def low_expert_size(
-    meta: TraceMeta, full_bytes: int, *, precision: str | None, expert_bytes: int | None
+    meta: TraceMeta, full_bytes: int | None, *, precision: str | None, expert_bytes: int | None
 ) -> int:
     """Bytes of one expert in the lower-precision store; 0 where there is none."""
     if precision is None and expert_bytes is None:
         return 0
     low_bytes = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
+    if low_bytes is None or full_bytes is None:
+        raise SimulationError(f"a lower precision needs the size of the other: {_HOW_BIG}")
     if low_bytes >= full_bytes:
         raise SimulationError(
             f"an expert of the lower precision has {low_bytes:,} bytes, no fewer than the other's "
@@ -185,15 +201,37 @@ def low_expert_size(
     return low_bytes
 
 
+_HOW_BIG = "nothing says how big an expert is; give --like or --expert-bytes"
+
+
 def sizes_of(meta: TraceMeta, expert_bytes: int, low_bytes: int = 0) -> Sizes:
-    """The byte and parameter counts the machine's rates apply to."""
+    """The byte and parameter counts the machine's rates apply to.
+
+    Where nothing tells the parameters of an expert, it is taken to have 16 bits for each.
+    """
+    params = meta.expert_params
     for precision, bits in WEIGHT_BITS.items():
-        if precision in meta.expert_bytes:
+        if params is None and precision in meta.expert_bytes:
             params = meta.expert_bytes[precision] * 8 // bits
-            break
-    else:
+    if params is None:
         params = expert_bytes // 2
-    return Sizes(expert_bytes, params, meta.layer_bytes or 0, meta.token_bytes or 0, low_bytes)
+    return Sizes(expert_bytes, params, meta.layer_bytes, meta.token_bytes, low_bytes)
+
+
+def _untimed(
+    workload: Workload, policy: PolicySpec, machine: Machine, slots: int, scope: str
+) -> tuple[Machine, Sizes]:
+    """A machine and sizes that decisions can be found on where nobody knows how big an expert is.
+
+    Any will do for a policy that copies on demand alone. SimulationError for one that prefetches.
+    """
+    if overrides(policy.build(workload.context(slots, scope)), "prefetch"):
+        raise SimulationError(
+            f"policy '{policy.label}' prefetches, and what comes in time depends on the bytes of "
+            f"an expert: {_HOW_BIG}"
+        )
+    link = Link(bytes_per_s=machine.link.bytes_per_s)
+    return replace(machine, link=link, disk=None), Sizes(1, 1, None, None)
 
 
 def simulate(
@@ -221,6 +259,7 @@ def simulate(
     caches, a policy made afresh and an idle link. What is still on its way when a sequence ends
     lands between the two, which takes no time that is counted. ``limits=False`` leaves out what
     no policy can beat. ``decisions``, of the same policy and cache, are timed and not found anew.
+    Where nothing says how big an expert is, counts are found and times are None.
     Raises SimulationError or PolicyError where the run is impossible.
     """
     if cold and journal is not None:
@@ -236,12 +275,18 @@ def simulate(
             "one: give --low-precision or --low-expert-bytes"
         )
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
-    sizes = sizes_of(workload.meta, size, low_bytes)
+    timed = size is not None
+    if size is None:
+        if timeline is not None:
+            raise SimulationError(f"a timeline is of times: {_HOW_BIG}")
+        on, sizes = _untimed(workload, policy, machine, slots, scope)
+    else:
+        on, sizes = machine, sizes_of(workload.meta, size, low_bytes)
 
     def replayed(part: Workload) -> tuple[Cache, Clock]:
         # Counts are what a calibration trace tells of the whole, the future what a sequence holds.
         context = part.context(slots, scope)._replace(counts=workload.counts)
-        costs = costs_of(part, machine, sizes, predicting="predictions" in policy.requires)
+        costs = costs_of(part, on, sizes, predicting="predictions" in policy.requires)
         return run(
             part,
             policy,
@@ -259,7 +304,7 @@ def simulate(
     parts = workload.sequences() if cold else iter([workload])
     if decisions is not None:
         predicting = "predictions" in policy.requires
-        clock = decisions.clock(costs_of(workload, machine, sizes, predicting=predicting))
+        clock = decisions.clock(costs_of(workload, on, sizes, predicting=predicting))
         counts, parts = decisions.counts, iter(())
     for part in parts:
         cache, spent = replayed(part)
@@ -275,10 +320,13 @@ def simulate(
         tokens, spent_ns = workload.n_decoded, clock.decode_ns
     else:
         tokens, spent_ns = workload.n_prompt, clock.prompt_ns
-    tokens_per_s = tokens * NS_PER_S / spent_ns if spent_ns else float("inf")
+    tokens_per_s = None
+    if timed:
+        tokens_per_s = tokens * NS_PER_S / spent_ns if spent_ns else float("inf")
     limit = None
     if limits:
-        limit = limits_of(workload, machine, sizes, slots, scope, buffers=buffers, cold=cold)
+        known = sizes if timed else None
+        limit = limits_of(workload, machine, known, slots, scope, buffers=buffers, cold=cold)
     return Result(
         policy=policy.label,
         slots=slots,
@@ -287,6 +335,10 @@ def simulate(
         trace=workload.title,
         expert_bytes=size,
         low_expert_bytes=low_bytes,
+        layer_bytes=workload.meta.layer_bytes,
+        token_bytes=workload.meta.token_bytes,
+        dense_precision=workload.meta.dense_precision,
+        time_is_lower_bound=bool(sizes.uncharged(machine)) if timed else None,
         steps=workload.n_steps,
         requests=hits + late + misses,
         hits=hits,
@@ -301,11 +353,11 @@ def simulate(
         substituted=count[Kind.SUBSTITUTE],
         skipped=count[Kind.SKIP],
         **_changed(mass),
-        bytes_loaded=(loads - count[Kind.LOW]) * size + count[Kind.LOW] * low_bytes,
+        bytes_loaded=size and (loads - count[Kind.LOW]) * size + count[Kind.LOW] * low_bytes,
         hit_ratio=hits / (hits + late + misses),
-        time_s=clock.total_ns / NS_PER_S,
-        stall_s=clock.stall_ns / NS_PER_S,
-        link_busy_s=clock.link_busy_ns / NS_PER_S,
+        time_s=clock.total_ns / NS_PER_S if timed else None,
+        stall_s=clock.stall_ns / NS_PER_S if timed else None,
+        link_busy_s=clock.link_busy_ns / NS_PER_S if timed else None,
         tokens_per_s=tokens_per_s,
         cold=cold,
         lossy=policy.policy.lossy,
@@ -323,14 +375,17 @@ def _changed(mass: NDArray[np.float64]) -> dict[str, Any]:
     return {name: float(mass[i] / (mass[ALL_MASS] or 1.0)) for name, i in entries.items()}
 
 
-def _beside(limit: Limits | None, tokens_per_s: float) -> dict[str, Any]:
+def _beside(limit: Limits | None, tokens_per_s: float | None) -> dict[str, Any]:
     """The columns of a result that tell its limits."""
+    share = None
+    if limit is not None and limit.tokens_per_s is not None and tokens_per_s is not None:
+        # Where nothing takes time both are infinite.
+        equal = tokens_per_s == limit.tokens_per_s
+        share = 1.0 if equal else tokens_per_s / limit.tokens_per_s
     return {
         "limit_loads": limit and limit.loads,
         "limit_loads_kept": limit and limit.loads_kept,
         "limit_tokens_per_s": limit and limit.tokens_per_s,
         "limit_buffers": limit and limit.buffers,
-        # Where nothing takes time both are infinite.
-        "share_of_limit": limit
-        and (1.0 if tokens_per_s == limit.tokens_per_s else tokens_per_s / limit.tokens_per_s),
+        "share_of_limit": share,
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moeroute import TraceError, open_trace
-from moeroute.mixtral import compare_with_published, expert_bytes, layer_bytes
+from moeroute.mixtral import compare_with_published, dense_bytes, expert_bytes
 from moeroute.statistics import locality, read_routing, recall
 from moeroute.synthetic import SAMPLE_TOKENS, write_synthetic
 from moeroute.trace import SAMPLES
@@ -93,7 +93,7 @@ def test_sizes_are_those_of_the_base_paper() -> None:
     assert megabytes == {"2bit": 66.7, "3bit": 76.1, "4bit": 93.7, "fp16": 352.3}
     # 45.1 of 46.7 billion parameters are experts'; the rest, 4-bit attention, is small.
     assert round(32 * 8 * expert_bytes()["fp16"] / 2 / 1e9, 1) == 45.1
-    assert layer_bytes() == pytest.approx(22.4e6, rel=0.01)
+    assert dense_bytes().layer_bytes == pytest.approx(22.4e6, rel=0.01)
 
 
 def test_bad_orders_are_refused(tmp_path: Path) -> None:

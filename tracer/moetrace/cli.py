@@ -174,12 +174,70 @@ def import_trace(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
     force: Force = False,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Take the model's sizes from this one: a name such as gpt-oss-20b, a config.json, "
+            "or its folder. Layers, experts and top-k must agree with the recording's.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="The recording is of --like's first so many layers alone.", show_default=False
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of --like's attention: native, bf16, 4bit, 3bit, 2bit. Default: "
+            "native.",
+            show_default=False,
+        ),
+    ] = None,
+    expert_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION=BYTES,...",
+            help="Bytes of one expert by precision, that of the recording first.",
+            show_default=False,
+        ),
+    ] = None,
+    dense_layer_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Bytes of a layer's weights other than routed experts.", show_default=False
+        ),
+    ] = None,
+    dense_token_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Bytes a token reads outside those layers: last norm, head, layers without "
+            "experts.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Turn a foreign recording into a trace; what it did not record is left out and noted."""
-    from moeroute.importers import import_foreign
+    """Turn a foreign recording into a trace; what it did not record is left out and noted.
 
+    Times are simulated from the model's sizes. Few recordings say them: without --like or numbers
+    they stay unknown, which is said beside every number that would need them.
+    """
+    from moeroute.importers import import_foreign
+    from moeroute.sizes import GivenSizes
+
+    sizes = GivenSizes(
+        like,
+        layers,
+        attention,
+        _expert_bytes(expert_bytes),
+        dense_layer_bytes,
+        dense_token_bytes,
+    )
     _check_out(out, resume=False, force=force)
-    import_foreign(file, out)
+    import_foreign(file, out, sizes=sizes)
     _describe(out)
 
 
@@ -227,6 +285,19 @@ def _check_out(out: Path, *, resume: bool, force: bool) -> None:
     check_suffix(out, [".parquet"])
     unfinished = partial_folder(out).is_dir()
     check_free(out, force=force or (resume and not unfinished))
+
+
+def _expert_bytes(text: str | None) -> dict[str, int]:
+    """The sizes of 4bit=13000000,bf16=50000000 by name."""
+    found: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        name, _, size = part.partition("=")
+        if not name.strip() or not size.strip().isdecimal() or not int(size):
+            raise typer.BadParameter(
+                f"--expert-bytes {text!r}: give PRECISION=BYTES, as in 4bit=13000000,bf16=50000000"
+            )
+        found[name.strip()] = int(size)
+    return found
 
 
 def _describe(path: Path) -> None:

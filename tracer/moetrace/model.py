@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moeroute.models import DenseSizes, dense_sizes
 from moerun.checkpoint.families import empty_model, expert_shape, find_experts, shared_experts_of
 from moerun.checkpoint.hub import resolve
+from moerun.checkpoint.sizes import dense_bytes
 from moerun.errors import RunError
 from moerun.format.expert import NATIVE, PLAIN, PRECISIONS
 from moerun.offload.gate_predictor import find_routers
@@ -117,7 +119,7 @@ def expert_bytes(model: nn.Module, stored: torch.dtype) -> dict[str, int]:
     if not found:
         return {}
     shape = expert_shape(found[0][1], stored)
-    own = next((name for name, dtype in PLAIN.items() if dtype is stored), "fp32")
+    own = precision_name(stored)
     sizes: dict[str, int] = {}
     for precision in (own, *PRECISIONS):
         if precision == NATIVE:
@@ -129,33 +131,28 @@ def expert_bytes(model: nn.Module, stored: torch.dtype) -> dict[str, int]:
     return sizes
 
 
-def layer_bytes(model: nn.Module, stored: torch.dtype) -> int:
-    """Bytes of what a layer with experts has besides its routed experts, the mean over layers."""
-    sizes = []
-    for router in find_routers(model):
-        layer = _decoder_layer(model, router)
-        everything = sum(p.numel() for p in layer.parameters())
-        routed = sum(p.numel() for _, experts in find_experts(layer) for p in experts.parameters())
-        sizes.append((everything - routed) * stored.itemsize)
-    return round(sum(sizes) / len(sizes))
+def expert_params(model: nn.Module, stored: torch.dtype) -> int | None:
+    """Weights of one expert; None where `expert_bytes` is empty."""
+    found = find_experts(model)
+    return expert_shape(found[0][1], stored).n_weights if found else None
 
 
-def _decoder_layer(model: nn.Module, router: nn.Module) -> nn.Module:
-    """The element of the model's outermost list of modules that holds `router`."""
-    path = next(path for path, module in model.named_modules() if module is router)
-    parts = path.split(".")
-    for end in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return model.get_submodule(".".join(parts[: end + 1]))
-    raise RunError(f"{type(model).__name__}: its gates lie in no list of layers")
+def dense_sizes_of(model: Any, stored: torch.dtype) -> DenseSizes | None:
+    """Bytes of the weights other than routed experts, as a checkpoint in `stored` has them.
+
+    None where the family does not keep its experts apart, so that the rest cannot be told from
+    them.
+    """
+    layers = [name for name, _ in find_experts(model)]
+    if not layers:
+        return None
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return dense_sizes(dense_bytes(model, stored, layers), layers, vocabulary)
 
 
-def token_bytes(model: Any, stored: torch.dtype) -> int:
-    """Bytes a token reads outside the layers: an embedding row, the last norm and the head."""
-    width = model.get_input_embeddings().weight.shape[1]
-    head = model.get_output_embeddings()
-    values = 2 * width + (head.weight.numel() if head is not None else 0)
-    return int(values * stored.itemsize)
+def precision_name(stored: torch.dtype) -> str:
+    """A dtype as traces name it."""
+    return next((name for name, dtype in PLAIN.items() if dtype is stored), "fp32")
 
 
 def shared_experts(model: Any) -> int:

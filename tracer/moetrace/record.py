@@ -71,6 +71,7 @@ def describe_recording(
     _, n_layers, top_k = (probe := capture.take()).experts.shape
     model, stored = checkpoint.model, checkpoint.stored
     predictor = capture.predictor
+    dense = describe.dense_sizes_of(model, stored)
     notes = {
         "text": f"{settings.generate} tokens generated a prompt, temperature {settings.temperature}"
         if settings.generate
@@ -90,8 +91,10 @@ def describe_recording(
         top_k=top_k,
         n_shared_experts=describe.shared_experts(model),
         expert_bytes=describe.expert_bytes(model, stored),
-        layer_bytes=describe.layer_bytes(model, stored),
-        token_bytes=describe.token_bytes(model, stored),
+        expert_params=describe.expert_params(model, stored),
+        layer_bytes=dense.layer_bytes if dense else None,
+        token_bytes=dense.token_bytes if dense else None,
+        dense_precision=describe.precision_name(stored) if dense else None,
         prediction=predictor.method if predictor else None,
         horizon=settings.horizon,
         corpus_digest=windows.digest,

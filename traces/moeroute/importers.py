@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeroute.parquet import naming_errors
 from moeroute.schema import Rows, TraceError, TraceMeta
+from moeroute.sizes import NO_SIZES, GivenSizes
 from moeroute.trace import Trace, open_trace
 from moeroute.writer import TraceWriter
 
@@ -37,10 +38,11 @@ _CSV_COLUMNS = (
 )
 
 
-def import_foreign(path: str | Path, out: str | Path) -> Trace:
+def import_foreign(path: str | Path, out: str | Path, *, sizes: GivenSizes = NO_SIZES) -> Trace:
     """Import a file of any known foreign format, told by its content, and open the result.
 
-    Raises TraceError if the format is none of them, or what the importer raises.
+    ``sizes`` are what its recorder did not say of the model. Raises TraceError if the format is
+    none of them, or what the importer raises.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,9 +50,9 @@ def import_foreign(path: str | Path, out: str | Path) -> Trace:
     with path.open("rb") as file:
         start = file.read(len(_CSV_TITLE))
     if start.startswith(b"PK"):
-        return import_npz(path, out)
+        return import_npz(path, out, sizes=sizes)
     if start == _CSV_TITLE.encode():
-        return import_bigmoe_csv(path, out)
+        return import_bigmoe_csv(path, out, sizes=sizes)
     if start.startswith(b"PAR1"):
         raise TraceError(f"{path}: is Parquet: traces of this format need no import")
     raise TraceError(
@@ -59,7 +61,13 @@ def import_foreign(path: str | Path, out: str | Path) -> Trace:
     )
 
 
-def import_npz(path: str | Path, out: str | Path, *, model: str | None = None) -> Trace:
+def import_npz(
+    path: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    sizes: GivenSizes = NO_SIZES,
+) -> Trace:
     """Import an .npz of routing and open the result.
 
     Arrays, N tokens, L layers, K experts by weight descending: `ids` [N, L, K], `seq` [N],
@@ -89,7 +97,7 @@ def import_npz(path: str | Path, out: str | Path, *, model: str | None = None) -
         missing_rows=int((~valid[kept]).sum()),
         notes=notes,
     )
-    return _write(path, out, meta, _npz_rows(path, arrays, order, valid))
+    return _write(path, out, sizes.on(meta), _npz_rows(path, arrays, order, valid))
 
 
 def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -171,7 +179,13 @@ class _RouteHeader:
         return found.group().lower() if found else "as-run"
 
 
-def import_bigmoe_csv(path: str | Path, out: str | Path, *, model: str | None = None) -> Trace:
+def import_bigmoe_csv(
+    path: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    sizes: GivenSizes = NO_SIZES,
+) -> Trace:
     """Import a BigMoeOnEdge route CSV and open the result.
 
     A turn becomes a sequence and a step a position. What the phone's cache did is kept in the
@@ -190,7 +204,7 @@ def import_bigmoe_csv(path: str | Path, out: str | Path, *, model: str | None = 
     rows = _route_rows(path, table, header.top_k, layers)
     missing_rows = _check_decode(path, table, layers)
     meta = _route_meta(path, header, layers, missing_rows, model)
-    return _write(path, out, meta, iter([rows]))
+    return _write(path, out, sizes.on(meta), iter([rows]))
 
 
 def _read_route_header(path: Path) -> tuple[_RouteHeader, int]:
@@ -330,8 +344,8 @@ def _route_meta(
         n_layers=len(layers),
         n_experts=header.n_experts,
         top_k=header.top_k,
-        expert_bytes={header.precision: max(sizes)} if sizes else {},
-        layer_bytes=round(sum(dense) / len(dense)) if dense else None,
+        expert_bytes={header.precision: max(sizes)} if any(sizes) else {},
+        layer_bytes=round(sum(dense) / len(dense)) or None if dense else None,
         missing_rows=missing_rows,
         notes=notes,
     )

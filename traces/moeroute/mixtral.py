@@ -4,10 +4,12 @@ routing that the synthetic trace is held against.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeroute.hitratio import hit_ratios
+from moeroute.models import DenseSizes, dense_sizes, find_model
 from moeroute.statistics import (
     Routing,
     gate_weights,
@@ -18,8 +20,8 @@ from moeroute.statistics import (
 )
 from moeroute.trace import Trace
 
-N_LAYERS, N_EXPERTS, TOP_K = 32, 8, 2
-HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 4096, 14336, 1024, 32000
+SHAPE = find_model("mixtral-8x7b")
+N_LAYERS, N_EXPERTS, TOP_K = SHAPE.n_layers, SHAPE.n_experts, SHAPE.top_k
 
 # Measured on Mixtral-8x7B-Instruct (585 decode tokens x 32 layers, code and maths prompts).
 LOCALITY = {1: 0.376, 2: 0.323, 4: 0.284, 8: 0.281, 16: 0.289, 32: 0.262}
@@ -52,7 +54,7 @@ def hqq_bytes(n_weights: int, bits: int, group: int, meta_group: int) -> int:
 
 def expert_bytes() -> dict[str, int]:
     """Bytes of one expert (three matrices) in the base paper's quantisations and in 16 bit."""
-    matrix = HIDDEN * INTERMEDIATE
+    matrix = SHAPE.expert_params // 3
     return {
         "4bit": 3 * hqq_bytes(matrix, 4, 64, 256),
         "3bit": 3 * hqq_bytes(matrix, 3, 64, 128),
@@ -61,15 +63,15 @@ def expert_bytes() -> dict[str, int]:
     }
 
 
-def layer_bytes() -> int:
-    """Bytes of a layer without experts: attention in 4 bit, gate and norms in 16 bit."""
-    attention = [HIDDEN * HIDDEN, HIDDEN * KEY_VALUE, HIDDEN * KEY_VALUE, HIDDEN * HIDDEN]
-    return sum(hqq_bytes(n, 4, 64, 256) for n in attention) + 2 * HIDDEN * (N_EXPERTS + 2)
-
-
-def token_bytes() -> int:
-    """Bytes a token reads outside the layers, in 16 bit: embedding row, last norm, head."""
-    return 2 * HIDDEN * (1 + 1 + VOCABULARY)
+def dense_bytes() -> DenseSizes:
+    """Bytes of the dense weights as in the base paper: attention in 4 bit, the rest in 16."""
+    sizes = {
+        name: hqq_bytes(math.prod(shape), 4, 64, 256)
+        if "self_attn." in name
+        else 2 * math.prod(shape)
+        for name, shape in SHAPE.tensors.items()
+    }
+    return dense_sizes(sizes, SHAPE.layers, SHAPE.vocabulary)
 
 
 @dataclass(frozen=True)

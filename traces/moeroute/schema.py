@@ -141,11 +141,18 @@ class TraceMeta:
     revision: str | None = None
     n_shared_experts: int = 0
     expert_bytes: dict[str, int] = field(default_factory=dict)
-    """Bytes of one expert by precision; the first is the precision the trace was made with."""
+    """Bytes of one expert by precision; the first is the precision the trace was made with. Empty:
+    unknown."""
+    expert_params: int | None = None
+    """Weights of one expert; None: unknown."""
     layer_bytes: int | None = None
-    """Bytes of one layer's weights other than experts (attention, norms, gate), as run."""
+    """Bytes of the dense weights of a layer with experts, as run: attention, norms, gate, shared
+    experts. None, and never 0, where they are unknown."""
     token_bytes: int | None = None
-    """Bytes a token reads outside the layers: one embedding row, the last norm and the head."""
+    """Bytes a token reads outside those layers: one embedding row, layers without experts, the last
+    norm and the head. None, and never 0, where they are unknown."""
+    dense_precision: str | None = None
+    """What `layer_bytes` and `token_bytes` count the weights as, such as "bf16, attention 4bit"."""
     prediction: str | None = None
     """How the predicted logits were made; None if there are none."""
     horizon: int = 0
@@ -177,6 +184,11 @@ class TraceMeta:
             (
                 "an expert's bytes are not positive",
                 all(size > 0 for size in self.expert_bytes.values()),
+            ),
+            *(
+                (f"{name} is {size}, not above 0 (null says unknown)", size is None or size > 0)
+                for name in _SIZES
+                for size in [getattr(self, name)]
             ),
         ]
 
@@ -215,6 +227,10 @@ class TraceMeta:
                 f"trace format version {version}; this program reads up to {FORMAT_VERSION}"
             )
         known = {name: found[name] for name in _FIELD_CHECKS if name in found}
+        for name in _SIZES:
+            # Earlier importers wrote 0 where the foreign recording said nothing.
+            if found.get("source") == "imported" and known.get(name) == 0:
+                known[name] = None
         for name, value in known.items():
             if not _FIELD_CHECKS[name](value):
                 raise TraceError(f"trace metadata: {name} cannot be {value!r}")
@@ -235,5 +251,6 @@ def _checker(hint: Any) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, hint) and not isinstance(value, bool)
 
 
+_SIZES = ("expert_params", "layer_bytes", "token_bytes")
 _HINTS = get_type_hints(TraceMeta)
 _FIELD_CHECKS = {f.name: _checker(_HINTS[f.name]) for f in fields(TraceMeta)}

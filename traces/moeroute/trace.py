@@ -109,6 +109,8 @@ class Trace:
 
     def describe(self) -> str:
         """A few lines for people: what the trace is of, how big, and what it can be used for."""
+        from moeroute.sizes import sizes_line
+
         meta = self.meta
         tokens = (self.n_rows + meta.missing_rows) // meta.n_layers
         lines = [
@@ -123,6 +125,7 @@ class Trace:
             lines.append(f"{meta.missing_rows} (token, layer) rows the recorder lost or skipped")
         if meta.prediction:
             lines.append(f"predictions: {meta.prediction}, up to {meta.horizon} layers ahead")
+        lines.append(sizes_line(meta))
         lines += [f"{name}: {note}" for name, note in meta.notes.items()]
         return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moeroute.models import dense_sizes
 
 from moerun.checkpoint.families import (
     count_experts,
@@ -42,7 +43,7 @@ from moerun.store.index import (
     StoreIndex,
     experts_file,
 )
-from moerun.store.pack_plan import Precisions, layer_bytes, packages, token_bytes
+from moerun.store.pack_plan import Precisions, packages
 
 WEIGHT_STD = 0.02
 _DRAWN = 1 << 20  # dense weights repeat a block of so many
@@ -206,6 +207,7 @@ class GeneratedModel:
         dense = {name: bytes_of(dtype, shape) for name, (dtype, shape) in self._dense.items()}
         packed = {name: records.record_bytes for name, records in self._projections.items()}
         file_bytes, offsets = _laid_out(self.record_lengths())
+        sizes = dense_sizes(dense | packed, self._modules, self.config.vocab_size)
         return StoreIndex(
             model=self.name,
             revision=None,
@@ -216,8 +218,8 @@ class GeneratedModel:
             dense_precision=self.precisions.dense,
             dense_bytes=sum(dense.values()),
             dense_skew={},
-            layer_bytes=layer_bytes(dense | packed, tuple(self._modules)),
-            token_bytes=token_bytes(dense, self.config),
+            layer_bytes=sizes.layer_bytes,
+            token_bytes=sizes.token_bytes,
             shape=self.shape,
             layout=self.records.layout,
             layers=tuple(

@@ -1,4 +1,4 @@
-"""The dimensions of models whose weights nobody needs: published configurations by name."""
+"""The dimensions of models whose weights nobody needs: configurations of the table by name."""
 
 from __future__ import annotations
 
@@ -6,83 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from moepolicy.console import nearest
+from moeroute.models import published
 
 from moerun.checkpoint.families import SUPPORTED, read_config
 from moerun.errors import RunError, UsageError
 
-# As in the config.json that each model is published with, as far as it decides what moves and
-# what is computed. tests/runtime/test_bench.py holds the weights they come to against the names.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "mixtral-8x7b": {
-        "model_type": "mixtral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-    },
-    "mixtral-8x22b": {
-        "model_type": "mixtral",
-        "hidden_size": 6144,
-        "intermediate_size": 16384,
-        "num_hidden_layers": 56,
-        "num_attention_heads": 48,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 32768,
-        "max_position_embeddings": 65536,
-    },
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-    },
-    "gpt-oss-20b": {
-        "model_type": "gpt_oss",
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "vocab_size": 201088,
-        "max_position_embeddings": 131072,
-    },
-    "olmoe-1b-7b": {
-        "model_type": "olmoe",
-        "hidden_size": 2048,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "vocab_size": 50304,
-        "max_position_embeddings": 4096,
-    },
-}
 TINY = "tiny"
 
 
 def shape_names() -> list[str]:
-    return [TINY, *PUBLISHED]
+    """The names there are: the bundled model's, and the table's."""
+    return [TINY, *published()]
 
 
 def shape_name(shape: str) -> str:
@@ -112,10 +46,8 @@ def _config(shape: str) -> Any:
         from moerun.checkpoint.hub import resolve
 
         return read_config(resolve(TINY))
-    if shape in PUBLISHED:
-        from transformers import AutoConfig
-
-        return AutoConfig.for_model(**PUBLISHED[shape])
+    if shape in published():
+        return _published(shape)
     path = Path(shape).expanduser()
     folder = path.parent if path.name == "config.json" else path
     if folder.is_dir() and path.exists():
@@ -124,6 +56,21 @@ def _config(shape: str) -> Any:
         f"unknown shape '{shape}'; {nearest(shape, shape_names())}; or give the path of a "
         f"config.json ({', '.join(SUPPORTED)})"
     )
+
+
+def _published(shape: str) -> Any:
+    """A configuration of the table, of weights that are not quantised: a bench draws its own."""
+    from transformers import AutoConfig
+
+    fields = dict(published()[shape])
+    fields.pop("quantization_config", None)
+    family = fields.pop("model_type")
+    if family not in SUPPORTED:
+        raise RunError(
+            f"shape '{shape}' is of family {family!r}, which cannot be offloaded yet; supported "
+            f"are {', '.join(SUPPORTED)}"
+        )
+    return AutoConfig.for_model(family, **fields)
 
 
 def _cut(config: Any, layers: int) -> None:

@@ -253,6 +253,7 @@ def _meta(routing: Routing, index: StoreIndex) -> TraceMeta:
         n_experts=experts,
         top_k=routing.ids.shape[2],
         expert_bytes={index.precision: index.layout.record_bytes},
+        expert_params=index.shape.n_weights,
         layer_bytes=index.layer_bytes,
         token_bytes=index.token_bytes,
         prediction="forced" if routing.horizon else None,

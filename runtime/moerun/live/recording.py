@@ -221,8 +221,10 @@ def live_meta(runner: Runner, seed: int) -> TraceMeta:
         top_k=context.top_k,
         n_shared_experts=index.n_shared_experts,
         expert_bytes=expert_bytes(index),
+        expert_params=index.shape.n_weights,
         layer_bytes=index.layer_bytes,
         token_bytes=index.token_bytes,
+        dense_precision=dense_label(index),
         prediction=predictor.method if predictor else None,
         horizon=predictor.horizon if predictor else 0,
         tokenizer=index.model,
@@ -242,8 +244,7 @@ def expert_bytes(index: StoreIndex) -> dict[str, int]:
     """Bytes of one expert's record by precision, the store's own first."""
     own = index.precision
     if own == NATIVE:
-        names = {dtype: name for name, dtype in PLAIN.items()}
-        own = names.get(index.layout.parts[0].dtype, NATIVE)
+        own = plain_name(index.layout.parts[0].dtype)
     sizes = {own: index.layout.record_bytes}
     for precision in PRECISIONS:
         try:
@@ -253,6 +254,20 @@ def expert_bytes(index: StoreIndex) -> dict[str, int]:
     if own != NATIVE:
         del sizes[NATIVE]
     return sizes
+
+
+def dense_label(index: StoreIndex) -> str:
+    """What the dense weights' sizes in a trace count them as."""
+    own = index.dense_precision
+    if own == NATIVE:
+        own = plain_name(index.shape.params[0].dtype)
+    attention = index.attention_precision
+    return own if attention in (NATIVE, own) else f"{own}, attention {attention}"
+
+
+def plain_name(dtype: Any) -> str:
+    """A dtype as traces name it; "native" for one that has no name there."""
+    return next((name for name, plain in PLAIN.items() if plain is dtype), NATIVE)
 
 
 def journal_document(recorder: PassRecorder, runner: Runner, trace: Path | None) -> dict[str, Any]:

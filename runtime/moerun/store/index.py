@@ -91,7 +91,8 @@ class StoreIndex:
     """Everything that is known of a store without reading its weights.
 
     `layer_bytes` are the weights of one MoE layer besides its routed experts (mean over layers),
-    `token_bytes` what one token reads of embedding and head. `dense_bytes` are those of everything
+    `token_bytes` what one token reads outside those layers: an embedding row, layers without
+    experts, the last norm and the head. `dense_bytes` are those of everything
     that is neither routed expert nor `attention`, which is None unless quantised. `dense_skew` are
     the dense tensors that stock transformers computes at addresses off a multiple of 64: name and
     remainder. `dense_crc32` are their checksums by name; None where a store is older than those.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
+from moeroute.models import dense_sizes
 
 from moerun.checkpoint.families import shared_experts_of, top_k_of
 from moerun.checkpoint.source import ModelSource
@@ -186,6 +186,7 @@ def build_index(
     attention = plan.attention.records if plan.attention else ()
     packed = {record.name: record.layout.record_bytes for record in attention}
     config = model.config
+    sizes = dense_sizes(dense | packed, model.layers, config.vocab_size)
     return StoreIndex(
         model=name,
         revision=revision,
@@ -196,8 +197,8 @@ def build_index(
         dense_precision=plan.precisions.dense,
         dense_bytes=plan.dense_bytes,
         dense_skew=model.dense_skew(),
-        layer_bytes=layer_bytes(dense | packed, model.layers),
-        token_bytes=token_bytes(dense, config),
+        layer_bytes=sizes.layer_bytes,
+        token_bytes=sizes.token_bytes,
         shape=model.shape,
         layout=plan.layout,
         layers=_layers(model, plan, crc32),
@@ -234,21 +235,6 @@ def _attention(file: RecordFile, crc32: Checksums) -> AttentionRecords:
             LinearRecord(record.name, rows, columns, offset, crc32[file.name, record.name])
         )
     return AttentionRecords(file.precision, file.name, file_bytes, tuple(linears))
-
-
-def layer_bytes(dense: dict[str, int], layers: tuple[str, ...]) -> int:
-    """Mean over MoE layers of what a layer has besides its routed experts."""
-    # model.layers.3.mlp.experts -> model.layers.3.
-    prefixes = tuple(f"{'.'.join(name.split('.')[:3])}." for name in layers)
-    return sum(size for name, size in dense.items() if name.startswith(prefixes)) // len(layers)
-
-
-def token_bytes(dense: dict[str, int], config: Any) -> int:
-    """One row of the embedding, and the head (the embedding again where they are tied)."""
-    embedding: int = next((size for name, size in dense.items() if "embed_tokens" in name), 0)
-    return embedding // int(config.get_text_config().vocab_size) + dense.get(
-        "lm_head.weight", embedding
-    )
 
 
 def packages() -> dict[str, str]:

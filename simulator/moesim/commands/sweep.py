@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from moesim.commands.options import Force
+from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.engines.choose import Engine
 from moesim.sweep.grid import load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.loop import Watcher
@@ -83,6 +84,11 @@ def sweep(
         str | None,
         typer.Option(help="Of a second store, for policies that load some misses so: 2bit."),
     ] = None,
+    like: Like = None,
+    layers: Layers = None,
+    attention: Attention = None,
+    dense_layer_bytes: DenseLayerBytes = None,
+    dense_token_bytes: DenseTokenBytes = None,
     calibration: Annotated[
         str | None, typer.Option(help="The trace in which policies count experts, as for compare.")
     ] = None,
@@ -146,6 +152,11 @@ def sweep(
         "precisions": _split(precision),
         "expert_bytes": _split(expert_bytes),
         "low_precision": low_precision,
+        "like": like,
+        "layers": layers,
+        "attention": attention,
+        "dense_layer_bytes": dense_layer_bytes,
+        "dense_token_bytes": dense_token_bytes,
         "calibration": calibration,
         "parameters": _parameters(param or []),
         "engine": engine,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,11 +28,12 @@ def write_timeline(
     n_experts: int,
     expert_bytes: int,
     piece_bytes: int,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the segments of (name, segments) runs; gzipped if the name ends in .gz.
 
     ``piece_bytes`` is what a copy stream's segment carries (the last piece may carry less, and so
-    may one of the lower precision).
+    may one of the lower precision). ``notes`` are what its times leave out, kept as metadata.
     """
     with written_whole(path) as partial, _opened(path, partial) as out:
         out.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
@@ -41,7 +42,8 @@ def write_timeline(
             for event in _process(process, name, segments, n_experts, expert_bytes, piece_bytes):
                 out.write(separator + json.dumps(event))
                 separator = ",\n"
-        out.write("\n]}\n")
+        about = {"notes": " ".join(note.strip() for note in notes)} if notes else {}
+        out.write(f'\n], "otherData": {json.dumps(about)}}}\n')
 
 
 def _opened(path: Path, partial: Path) -> TextIO:

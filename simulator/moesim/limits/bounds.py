@@ -26,42 +26,46 @@ class Limits:
     loads         copies over the link, whatever is prefetched or bypassed
     loads_kept    the same without bypass: of a policy that copies on demand only, and keeps what
                   it copied at least while its step lasts
-    tokens_per_s  counted as `Result.tokens_per_s` is
+    tokens_per_s  counted as `Result.tokens_per_s` is; None where nobody knows how big an expert is
     buffers       staging buffers that ``tokens_per_s`` lets hold prefetched experts
     """
 
     loads: int
     loads_kept: int
-    tokens_per_s: float
+    tokens_per_s: float | None
     buffers: int
 
 
 def limits_of(
     workload: Workload,
     machine: Machine,
-    sizes: Sizes,
+    sizes: Sizes | None,
     slots: int,
     scope: str,
     *,
     buffers: int = 0,
     cold: bool = False,
 ) -> Limits:
-    """The limits of `min_loads` and `min_time_ns`, which say what they hold for."""
-    least_ns = min_time_ns(
-        workload,
-        machine,
-        sizes,
-        slots,
-        scope,
-        buffers=buffers,
-        cold=cold,
-        decoding=workload.n_decoded > 0,
-    )
-    tokens = workload.n_decoded or workload.n_prompt
+    """The limits of `min_loads` and `min_time_ns`, which say what they hold for; without ``sizes``
+    those of the loads alone."""
+    tokens_per_s = None
+    if sizes is not None:
+        least_ns = min_time_ns(
+            workload,
+            machine,
+            sizes,
+            slots,
+            scope,
+            buffers=buffers,
+            cold=cold,
+            decoding=workload.n_decoded > 0,
+        )
+        tokens = workload.n_decoded or workload.n_prompt
+        tokens_per_s = tokens * NS_PER_S / least_ns if least_ns else float("inf")
     return Limits(
         loads=min_loads(workload, slots, scope, cold=cold),
         loads_kept=min_loads(workload, slots, scope, bypass=False, cold=cold),
-        tokens_per_s=tokens * NS_PER_S / least_ns if least_ns else float("inf"),
+        tokens_per_s=tokens_per_s,
         buffers=buffers,
     )
 
@@ -71,7 +75,8 @@ class Gap:
     """One policy's share of the gap between the baseline and the limit.
 
     0 is as good as the baseline, 1 the limit, below 0 worse than the baseline; None where the
-    baseline is at the limit already, so that there is no gap. ``time`` is that spent on a token.
+    baseline is at the limit already, so that there is no gap. ``time`` is that spent on a token;
+    None as well where it is not known.
     """
 
     policy: str
@@ -94,7 +99,7 @@ def gap_closed(results: Sequence[Result], *, baseline: str = BASELINE) -> list[G
     base = next((r for r in results if r.policy == baseline), None)
     if base is None:
         raise SimulationError(f"the gap to the limit is measured from '{baseline}': compare it too")
-    if any(r.limit_tokens_per_s is None for r in results):
+    if any(r.limit_loads is None for r in results):
         raise SimulationError("gap_closed: the results were simulated without their limits")
     return [gap_of(base.row(), result.row()) for result in results]
 
@@ -102,11 +107,11 @@ def gap_closed(results: Sequence[Result], *, baseline: str = BASELINE) -> list[G
 def gap_of(base: Mapping[str, Any], row: Mapping[str, Any]) -> Gap:
     """The share that a result closes of the gap between ``base`` and the result's limit; both
     as `Result.row` gives them."""
-    base_s, row_s = 1 / base["tokens_per_s"], 1 / row["tokens_per_s"]
+    times = base["tokens_per_s"], row["tokens_per_s"], row["limit_tokens_per_s"]
     return Gap(
         row["policy"],
         _share(base["loads"], row["loads"], row["limit_loads"]),
-        _share(base_s, row_s, 1 / row["limit_tokens_per_s"]),
+        None if None in times else _share(*(1 / tokens_per_s for tokens_per_s in times)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,13 +19,24 @@ LONGEST_NS = 100 * YEAR_NS  # a run's; 64 bits hold 292 years
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes and parameters that the machine's rates apply to."""
+    """Bytes and parameters that the machine's rates apply to.
+
+    Of dense weights whose bytes are None, unknown, the reading cannot be charged: `uncharged` says
+    so, and whoever prints a time says it beside it.
+    """
 
     expert_bytes: int
     expert_params: int
-    layer_bytes: int
-    token_bytes: int
+    layer_bytes: int | None
+    token_bytes: int | None
     low_bytes: int = 0  # of an expert in the lower-precision store; 0: there is none
+
+    def uncharged(self, machine: Machine) -> tuple[str, ...]:
+        """Whose dense weights ("layer", "token") ``machine`` would read and nobody knows."""
+        if math.isinf(machine.compute.memory_bytes_per_s):
+            return ()  # their reading is in the fixed costs
+        sizes = {"layer": self.layer_bytes, "token": self.token_bytes}
+        return tuple(name for name, size in sizes.items() if size is None)
 
 
 class Costs(NamedTuple):
@@ -95,12 +107,13 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
     tokens, routed = (_counts(*extent) for extent in workload.extent)
     expert = sizes.expert_bytes, sizes.expert_params
     low = low_bytes, sizes.expert_params
-    layer_ns = [machine.layer_ns(n, sizes.layer_bytes, predicting=predicting) for n in tokens]
+    layer_bytes, token_bytes = sizes.layer_bytes or 0, sizes.token_bytes or 0
+    layer_ns = [machine.layer_ns(n, layer_bytes, predicting=predicting) for n in tokens]
     expert_ns = [machine.expert_ns(n, *expert) for n in routed]
     cpu_ns = [machine.cpu_expert_ns(n, *expert) for n in routed]
     copy_ns = machine.latency_ns + machine.read_ns(sizes.expert_bytes) + machine.arrival_ns
     copy_ns += 2 * n_pieces * machine.copy_ns(chunk or sizes.expert_bytes)
-    step_ns = max(layer_ns) + machine.pass_ns(sizes.token_bytes)
+    step_ns = max(layer_ns) + machine.pass_ns(token_bytes)
     most_ns = len(workload.keys) * (copy_ns + max(expert_ns) + max(cpu_ns))
     if most_ns + workload.n_steps * step_ns > LONGEST_NS:
         raise SimulationError(
@@ -111,7 +124,7 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
         tokens=workload.tokens,
         routed=workload.routed,
         begins_pass=workload.begins_pass,
-        pass_ns=machine.pass_ns(sizes.token_bytes),
+        pass_ns=machine.pass_ns(token_bytes),
         layer_ns=np.array(layer_ns, np.int64),
         expert_ns=np.array(expert_ns, np.int64),
         cpu_ns=np.array(cpu_ns, np.int64),

@@ -11,6 +11,9 @@ A TOML grid has these entries, all optional but ``policies``; one value may stan
     precisions = ["2bit", "fp16"]        # of those the traces list; or
     expert_bytes = [50_000_000]
     low_precision = "2bit"               # of a second store, for policies that require one
+    like = "gpt-oss-20b"                 # the model whose sizes the traces take, or numbers:
+    dense_layer_bytes = 53_000_000
+    dense_token_bytes = 1_160_000_000
     calibration = "tiny"                 # in which policies count experts, not in the trace itself
     engine = "auto"
     cold = false                         # empty caches at the start of every sequence
@@ -34,6 +37,7 @@ from typing import Any
 
 from moepolicy import PolicySpec, find_policy
 from moepolicy.console import nearest
+from moeroute.sizes import GivenSizes
 
 from moesim.engines.choose import Engine
 from moesim.errors import SimulationError, UsageError
@@ -61,11 +65,28 @@ class Grid:
     precisions: tuple[str, ...] = ()  # without these and expert_bytes: a trace's own
     expert_bytes: tuple[int, ...] = ()
     low_precision: str | None = None
+    like: str | None = None
+    layers: int | None = None
+    attention: str | None = None
+    dense_layer_bytes: int | None = None
+    dense_token_bytes: int | None = None
     calibration: str | None = None
     engine: Engine = Engine.auto
     cold: bool = False
     limits: bool = True
     parameters: Parameters | None = None
+
+    @property
+    def given(self) -> GivenSizes:
+        """What the grid says of the sizes of its traces' models."""
+        return GivenSizes(
+            self.like,
+            self.layers,
+            self.attention,
+            {},
+            self.dense_layer_bytes,
+            self.dense_token_bytes,
+        )
 
     def specs(self) -> list[PolicySpec]:
         """Every policy with every combination of its parameters, each once.
@@ -144,8 +165,10 @@ def make_grid(entries: Mapping[str, Any]) -> Grid:
     for name, value in entries.items():
         if name == "engine":
             values[name] = _engine(value)
-        elif name in ("low_precision", "calibration"):
+        elif name in ("low_precision", "calibration", "like", "attention"):
             values[name] = _text(name, value)
+        elif name in ("layers", "dense_layer_bytes", "dense_token_bytes"):
+            values[name] = _positive(name, value)
         elif name in ("cold", "limits"):
             values[name] = _yes_or_no(name, value)
         elif name == "parameters":
@@ -183,6 +206,13 @@ def _size(name: str, value: Any) -> int:
     number = _whole(name, value)
     if number <= 0:
         raise UsageError(f"{name} is {number}: an expert has 1 byte or more")
+    return number
+
+
+def _positive(name: str, value: Any) -> int:
+    number = _whole(name, value)
+    if number <= 0:
+        raise UsageError(f"{name} is {number}: leave it out where it is unknown")
     return number
 
 

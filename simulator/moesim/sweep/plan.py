@@ -33,8 +33,14 @@ SHOWN = 3  # reasons in one message
 
 @dataclass(frozen=True)
 class Source:
-    """A trace of the grid: its name there, where it is, what it must be, what is read of it."""
+    """A trace of the grid: its name there, where it is, what it must be, what is read of it.
 
+    ``meta`` is its own with the sizes that the grid gives it, unless ``refused`` says why those
+    cannot be its.
+    """
+
+    meta: TraceMeta
+    refused: str | None
     path: str
     place: str
     digest: str
@@ -48,7 +54,8 @@ class Point:
     """One simulation. ``trace``, ``policy`` and ``machine`` number the plan's.
 
     A cache has ``slots`` a layer or, where that is None, what ``memory_bytes`` holds. ``key``
-    names everything the result depends on; ``refused`` says why a point cannot run. A
+    names everything the result depends on; ``refused`` says why a point cannot run.
+    ``expert_bytes`` is 0 where nothing says how big an expert is: its result has no times. A
     ``reference`` is none of the grid's: others are measured from it, and it is no row.
     """
 
@@ -233,6 +240,7 @@ class _Layout:
         wanted = {need for spec in specs for need in spec.requires}
         self.sources = [
             Source(
+                *_sized(grid, trace),
                 path=name,
                 place=_place(name, trace),
                 digest=trace.digest,
@@ -266,21 +274,27 @@ class _Layout:
         budget: int | None,
         policy: int,
     ) -> Point:
-        trace, spec, refused, size = self.traces[number], self.specs[policy], None, 0
+        trace, spec = self.traces[number], self.specs[policy]
+        source, size = self.sources[number], 0
+        refused, meta = source.refused, source.meta
         low, low_bytes = self.grid.low_precision, 0
         calibration = self.calibration if "counts" in spec.requires else None
         try:
             check_needs(trace, spec)
             if calibration is not None:
                 check_calibration(calibration, trace.meta)
-            size = expert_size(trace.meta, precision=precision, expert_bytes=expert_bytes)
+            size = expert_size(meta, precision=precision, expert_bytes=expert_bytes) or 0
             if precision is None and expert_bytes is None:
-                precision = next(iter(trace.meta.expert_bytes))
+                precision = next(iter(meta.expert_bytes), None)
+            if budget is not None and not size:
+                raise SimulationError(
+                    f"{source.path}: nothing says how big an expert is, and so how many fit a "
+                    "budget: give --like or --expert-bytes"
+                )
             if "low" in spec.requires:
-                low_bytes = low_expert_size(trace.meta, size, precision=low, expert_bytes=None)
+                low_bytes = low_expert_size(meta, size or None, precision=low, expert_bytes=None)
         except (SimulationError, TraceError) as error:
-            refused = str(error)
-        source = self.sources[number]
+            refused = refused or str(error)
         what = {
             "trace": source.digest,
             "policy": self.policies[policy].label,
@@ -290,6 +304,7 @@ class _Layout:
             "slots": slots,
             "memory_bytes": budget,
             "expert_bytes": size,
+            "dense": [meta.expert_params, meta.layer_bytes, meta.token_bytes],
             "cold": self.grid.cold,
             "limits": self.grid.limits,
             "moesim": code_digest(),
@@ -314,6 +329,14 @@ class _Layout:
             refused=refused,
             reference=policy >= self.n_asked,
         )
+
+
+def _sized(grid: Grid, trace: Trace) -> tuple[TraceMeta, str | None]:
+    """A trace's metadata with the sizes that the grid gives, or why it cannot have those."""
+    try:
+        return grid.given.on(trace.meta), None
+    except TraceError as error:
+        return trace.meta, str(error)
 
 
 @cache

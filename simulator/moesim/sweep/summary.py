@@ -8,7 +8,8 @@ from typing import Any
 
 from moepolicy.tables import Table, wrapped
 
-from moesim.report import percent
+from moesim.machine.unknown import size_notes
+from moesim.report import per_second, percent
 
 SETTING = ("trace_path", "scope", "precision", "expert_bytes", "machine", "memory_bytes")
 
@@ -16,7 +17,8 @@ Row = dict[str, Any]
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """For each setting the policy with the most tokens/s, and the runner-up.
+    """For each setting the policy with the most tokens/s, and the runner-up. Where there are no
+    times, because nobody knows how big an expert is, that with the fewest loads.
 
     A policy that knows the future is no choice to make: ``clairvoyant_tokens_per_s`` shows what
     the best of them reached. One that changes what the model computes is named only where there
@@ -32,7 +34,8 @@ def best(rows: Sequence[Row]) -> list[Row]:
 
 
 def _best_of(rows: list[Row]) -> Row:
-    ranked = sorted(rows, key=lambda row: -row["tokens_per_s"])
+    timed = all(row["tokens_per_s"] is not None for row in rows)
+    ranked = sorted(rows, key=lambda row: -row["tokens_per_s"] if timed else row["loads"])
     clairvoyant = [row for row in ranked if row["needs_future"]]
     live = [row for row in ranked if not row["needs_future"]]
     exact = [row for row in live if not row["lossy"]]
@@ -44,6 +47,9 @@ def _best_of(rows: list[Row]) -> Row:
         "policy": first["policy"],
         "lossy": first["lossy"],
         "tokens_per_s": first["tokens_per_s"],
+        "time_is_lower_bound": first["time_is_lower_bound"],
+        "layer_bytes": first["layer_bytes"],
+        "token_bytes": first["token_bytes"],
         "hit_ratio": first["hit_ratio"],
         "loads": first["loads"],
         "limit_loads": first["limit_loads"],
@@ -83,17 +89,20 @@ def table(rows: Sequence[Row]) -> str:
         result.add_row(*(_cell(name, row[name]) for name in varied), *_scores(row))
     title = f"Best simulated tokens/s: {', '.join(fixed)}."
     notes = ["* changes what the model computes"] if any(row["lossy"] for row in rows) else []
+    notes += size_notes(rows)
+    if any(row["tokens_per_s"] is None for row in rows):
+        notes.append("  (there the best policy is that with the fewest loads)")
     return f"{wrapped([title])}\n{result.render()}{wrapped(notes)}"
 
 
 def _scores(row: Row) -> list[str]:
     lead = ""
-    if row["second"]:
+    if row["second"] and row["tokens_per_s"] is not None:
         lead = f"{100 * (row['tokens_per_s'] / row['second_tokens_per_s'] - 1):.1f}"
     limit, share = row["limit_loads"], row["share_of_limit"]
     return [
         _short(row["policy"]) + ("*" if row["lossy"] else ""),
-        f"{row['tokens_per_s']:.2f}",
+        per_second(row["tokens_per_s"]),
         f"{100 * row['hit_ratio']:.1f}",
         f"{row['loads'] / limit:.2f}" if limit else "",
         "" if share is None else f"{100 * share:.1f}",

@@ -88,7 +88,7 @@ class Worker:
             machine,
             slots=slots,
             scope=point.scope,
-            expert_bytes=point.expert_bytes,
+            expert_bytes=point.expert_bytes or None,
             low_bytes=point.low_bytes,
             engine=Engine(self.job.engine),
             decisions=self._decisions(point, workload, policy, machine, slots),
@@ -103,7 +103,12 @@ class Worker:
         """What the policy decides whatever the machine, if that is so and several are asked for;
         kept until a point asks for other decisions."""
         job, scope = self.job, point.scope
-        if job.timings < 2 or job.cold or Engine(job.engine) is Engine.simpy:
+        if (
+            job.timings < 2
+            or not point.expert_bytes
+            or job.cold
+            or Engine(job.engine) is Engine.simpy
+        ):
             return None
         if not timeless(workload, policy, machine, slots, scope):
             return None
@@ -137,6 +142,7 @@ class Worker:
             workload = shared_workload(self.scratch, name, lambda to: read_source(source, to))
         except EXPECTED as error:
             return f"on node {self.node}: {error}" if self.node else str(error)
+        workload = workload.sized(source.meta)
         shape = workload.meta.n_layers, workload.meta.n_experts
         calibration = self.job.calibration
         # Of another shape, it is for another of the traces.

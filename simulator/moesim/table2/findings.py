@@ -14,10 +14,13 @@ from moesim.workload.steps import Workload
 FAR = 0.10  # a predicted cell's error that is worth naming
 
 
-def reading_s(workload: Workload, card: Card) -> float:
-    """Seconds in which the card's memory delivers a layer's weights, by its data sheet."""
+def reading_s(workload: Workload, card: Card) -> float | None:
+    """Seconds in which the card's memory delivers a layer's weights, by its data sheet; None where
+    the trace does not say how big the dense ones are."""
     meta = workload.meta
-    n_bytes = (meta.layer_bytes or 0) + meta.top_k * meta.expert_bytes[FITTED]
+    if meta.layer_bytes is None:
+        return None
+    n_bytes = meta.layer_bytes + meta.top_k * meta.expert_bytes[FITTED]
     return n_bytes / load_machine(card.machine).compute.memory_bytes_per_s
 
 
@@ -141,10 +144,16 @@ def _implied_loads(found: Reproduction) -> list[str]:
 
 def _compute(account: Account, workload: Workload) -> list[str]:
     times = [account.fits[card.name].constants.layer_s for card in CARDS]
-    over = [t / reading_s(workload, card) for t, card in zip(times, CARDS, strict=True)]
+    read = [reading_s(workload, card) for card in CARDS]
+    over = [t / of for t, of in zip(times, read, strict=True) if of is not None]
+    beside = "(the trace does not say how big a layer's dense weights are)"
+    if over:
+        beside = (
+            f"{min(over):.0f} to {max(over):.0f} times as long as the card's memory takes to "
+            "deliver its weights"
+        )
     return [
         f"A layer's compute is fitted at {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f} ms, "
-        f"{min(over):.0f} to {max(over):.0f} times as long as the card's memory takes to deliver "
-        "its weights; the table cannot say how much of it is experts, attention, launches or "
+        f"{beside}; the table cannot say how much of it is experts, attention, launches or "
         "waiting for the host."
     ]

@@ -61,7 +61,7 @@ def _reach(
     found = {
         policy.label: simulate(
             workload, policy, machine, slots=card.slots, expert_bytes=expert_bytes, limits=False
-        ).tokens_per_s
+        ).speed
         for policy in policies
     }
     blind = {policy.label for policy in policies if "future" not in policy.requires}

@@ -169,7 +169,7 @@ def _constants_table(found: Reproduction, workload: Workload) -> Table:
             f"{row['asked_link_bytes_per_s'] / 1e9:.1f}",
             f"{row['data_sheet_link_bytes_per_s'] / 1e9:.1f}",
             f"{row['layer_s'] * 1e3:.2f}",
-            f"{row['data_sheet_layer_s'] * 1e3:.2f}",
+            "-" if row["data_sheet_layer_s"] is None else f"{row['data_sheet_layer_s'] * 1e3:.2f}",
             f"{100 * row['misfit']:.1f}",
         )
     return table

@@ -158,4 +158,4 @@ class Bench:
         result = simulate(
             workload, policy, machine, slots=slots, expert_bytes=expert_bytes, limits=False
         )
-        return 1 / result.tokens_per_s
+        return 1 / result.speed

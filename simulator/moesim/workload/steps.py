@@ -178,6 +178,12 @@ class Workload:
         vars(found).update(predicted=self.predicted[: policy.horizon], logits=logits)
         return found
 
+    def sized(self, meta: TraceMeta) -> Workload:
+        """The same steps of a model with the sizes of ``meta``."""
+        found = copy(self)
+        vars(found).update(meta=meta)
+        return found
+
     def context(self, slots: int, scope: str) -> Context:
         """What a policy is made from, clairvoyant knowledge included."""
         return Context(

@@ -102,7 +102,7 @@ def test_bytes_of_layer_and_token_follow_from_the_dims(packed: Path) -> None:
     hidden, kv, experts, vocabulary = 128, 64, 8, 4096
     attention = 2 * hidden * hidden + 2 * hidden * kv
     assert index.layer_bytes == 2 * (attention + experts * hidden + 2 * hidden)
-    assert index.token_bytes == 2 * hidden * (1 + vocabulary)
+    assert index.token_bytes == 2 * hidden * (1 + 1 + vocabulary)  # a row, the last norm, the head
 
 
 def flip(path: Path, offset: int, bits: int = 1) -> None:

@@ -1,0 +1,254 @@
+"""The weights of a mixture-of-experts model, by name and shape, from its config.json alone.
+
+Names are those of transformers' models, with the experts of a layer apart from the rest. A test
+holds each family against the parameters of the transformers model on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeroute.schema import TraceError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one ``model_type`` are built.
+
+    attention  "grouped" heads, "latent" ones (MLA), or "mixed": one layer in several is of grouped
+               heads with an output gate, the others are gated delta nets
+    norms      of queries and keys: "" none, "head" over a head, "all" over all heads
+    biases     of queries, keys and values where the config says nothing
+    shared     experts that every token passes: "" none, "one" with a gate of its own, "several" as
+               one block
+    """
+
+    attention: str = "grouped"
+    norms: str = ""
+    biases: bool = False
+    shared: str = ""
+    router: str = "gate"
+    expert_field: str = "moe_intermediate_size"
+
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family("latent", shared="several"),
+    "deepseek_v3": Family("latent", shared="several"),
+    "glm4_moe": Family(shared="several"),
+    "gpt_oss": Family(biases=True, router="router", expert_field="intermediate_size"),
+    "mixtral": Family(expert_field="intermediate_size"),
+    "olmoe": Family(norms="all", expert_field="intermediate_size"),
+    "qwen2_moe": Family(biases=True, shared="one"),
+    "qwen3_5_moe_text": Family("mixed", norms="head", shared="one"),
+    "qwen3_moe": Family(norms="head"),
+    "qwen3_next": Family("mixed", norms="head", shared="one"),
+}
+ALIASES = {"qwen3_5_moe": "qwen3_5_moe_text"}
+# Without it these would take a constant of their own for it; every published config has it.
+_HEAD_DIM_IS_STATED = ("gpt_oss", "qwen3_next", "qwen3_5_moe_text")
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # versions differ
+CORRECTION_BIAS = "e_score_correction_bias"  # a buffer, float32 whatever the rest is
+
+
+class Architecture:
+    """One configuration's weights. Raises TraceError naming the field that is missing or wrong."""
+
+    def __init__(self, config: Mapping[str, Any], name: str) -> None:
+        self.config: Mapping[str, Any] = config.get("text_config") or config
+        self.name = name
+        found = str(self.config.get("model_type", config.get("model_type", "")))
+        self.model_type = ALIASES.get(found, found)
+        if self.model_type not in FAMILIES:
+            raise TraceError(
+                f"{name}: a model of family {found or 'unknown'!r}, whose sizes are not known "
+                f"here; known are {', '.join(FAMILIES)}: give the sizes as numbers"
+            )
+        self.family = FAMILIES[self.model_type]
+        self.hidden = self.whole("hidden_size")
+        self.n_layers = self.whole("num_hidden_layers")
+        named = [field for field in _EXPERTS if self.config.get(field) is not None]
+        self.n_experts = self.whole(named[0] if named else "num_experts")
+        self.vocabulary = self.whole("vocab_size")
+
+    def whole(self, field: str, default: int | None = None) -> int:
+        """A positive whole number of the config (``default`` may be 0)."""
+        value = self.config.get(field)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < (default is None):
+            said = "is missing" if value is None else f"is {value!r}"
+            raise TraceError(f"{self.name}: {field} {said}, not a positive whole number")
+        return value
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The numbers of the layers that have experts."""
+        if self.whole("moe_layer_freq", 1) != 1:
+            raise TraceError(f"{self.name}: moe_layer_freq is not 1: give the sizes as numbers")
+        first = self.whole("first_k_dense_replace", 0)
+        dense = set(self.config.get("mlp_only_layers") or ())
+        every = self.whole("decoder_sparse_step", 1) or 1
+        return [
+            i for i in range(self.n_layers) if i >= first and i not in dense and not (i + 1) % every
+        ]
+
+    def tensors(self) -> Shapes:
+        """Every weight but the routed experts', the head last; a tied head is none of its own."""
+        found: Shapes = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        moe = set(self.moe_layers)
+        for i in range(self.n_layers):
+            block = self._experts_block() if i in moe else self._dense_block()
+            parts = self._attention(i) | block
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                parts[f"{norm}.weight"] = (self.hidden,)
+            found |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
+        found["model.norm.weight"] = (self.hidden,)
+        if not self.config.get("tie_word_embeddings", False):
+            found["lm_head.weight"] = (self.vocabulary, self.hidden)
+        return found
+
+    def expert(self) -> Shapes:
+        """One routed expert: matrices [output, input] and, where the family has them, biases."""
+        inner = self.whole(self.family.expert_field)
+        shapes: Shapes = {"gate_up_proj": (2 * inner, self.hidden)}
+        if self.model_type == "gpt_oss":
+            shapes["gate_up_proj_bias"] = (2 * inner,)
+        shapes["down_proj"] = (self.hidden, inner)
+        if self.model_type == "gpt_oss":
+            shapes["down_proj_bias"] = (self.hidden,)
+        return shapes
+
+    def _experts_block(self) -> Shapes:
+        """What a layer has beside its routed experts: the gate, and shared experts."""
+        router = f"mlp.{self.family.router}"
+        found: Shapes = {f"{router}.weight": (self.n_experts, self.hidden)}
+        if self.model_type == "gpt_oss":
+            found[f"{router}.bias"] = (self.n_experts,)
+        if self.model_type in ("deepseek_v3", "glm4_moe"):
+            found[f"{router}.{CORRECTION_BIAS}"] = (self.n_experts,)
+        if self.family.shared == "one" and self.n_shared_experts:
+            found |= self._gated("mlp.shared_expert", self.whole("shared_expert_intermediate_size"))
+            found["mlp.shared_expert_gate.weight"] = (1, self.hidden)
+        elif n := self.n_shared_experts:
+            found |= self._gated("mlp.shared_experts", n * self.whole("moe_intermediate_size"))
+        return found
+
+    @property
+    def n_shared_experts(self) -> int:
+        """Experts that every token passes besides the routed ones."""
+        if self.family.shared == "one":
+            return int(self.whole("shared_expert_intermediate_size", 0) > 0)
+        return self.whole("n_shared_experts", 0) if self.family.shared else 0
+
+    def _dense_block(self) -> Shapes:
+        return self._gated("mlp", self.whole("intermediate_size"))
+
+    def _gated(self, prefix: str, inner: int) -> Shapes:
+        return {
+            f"{prefix}.gate_proj.weight": (inner, self.hidden),
+            f"{prefix}.up_proj.weight": (inner, self.hidden),
+            f"{prefix}.down_proj.weight": (self.hidden, inner),
+        }
+
+    def _attention(self, layer: int) -> Shapes:
+        if self.family.attention == "latent":
+            found = self._latent()
+        elif self.family.attention == "mixed" and not self._is_full(layer):
+            return {f"linear_attn.{name}": shape for name, shape in self._delta_net().items()}
+        else:
+            found = self._grouped()
+        return {f"self_attn.{name}": shape for name, shape in found.items()}
+
+    def _is_full(self, layer: int) -> bool:
+        types = self.config.get("layer_types")
+        if types is not None:
+            if not isinstance(types, list | tuple) or len(types) < self.n_layers:
+                raise TraceError(f"{self.name}: layer_types names not all {self.n_layers} layers")
+            return bool(types[layer] == "full_attention")
+        return not (layer + 1) % self.whole("full_attention_interval")
+
+    def _grouped(self) -> Shapes:
+        heads = self.whole("num_attention_heads")
+        kv = self.whole("num_key_value_heads", heads)
+        stated = self.model_type in _HEAD_DIM_IS_STATED
+        dim = self.whole("head_dim", None if stated else self.hidden // heads)
+        # A mixed model's output gate lies with its queries.
+        gated = 2 if self.family.attention == "mixed" else 1
+        projections = {
+            "q_proj": (gated * heads * dim, self.hidden),
+            "k_proj": (kv * dim, self.hidden),
+            "v_proj": (kv * dim, self.hidden),
+            "o_proj": (self.hidden, heads * dim),
+        }
+        found: Shapes = {f"{name}.weight": shape for name, shape in projections.items()}
+        field = "qkv_bias" if self.model_type == "qwen2_moe" else "attention_bias"
+        if self.config.get(field, self.family.biases):
+            biased = list(projections)
+            if self.model_type in ("qwen2_moe", "glm4_moe"):
+                biased.remove("o_proj")
+            found |= {f"{name}.bias": projections[name][:1] for name in biased}
+        if self.model_type == "gpt_oss":
+            found["sinks"] = (heads,)
+        norms = self.family.norms
+        if self.model_type == "glm4_moe" and self.config.get("use_qk_norm", False):
+            norms = "head"
+        if norms:
+            over = {"head": (dim, dim), "all": (heads * dim, kv * dim)}[norms]
+            found["q_norm.weight"], found["k_norm.weight"] = (over[0],), (over[1],)
+        return found
+
+    def _latent(self) -> Shapes:
+        heads, rank = self.whole("num_attention_heads"), self.whole("kv_lora_rank")
+        nope, rope = self.whole("qk_nope_head_dim"), self.whole("qk_rope_head_dim")
+        values = self.whole("v_head_dim")
+        queries = heads * (nope + rope)
+        found: Shapes
+        if "q_lora_rank" not in self.config:
+            raise TraceError(f"{self.name}: q_lora_rank is missing: null says there is none")
+        if self.config["q_lora_rank"] is None:
+            found = {"q_proj.weight": (queries, self.hidden)}
+        else:
+            compressed = self.whole("q_lora_rank")
+            found = {
+                "q_a_proj.weight": (compressed, self.hidden),
+                "q_a_layernorm.weight": (compressed,),
+                "q_b_proj.weight": (queries, compressed),
+            }
+        found |= {
+            "kv_a_proj_with_mqa.weight": (rank + rope, self.hidden),
+            "kv_a_layernorm.weight": (rank,),
+            "kv_b_proj.weight": (heads * (nope + values), rank),
+            "o_proj.weight": (self.hidden, heads * values),
+        }
+        if self.config.get("attention_bias", False):
+            for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+                if f"{name}.weight" in found:
+                    found[f"{name}.bias"] = found[f"{name}.weight"][:1]
+        return found
+
+    def _delta_net(self) -> Shapes:
+        heads = self.whole("linear_num_value_heads")
+        head_dim = self.whole("linear_value_head_dim")
+        keys = self.whole("linear_num_key_heads") * self.whole("linear_key_head_dim")
+        values, mixed = heads * head_dim, 2 * keys + heads * head_dim
+        if self.model_type == "qwen3_next":
+            inputs = {"in_proj_qkvz": mixed + values, "in_proj_ba": 2 * heads}
+        else:
+            inputs = {
+                "in_proj_qkv": mixed,
+                "in_proj_z": values,
+                "in_proj_b": heads,
+                "in_proj_a": heads,
+            }
+        return {
+            "dt_bias": (heads,),
+            "A_log": (heads,),
+            "conv1d.weight": (mixed, 1, self.whole("linear_conv_kernel_dim")),
+            **{f"{name}.weight": (rows, self.hidden) for name, rows in inputs.items()},
+            "norm.weight": (head_dim,),
+            "out_proj.weight": (self.hidden, values),
+        }

@@ -1,0 +1,137 @@
+"""Sizes given to a trace that lacks them, or that is to be looked at with others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from moeroute.models import NATIVE, ModelShape, find_model
+from moeroute.schema import TraceError, TraceMeta
+
+
+@dataclass(frozen=True)
+class GivenSizes:
+    """What a person says of the model a trace is of: another model's name, or numbers.
+
+    like               a model of the table, a config.json, or its folder; gives every size
+    layers             only its first so many layers are in the trace
+    attention          precision of its attention, as for `moerun pack`
+    expert_bytes       bytes of one expert by precision
+    dense_layer_bytes  bytes of the dense weights of a layer with experts
+    dense_token_bytes  bytes a token reads outside those layers
+    """
+
+    like: str | None = None
+    layers: int | None = None
+    attention: str | None = None
+    expert_bytes: Mapping[str, int] = field(default_factory=dict)
+    dense_layer_bytes: int | None = None
+    dense_token_bytes: int | None = None
+
+    def __bool__(self) -> bool:
+        return self != GivenSizes()
+
+    def on(self, meta: TraceMeta) -> TraceMeta:
+        """``meta`` with these sizes in the place of its own; numbers go before ``like``.
+
+        Raises TraceError where a number is not positive, or the model named is none that the trace
+        can be of, by what differs.
+        """
+        if self.like is None and (self.layers is not None or self.attention is not None):
+            given = "layers" if self.layers is not None else "attention"
+            raise TraceError(f"{given} is of the model that like names: give like too")
+        for name in ("dense_layer_bytes", "dense_token_bytes"):
+            size = getattr(self, name)
+            if size is not None and size <= 0:
+                raise TraceError(f"{name} is {size}: leave it out where it is unknown")
+        if self.like is not None:
+            meta = self._like(meta)
+        if self.expert_bytes:
+            meta = replace(meta, expert_bytes={**meta.expert_bytes, **self.expert_bytes})
+        if self.dense_layer_bytes is not None:
+            meta = replace(meta, layer_bytes=self.dense_layer_bytes, dense_precision="as given")
+        if self.dense_token_bytes is not None:
+            meta = replace(meta, token_bytes=self.dense_token_bytes, dense_precision="as given")
+        return meta
+
+    def _like(self, meta: TraceMeta) -> TraceMeta:
+        assert self.like is not None
+        model = find_model(self.like)
+        if self.layers is not None:
+            model = model.first(self.layers)
+        reduced = check_like(meta, model)
+        attention = self.attention or NATIVE
+        dense = model.dense(attention)
+        notes = {"sizes": f"of {model.name}, dense weights {model.dense_label(attention)}"}
+        if reduced:
+            notes["top_k"] = reduced
+        return replace(
+            meta,
+            expert_bytes=meta.expert_bytes | model.expert_bytes(),
+            expert_params=model.expert_params,
+            layer_bytes=dense.layer_bytes,
+            token_bytes=dense.token_bytes,
+            n_shared_experts=model.n_shared_experts,
+            dense_precision=model.dense_label(attention),
+        ).with_notes(**notes)
+
+
+NO_SIZES = GivenSizes()
+
+
+def check_like(meta: TraceMeta, model: ModelShape) -> str | None:
+    """Raise TraceError where a trace cannot be of ``model``, by what differs.
+
+    Returns a note where the recorder chose fewer experts a token than the model does.
+    """
+    differing = [
+        f"{found} {what} where {model.name} has {there}"
+        for what, found, there in (
+            ("layers", meta.n_layers, model.n_layers),
+            ("experts", meta.n_experts, model.n_experts),
+        )
+        if found != there
+    ]
+    if meta.top_k > model.top_k:
+        differing.append(f"top-{meta.top_k} where {model.name} has top-{model.top_k}")
+    if differing:
+        hint = ""
+        if meta.n_experts == model.n_experts and meta.n_layers < model.n_layers:
+            hint = ": if it is of the model's first layers alone, say how many with layers"
+        elif model.n_layers < meta.n_layers <= model.n_all_layers:
+            n_dense = model.n_all_layers - model.n_layers
+            hint = f" with experts, and {n_dense} without"
+        raise TraceError(
+            f"the trace of {meta.model} is not like {model.name}: it has "
+            f"{', and '.join(differing)}{hint}"
+        )
+    if meta.top_k < model.top_k:
+        return f"top-{meta.top_k} of a model that has top-{model.top_k}: reduced by the recorder"
+    return None
+
+
+def unknown_sizes(meta: TraceMeta) -> list[str]:
+    """What of a trace's sizes is unknown, in words."""
+    found = [] if meta.expert_bytes else ["bytes of an expert"]
+    missing = [
+        name
+        for name, size in (("a layer", meta.layer_bytes), ("a token", meta.token_bytes))
+        if size is None
+    ]
+    return found + ([f"dense weights of {' and '.join(missing)}"] if missing else [])
+
+
+def sizes_line(meta: TraceMeta) -> str:
+    """A line for people: the sizes a trace has, and which it lacks."""
+    parts = []
+    if meta.expert_bytes:
+        (own, size), *others = meta.expert_bytes.items()
+        also = f" (known as well: {', '.join(name for name, _ in others)})" if others else ""
+        parts.append(f"an expert {size:,} bytes in {own}{also}")
+    for what, dense in (("a layer", meta.layer_bytes), ("a token", meta.token_bytes)):
+        if dense is not None:
+            parts.append(f"dense weights of {what} {dense:,} bytes")
+    if meta.dense_precision and (meta.layer_bytes or meta.token_bytes):
+        parts[-1] += f" ({meta.dense_precision})"
+    parts += [f"{what} unknown" for what in unknown_sizes(meta)]
+    return f"sizes: {'; '.join(parts)}"
