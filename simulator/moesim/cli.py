@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from moepolicy import PolicyError, PolicySpec, console, find_policy, policy_names
+from moepolicy import PolicyError, console, find_policy, policy_names
 from moepolicy.outputs import Output, check_free, check_suffix
 from moepolicy.tables import described
-from moeroute import TraceError, open_trace
+from moeroute import TraceError
 from moeroute.sizes import GivenSizes
 from rich.console import Console
 from rich.progress import track
 
-from moesim import __version__
 from moesim.commands.curve import curve
 from moesim.commands.options import Force, ResultFile, ResultFormat
-from moesim.commands.points import Points, same_figures
 from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
+from moesim.comparison import MACHINE, TRACE, Comparison, Point, Setting, quarters, run
 from moesim.engines.choose import Engine
-from moesim.engines.in_simpy import Segment
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
-from moesim.limits.bounds import BASELINE
 from moesim.machine.profile import load_machine, machine_names
-from moesim.machine.unknown import dense_label, expert_label, size_notes
+from moesim.machine.unknown import size_notes
 from moesim.report import Compared, rows_of, table
-from moesim.simulate import (
-    check_calibration,
-    expert_size,
-    low_expert_size,
-    simulate,
-    workload_for,
-)
 
 app = typer.Typer(
     help="Score cache and prefetch policies for mixture-of-experts offloading on recorded routing.",
@@ -67,7 +56,7 @@ def compare(
     policies: PolicyNames,
     trace: Annotated[
         str, typer.Option(help="A trace file, or the name of a sample: tiny, mixtral-like.")
-    ] = "tiny",
+    ] = TRACE,
     slots: Annotated[
         str | None,
         typer.Option(
@@ -81,7 +70,7 @@ def compare(
     ] = ("layer"),
     machine: Annotated[
         str, typer.Option(help="A machine's name (see 'moesim machines') or a profile (TOML).")
-    ] = "rtx3060",
+    ] = MACHINE,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -153,80 +142,35 @@ def compare(
     if timeline is not None:
         check_suffix(timeline, SUFFIXES, "--timeline")
         check_free(timeline, force=force, what="--timeline")
-    if precision is not None and expert_bytes is not None:
-        raise typer.BadParameter("give --precision or --expert-bytes, not both")
-    if low_precision is not None and low_expert_bytes is not None:
-        raise typer.BadParameter("give --low-precision or --low-expert-bytes, not both")
     specs = [find_policy(name) for name in policies]
-    profile = load_machine(machine)
-    opened = open_trace(trace)
-    given = GivenSizes(like, layers, attention, {}, dense_layer_bytes, dense_token_bytes)
-    meta = given.on(opened.meta)
-    size = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
-    low_size = low_expert_size(meta, size, precision=low_precision, expert_bytes=low_expert_bytes)
-    sizes = _slots(slots, opened.meta.n_experts)
-    points = Points(opened.title, scope, profile.name)
-    admitted = [spec for spec in specs if points.admits(opened, spec)]
-    workload = workload_for(opened, admitted).sized(meta)
-    if tokens is not None:
-        workload = workload.head(tokens)
-    calibrating = None if calibration is None else open_trace(calibration)
-    if calibrating is not None:
-        check_calibration(calibrating, opened.meta)
-        workload = workload.calibrated(calibrating.expert_counts())
-    run = partial(
-        simulate,
-        workload,
-        machine=profile,
+    setting = Setting.of(
+        trace,
+        machine,
+        precision=precision,
+        expert_bytes=expert_bytes,
+        low_precision=low_precision,
+        low_expert_bytes=low_expert_bytes,
+        given=GivenSizes(like, layers, attention, {}, dense_layer_bytes, dense_token_bytes),
+        calibration=calibration,
         scope=scope,
-        expert_bytes=size,
-        low_bytes=low_size,
         engine=engine,
+        tokens=tokens,
         cold=cold,
         limits=limits,
     )
-    if timeline is not None and size is None:
+    if timeline is not None and setting.expert_bytes is None:
         raise SimulationError(
             "a timeline is of times, and nothing says how big an expert is: give --like or "
             "--expert-bytes"
         )
-    timelines = []
-    for count, spec in _progress([(count, spec) for count in sizes for spec in specs]):
-        segments: list[Segment] | None = None if timeline is None else []
-        if points.run(spec, count, partial(run, spec, slots=count, timeline=segments)):
-            timelines.append((f"{spec.label}, {count} slots", segments or []))
-    compared = points.beside(
-        (lambda count: run(find_policy(BASELINE), slots=count)) if limits else None
+    sizes = _slots(slots, setting.meta.n_experts)
+    found = run(setting, specs, sizes, timeline=timeline is not None, watch=_progress)
+    if timeline is not None and setting.expert_bytes is not None:
+        _write_timeline(timeline, found, setting, setting.expert_bytes)
+    provenance = setting.provenance | ({} if like is None else {"sizes_like": like})
+    output.deliver(
+        rows_of(found.rows, provenance), lambda: table(found.rows, found.title, found.alike)
     )
-    if timeline is not None and size is not None:
-        write_timeline(
-            timeline,
-            timelines,
-            n_experts=opened.meta.n_experts,
-            expert_bytes=size,
-            piece_bytes=min(profile.link.chunk_bytes or size, size),
-            notes=size_notes(one.result.row() for one in compared if isinstance(one, Compared)),
-        )
-    title = (
-        f"Simulated on {profile.name} ({profile.source} constants), {expert_label(size)}"
-        f"{f' ({low_size:,} at the lower precision)' if low_size else ''}, "
-        f"cache per {scope}{', cold at every sequence' if cold else ''}.\n"
-        f"{dense_label(meta)}.\n{opened.title}: "
-        f"{workload.n_decoded + workload.n_prompt:,} tokens x {opened.meta.n_layers} layers, "
-        f"top-{opened.meta.top_k} of {opened.meta.n_experts} experts."
-    )
-    provenance = {
-        "kind": "simulated",
-        "trace_sha256": opened.digest,
-        "machine_source": profile.source,
-        "moesim_version": __version__,
-    }
-    if like is not None:
-        provenance["sizes_like"] = like
-    if calibrating is not None:
-        provenance["calibration_sha256"] = calibrating.digest
-    alike = same_figures(specs, workload.context(0, scope), sizes)
-    output.deliver(rows_of(compared, provenance), lambda: table(compared, title, alike))
 
 
 app.command()(curve)
@@ -247,7 +191,19 @@ def list_machines() -> None:
     console.emit(described({n: f"{m.source}: {m.description}" for n, m in machines.items()}))
 
 
-def _progress(points: list[tuple[int, PolicySpec]]) -> Iterable[tuple[int, PolicySpec]]:
+def _write_timeline(path: Path, found: Comparison, setting: Setting, expert_bytes: int) -> None:
+    ran = [one.result for one in found.rows if isinstance(one, Compared)]
+    write_timeline(
+        path,
+        found.timelines,
+        n_experts=setting.meta.n_experts,
+        expert_bytes=expert_bytes,
+        piece_bytes=min(setting.machine.link.chunk_bytes or expert_bytes, expert_bytes),
+        notes=size_notes(result.row() for result in ran),
+    )
+
+
+def _progress(points: list[Point]) -> Iterable[Point]:
     console = Console(stderr=True)
     return track(
         points, "simulating", console=console, transient=True, disable=not console.is_terminal
@@ -256,7 +212,7 @@ def _progress(points: list[tuple[int, PolicySpec]]) -> Iterable[tuple[int, Polic
 
 def _slots(text: str | None, n_experts: int) -> list[int]:
     if text is None:
-        return sorted({max(1, n_experts * quarter // 4) for quarter in (1, 2, 3)})
+        return quarters(n_experts)
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:

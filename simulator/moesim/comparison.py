@@ -1,0 +1,246 @@
+"""Policies side by side on one trace and machine: the command `compare`, and the function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moepolicy import Policy, PolicySpec, find_policy
+from moeroute import Trace, open_trace
+from moeroute.schema import TraceMeta
+from moeroute.sizes import GivenSizes
+
+from moesim.engines.choose import Engine
+from moesim.engines.in_simpy import Segment
+from moesim.errors import UsageError
+from moesim.limits.bounds import BASELINE
+from moesim.machine.profile import Machine, load_machine
+from moesim.machine.unknown import dense_label, expert_label
+from moesim.points import Points, same_figures
+from moesim.report import Compared, Refused, rows_of
+from moesim.simulate import (
+    Result,
+    check_calibration,
+    expert_size,
+    low_expert_size,
+    simulate,
+    workload_for,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+TRACE, MACHINE = "tiny", "rtx3060"
+
+PolicyLike = str | type[Policy] | PolicySpec
+Point = tuple[int, PolicySpec]  # slots a layer, and the policy
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the policies of a comparison share, besides the number of slots."""
+
+    trace: Trace
+    meta: TraceMeta  # the trace's, with the sizes that count
+    machine: Machine
+    expert_bytes: int | None
+    low_bytes: int
+    scope: str = "layer"
+    engine: Engine = Engine.auto
+    tokens: int | None = None  # only the first so many
+    calibration: Trace | None = None
+    cold: bool = False
+    limits: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        trace: str | Path | Trace,
+        machine: str | Path | Machine,
+        *,
+        precision: str | None = None,
+        expert_bytes: int | None = None,
+        low_precision: str | None = None,
+        low_expert_bytes: int | None = None,
+        given: GivenSizes | None = None,
+        calibration: str | Path | Trace | None = None,
+        **others: Any,
+    ) -> Setting:
+        """Look at what was named. Raises TraceError or SimulationError for what is not there, or
+        is not of the trace's shape."""
+        if precision is not None and expert_bytes is not None:
+            raise UsageError("give precision or expert-bytes, not both")
+        if low_precision is not None and low_expert_bytes is not None:
+            raise UsageError("give low-precision or low-expert-bytes, not both")
+        opened = _opened(trace)
+        profile = machine if isinstance(machine, Machine) else load_machine(str(machine))
+        meta = opened.meta if given is None else given.on(opened.meta)
+        size = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
+        low = low_expert_size(meta, size, precision=low_precision, expert_bytes=low_expert_bytes)
+        counted = None if calibration is None else _opened(calibration)
+        if counted is not None:
+            check_calibration(counted, meta)
+        return cls(opened, meta, profile, size, low, calibration=counted, **others)
+
+    def title(self, n_tokens: int) -> str:
+        """What was simulated, in the lines above a table."""
+        lower = f" ({self.low_bytes:,} at the lower precision)" if self.low_bytes else ""
+        meta = self.meta
+        return (
+            f"Simulated on {self.machine.name} ({self.machine.source} constants), "
+            f"{expert_label(self.expert_bytes)}{lower}, cache per {self.scope}"
+            f"{', cold at every sequence' if self.cold else ''}.\n{dense_label(meta)}.\n"
+            f"{self.trace.title}: {n_tokens:,} tokens x {meta.n_layers} layers, "
+            f"top-{meta.top_k} of {meta.n_experts} experts."
+        )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a row was made from, for programs."""
+        from moesim import __version__
+
+        found: dict[str, Any] = {
+            "kind": "simulated",
+            "trace_sha256": self.trace.digest,
+            "machine_source": self.machine.source,
+            "moesim_version": __version__,
+        }
+        if self.calibration is not None:
+            found["calibration_sha256"] = self.calibration.digest
+        return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of it: a row a point, those refused with the reason; timelines if asked for."""
+
+    rows: list[Compared | Refused]
+    timelines: list[tuple[str, list[Segment]]]
+    title: str
+    alike: list[str]  # of policies that cannot differ from another here
+
+
+def run(
+    setting: Setting,
+    policies: Sequence[PolicySpec],
+    slots: Sequence[int],
+    *,
+    timeline: bool = False,
+    watch: Callable[[list[Point]], Iterable[Point]] = iter,
+) -> Comparison:
+    """Simulate every policy with every number of slots; ``watch`` sees the points go by.
+
+    Raises what stopped them where none could run.
+    """
+    points = Points(setting.trace.title, setting.scope, setting.machine.name)
+    workload = workload_for(
+        setting.trace, [spec for spec in policies if points.admits(setting.trace, spec)]
+    ).sized(setting.meta)
+    if setting.tokens is not None:
+        workload = workload.head(setting.tokens)
+    if setting.calibration is not None:
+        workload = workload.calibrated(setting.calibration.expert_counts())
+    one = partial(
+        simulate,
+        workload,
+        machine=setting.machine,
+        scope=setting.scope,
+        expert_bytes=setting.expert_bytes,
+        low_bytes=setting.low_bytes,
+        engine=setting.engine,
+        cold=setting.cold,
+        limits=setting.limits,
+    )
+    timelines = []
+    for count, spec in watch([(count, spec) for count in slots for spec in policies]):
+        segments: list[Segment] | None = [] if timeline else None
+        if points.run(spec, count, partial(one, spec, slots=count, timeline=segments)):
+            timelines.append((f"{spec.label}, {count} slots", segments or []))
+
+    def baseline(count: int) -> Result:
+        return one(find_policy(BASELINE), slots=count)
+
+    return Comparison(
+        points.beside(baseline if setting.limits else None),
+        timelines,
+        setting.title(workload.n_decoded + workload.n_prompt),
+        same_figures(policies, workload.context(0, setting.scope), slots),
+    )
+
+
+def compare(
+    trace: str | Path | Trace = TRACE,
+    policies: Sequence[PolicyLike] = ("lru", "lfu", "belady"),
+    *,
+    slots: int | Sequence[int] | None = None,
+    machine: str | Path | Machine = MACHINE,
+    scope: str = "layer",
+    precision: str | None = None,
+    expert_bytes: int | None = None,
+    low_precision: str | None = None,
+    low_expert_bytes: int | None = None,
+    like: str | None = None,
+    engine: str = "auto",
+    tokens: int | None = None,
+    calibration: str | Path | Trace | None = None,
+    cold: bool = False,
+    limits: bool = True,
+) -> pl.DataFrame:
+    """Replay a trace under each policy and cache size: what `moesim compare` does, as a frame.
+
+    ``trace`` is a file, the name of a sample, or an open trace; ``policies`` are names, specs such
+    as "lru-spec:n=1", or classes; ``slots`` are experts cached a layer (default: quarters of a
+    layer's); ``machine`` is a name, a TOML file, or a Machine; ``like`` names the model whose sizes
+    count. The rest are the options of the command.
+
+    Returns a row for each policy and number of slots, with the columns of `Result`, ``gap_loads``,
+    ``gap_time`` (shares of the gap between LRU and the limit that were closed), ``refused`` (why a
+    policy could not run; its other columns are null) and what the row was made from. Raises
+    TraceError, PolicyError or SimulationError where nothing can run.
+    """
+    import polars as pl
+
+    setting = Setting.of(
+        trace,
+        machine,
+        precision=precision,
+        expert_bytes=expert_bytes,
+        low_precision=low_precision,
+        low_expert_bytes=low_expert_bytes,
+        given=None if like is None else GivenSizes(like),
+        calibration=calibration,
+        scope=scope,
+        engine=_engine(engine),
+        tokens=tokens,
+        cold=cold,
+        limits=limits,
+    )
+    sizes = quarters(setting.meta.n_experts) if slots is None else slots
+    found = run(setting, [_spec(p) for p in policies], [sizes] if isinstance(sizes, int) else sizes)
+    return pl.DataFrame(rows_of(found.rows, setting.provenance), infer_schema_length=None)
+
+
+def quarters(n_experts: int) -> list[int]:
+    """A quarter, half and three quarters of a layer's experts: the default cache sizes."""
+    return sorted({max(1, n_experts * quarter // 4) for quarter in (1, 2, 3)})
+
+
+def _opened(trace: str | Path | Trace) -> Trace:
+    return trace if isinstance(trace, Trace) else open_trace(str(trace))
+
+
+def _spec(policy: PolicyLike) -> PolicySpec:
+    if isinstance(policy, PolicySpec):
+        return policy
+    return find_policy(policy) if isinstance(policy, str) else PolicySpec(policy.__name__, policy)
+
+
+def _engine(name: str) -> Engine:
+    try:
+        return Engine(name)
+    except ValueError:
+        known = ", ".join(engine.value for engine in Engine)
+        raise UsageError(f"unknown engine '{name}': it is one of {known}") from None
