@@ -175,8 +175,8 @@ def import_trace(
     """Turn a foreign recording into a trace; what it did not record is left out and noted."""
     from moeroute.importers import import_foreign
 
-    import_foreign(file, out)
-    _describe(out)
+    made = import_foreign(file, out, tell=lambda line: typer.echo(f"note: {line}", err=True))
+    typer.echo(made.describe(notes=False))
 
 
 @app.command()
