@@ -228,6 +228,12 @@ def test_a_foreign_recording_is_imported(moetrace: Run, tmp_path: Path) -> None:
     code, printed, told = moetrace("import", foreign, "--out", out)
     assert code == 0, told
     assert "20 tokens x 3 layers, top-2 of 8 experts" in printed
+    assert told.splitlines() == [
+        "note: phase: no prompt is recorded: every token is decode",
+        "note: sizes: unknown: bytes of an expert, dense weights of a layer and a token "
+        "(--like gives them)",
+        "note: absent: token ids, router logits, predictions of later gates",
+    ]
     np.testing.assert_array_equal(open_trace(out).array("experts"), ids.reshape(-1, 2))
     code, _, told = moetrace("import", tmp_path / "none.npz", "--out", out)
     assert (code, told.startswith("error: ")) == (1, True)

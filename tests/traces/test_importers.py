@@ -82,23 +82,37 @@ def test_npz_with_a_token_wholly_lost(tmp_path: Path) -> None:
     trace = import_npz(save(tmp_path / "r.npz", valid=valid), tmp_path / "t.parquet")
     trace.validate()
     assert trace.meta.missing_rows == 0
-    assert trace.meta.notes["lost_tokens"].startswith("1 token")
+    assert trace.meta.notes["lost_tokens"].startswith("1 of 3 tokens dropped")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"seq": None}, "no array seq; it has finished, ids"),
-        ({"valid": None}, "ids: -1 is out of range"),
-        ({"n_experts": np.array(4)}, "row 2, column experts: expert 4 is out of range"),
-        ({"pos": np.array([7, 3, 7])}, "row 4, column sequence, position, layer"),
-        ({"phase": np.array([1, 2, 1])}, "row 0, column phase: 2 is no phase"),
+        ({"valid": None}, "token 2, layer 0, column experts: -1 is out of range"),
+        (
+            {"n_experts": np.array(4)},
+            "token 0, layer 0, column experts: expert 4 is out of range (there are 4)",
+        ),
+        (
+            {"pos": np.array([7, 3, 7])},
+            "token 0, layer 1 and token 2, layer 1 are both sequence 1, position 7, layer 1, but "
+            "differ in experts",
+        ),
+        ({"phase": np.array([1, 2, 1])}, "token 1, layer 0, column phase: 2 is no phase"),
         ({"seq": np.array([1, 0])}, "array seq is int64[2], not whole numbers [3]"),
         ({"weights": np.ones((3, 2, 2), dtype=int)}, "array weights is int64[3, 2, 2], not real"),
-        ({"weights": np.full((3, 2, 2), np.nan)}, "row 0, column weights: [nan, nan]"),
+        ({"weights": np.full((3, 2, 2), np.nan)}, "token 1, layer 0, column weights: [nan, nan]"),
         ({"ids": np.zeros((3, 2))}, "array ids has shape [3, 2]"),
         ({"top_k": np.array(3)}, "top_k is 3, but ids holds 2"),
-        ({"seq": np.array([-1, 0, 1])}, "seq: -1 is out of range"),
+        ({"seq": np.array([-1, 0, 1])}, "token 0, layer 0, column sequence: -1 is out of range"),
+        ({"pos": np.array([7, 1 << 32, 8])}, "token 1, layer 0, column position: 4294967296 is"),
+        ({"weights": np.full((3, 2, 2), None)}, "array weights holds Python objects, which are"),
+        ({"valid": np.zeros((3, 2), bool)}, "holds no routing: 3 tokens, 3 of them lost"),
+        (
+            {"ids": np.array([[[4, 0], [1, 2]], [[0, 3], [2, 2]], [[0, 1], [3, 0]]])},
+            "token 1, layer 1, column experts: expert 2 is there more than once",
+        ),
     ],
 )
 def test_a_bad_npz_is_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -113,7 +127,7 @@ def test_a_bad_npz_is_told(tmp_path: Path, changes: dict[str, Any], message: str
 def test_a_truncated_npz_is_told(tmp_path: Path) -> None:
     path = save(tmp_path / "bad.npz")
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(TraceError, match=r"bad\.npz: not a readable"):
+    with pytest.raises(TraceError, match=r"bad\.npz: truncated or damaged zip"):
         import_foreign(path, tmp_path / "t.parquet")
 
 
@@ -139,7 +153,13 @@ def test_bigmoe_csv(tmp_path: Path) -> None:
     [
         ("0,0,1,0,0,1,0.5", "0,0,1,0,0,x,0.5", "line 8, column expert: 'x' is no number"),
         ("0,0,1,0,0,1,0.5", "0,0,1,0,0,1,", "line 8, column weight: None is no number"),
-        ("0,0,1,0,0,1,0.5", "0,0,1,0,0,9,0.5", "row 1, column experts: expert 9 is out of range"),
+        ("0,0,1,0,0,1,0.5", "0,0,1,0,0,9,0.5", "line 8, column expert: '9' is out of range"),
+        ("0,0,1,0,0,1,0.5", "0,0,1,0,0,-1,0.5", "line 8, column expert: '-1' is out of range"),
+        ("0,0,1,0,0,1,0.5", "0,0,1,0,0,1.5,0.5", "line 8, column expert: '1.5' is out of range"),
+        ("0,0,1,0,0,1,0.5", "0,0,1,0,0,1,nan", "line 8, column weight: 'nan' is no number"),
+        ("0,0,1,0,0,1,0.5", "0,0,1,0,0,2,0.5", "line 8, column experts: expert 2 is there more"),
+        ("0,0,1,0,0,1,0.5", "\n0,0,1,0,0,x,0.5", "line 9, column expert: 'x' is no number"),
+        (",residency", ",residency,Layer", "column layer is there 2 times"),
         ("0,0,1,0,0,1,0.5", "0,0,1,0,1,1,0.5", "line 8, column slot"),
         ("0,1,2,1,1,0,0.4,1,0\n", "", "line 14, column slot"),
         ("0,1,2,1,0,1,0.6,2,0\n0,1,2,1,1,0,0.4,1,0\n", "", "decode step 2 of turn 0 has 1 of 2"),
@@ -167,7 +187,7 @@ def test_unknown_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no such file"):
         import_foreign(path, tmp_path / "t.parquet")
     path.write_bytes(b"hello")
-    with pytest.raises(TraceError, match="no known format"):
+    with pytest.raises(TraceError, match="'hello': not a format that can be imported"):
         import_foreign(path, tmp_path / "t.parquet")
     with pytest.raises(TraceError, match="line 1: not a route trace"):
         import_bigmoe_csv(path, tmp_path / "t.parquet")

@@ -237,8 +237,10 @@ def import_trace(
         dense_token_bytes,
     )
     _check_out(out, resume=False, force=force)
-    import_foreign(file, out, sizes=sizes)
-    _describe(out)
+    made = import_foreign(
+        file, out, sizes=sizes, tell=lambda line: typer.echo(f"note: {line}", err=True)
+    )
+    typer.echo(made.describe(notes=False))
 
 
 @app.command()

@@ -23,12 +23,16 @@ from moeroute.schema import (
 class RowChecker:
     """Checks batches of rows that follow one another; the order holds across batches too.
 
-    `where` starts every message: the file, or what else the rows are of.
+    `where` starts every message: the file, or what else the rows are of. `row_name` says where
+    row i stands in it: an importer's rows come from elsewhere in its file.
     """
 
-    def __init__(self, meta: TraceMeta, where: str) -> None:
+    def __init__(
+        self, meta: TraceMeta, where: str, row_name: Callable[[int], str] = "row {}".format
+    ) -> None:
         self.meta = meta
         self.where = where
+        self._row_name = row_name
         self.n_rows = 0
         self.missing_rows = 0
         self._last: tuple[int, int, int] | None = None  # sequence, position, layer
@@ -160,7 +164,8 @@ class RowChecker:
         wrong = np.flatnonzero(bad)
         if len(wrong):
             i = int(wrong[0])
-            raise TraceError(f"{self.where}: row {self.n_rows + i}, column {column}: {tell(i)}")
+            row = self._row_name(self.n_rows + i)
+            raise TraceError(f"{self.where}: {row}, column {column}: {tell(i)}")
 
 
 def _repeated(experts: NDArray[np.uint16]) -> Callable[[int], str]:

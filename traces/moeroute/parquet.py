@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeroute.foreign import Source
 from moeroute.schema import PHASES, PREDICTED, Rows, TraceError, TraceMeta, column_spec
 
 if TYPE_CHECKING:
@@ -130,26 +131,28 @@ def scan(place: Place) -> pl.LazyFrame:
 
 def check_whole(path: Path) -> None:
     """Raise TraceError unless `path` begins and ends as a Parquet file does."""
-    partial = partial_folder(path)
     if not path.exists():
+        partial = partial_folder(path)
         hint = f"; {partial} is an unfinished one, resume it" if partial.is_dir() else ""
         raise TraceError(f"{path}: there is no such trace{hint}")
-    if path.is_dir():
-        raise TraceError(f"{path}: is a folder, not a trace")
+    source = Source(path, "trace")
     with path.open("rb") as file:
         start = file.read(len(_MAGIC))
         size = file.seek(0, 2)
         file.seek(max(0, size - len(_MAGIC)))
         end = file.read()
     if start != _MAGIC:
-        raise TraceError(f"{path}: not a routing trace (not a Parquet file)")
+        raise TraceError(
+            f"{path}: not a routing trace (not a Parquet file, but {source.described}); recordings "
+            f"of other programs become traces by: moetrace import {path} --out TRACE.parquet"
+        )
     if end != _MAGIC or size < 12:
         raise TraceError(f"{path}: truncated: the file ends in the middle ({size} bytes)")
 
 
 def partial_folder(path: Path) -> Path:
     """Where an unfinished trace that is to become `path` lies."""
-    return path.with_name(path.name + ".partial")
+    return Path(f"{path}.partial")  # with_name would refuse "." and "/"
 
 
 @contextmanager

@@ -107,8 +107,11 @@ class Trace:
         source = self.meta.source
         return self.meta.model + ("" if source == "recorded" else f" ({source})")
 
-    def describe(self) -> str:
-        """A few lines for people: what the trace is of, how big, and what it can be used for."""
+    def describe(self, *, notes: bool = True) -> str:
+        """A few lines for people: what the trace is of, how big, and what it can be used for.
+
+        `notes`: also what its maker noted.
+        """
         from moeroute.sizes import sizes_line
 
         meta = self.meta
@@ -126,7 +129,8 @@ class Trace:
         if meta.prediction:
             lines.append(f"predictions: {meta.prediction}, up to {meta.horizon} layers ahead")
         lines.append(sizes_line(meta))
-        lines += [f"{name}: {note}" for name, note in meta.notes.items()]
+        if notes:
+            lines += [f"{name}: {note}" for name, note in meta.notes.items()]
         return "\n".join(lines)
 
     def has(self, column: str) -> bool:
@@ -211,13 +215,22 @@ class Trace:
         return tuple(name for name in column_names(self.meta.horizon) if name in schema)
 
 
+def is_trace(path: Place) -> bool:
+    """Whether a Parquet file is a trace of ours. Raises TraceError if it cannot be read."""
+    import polars as pl
+
+    scan(path)
+    with naming_errors(path):
+        return META_KEY in pl.read_parquet_metadata(path)
+
+
 def _read_meta(path: Place) -> TraceMeta:
     import polars as pl
 
     with naming_errors(path):
         found = pl.read_parquet_metadata(path).get(META_KEY)
     if found is None:
-        raise TraceError(f"{path}: not a routing trace (a Parquet file without trace metadata)")
+        raise TraceError(f"{path}: not a routing trace (a Parquet file of another program)")
     try:
         return TraceMeta.from_json(found)
     except TraceError as error:

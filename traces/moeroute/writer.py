@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,8 @@ class TraceWriter:
     A context manager: leaving it normally closes, leaving it by an exception aborts. What one
     `write` call hands over stays together: after a kill it is there as a whole or not at all, so a
     recorder that writes whole sequences resumes at a sequence boundary. `rows_of` is what errors
-    about rows name instead of `path`: an importer's input. Raises TraceError for rows that are no
+    about rows name instead of `path`, an importer's input, and `row_name` says where in it row i
+    stands. Raises TraceError for rows that are no
     trace, metadata other than that of the trace to be resumed, or no rows at all.
     """
 
@@ -49,13 +50,16 @@ class TraceWriter:
         *,
         resume: bool = False,
         rows_of: str | None = None,
+        row_name: Callable[[int], str] = "row {}".format,
     ) -> None:
         self.path = Path(path)
         self.meta = meta
+        if self.path.is_dir():
+            raise TraceError(f"{self.path}: is a folder; give a file's name to write the trace to")
         self.folder = partial_folder(self.path)
         if not self.path.parent.is_dir():
             raise TraceError(f"{self.path}: the folder {self.path.parent} does not exist")
-        self._check = RowChecker(meta, rows_of or str(self.path))
+        self._check = RowChecker(meta, rows_of or str(self.path), row_name)
         self._parts = 0
         self._buffer: list[Rows] = []
         self._buffer_bytes = 0
@@ -166,11 +170,15 @@ class TraceWriter:
                 raise TraceError(f"{self.folder}: is in the way and holds no unfinished trace")
             shutil.rmtree(self.folder)
         self.folder.mkdir()
-        with (
-            self._finishing(self.folder / "meta.json") as unfinished,
-            naming_errors(unfinished),
-        ):
-            unfinished.write_text(self.meta.to_json(), encoding="utf-8")
+        try:
+            with (
+                self._finishing(self.folder / "meta.json") as unfinished,
+                naming_errors(unfinished),
+            ):
+                unfinished.write_text(self.meta.to_json(), encoding="utf-8")
+        except BaseException:
+            self.discard()
+            raise
 
     @contextmanager
     def _finishing(self, path: Path) -> Iterator[Path]:
