@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
+import io
 import lzma
 import re
 import zipfile
@@ -114,7 +116,7 @@ def shared() -> dict[str, Any]:
         (
             shuffled(),
             {
-                "order": "120 of 120 rows sorted by sequence, position, layer",
+                "order": "120 of 120 rows stood elsewhere: sorted by sequence, position, layer",
                 "sequences": "order changed: by number now, in the file 1, 0, ... come first",
             },
         ),
@@ -154,7 +156,7 @@ def shared() -> dict[str, Any]:
             lost(),
             {
                 "lost_tokens": "1 of 40 tokens dropped: the recorder kept no layer of them",
-                "positions": "1 x a gap, in 1 of 2 sequences",
+                "positions": "gaps between tokens: 1, in 1 of 2 sequences",
                 "incomplete": "2 of 39 tokens lack layers: 3 (token, layer) rows are missing",
             },
         ),
@@ -200,6 +202,14 @@ def quoted(text: str) -> str:
     return "\n".join(row if row[0] == "#" else '"' + row.replace(",", '","') + '"' for row in rows)
 
 
+def zstd(text: str) -> bytes:
+    packed = io.BytesIO()
+    pl.DataFrame({"line": text.split("\n")}).write_csv(
+        packed, include_header=False, separator="\x1f", quote_style="never", compression="zstd"
+    )
+    return packed.getvalue()
+
+
 def other_order(text: str) -> str:
     rows = [row.split(",") for row in text.splitlines() if row[0] != "#"]
     return COMMENTS + "".join(",".join(reversed(row)) + "\n" for row in rows)
@@ -212,6 +222,8 @@ WRITTEN: dict[str, Callable[[str], bytes]] = {
     "gz": lambda t: gzip.compress(t.encode()),
     "bz2": lambda t: bz2.compress(t.encode()),
     "xz": lambda t: lzma.compress(t.encode()),
+    "zstd": zstd,
+    "zstd with blank lines": lambda t: zstd("\n".join([t, "", ""])),
     "gz of utf-16": lambda t: gzip.compress(t.encode("utf-16")),
     "trailing blank lines": lambda t: (t + "\n  \n\n").encode(),
     "a blank line inside": lambda t: t.replace("\n0,1,1,0", "\n\n0,1,1,0", 1).encode(),
@@ -243,7 +255,7 @@ def test_repeated_unsorted_and_strange_lines_are_said(tmp_path: Path) -> None:
     path.write_bytes(text.encode() + "# caf\u00e9".encode("latin-1"))
     _, said = bring_file(path)
     assert said["duplicates"] == "3 lines that repeat another: dropped"
-    assert said["order"] == "6 of 6 rows sorted by sequence, position, layer"
+    assert said["order"] == "6 of 6 rows stood elsewhere: sorted by sequence, position, layer"
     assert said["not_imported"] == "columns free"
     assert said["residency"].endswith("; 1 codes of unknown meaning: 7")
     assert said["encoding"] == "1 characters are no utf-8: replaced"
@@ -318,3 +330,23 @@ def test_opening_a_foreign_file_says_how_to_import_it(
     for folder in (".", "..", "/", ""):
         with pytest.raises(TraceError, match="is a folder, not a trace; it holds"):
             open_trace(folder)
+
+
+@pytest.mark.parametrize("fails", ["moeroute.writer.write_part", "pathlib.Path.write_text"])
+def test_a_full_disk_leaves_nothing_of_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "part")
+
+    np.savez(tmp_path / "r.npz", **arrays())
+    monkeypatch.setattr(fails, full)
+    with pytest.raises(OSError, match="No space left"):
+        import_foreign(tmp_path / "r.npz", tmp_path / "t.parquet")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.npz"]
+
+
+def test_a_token_that_changes_phase_between_layers_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(CSV.replace("\n0,1,1,1,", "\n0,0,1,1,"))
+    assert bring_file(path)[1]["phase"] == "1 tokens change phase between layers"

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from moeroute.schema import TraceError
 
 PARQUET, NPZ, TORCH, TEXT = "Parquet", "an .npz archive", "a PyTorch file (.pt)", "text"
-ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -63,7 +63,7 @@ class Source:
 
     def open(self) -> BinaryIO:
         """The contents, unpacked, as a binary file that can seek."""
-        if self._head.startswith(ZSTD):
+        if self._head.startswith(_ZSTD):
             return io.BytesIO(self._zstd_text().encode())
         for magic, opener in _COMPRESSED.items():
             if self._head.startswith(magic):
@@ -89,7 +89,7 @@ class Source:
     @property
     def is_packed(self) -> bool:
         """Whether the file is compressed."""
-        return self._head.startswith((ZSTD, *_COMPRESSED))
+        return self._head.startswith((_ZSTD, *_COMPRESSED))
 
     @cached_property
     def start(self) -> bytes:

@@ -104,7 +104,10 @@ class Recording:
         order = np.lexsort(key)
         moved = int((order != np.arange(len(order))).sum())
         self.findings.count(
-            "order", moved, "rows sorted by sequence, position, layer", of=len(order)
+            "order",
+            moved,
+            "rows stood elsewhere: sorted by sequence, position, layer",
+            of=len(order),
         )
         sequence = columns["sequence"]
         heads = np.unique(sequence, return_index=True)[1]
@@ -186,7 +189,8 @@ class Recording:
         begins = position[np.concatenate(([True], ~same))]
         if holed:
             self.findings.note(
-                "positions", f"{gaps.sum()} x a gap, in {holed} of {len(begins)} sequences"
+                "positions",
+                f"gaps between tokens: {gaps.sum()}, in {holed} of {len(begins)} sequences",
             )
         self.findings.count(
             "positions", int((begins > 0).sum()), "sequences do not begin at 0", of=len(begins)
