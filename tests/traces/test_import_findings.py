@@ -68,7 +68,8 @@ def bring_file(path: Path) -> tuple[Trace, dict[str, str]]:
 
 
 ALWAYS = {
-    "sizes": "unknown: bytes of an expert, dense weights of a layer and a token (--like gives them)",
+    "sizes": "unknown: bytes of an expert, dense weights of a layer and a token "
+    "(--like gives them)",
     "absent": "token ids, router logits, predictions of later gates",
 }
 
