@@ -22,4 +22,5 @@ def context_limit(config: Any) -> int | None:
         for kind in kinds
         if kind.get("original_max_position_embeddings")
     ]
-    return max([int(limit), *(round(tokens) for tokens in stretched)])
+    longest: int = max([limit, *map(round, stretched)])
+    return longest
