@@ -28,6 +28,8 @@ def main() -> None:
     if asked.tokens:
         workload = workload.head(asked.tokens)
     size = expert_size(trace.meta, precision=None, expert_bytes=asked.expert_bytes)
+    if size is None:
+        raise SystemExit(f"{asked.trace} does not say how big an expert is: give --expert-bytes")
     sizes = sizes_of(trace.meta, size)
     profile = load_machine(asked.machine)
     # What a policy foresees without speculative gates must not be charged for them.

@@ -239,6 +239,45 @@ def test_a_foreign_recording_is_imported(moetrace: Run, tmp_path: Path) -> None:
     assert (code, told.startswith("error: ")) == (1, True)
 
 
+def test_an_import_takes_the_sizes_it_is_told(moetrace: Run, tmp_path: Path) -> None:
+    foreign, out = tmp_path / "routing.npz", tmp_path / "t.parquet"
+    ids = np.tile(np.arange(4, dtype=np.uint8), (2, 24, 1))
+    arrays = {"seq": np.zeros(2, np.int32), "pos": np.arange(2), "phase": np.ones(2, np.uint8)}
+    np.savez(foreign, ids=ids, n_experts=32, **arrays)
+    code, printed, told = moetrace("import", foreign, "--out", out)
+    assert code == 0, told
+    unknown = "sizes: bytes of an expert unknown; dense weights of a layer and a token unknown"
+    assert unknown in printed.splitlines()
+    meta = open_trace(out).meta
+    assert (meta.expert_bytes, meta.layer_bytes, meta.token_bytes) == ({}, None, None)
+    out.unlink()
+
+    code, printed, told = moetrace("import", foreign, "--out", out, "--like", "gpt-oss-20b")
+    assert code == 0, told
+    assert "sizes: an expert 13,236,480 bytes in mxfp4" in printed
+    assert (open_trace(out).meta.layer_bytes, open_trace(out).meta.token_bytes) == (
+        53_296_192,
+        1_158_278_400,
+    )
+    out.unlink()
+
+    numbers = ["--expert-bytes", "4bit=13,bf16=50", "--dense-layer-bytes", 7]
+    code, printed, told = moetrace("import", foreign, "--out", out, *numbers)
+    assert code == 0, told
+    meta = open_trace(out).meta
+    assert (meta.expert_bytes, meta.layer_bytes) == ({"4bit": 13, "bf16": 50}, 7)
+    assert meta.token_bytes is None
+    out.unlink()
+
+    code, _, told = moetrace("import", foreign, "--out", out, "--like", "gpt-oss-120b")
+    assert code == 1
+    assert "24 layers where gpt-oss-120b has 36" in told
+    code, _, told = moetrace("import", foreign, "--out", out, "--expert-bytes", "4bit=0")
+    assert code == 2
+    assert "give PRECISION=BYTES" in told
+    assert not list(tmp_path.glob("t.parquet*"))
+
+
 def test_statistics_in_three_formats(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     assert moetrace("record", corpus, "--out", out)[0] == 0

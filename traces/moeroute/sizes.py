@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from moeroute.models import NATIVE, ModelShape, find_model
 from moeroute.schema import TraceError, TraceMeta
 
+TOP_K_NOTE = "top_k"  # of a trace whose recorder chose fewer experts than its model does
+
 
 @dataclass(frozen=True)
 class GivenSizes:
@@ -64,7 +66,7 @@ class GivenSizes:
         dense = model.dense(attention)
         notes = {"sizes": f"of {model.name}, dense weights {model.dense_label(attention)}"}
         if reduced:
-            notes["top_k"] = reduced
+            notes[TOP_K_NOTE] = reduced
         return replace(
             meta,
             expert_bytes=meta.expert_bytes | model.expert_bytes(),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moeroute.schema import TraceMeta
+from moeroute.sizes import TOP_K_NOTE
 
 LOWER_BOUND = "dense weights unknown: time is a lower bound"
 
@@ -24,10 +25,11 @@ def dense_label(meta: TraceMeta) -> str:
     ]
     if not known:
         return "Dense weights unknown"
+    reduced = f"; {meta.notes[TOP_K_NOTE]}" if TOP_K_NOTE in meta.notes else ""
     counted = f" ({meta.dense_precision})" if meta.dense_precision else ""
     missing = "layer" if meta.layer_bytes is None else "token"
     rest = f", a {missing}'s unknown" if len(known) == 1 else ""
-    return f"Dense weights of {' and '.join(known)}{counted}{rest}"
+    return f"Dense weights of {' and '.join(known)}{counted}{rest}{reduced}"
 
 
 def size_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -168,3 +168,9 @@ def test_the_bundled_models_tokens_read_the_last_norm_too(tmp_path: Path) -> Non
     assert live.dense_precision == described_so.dense_label() == "fp16"
     bench = GeneratedModel(find_config("tiny"), name="tiny", precision="fp16", seed=0)
     assert (bench.index.layer_bytes, bench.index.token_bytes) == described_so.dense()
+
+
+def test_what_cannot_be_told_from_the_experts_is_unknown() -> None:
+    """Experts kept in a way of their own would be counted among the dense weights."""
+    assert dense_sizes_of(torch.nn.Linear(2, 2), torch.float32) is None
+    assert expert_params(torch.nn.Linear(2, 2), torch.float32) is None

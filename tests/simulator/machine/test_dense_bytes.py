@@ -267,6 +267,13 @@ def test_a_table_says_what_is_unknown_and_what_was_assumed(tmp_path: Path) -> No
     assert (row["tokens_per_s"], row["limit_tokens_per_s"], row["expert_bytes"]) == ("", "", "")
 
 
+def test_a_recording_of_fewer_experts_a_token_says_so_where_sizes_are_taken(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.parquet", decoded(*[[[3, 5]] * 24] * 2), 32)
+    done = moesim("compare", "lru", "--slots", "8", "--trace", trace, "--like", "gpt-oss-20b")
+    assert done.returncode == 0, done.stderr
+    assert "(bf16); top-2 of a model that has top-4: reduced by the recorder" in done.stdout
+
+
 def test_a_timeline_says_what_its_times_leave_out(tmp_path: Path) -> None:
     trace = imported(tmp_path / "t.parquet")
     out = tmp_path / "out.json.gz"
