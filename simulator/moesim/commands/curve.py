@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from moepolicy import policy_names
 from moeroute import open_trace
 from rich.console import Console
 from rich.table import Table
 
 from moesim import __version__
-from moesim.curves.hit_ratios import LIMIT, hit_curve, shuffled
+from moesim.curves.hit_ratios import LIMIT, check_one_pass, hit_curve, shuffled
+from moesim.errors import UsageError
 from moesim.report import Format, deliver
 from moesim.workload.loading import load_workload
 
@@ -46,17 +48,19 @@ def curve(
     opened = open_trace(trace)
     workload = load_workload(opened)
     mixed = shuffled(workload, seed)
+    refused = _refused(policies)
     curves = {
         name: [hit_curve(of, name, scope, cold=cold) for of in (workload, mixed)]
         for name in dict.fromkeys([*policies, LIMIT])
+        if name not in refused
     }
     rows: list[dict[str, Any]] = [
         {
             "policy": policy,
             "slots": slots,
             "scope": scope,
-            "hit_ratio": float(curves[policy][0][slots]),
-            "shuffled_hit_ratio": float(curves[policy][1][slots]),
+            "hit_ratio": None if policy in refused else float(curves[policy][0][slots]),
+            "shuffled_hit_ratio": None if policy in refused else float(curves[policy][1][slots]),
             "limit_hit_ratio": float(curves[LIMIT][0][slots]),
             "shuffled_limit_hit_ratio": float(curves[LIMIT][1][slots]),
             "cold": cold,
@@ -65,6 +69,7 @@ def curve(
             "trace": workload.title,
             "trace_sha256": opened.digest,
             "moesim_version": __version__,
+            "refused": refused.get(policy),
         }
         for policy in policies
         for slots in range(1, workload.meta.n_experts + 1)
@@ -74,9 +79,27 @@ def curve(
     deliver(_render(rows, format, title), out)
 
 
+def _refused(policies: list[str]) -> dict[str, str]:
+    """Of policies that have no curve, why. Raises UsageError where there is no such policy, or none
+    that has one."""
+    refused = {}
+    for name in dict.fromkeys(policies):
+        try:
+            check_one_pass(name)
+        except UsageError as error:
+            refused[name] = str(error)
+            if name.partition(":")[0] not in policy_names() and ".py:" not in name:
+                raise
+    if len(refused) == len(set(policies)):
+        check_one_pass(policies[0])
+    return refused
+
+
 def _render(rows: list[dict[str, Any]], format: Format, title: str) -> str:
     if format is Format.table:
-        return _table(rows, title)
+        reasons = {row["policy"]: row["refused"] for row in rows if row["refused"]}
+        notes = "".join(f"{policy}: no column: {why}\n" for policy, why in reasons.items())
+        return _table([row for row in rows if not row["refused"]], title) + notes
     if format is Format.json:
         return json.dumps(rows, indent=1) + "\n"
     text = io.StringIO()
