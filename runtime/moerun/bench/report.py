@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moerun.bench.run import RELEASED, Bench, Timed
 from moerun.live.report import Format, changed, packages
+from moerun.policies import refusal_notes
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +146,7 @@ def provenance(bench: Bench) -> dict[str, Any]:
         "routing_sha256": bench.routing.sha256,
         "seed": bench.generated.seed,
         "hardware": hardware(settings.device),
+        "refused": dict(bench.refused),
         "python": platform.python_version(),
         "packages": packages(),
     }
@@ -183,12 +185,14 @@ def _cpu_model() -> str:
 def render(rows: list[Row], format: Format, made_by: dict[str, Any]) -> str:
     if format is Format.table:
         return _table(rows, made_by)
+    plain = [asdict(row) | {"refused": None} for row in rows]
+    for name, why in made_by["refused"].items():
+        plain.append(dict.fromkeys(plain[0]) | {"policy": name, "refused": why})
     if format is Format.json:
-        return json.dumps({"rows": [asdict(row) for row in rows], **made_by}, indent=1) + "\n"
+        return json.dumps({"rows": plain, **made_by}, indent=1) + "\n"
     out = io.StringIO()
-    plain = [asdict(row) for row in rows]
     for row in plain:
-        row["rounds"] = " ".join(f"{rate:.4g}" for rate in row["rounds"])
+        row["rounds"] = row["rounds"] and " ".join(f"{rate:.4g}" for rate in row["rounds"])
     writer = csv.DictWriter(out, fieldnames=list(plain[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain)
@@ -221,6 +225,8 @@ def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
             rate = row.simulated_tokens_per_s
             cells.append("" if rate is None else f"{rate:.2f}")
         table.add_row(*cells)
+    for name in made_by["refused"]:
+        table.add_row(name, *[""] * (len(names) + simulated))
     out = io.StringIO()
     Console(file=out, width=110).print(table)
     return out.getvalue() + _legend(rows, made_by)
@@ -250,6 +256,7 @@ def _legend(rows: list[Row], made_by: dict[str, Any]) -> str:
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads",
     ]
     lines += [_answers(row) for row in rows if row.lossy or row.cpu_ratio]
+    lines += refusal_notes(made_by["refused"])
     if any(row.policy == RELEASED_LABEL for row in rows):
         lines.append(
             f"{RELEASED}: our model of the released mixtral-offloading engine (serial copies, "

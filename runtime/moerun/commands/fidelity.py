@@ -16,6 +16,7 @@ from rich.console import Console
 
 from moerun.commands import options as opt
 from moerun.live.report import Format
+from moerun.policies import Refusals, refusal_notes, servable
 from moerun.profiling.undisturbed import CALM
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def fidelity(
     simulated with a profile of this machine. Needs the simulator (moesim) installed. Run it while
     nothing else keeps the machine busy.
     """
-    specs = [find_policy(name) for name in policies or ("lru", "lfu", "lru-spec")]
+    refused: Refusals = {}
+    asked = [find_policy(name) for name in policies or ("lru", "lfu", "lru-spec")]
+    specs = servable(asked, refused, low=low is not None)
     settings = opt.settings(
         policy=specs[0].label,
         slots=slots,
@@ -94,26 +97,30 @@ def fidelity(
             repeats=repeats,
             machine=machine,
             report=status.update,
+            refused=refused,
         )
-    sys.stdout.write(_render(rows, format))
+    sys.stdout.write(_render(rows, format, refused))
 
 
-def _render(rows: list[Comparison], format: Format) -> str:
+def _render(rows: list[Comparison], format: Format, refused: Refusals) -> str:
     if format is Format.table:
-        return _table(rows)
-    plain = [asdict(row) | {"error": row.error} for row in rows]
+        return _table(rows, refused)
+    plain = [asdict(row) | {"error": row.error, "refused": None} for row in rows]
+    for name, why in refused.items():
+        plain.append(dict.fromkeys(plain[0]) | {"policy": name, "refused": why})
     if format is Format.json:
         return json.dumps(plain, indent=1) + "\n"
     out = io.StringIO()
     for row in plain:
-        row["live_runs"] = " ".join(f"{rate:.3f}" for rate in row["live_runs"])
+        runs = row["live_runs"]
+        row["live_runs"] = runs and " ".join(f"{rate:.3f}" for rate in runs)
     writer = csv.DictWriter(out, fieldnames=list(plain[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain)
     return out.getvalue()
 
 
-def _table(rows: list[Comparison]) -> str:
+def _table(rows: list[Comparison], refused: Refusals) -> str:
     from rich.table import Table
 
     table = Table(header_style="bold", title="live (measured) beside simulated (predicted)")
@@ -136,6 +143,8 @@ def _table(rows: list[Comparison]) -> str:
             f"{100 * row.error:+.1f} %",
             *(f"{100 * live:.1f} | {100 * simulated:.1f}" for live, simulated in pairs),
         )
+    for name in refused:
+        table.add_row(name, *[""] * len(names))
     out = io.StringIO()
     Console(file=out, width=None if sys.stdout.isatty() else 110).print(table)
     note = "hit, late, miss, useless: live | simulated, in % of the experts wanted\n"
@@ -145,4 +154,5 @@ def _table(rows: list[Comparison]) -> str:
             f"not to be relied on: other programs kept these runs waiting for {100 * waited:.0f} % "
             "of their time\n"
         )
+    note += "".join(f"{line}\n" for line in refusal_notes(refused))
     return out.getvalue() + note

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from moepolicy import PolicySpec, find_policy
+from moepolicy import PolicyError, PolicySpec, find_policy
 from rich.console import Console
 
 from moerun.commands import options as opt
 from moerun.errors import RunError
 from moerun.live.report import Format, decimal_bytes
+from moerun.policies import Refusals, refusal_notes, require_some, servable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -117,7 +118,9 @@ def perplexity(
     Table 1 of the base paper has Mixtral-8x7B on WikiText-2 and C4. Its figures are shown, beside
     and apart, for a model of that shape only; they compare with a measurement on the same text.
     """
-    specs = [find_policy(name) for name in dict.fromkeys(policy or ("lru",))]
+    refused: Refusals = {}
+    asked = [find_policy(name) for name in dict.fromkeys(policy or ("lru",))]
+    specs = servable(asked, refused, low=low is not None)
     settings = opt.settings(
         policy=specs[0].label,
         slots=slots,
@@ -132,10 +135,7 @@ def perplexity(
     opt.quiet_libraries()
     from moerun.perplexity.measure import Measurement
     from moerun.perplexity.results import Results
-    from moerun.policies import refuse_unservable
 
-    for spec in specs:
-        refuse_unservable(spec, low=low is not None)
     if by_token is None:
         by_token = any(spec.policy.lossy for spec in specs)
     pairs = _grid(model, attention, experts)
@@ -157,13 +157,14 @@ def perplexity(
     console = Console(stderr=True)
     with Results(path, measurement.identity) as results:
         try:
-            _measure(model, measurement, points, results, console)
+            _measure(model, measurement, points, results, console, refused)
         except KeyboardInterrupt:
             _say(console, f"finished windows are kept in {path}: the same command goes on")
             raise
         results.finish()
-    cells = [results.cells[point.key] for point in points]
-    sys.stdout.write(_render(cells, measurement.identity, format))
+    cells = [results.cells[point.key] for point in points if point.key in results.cells]
+    require_some(cells, refused)
+    sys.stdout.write(_render(cells, measurement.identity, format, refused))
 
 
 class Point(NamedTuple):
@@ -249,8 +250,9 @@ def _measure(
     points: list[Point],
     results: Results,
     console: Console,
+    refused: Refusals,
 ) -> None:
-    """Every cell that the results do not have yet."""
+    """Every cell that the results do not have yet; a policy that fails joins ``refused``."""
     missing = [point for point in points if point.key not in results.cells]
     if len(missing) < len(points):
         there = len(points) - len(missing)
@@ -274,6 +276,9 @@ def _measure(
             bar.start()
             try:
                 cell = measurement.measure(store, *point, results, on_window)
+            except PolicyError as error:
+                refused[point.policy.label] = str(error)
+                continue
             finally:
                 bar.stop()
         _say(
@@ -291,10 +296,12 @@ def _left(windows: int, measured: int, began_s: float) -> str:
     return f", about {timedelta(seconds=round(left_s))} left"
 
 
-def _render(cells: list[Cell], identity: dict[str, Any], format: Format) -> str:
+def _render(cells: list[Cell], identity: dict[str, Any], format: Format, refused: Refusals) -> str:
     if format is Format.table:
-        return _table(cells, identity)
-    rows = [asdict(cell) for cell in cells]
+        return _table(cells, identity) + "".join(f"{n}\n" for n in refusal_notes(refused))
+    rows = [asdict(cell) | {"refused": None} for cell in cells]
+    for name, why in refused.items():
+        rows.append(dict.fromkeys(rows[0]) | {"policy": name, "refused": why})
     if format is Format.json:
         return json.dumps({"kind": "measured", **identity, "cells": rows}, indent=1) + "\n"
     for row in rows:
