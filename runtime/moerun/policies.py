@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from moepolicy import PolicyError, PolicySpec
+
+Refusals = dict[str, str]  # by a policy's label: why it could not run
 
 NOT_LIVE = {"future": "the future of a recorded trace"}
 
@@ -24,3 +29,54 @@ def refuse_unservable(policy: PolicySpec, *, low: bool = False) -> None:
             f"policy '{policy.label}' loads experts at a lower precision: name one, or a store of "
             "one, with --low"
         )
+
+
+def refuse_beyond(policy: PolicySpec, horizon: int, source: str) -> None:
+    """PolicyError where ``source`` has predictions less far ahead than ``policy`` reads them."""
+    if policy.horizon > horizon:
+        raise PolicyError(
+            f"policy '{policy.label}' reads predictions {policy.horizon} layers ahead, and "
+            f"{source} has them {horizon} ahead"
+        )
+
+
+def servable(
+    policies: Sequence[PolicySpec], refused: Refusals, *, low: bool = False
+) -> tuple[PolicySpec, ...]:
+    """Those of ``policies`` that a live run can serve; of the others the reason joins ``refused``.
+
+    Raises PolicyError where there are none.
+    """
+    fit = []
+    for policy in policies:
+        try:
+            refuse_unservable(policy, low=low)
+        except PolicyError as error:
+            refused[policy.label] = str(error)
+        else:
+            fit.append(policy)
+    require_some(fit, refused)
+    return tuple(fit)
+
+
+def require_some(left: Sequence[object], refused: Refusals) -> None:
+    """PolicyError with every reason where no policy is left to run."""
+    if left or not refused:
+        return
+    reasons = list(dict.fromkeys(refused.values()))
+    before = "none of the policies could run: " if len(reasons) > 1 else ""
+    raise PolicyError(before + "; ".join(reasons))
+
+
+def refusal_notes(refused: Refusals) -> list[str]:
+    """Lines for under a table."""
+    return [f"{label}: could not run: {' '.join(why.split())}" for label, why in refused.items()]
+
+
+def with_refused(rows: list[dict[str, Any]], refused: Refusals) -> list[dict[str, Any]]:
+    """Rows for programs, each with ``refused``: None, or in rows of their own the reason."""
+    whole = [row | {"refused": None} for row in rows]
+    names = whole[0] if whole else {"policy": None, "refused": None}
+    return whole + [
+        dict.fromkeys(names) | {"policy": label, "refused": why} for label, why in refused.items()
+    ]

@@ -13,6 +13,7 @@ from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 
 from moerun.bench.run import RELEASED, Bench, Timed
 from moerun.live.report import changed, packages
+from moerun.policies import refusal_notes, with_refused
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +145,7 @@ def provenance(bench: Bench) -> dict[str, Any]:
         "routing_sha256": bench.routing.sha256,
         "seed": bench.generated.seed,
         "hardware": hardware(settings.device),
+        "refused": dict(bench.refused),
         "python": platform.python_version(),
         "packages": packages(),
     }
@@ -182,7 +184,7 @@ def _cpu_model() -> str:
 def render(rows: list[Row], format: Format, made_by: dict[str, Any]) -> str:
     if format is Format.table:
         return _table(rows, made_by)
-    plain = [asdict(row) for row in rows]
+    plain = with_refused([asdict(row) for row in rows], made_by["refused"])
     return to_json({"rows": plain, **made_by}) if format is Format.json else to_csv(plain)
 
 
@@ -206,6 +208,8 @@ def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
             rate = row.simulated_tokens_per_s
             cells.append("" if rate is None else f"{rate:.2f}")
         table.add_row(*cells)
+    for name in made_by["refused"]:
+        table.add_row(name, *[""] * (len(table.headings) - 1))
     return table.render() + wrapped(_legend(rows, made_by))
 
 
@@ -233,6 +237,7 @@ def _legend(rows: list[Row], made_by: dict[str, Any]) -> list[str]:
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads",
     ]
     lines += [_answers(row) for row in rows if row.lossy or row.cpu_ratio]
+    lines += refusal_notes(made_by["refused"])
     if any(row.policy == RELEASED_LABEL for row in rows):
         lines.append(
             f"{RELEASED}: our model of the released mixtral-offloading engine (serial copies, "

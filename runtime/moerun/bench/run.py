@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from moepolicy import Context, PolicySpec
+from moepolicy import Context, PolicyError, PolicySpec
 
 from moerun.bench.engines import HitsOnly, LentLink, ReleasedEngine, copy_all
 from moerun.bench.fit import Room, refuse_too_big
@@ -34,7 +34,7 @@ from moerun.memory.fit import plan_policies
 from moerun.memory.needs import MemoryPlan, Peak
 from moerun.offload.cpu_experts import Aside
 from moerun.offload.experts import Sums, attach
-from moerun.policies import refuse_unservable
+from moerun.policies import Refusals, refuse_beyond, refuse_unservable, require_some
 from moerun.store.expert_store import ExpertStore
 
 RELEASED = "released"
@@ -76,6 +76,20 @@ class Plan:
                 )
         for policy in self.policies:
             refuse_unservable(policy, low=low)
+
+    def within(self, routing: Routing, refused: Refusals) -> Plan:
+        """The plan without the policies that read predictions further ahead than ``routing`` has
+        them, which join ``refused``. PolicyError where none is left."""
+        fit = []
+        for policy in self.policies:
+            try:
+                refuse_beyond(policy, routing.horizon, f"routing '{routing.source}'")
+            except PolicyError as error:
+                refused[policy.label] = str(error)
+            else:
+                fit.append(policy)
+        require_some(fit, refused)
+        return replace(self, policies=tuple(fit))
 
     @property
     def spares(self) -> bool:
@@ -152,6 +166,7 @@ class Bench(AbstractContextManager["Bench"]):
         except BaseException:
             self._link.owned.close()
             raise
+        self.refused: Refusals = {}  # policies that could not run, and why
         self.last_ids: list[int] = []  # what the last run decoded
         self.link_rates: list[float] = []
         self.compute: list[Timed] = []
@@ -249,8 +264,9 @@ class Bench(AbstractContextManager["Bench"]):
             if self.plan.spares:
                 self.without_experts.append(self._compute_alone(computing=False))
             for policy in self.plan.policies:
-                tell(f"{of}: {policy.label}")
-                self.runs[policy.label].append(self.run_policy(policy))
+                if policy.label in self.runs:
+                    tell(f"{of}: {policy.label}")
+                    self._try_policy(policy)
             if self.plan.released:
                 tell(f"{of}: {RELEASED}")
                 self.runs[RELEASED].append(self._run_released())
@@ -280,6 +296,15 @@ class Bench(AbstractContextManager["Bench"]):
         timings = self._decode(hits, None)
         return Timed(timings.measured_s, _NOTHING, 0)
 
+    def _try_policy(self, policy: PolicySpec) -> None:
+        """Run a policy; one that fails is left out from now on. PolicyError where none is left."""
+        try:
+            self.runs[policy.label].append(self.run_policy(policy))
+        except PolicyError as error:
+            self.refused[policy.label] = str(error)
+            del self.runs[policy.label]
+            require_some([name for name in self.runs if name != RELEASED], self.refused)
+
     def run_policy(self, policy: PolicySpec) -> Timed:
         session = Session(
             self._context(self.slots),
@@ -293,11 +318,13 @@ class Bench(AbstractContextManager["Bench"]):
         with session:
             session.wait_compiled()
             warm: list[Totals] = []
-            timings = self._decode(
-                session, session, lambda: warm.append(session.totals), horizon=policy.horizon
-            )
-            totals = session.totals.since(warm[0])
-            session.settle()
+            try:
+                timings = self._decode(
+                    session, session, lambda: warm.append(session.totals), horizon=policy.horizon
+                )
+                totals = session.totals.since(warm[0])
+            finally:
+                session.settle()  # the link is another's next
         return Timed(timings.measured_s, totals, totals.bytes_loaded)
 
     def _make_aside(self, _lent: Link) -> Aside:
@@ -378,6 +405,8 @@ def simulated_tokens_per_s(bench: Bench, machine: Path) -> dict[str, float]:
         trace = Path(folder) / "forced.parquet"
         bench.routing.write_trace(trace, bench.generated.index)
         for policy in bench.plan.policies:
+            if policy.label in bench.refused:
+                continue
             cold_s, all_s = (
                 tokens / _simulate(bench, trace, policy.label, machine, tokens)
                 for tokens in (1 + bench.plan.warm_up, bench.plan.forced_tokens)

@@ -15,6 +15,7 @@ from rich.console import Console
 from moerun.commands import options as opt
 from moerun.commands.progress import pack_progress
 from moerun.errors import RunError
+from moerun.policies import Refusals, servable
 
 
 class Baseline(StrEnum):
@@ -100,7 +101,9 @@ def bench(
     Needs no checkpoint: tokens/s of each policy on this machine, beside the bound that its link
     and its compute set, before anyone downloads 90 GB.
     """
-    specs = tuple(find_policy(name) for name in policy or ("lru", "lru-spec"))
+    refused: Refusals = {}
+    asked = [find_policy(name) for name in policy or ("lru", "lru-spec")]
+    specs = servable(asked, refused, low=low is not None)
     for given, name in ((cold, "--cold"), (host_memory, "--host-memory")):
         if given and store is None:
             raise typer.BadParameter(f"{name} is about experts in files: give --store")
@@ -139,6 +142,7 @@ def bench(
         top_k=index.top_k,
         tokens=plan.forced_tokens,
     )
+    plan = plan.within(forced, refused)
     console = Console(stderr=True)
 
     def tell(text: str) -> None:
@@ -148,6 +152,7 @@ def bench(
         made = Bench(
             generated, forced, settings, plan, low=low, folder=store, report=tell, progress=progress
         )
+        made.refused.update(refused)
     with made:
         with console.status("starting") as status:
             made.run(status.update)

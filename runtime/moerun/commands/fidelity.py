@@ -13,6 +13,7 @@ from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 from rich.console import Console
 
 from moerun.commands import options as opt
+from moerun.policies import Refusals, refusal_notes, servable, with_refused
 from moerun.profiling.undisturbed import CALM
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def fidelity(
     simulated with a profile of this machine. Needs the simulator (moesim) installed. Run it while
     nothing else keeps the machine busy.
     """
-    specs = [find_policy(name) for name in policies or ("lru", "lfu", "lru-spec")]
+    refused: Refusals = {}
+    asked = [find_policy(name) for name in policies or ("lru", "lfu", "lru-spec")]
+    specs = servable(asked, refused, low=low is not None)
     settings = opt.settings(
         policy=specs[0].label,
         slots=slots,
@@ -91,18 +94,19 @@ def fidelity(
             repeats=repeats,
             machine=machine,
             report=status.update,
+            refused=refused,
         )
-    emit(_render(rows, format))
+    emit(_render(rows, format, refused))
 
 
-def _render(rows: list[Comparison], format: Format) -> str:
+def _render(rows: list[Comparison], format: Format, refused: Refusals) -> str:
     if format is Format.table:
-        return _table(rows)
-    plain = [asdict(row) | {"error": row.error} for row in rows]
+        return _table(rows, refused)
+    plain = with_refused([asdict(row) | {"error": row.error} for row in rows], refused)
     return to_json(plain) if format is Format.json else to_csv(plain)
 
 
-def _table(rows: list[Comparison]) -> str:
+def _table(rows: list[Comparison], refused: Refusals) -> str:
     names = ["live tok/s", "sim tok/s", "error", "hit %", "late %", "miss %", "useless %"]
     table = Table(["policy", "slots"], names, right=["slots"])
     for row in rows:
@@ -120,6 +124,8 @@ def _table(rows: list[Comparison]) -> str:
             f"{100 * row.error:+.1f} %",
             *(f"{100 * live:.1f} | {100 * simulated:.1f}" for live, simulated in pairs),
         )
+    for name in refused:
+        table.add_row(name, *[""] * (1 + len(names)))
     notes = ["hit, late, miss, useless: live | simulated, in % of the experts wanted"]
     waited = rows[0].waited
     if waited > CALM:
@@ -127,5 +133,6 @@ def _table(rows: list[Comparison]) -> str:
             f"not to be relied on: other programs kept these runs waiting for {100 * waited:.0f} % "
             "of their time"
         )
+    notes += refusal_notes(refused)
     title = wrapped(["live (measured) beside simulated (predicted)"])
     return f"{title}\n{table.render()}{wrapped(notes)}"

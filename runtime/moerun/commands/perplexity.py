@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from moepolicy import PolicySpec, find_policy
+from moepolicy import PolicyError, PolicySpec, find_policy
 from moepolicy.console import emit
 from moepolicy.outputs import check_suffix
 from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
@@ -19,6 +19,7 @@ from rich.console import Console
 from moerun.commands import options as opt
 from moerun.errors import RunError
 from moerun.live.report import decimal_bytes
+from moerun.policies import Refusals, refusal_notes, require_some, servable, with_refused
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -118,7 +119,9 @@ def perplexity(
     """
     if out is not None:
         check_suffix(out, [".jsonl"])
-    specs = [find_policy(name) for name in dict.fromkeys(policy or ("lru",))]
+    refused: Refusals = {}
+    asked = [find_policy(name) for name in dict.fromkeys(policy or ("lru",))]
+    specs = servable(asked, refused, low=low is not None)
     settings = opt.settings(
         policy=specs[0].label,
         slots=slots,
@@ -133,10 +136,7 @@ def perplexity(
     opt.quiet_libraries()
     from moerun.perplexity.measure import Measurement
     from moerun.perplexity.results import Results
-    from moerun.policies import refuse_unservable
 
-    for spec in specs:
-        refuse_unservable(spec, low=low is not None)
     if by_token is None:
         by_token = any(spec.policy.lossy for spec in specs)
     pairs = _grid(model, attention, experts)
@@ -158,13 +158,14 @@ def perplexity(
     console = Console(stderr=True)
     with Results(path, measurement.identity) as results:
         try:
-            _measure(model, measurement, points, results, console)
+            _measure(model, measurement, points, results, console, refused)
         except KeyboardInterrupt:
             _say(console, f"finished windows are kept in {path}: the same command goes on")
             raise
         results.finish()
-    cells = [results.cells[point.key] for point in points]
-    emit(_render(cells, measurement.identity, format))
+    cells = [results.cells[point.key] for point in points if point.key in results.cells]
+    require_some(cells, refused)
+    emit(_render(cells, measurement.identity, format, refused))
 
 
 class Point(NamedTuple):
@@ -250,8 +251,9 @@ def _measure(
     points: list[Point],
     results: Results,
     console: Console,
+    refused: Refusals,
 ) -> None:
-    """Every cell that the results do not have yet."""
+    """Every cell that the results do not have yet; a policy that fails joins ``refused``."""
     missing = [point for point in points if point.key not in results.cells]
     if len(missing) < len(points):
         there = len(points) - len(missing)
@@ -275,6 +277,9 @@ def _measure(
             bar.start()
             try:
                 cell = measurement.measure(store, *point, results, on_window)
+            except PolicyError as error:
+                refused[point.policy.label] = str(error)
+                continue
             finally:
                 bar.stop()
         _say(
@@ -292,10 +297,10 @@ def _left(windows: int, measured: int, began_s: float) -> str:
     return f", about {timedelta(seconds=round(left_s))} left"
 
 
-def _render(cells: list[Cell], identity: dict[str, Any], format: Format) -> str:
+def _render(cells: list[Cell], identity: dict[str, Any], format: Format, refused: Refusals) -> str:
     if format is Format.table:
-        return _table(cells, identity)
-    rows = [asdict(cell) for cell in cells]
+        return _table(cells, identity) + wrapped(refusal_notes(refused))
+    rows = with_refused([asdict(cell) for cell in cells], refused)
     if format is Format.json:
         return to_json({"kind": "measured", **identity, "cells": rows})
     for row in rows:

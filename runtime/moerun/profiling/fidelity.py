@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from moepolicy import PolicySpec
+from moepolicy import PolicyError, PolicySpec
 
 from moerun.devices import calm_collector
 from moerun.errors import RunError, UsageError
@@ -26,7 +26,7 @@ from moerun.live.generate import Generated, Sampling
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner, Settings
 from moerun.memory.fit import CALIBRATION
-from moerun.policies import refuse_unservable
+from moerun.policies import Refusals, require_some, servable
 from moerun.profiling.profiler import Profiler, Turn
 from moerun.profiling.undisturbed import calmest
 from moerun.store.expert_store import ExpertStore
@@ -71,18 +71,20 @@ def compare(
     repeats: int = 5,
     machine: Path | None = None,
     report: Callable[[str], None] | None = None,
+    refused: Refusals | None = None,
 ) -> list[Comparison]:
     """Run each policy live ``repeats`` times, in turns, and simulate its recorded trace.
 
     ``machine`` is a profile of this machine; without one it is measured, in the same turns. Turns
-    that other programs disturbed are made again, twice as many as asked for at most. Raises
-    RunError and PolicyError as a run does, and RunError with the simulator's message when it fails.
+    that other programs disturbed are made again, twice as many as asked for at most. A policy that
+    cannot run, live or simulated, has no row, but its reason in ``refused``. Raises RunError as a
+    run does, and PolicyError where no policy could run.
     """
+    refused = {} if refused is None else refused
     tell = report or (lambda text: None)  # noqa: ARG005
     if repeats < 1:
         raise UsageError(f"repeats must be 1 or more, not {repeats}")
-    for policy in policies:
-        refuse_unservable(policy, low=settings.low is not None)
+    policies = servable(policies, refused, low=settings.low is not None)
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:
         folder = Path(name)
         profiler = None
@@ -90,7 +92,7 @@ def compare(
             tokens = sampling.max_new_tokens
             profiler = Profiler(store, settings, prompt=prompt, decoded_tokens=tokens)
             stack.enter_context(profiler)
-        run = partial(_turn, store, policies, settings, prompt, sampling, folder, profiler)
+        run = partial(_turn, store, policies, settings, prompt, sampling, folder, profiler, refused)
         turns = calmest(run, repeats, lambda n: tell(f"measuring and running, turn {n}"))
         if profiler:
             machine = folder / "this-machine.toml"
@@ -102,9 +104,17 @@ def compare(
         waited = max(turn.waited for turn in turns)
         rows = []
         for i, policy in enumerate(policies):
+            live = [found for turn in turns if (found := turn.found[1][i]) is not None]
+            if policy.label in refused:
+                continue
             chosen = replace(settings, policy=policy)
-            row = _simulated(store, chosen, machine, _trace(folder, i))
-            rows.append(_comparison(policy, [turn.found[1][i] for turn in turns], row, waited))
+            try:
+                row = _simulated(store, chosen, machine, _trace(folder, i))
+            except RunError as error:
+                refused[policy.label] = str(error)
+                continue
+            rows.append(_comparison(policy, live, row, waited))
+        require_some(rows, refused)
         return rows
 
 
@@ -116,13 +126,22 @@ def _turn(
     sampling: Sampling,
     folder: Path,
     profiler: Profiler | None,
-) -> tuple[Turn | None, list[Generated]]:
-    """The machine measured once, and each policy run once."""
+    refused: Refusals,
+) -> tuple[Turn | None, list[Generated | None]]:
+    """The machine measured once, and each policy run once; None for one that fails."""
     measured = profiler.turn() if profiler else None
-    return measured, [
-        run_live(store, replace(settings, policy=policy), prompt, sampling, _trace(folder, i))
-        for i, policy in enumerate(policies)
-    ]
+    found: list[Generated | None] = []
+    for i, policy in enumerate(policies):
+        chosen = replace(settings, policy=policy)
+        try:
+            if policy.label in refused:
+                raise PolicyError(refused[policy.label])
+            found.append(run_live(store, chosen, prompt, sampling, _trace(folder, i)))
+        except PolicyError as error:
+            refused[policy.label] = str(error)
+            found.append(None)
+    require_some([each for each in found if each is not None], refused)
+    return measured, found
 
 
 def _simulated(

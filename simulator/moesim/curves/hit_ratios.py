@@ -27,11 +27,7 @@ def hit_curve(
     ``cold`` again with every sequence. Raises SimulationError for a policy whose caches of
     different sizes do not nest.
     """
-    if policy not in ONE_PASS:
-        raise UsageError(
-            f"policy '{policy}' has no curve from one pass; {nearest(policy, ONE_PASS)}; "
-            "simulate others size by size with 'moesim compare'"
-        )
+    check_one_pass(policy)
     from moesim.curves.stack_kernel import hits_by_size
 
     hits = np.zeros(workload.n_keys + 1, np.int64)
@@ -49,6 +45,15 @@ def hit_curve(
     slots = np.arange(workload.meta.n_experts + 1)
     held = slots if scope == "layer" else slots * workload.meta.n_layers
     return np.asarray(hits[held] / len(workload.keys), np.float64)
+
+
+def check_one_pass(policy: str) -> None:
+    """UsageError for a policy whose caches of different sizes do not nest."""
+    if policy not in ONE_PASS:
+        raise UsageError(
+            f"policy '{policy}' has no curve from one pass; {nearest(policy, ONE_PASS)}; "
+            "simulate others size by size with 'moesim compare'"
+        )
 
 
 def shuffled(workload: Workload, seed: int) -> Workload:

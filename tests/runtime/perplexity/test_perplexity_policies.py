@@ -150,7 +150,7 @@ def test_the_command_compares_policies_and_goes_on_where_it_was(
 @pytest.mark.parametrize(
     ("arguments", "expected", "message"),
     [
-        (("--policy", "lru", "--policy", "hobbit"), 1, "policy 'hobbit' loads experts at a lower"),
+        (("--policy", "hobbit"), 1, "policy 'hobbit' loads experts at a lower"),
         (("--policy", "belady"), 1, "needs the future"),
         (("--low", "5bit"), 2, "--low 5bit is neither a precision"),
         (("--experts", "2bit", "--policy", "hobbit", "--low", "2bit"), 2, "is no lower than"),

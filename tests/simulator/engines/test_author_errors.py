@@ -1,0 +1,200 @@
+"""What an author's policy does wrong, and what compiling cannot do: told alike by every engine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moepolicy import PolicyError, find_policy
+from moeroute import open_trace
+from moesim import load_workload
+from moesim.engines import choose as engines
+from moesim.engines.choose import Engine
+from moesim.machine.costs import Sizes, costs_of
+from support.machines import machine
+
+STATE = "import numpy as np\nfrom moepolicy import Policy\n\n\nclass Mine(Policy):\n"
+README = Path(__file__).parents[3] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def workload() -> Any:
+    return load_workload(open_trace("tiny"), predictions=True).head(120)
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_interpreted", {})
+    monkeypatch.setattr(engines, "_proven", set())
+
+
+def policy(tmp_path: Path, code: str) -> Any:
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    return find_policy(f"{path}:Mine")
+
+
+def run(workload: Any, spec: Any, engine: Engine = Engine.replay, **more: Any) -> Any:
+    costs = costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False)
+    context = workload.context(4, "layer")
+    cache, clock = engines.run(workload, spec, context, costs, engine=engine, **more)
+    return cache.board[engines.N_EVENTS + 1 :].tolist(), clock.total_ns
+
+
+def told(workload: Any, spec: Any, engine: Engine) -> str:
+    with pytest.raises(PolicyError) as caught:
+        run(workload, spec, engine)
+    return str(caught.value)
+
+
+def both_ways(
+    workload: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Any, dict[Any, str]]:
+    """Interpreted, then compiled where that can be; and why it could not."""
+    interpreted = run(workload, spec)
+    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+    return interpreted, run(workload, spec), engines._interpreted
+
+
+def test_the_readme_s_policy_is_compiled_as_it_stands(
+    tmp_path: Path, workload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = README.read_text().split("    # mine.py\n")[1].split("    moesim compare")[0]
+    code = re.sub("^    ", "", block, flags=re.MULTILINE)
+    spec = policy(tmp_path, code.replace("half_life=1000", "half_life=50"))
+    interpreted, compiled, why_not = both_ways(workload, spec, monkeypatch)
+    assert compiled == interpreted
+    assert why_not == {}
+    assert (Engine.replay, spec.policy) in engines._proven
+
+
+BEYOND = [
+    ("self.n += 1", r"Mine\.on_hit assigns 'n' \(line 11\): keep what changes in the entries"),
+    ("self.uses = self.uses + 1", r"Mine\.on_hit assigns 'uses' \(line 11\)"),
+    (
+        "sorted([key], key=lambda one: self.uses[one])",
+        r"mine\.py:11: numba: Cannot capture the non-constant value associated with",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BEYOND)
+def test_what_does_not_compile_runs_interpreted_and_says_why(
+    tmp_path: Path,
+    workload: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    reason: str,
+) -> None:
+    spec = policy(
+        tmp_path,
+        STATE + "    def __init__(self, context):\n"
+        "        self.uses = np.zeros(context.n_keys, np.int64)\n        self.n = 0\n\n"
+        f"    def on_hit(self, key, now):\n        {line}\n"
+        "    def victim(self, layer, incoming, candidates):\n        return candidates[0]\n",
+    )
+    interpreted, found, why_not = both_ways(workload, spec, monkeypatch)
+    assert found == interpreted
+    assert re.search(reason, why_not[spec.policy])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"runs interpreted, some 100 times slower: {reason}", said)
+
+
+def test_an_error_of_compiled_code_alone_is_no_error_of_the_run(
+    tmp_path: Path, workload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = policy(
+        tmp_path, STATE + "    def victim(self, layer, incoming, candidates):\n"
+        "        return candidates[0]\n"
+    )  # fmt: skip
+    expected = run(workload, spec)
+    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+    assert run(workload, spec) == expected
+    real = engines._Replay.run
+
+    def fails_compiled(self: Any, *, compile: bool, n_steps: int | None = None) -> Any:
+        found = real(self, compile=compile, n_steps=n_steps)
+        if compile:
+            raise NotImplementedError("a failure of the compiler's")
+        return found
+
+    monkeypatch.setattr(engines._Replay, "run", fails_compiled)
+    looked: list[tuple[int, int]] = []
+    again = run(workload, spec, look=lambda _, *steps: looked.append(steps), n_events=1 << 16)
+    assert again == expected
+    assert looked == [(0, workload.n_steps)]  # once, though it ran twice
+    assert "a failure of the compiler's" in engines._interpreted[spec.policy]
+
+
+LATE = "        self.n[0] += 1\n        return {answer} if self.n[0] > 100 else candidates[0]\n"
+WRONG = [
+    ("-7", "victim named a negative key that is not -1: it answered -7, and must answer one of"),
+    ("incoming", r"victim named a key that was not among the candidates: it answered \d+, and"),
+    ("10_000", "victim named a key that does not exist: it answered 10000, and must answer one"),
+    ("[][0]", r"IndexError: .* \(victim, step \d+, .*mine\.py:10\)"),
+    ("self.absent[0]", r"AttributeError: .*'absent' \(victim, step \d+, .*mine\.py:10\)"),
+]
+
+
+@pytest.mark.parametrize(("answer", "says"), WRONG)
+def test_a_wrong_answer_is_told_alike_by_every_engine(
+    tmp_path: Path, workload: Any, monkeypatch: pytest.MonkeyPatch, answer: str, says: str
+) -> None:
+    spec = policy(
+        tmp_path,
+        STATE + "    def __init__(self, context):\n        self.n = np.zeros(1, np.int64)\n"
+        "    def victim(self, layer, incoming, candidates):\n" + LATE.format(answer=answer),
+    )
+    interpreted = told(workload, spec, Engine.replay)
+    assert re.search(says, interpreted), interpreted
+    assert re.search(r"step \d+, .*mine\.py:\d+\)$", interpreted)
+    assert told(workload, spec, Engine.simpy) == interpreted
+    if answer == "-7":  # compiling takes seconds
+        monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+        monkeypatch.setattr(engines, "PREFIX", 8)  # before it goes wrong
+        assert told(workload, spec, Engine.replay) == interpreted
+        assert told(workload, spec, Engine.simpy) == interpreted
+        assert len(engines._proven) == 2  # it was compiled code that failed
+
+
+HOOKS = [
+    ("def victim(self, layer, incoming, candidates): return None", "victim answered None"),
+    ("def victim(self, layer, incoming, candidates): return 2.5", r"victim answered 2\.5"),
+    ("def prefetch(self, step, keys): return -2", "prefetch answered a number of keys that.* -2"),
+    ("def prefetch(self, step, keys): return 1000", "prefetch answered a number of keys that"),
+    ("def prefetch(self, step, keys): return [1]", r"prefetch answered \[1\], and must answer how"),
+    ("def on_miss(self, step, rank): return 99", "on_miss answered none of LOAD, COMPUTE.* 99"),
+    ("def on_miss(self, step, rank): return 13 + 2", "substitute named a key .* answered -3"),
+    ("def on_step(self, step): step.predicted[0]", r"IndexError: .* \(on_step, step 0, "),
+]
+
+
+@pytest.mark.parametrize(("hook", "says"), HOOKS)
+def test_every_hook_s_wrong_answer_names_the_hook(
+    tmp_path: Path, workload: Any, hook: str, says: str
+) -> None:
+    body = "    def victim(self, layer, incoming, candidates): return candidates[0]\n"
+    body += "    def substitute(self, step, rank, candidates): return -3\n"
+    spec = policy(tmp_path, f"{STATE}    lossy = True\n{body}    {hook}\n")
+    message = told(workload, spec, Engine.replay)
+    assert re.search(says, message), message
+    assert told(workload, spec, Engine.simpy) == message
+
+
+def test_predictions_beyond_the_declared_horizon_are_not_there(
+    tmp_path: Path, workload: Any
+) -> None:
+    assert len(workload.predicted) == 3
+    code = (
+        f"{STATE}    requires = frozenset({{'predictions'}})\n    horizon = 2\n"
+        "    def victim(self, layer, incoming, candidates): return candidates[0]\n"
+        "    def prefetch(self, step, keys):\n        step.predicted[ROW]\n        return 0\n"
+    )
+    spec = policy(tmp_path, code.replace("ROW", "1"))
+    assert run(workload, spec) == run(workload, spec, Engine.simpy)
+    spec = policy(tmp_path, code.replace("ROW", "2"))
+    for engine in (Engine.replay, Engine.simpy):
+        assert "IndexError" in told(workload, spec, engine)
