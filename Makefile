@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow bench lint format clean
+.PHONY: help install demo test test-slow bench mutants lint format clean
 
 help:
 	@echo 'make demo       record routing of the bundled model, compare policies on it, run live'
 	@echo 'make test       lint, types and the fast tests'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make bench      the speed of simulator and recorder on this machine'
+	@echo 'make mutants    which changes of MODULE its TESTS let through'
 	@echo 'make install    only make $(VENV) with everything in it'
 
 install: $(INSTALLED)
@@ -48,3 +49,11 @@ clean:
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/simulator_speed.py
 	$(BIN)/python benchmarks/record_overhead.py
+
+# cosmic-ray is in no extra: it brings a web client and a database along.
+MODULE ?= traces/moeroute/check.py
+TESTS ?= tests/traces/test_validation.py
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cosmic-ray
+	$(BIN)/python benchmarks/mutants.py $(MODULE) $(TESTS)

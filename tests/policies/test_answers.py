@@ -98,6 +98,34 @@ def test_hobbit_evicts_what_was_used_least_at_full_precision() -> None:
     assert [key for key in range(4) if run.cache.slot_of(key) >= 0] == [0, 3]
 
 
+def test_hobbit_s_score_is_the_weighted_sum_of_its_four_shares() -> None:
+    """Three passes over two layers of 4. Key 0 was used in passes 1 and 3, in full both times; key
+    1 in pass 1, in full no more than once; key 5 of layer 1 in pass 2, at the lower precision."""
+    context = Context(n_layers=2, n_experts=4, top_k=2, slots=2)
+    policy: Any = find_policy(
+        "hobbit:recency=0.1,frequency=0.2,high_frequency=0.3,nearness=0.4"
+    ).build(context)
+    nothing = np.empty(0, np.float32)
+    passes = [
+        (0, [0, 1], [0.5, 0.5]),
+        (1, [4], [1.0]),
+        (0, [2], [1.0]),
+        (1, [6, 5], [0.8, 0.2]),
+        (0, [0], [1.0]),
+    ]
+    for number, (layer, keys, weights) in enumerate(passes):
+        shares = np.array(weights, np.float32)
+        policy.on_step(
+            Step(number, layer, np.array(keys, np.int32), shares, nothing, np.empty((0, 0)), 1)
+        )
+    # Of 3 passes: last used in, times used, times in full; and 0 or 1 of 2 layers away.
+    assert policy.score(0, 0) == pytest.approx(0.1 * 3 / 3 + 0.2 * 2 / 3 + 0.3 * 2 / 3 + 0.4)
+    assert policy.score(0, 1) == pytest.approx(0.1 * 1 / 3 + 0.2 * 1 / 3 + 0.3 * 1 / 3 + 0.4)
+    assert policy.score(0, 5) == pytest.approx(0.1 * 2 / 3 + 0.2 * 1 / 3 + 0.3 * 0 + 0.4 * 0.5)
+    assert policy.score(1, 5) == pytest.approx(0.1 * 2 / 3 + 0.2 * 1 / 3 + 0.3 * 0 + 0.4)
+    assert policy.score(1, 0) == pytest.approx(0.1 * 3 / 3 + 0.2 * 2 / 3 + 0.3 * 2 / 3 + 0.4 * 0.5)
+
+
 def test_adapmoe_leaves_out_a_light_second_expert_that_is_missing() -> None:
     run = Driven("adapmoe-skip")  # below sqrt(0.005 / 0.125) = 0.2
     assert run.step({0: 0.79, 1: 0.21}) == ["MISS", "MISS"]
@@ -108,15 +136,17 @@ def test_adapmoe_leaves_out_a_light_second_expert_that_is_missing() -> None:
     assert lenient.step({0: 0.61, 1: 0.39}) == ["MISS", "SKIP"]
 
 
-def test_emoe_takes_the_best_resident_that_was_not_chosen() -> None:
+@pytest.mark.parametrize("layer", [0, 1])
+def test_emoe_takes_the_best_resident_that_was_not_chosen(layer: int) -> None:
     run = Driven("emoe-substitute", slots=3)
     for expert in (0, 1, 3):  # until the layer holds its three
-        assert run.step({expert: 1.0}) == ["MISS"]
-    assert run.step({1: 0.6, 2: 0.4}, logits=(0.1, 5.0, 3.0, 0.7)) == ["HIT", "SUBSTITUTE"]
-    assert run.stand_in == 3
-    assert run.step({1: 0.6, 2: 0.4}, logits=(0.9, 5.0, 3.0, 0.7)) == ["HIT", "SUBSTITUTE"]
-    assert run.stand_in == 0
-    assert run.step({2: 4.0, 1: 3.0}, tokens=7) == ["MISS", "HIT"]  # a prompt brings its own
+        assert run.step({expert: 1.0}, layer=layer) == ["MISS"]
+    wanted = {1: 0.6, 2: 0.4}
+    for logits, stand_in in (((0.1, 5.0, 3.0, 0.7), 3), ((0.9, 5.0, 3.0, 0.7), 0)):
+        assert run.step(wanted, layer=layer, logits=logits) == ["HIT", "SUBSTITUTE"]
+        assert run.stand_in == 4 * layer + stand_in
+    # A prompt brings its own.
+    assert run.step({2: 4.0, 1: 3.0}, layer=layer, tokens=7) == ["MISS", "HIT"]
 
 
 def test_emoe_loads_where_every_resident_is_chosen() -> None:

@@ -53,6 +53,8 @@ BAD_CELLS = [
     ("sequence", 29, 0, "row 29, column sequence, position, layer"),
     ("router_logits", 2, [0.0, NAN, 0.0, 0.0], "row 2, column router_logits: there is a NaN"),
     ("predicted_logits_1", 2, [NAN, 0, 0, 0], "row 2, column predicted_logits_1: there is a NaN"),
+    ("predicted_logits_1", 2, [0, 0, NAN, 0], "row 2, column predicted_logits_1: there is a NaN"),
+    ("predicted_logits_1", 2, [NAN, NAN, NAN, 0], "row 2, column predicted_logits_1: there is a"),
     ("input_norm", 9, NAN, "row 9, column input_norm: nan is not finite"),
     ("token_id", 6, None, "row 6, column token_id: there is no value"),
     ("experts", 6, None, "row 6, column experts: there is no value"),

@@ -336,8 +336,7 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     assert (machine.name, machine.source) == ("here", "measured")
     assert machine.link.bytes_per_s == 0.5e9
     assert machine.link.back_to_back
-    assert machine.compute.layer_s > 0
-    assert machine.compute.arrival_s > 0
+    # Only what no other program can bring down to nothing; test_profile.py has the arithmetic.
     assert machine.compute.expert_s > 0
     assert machine.cpu is not None
     assert machine.cpu.expert_s > 0

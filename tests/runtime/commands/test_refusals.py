@@ -76,12 +76,19 @@ def test_a_prediction_that_fails_takes_nothing_from_what_was_measured(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "arguments", [("fidelity", "lru", "--machine", "no.toml"), ("profile", "--out", "no/a.toml")]
+    ("arguments", "message"),
+    [
+        (("fidelity", "lru", "--machine", "no.toml"), "no.toml is not there"),
+        (("profile", "--out", "no/a.toml"), "folder no does not exist"),
+    ],
 )
-def test_files_are_looked_for_before_anything_is_measured(arguments: tuple[str, ...]) -> None:
+def test_files_are_looked_for_before_anything_is_measured(
+    arguments: tuple[str, ...], message: str
+) -> None:
     done = moerun(*arguments, "--model", "no-such-model-either")
     assert done.returncode == 1
-    assert "no.toml is not there" in done.stderr or "folder no does not exist" in done.stderr
+    assert message in done.stderr
+    assert "no-such-model-either" not in done.stderr
 
 
 @pytest.mark.parametrize(

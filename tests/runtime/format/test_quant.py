@@ -167,6 +167,16 @@ def test_a_group_of_one_value_does_not_spoil_its_neighbours() -> None:
     assert relative(restored, weight) == pytest.approx(ERRORS["4bit"], rel=0.05)
 
 
+@pytest.mark.parametrize("name", list(SCHEMES))
+@pytest.mark.parametrize("value", [0.0, 0.02, -0.5])
+def test_a_matrix_of_one_value_comes_back(name: str, value: float) -> None:
+    """No group has a scale that the others could take."""
+    scheme = SCHEMES[name]
+    packed = quantise(torch.full((100, 128), value), scheme)
+    wanted = torch.full((100, 128), value)
+    torch.testing.assert_close(dequantise(packed, scheme, 100, 128), wanted, rtol=1e-3, atol=1e-6)
+
+
 def test_rows_are_quantised_alike_whatever_runs_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moerun.format.quantise._BLOCK_WEIGHTS", {"cpu": 16 * 128})
     weight, scheme = normal(64, 128), SCHEMES["3bit"]

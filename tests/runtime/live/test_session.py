@@ -53,6 +53,10 @@ def disk_link(records: MemoryRecords, n_slots: int) -> Link:
     return DiskLink(records, slots(n_slots))
 
 
+def link_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("link")]
+
+
 def random_passes(
     seed: int, n_layers: int, n_experts: int, top_k: int, horizon: int, shape: list[int]
 ) -> list[Pass]:
@@ -275,9 +279,8 @@ def test_a_copy_that_fails_stops_the_generating_thread_with_its_message() -> Non
             list(session.serve(0, ids, weights))
         session.reset()
         assert [e for e, _ in session.serve(0, torch.tensor([[1]]), weights)] == [1]
-    assert threading.active_count() == 1 or all(
-        not t.name.startswith("link") for t in threading.enumerate()
-    )
+        assert link_threads()
+    assert not link_threads()
 
 
 def test_a_policy_that_raises_in_the_link_thread_is_heard_of() -> None:
@@ -315,11 +318,12 @@ def test_the_cache_lives_on_until_it_is_reset() -> None:
 
 def test_a_closed_session_refuses_and_its_threads_have_ended() -> None:
     session = make_session(Context(1, 4, 2, 4), "lru", disk_link)
+    assert link_threads()
     session.close()
     session.close()
     with pytest.raises(RunError, match="closed"):
         list(session.serve(0, torch.tensor([[0, 1]]), torch.ones(1, 2)))
-    assert not [t for t in threading.enumerate() if t.name.startswith("link")]
+    assert not link_threads()
 
 
 def test_events_name_what_happened() -> None:

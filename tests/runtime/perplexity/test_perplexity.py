@@ -375,14 +375,16 @@ def test_published_figures_stand_in_columns_of_their_own() -> None:
         **{"model": "m", "tokens": 4, "text_bytes": 9, "context": 4, "stride": 4},
         **{"by_token": False, "low": None, "device": "cpu"},
     }
-    table = _render([replace(CELL, published=row)], identity, Format.table)
+    table = _render([replace(CELL, published=row)], identity, Format.table, {})
     assert "17.54" in table
     assert "4.61" in table
     for heading in ("GiB", "WikiText-2", "C4"):
         assert heading in table.split()
     assert table.count("(published)") == 3
     assert "Table 1 of arXiv 2312.17238" in table
-    (cells,) = csv.DictReader(io.StringIO(_render([replace(CELL, published=row)], {}, Format.csv)))
+    (cells,) = csv.DictReader(
+        io.StringIO(_render([replace(CELL, published=row)], {}, Format.csv, {}))
+    )
     assert (cells["perplexity"], cells["published_wikitext2"]) == ("2.0", "4.61")
 
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import astuple, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from moepolicy import find_policy
+from moerun.commands.fidelity import _render
+from moerun.live.generate import Sampling
+from moerun.live.report import Format
+from moerun.live.runner import Settings
+from moerun.profiling import fidelity, profiler
 from moerun.profiling import undisturbed as calm
-from moerun.profiling.compute import StepTimes, costs
+from moerun.profiling.compute import ComputeCost, StepTimes, costs
+from moerun.profiling.cpu import CpuCost
+from moerun.profiling.fidelity import Comparison
 from moerun.profiling.link import LinkCost
-from moerun.profiling.undisturbed import calmest
+from moerun.profiling.profiler import MachineProfile
+from moerun.profiling.undisturbed import CALM, Measured, calmest
+from moesim.machine.profile import load_machine
 
 US = 1e-6
 LAYERS = 3
@@ -112,3 +127,135 @@ def test_on_a_busy_machine_the_least_disturbed_ones_count(monkeypatch: pytest.Mo
     assert [turn.found for turn in found] == [2, 5]
     assert all(turn.waited > calm.CALM for turn in found)
     assert disturbed.made == 6  # three times as many, and no more
+
+
+def test_the_time_spent_waiting_is_what_linux_says_of_this_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of /proc/thread-self/schedstat: ns on a processor, ns ready to run without one, slices."""
+    read: list[str] = []
+
+    def found(path: Path) -> str:
+        read.append(str(path))
+        return "7000000000 2500000000 12\n"
+
+    monkeypatch.setattr(calm.Path, "read_text", found)
+    assert calm.waiting_s() == 2.5
+    assert read == ["/proc/thread-self/schedstat"]
+
+    def absent(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(calm.Path, "read_text", absent)
+    assert calm.waiting_s() == 0.0
+
+
+def test_the_share_waited_is_of_the_measurement_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = iter([100.0, 104.0])
+    waited_s = iter([3.0, 4.0])
+    monkeypatch.setattr(calm, "time", SimpleNamespace(perf_counter=lambda: next(now_s)))
+    monkeypatch.setattr(calm, "waiting_s", lambda: next(waited_s))
+    assert calm._watched(lambda: "found") == ("found", 0.25)
+
+
+PROFILE = MachineProfile(
+    name="mine",
+    description="Measured.",
+    link=LinkCost(bytes_per_s=1e9, latency_s=2 * US, streams=3),
+    compute=ComputeCost(11 * US, 12 * US, 13 * US, 14 * US, 15 * US, 16 * US, 17 * US),
+    cpu=CpuCost(2, 21 * US, 22 * US),
+)
+
+
+def test_moesim_reads_every_constant_that_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(PROFILE.to_toml(), encoding="utf-8")
+    machine = load_machine(str(path))
+    assert (machine.name, machine.description, machine.source) == ("mine", "Measured.", "measured")
+    link = machine.link
+    assert (link.bytes_per_s, link.latency_s, link.streams) == (1e9, pytest.approx(2 * US), 3)
+    assert link.back_to_back
+    compute = machine.compute
+    assert pytest.approx(astuple(PROFILE.compute)) == (
+        compute.token_s,
+        compute.layer_s,
+        compute.layer_token_s,
+        compute.prefetch_s,
+        compute.arrival_s,
+        compute.expert_s,
+        compute.expert_token_s,
+    )
+    assert machine.cpu is not None
+    cpu = machine.cpu
+    assert (cpu.workers, cpu.expert_s, cpu.expert_token_s) == pytest.approx((2, 21 * US, 22 * US))
+
+
+@pytest.mark.parametrize(("waited", "told"), [(0.0, False), (CALM, False), (0.0201, True)])
+def test_a_disturbed_profile_is_described_as_one(tmp_path: Path, waited: float, told: bool) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(replace(PROFILE, waited=waited).to_toml(), encoding="utf-8")
+    description = load_machine(str(path)).description
+    assert ("not to be relied on: other programs kept it waiting for 2 %" in description) == told
+
+
+def test_a_profile_waited_as_long_as_its_most_disturbed_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Fake:
+        def __init__(self, *_: object) -> None:
+            self.turn = None
+
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def result(self, name: str, turns: list[str]) -> MachineProfile:
+            assert (name, turns) == ("mine", ["a", "b", "c"])
+            return PROFILE
+
+    turns = [Measured("a", 0.01), Measured("b", 0.3), Measured("c", 0.02)]
+    monkeypatch.setattr(profiler, "Profiler", Fake)
+    monkeypatch.setattr(profiler, "calmest", lambda *_: turns)
+    settings = Settings(find_policy("lru"), slots=1)
+    store: Any = None
+    assert profiler.measure(store, settings, "mine", repeats=3) == replace(PROFILE, waited=0.3)
+
+
+COMPARISON = Comparison("lru", 2, 10.0, 11.0, *(0.25,) * 8, live_runs=(9.0, 10.0), waited=0.0)
+
+
+@pytest.mark.parametrize(("waited", "told"), [(0.0, False), (CALM, False), (0.38, True)])
+def test_fidelity_says_that_it_was_disturbed(waited: float, told: bool) -> None:
+    rows = [replace(COMPARISON, waited=waited)]
+    note = "not to be relied on: other programs kept these runs waiting for 38 % of their time"
+    assert (note in _render(rows, Format.table)) == told
+    assert ("not to be relied on" in _render(rows, Format.table)) == told
+    assert json.loads(_render(rows, Format.json))[0]["waited"] == waited
+    assert _render(rows, Format.csv).splitlines()[1].split(",")[-2:] == [
+        str(waited),
+        str(rows[0].error),
+    ]
+
+
+def test_runs_beside_the_simulator_waited_as_long_as_the_most_disturbed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    totals = SimpleNamespace(requests=4, hits=1, late=1, misses=2, useless_prefetches=0)
+    run = SimpleNamespace(tokens_per_s=5.0, totals=totals)
+    turns = [
+        Measured((None, [run]), 0.1),
+        Measured((None, [run]), 0.4),
+        Measured((None, [run]), 0.0),
+    ]
+    simulated = {"slots": 2, "tokens_per_s": 6.0, **vars(totals)}
+    monkeypatch.setattr(fidelity, "calmest", lambda *_: turns)
+    monkeypatch.setattr(fidelity, "_simulated", lambda *_: simulated)
+    store: Any = None
+    lru = find_policy("lru")
+    (row,) = fidelity.compare(
+        store, [lru], Settings(lru, slots=2), "", Sampling(), repeats=3, machine=tmp_path
+    )
+    assert row.waited == 0.4
+    assert (row.live_tokens_per_s, row.simulated_tokens_per_s) == (5.0, 6.0)

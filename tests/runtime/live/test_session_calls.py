@@ -1,0 +1,220 @@
+"""What a session asks of its link and in which order it serves, copy by copy, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from moepolicy import Context, find_policy
+from moerun.errors import RunError
+from moerun.links import Done, LinkStatistics
+from moerun.live import session as session_module
+from moerun.live.session import Session
+from support.links import RECORD_BYTES, MemorySlot
+
+
+class ByHand:
+    """A link whose copies end when the test says so; ``asked`` is what the session asked."""
+
+    def __init__(self, n_slots: int, streams: int, *, chunked: bool) -> None:
+        self.streams = streams
+        self.chunked = chunked
+        self.statistics = LinkStatistics()
+        self.slots = [MemorySlot() for _ in range(n_slots)]
+        self.asked: list[tuple[Any, ...]] = []
+        self.memory = set(range(n_slots))
+
+    def start(self, done: Done) -> None:
+        self.done = done
+
+    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+        assert slot in self.memory
+        self.asked.append(("submit", key, demand))
+
+    def want(self, key: int) -> None:
+        self.asked.append(("want", key))
+
+    def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        assert set(withdrawn) <= self.memory
+        assert not set(granted) & self.memory
+        self.memory = self.memory - set(withdrawn) | set(granted)
+        self.asked.append(("resize", len(withdrawn), len(granted)))
+
+    def acquire(self, slot: int) -> None:
+        self.asked.append(("acquire", slot))
+
+    def release(self, slot: int) -> None:
+        self.asked.append(("release", slot))
+
+    def close(self) -> None: ...
+
+    def end_at_once(self, *keys: int) -> None:
+        """From now on copies of these keys (all of them where none is named) end as they begin."""
+        submit = ByHand.submit
+
+        def submitted(key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+            submit(self, key, slot, low, demand=demand)
+            if not keys or key in keys:
+                self.end(key)
+
+        self.submit = submitted  # type: ignore[method-assign]
+
+    def take(self) -> list[tuple[Any, ...]]:
+        asked, self.asked = self.asked, []
+        return asked
+
+    def end(self, *keys: int) -> None:
+        for key in keys:
+            self.done(key, None)
+
+
+def made(
+    policy: str = "lru",
+    *,
+    slots: int = 4,
+    layers: int = 1,
+    streams: int = 1,
+    chunked: bool = False,
+) -> tuple[Session, ByHand]:
+    links: list[ByHand] = []
+
+    def make_link(n_slots: int) -> Any:
+        links.append(ByHand(n_slots, streams, chunked=chunked))
+        return links[0]
+
+    context = Context(layers, 4, 2, slots)
+    session = Session(context, find_policy(policy), make_link, record_bytes=RECORD_BYTES)
+    return session, links[0]
+
+
+def asks(*experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights of a token that wants ``experts``, heaviest first."""
+    n = len(experts)
+    return torch.tensor([experts]), torch.linspace(1, 0.5, n).view(1, n)
+
+
+def test_hits_come_in_router_order_and_then_what_arrives_as_it_arrives() -> None:
+    session, link = made(streams=3)
+    with session:
+        link.end_at_once(1, 3)
+        for expert in (1, 3):
+            assert [e for e, _ in session.serve(0, *asks(expert))] == [expert]
+        link.take()
+        items = iter(session.serve(0, *asks(2, 3, 0, 1)))
+        assert next(items)[0] == 3
+        place = session.cache.slot_of
+        # Both missing ones are on their way before the first hit is computed.
+        expected = [("submit", 2, True), ("submit", 0, True), ("acquire", place(3))]
+        assert link.take() == expected
+        assert next(items)[0] == 1
+        assert link.take() == [("release", place(3)), ("acquire", place(1))]
+        link.end(0, 2)
+        assert next(items)[0] == 0
+        assert link.take() == [("release", place(1)), ("acquire", place(0))]
+        assert next(items)[0] == 2
+        assert next(items, None) is None
+        assert link.take() == [("release", place(0)), ("acquire", place(2)), ("release", place(2))]
+        totals = session.totals
+        assert (totals.steps, totals.requests, totals.hits, totals.misses) == (3, 6, 2, 4)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_no_more_copies_are_under_way_than_there_are_streams(streams: int) -> None:
+    session, link = made(streams=streams)
+    with session:
+        items = iter(session.serve(0, *asks(3, 1, 0, 2)))
+        order = [3, 1, 0, 2]
+        # Nothing is here, so the first one is waited for: a full link ends its oldest copy.
+        submit, under_way = link.submit, []
+
+        def submitted(key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+            submit(key, slot, low, demand=demand)
+            under_way.append(key)
+            assert len(under_way) <= streams
+            if len(under_way) == streams or key == order[-1]:
+                first = under_way.pop(0)
+                link.end(first)
+
+        link.submit = submitted  # type: ignore[method-assign]
+        served = [next(items)[0]]
+        while under_way:
+            link.end(under_way.pop(0))
+        served += [expert for expert, _ in items]
+        assert served == order
+        assert [key for _, key, _ in (a for a in link.take() if a[0] == "submit")] == order
+
+
+def test_in_pieces_guesses_have_streams_of_their_own_and_are_wanted_when_late() -> None:
+    """Layer 0 is asked for 0 and guesses experts 2 and 3 of layer 1, which then wants 3 and 1."""
+    session, link = made("lru-spec:n=2,staging=4", layers=2, chunked=True)
+    with session:
+        ahead = torch.tensor([[[0.0, 0.0, 5.0, 9.0]]], dtype=torch.float16)
+        session.note(0, torch.zeros(1, 4), ahead)
+        link.end_at_once(0)
+        assert [e for e, _ in session.serve(0, *asks(0))] == [0]
+        # One guess on the one stream for guesses; the other waits for it, not for the demand.
+        assert [a for a in link.take() if a[0] == "submit"] == [
+            ("submit", 0, True),
+            ("submit", 7, False),
+        ]
+        session.note(1, torch.zeros(1, 4), torch.full((1, 1, 4), np.nan, dtype=torch.float16))
+        link.want = lambda key: (link.asked.append(("want", key)), link.end(key))[0]  # type: ignore[method-assign,assign]
+        link.end_at_once(5)
+        assert [e for e, _ in session.serve(1, *asks(3, 1))] == [3, 1]
+        assert link.take()[:2] == [("want", 7), ("submit", 5, True)]
+        assert session.totals.late == 1
+        assert session.totals.useless_prefetches == 0
+
+
+def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two experts one is there when it is asked for; 3.5 s pass until the other is."""
+    session, link = made(streams=2)
+    now_s = iter([10.0, 13.5])
+    clock = SimpleNamespace(perf_counter=lambda: next(now_s))
+    monkeypatch.setattr(session_module, "time", clock)
+    with session:
+        link.end_at_once(2)
+        items = iter(session.serve(0, *asks(1, 2)))
+        assert next(items)[0] == 2
+        assert session.totals.stall_s == 0
+
+        def wait() -> None:
+            link.end(1)
+
+        monkeypatch.setattr(session.lock, "wait", wait)
+        assert next(items)[0] == 1
+        assert session.totals.stall_s == 3.5
+        assert next(items, None) is None
+
+
+def test_what_nothing_is_copying_is_not_waited_for() -> None:
+    session, _ = made()
+    with session:
+        session._pump = lambda: None  # type: ignore[method-assign]
+        with pytest.raises(RunError, match="an expert is waited for that nothing is copying"):
+            list(session.serve(0, *asks(1)))
+
+
+def test_memory_follows_the_slots_and_what_is_used_stays() -> None:
+    session, link = made(slots=4, streams=3)
+    with session:
+        link.end_at_once()
+        list(session.serve(0, *asks(0, 1, 2)))
+        items = iter(session.serve(0, *asks(0, 1)))
+        next(items)
+        link.take()
+        session.resize(0)  # 0 and 1 are of the step; expert 2's slot and the free one go
+        assert link.take() == [("resize", 2, 0)]
+        assert session.context.slots == 0
+        assert next(items)[0] == 1
+        assert next(items, None) is None
+        assert ("resize", 2, 0) in link.take()
+        assert len(link.memory) == 1  # the staging buffer
+        session.resize(3)
+        assert link.take() == [("resize", 0, 3)]
+        session.resize(3)
+        assert link.take() == []
