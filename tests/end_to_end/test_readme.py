@@ -38,6 +38,9 @@ PLACEHOLDERS = {"CORPUS": "text.txt", "T.parquet": "t.parquet", "M": "tiny"}
 PLACEHOLDERS |= {"CHECKPOINT": "tiny", "TEXT": "text.txt"}
 
 
+Mains = dict[str, Callable[[], object]]
+
+
 class Run(NamedTuple):
     """How a command of the README is run, and what it must leave or print."""
 
@@ -245,7 +248,7 @@ def test_a_command_of_the_readme(
     program, *arguments = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)]
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     monkeypatch.setattr(sys, "stdin", io.StringIO(run.stdin))
-    mains: dict[str, Callable[[], object]] = {
+    mains: Mains = {
         "moesim": moesim.cli.main,
         "moerun": moerun.cli.main,
         "moetrace": moetrace.cli.main,
@@ -282,7 +285,7 @@ def test_the_readme_shows_a_table_to_compare_with() -> None:
 
 @pytest.mark.parametrize("command", [name for name in RUNS if name.startswith("make ")])
 def test_what_make_is_asked_for_is_there(command: str) -> None:
-    """The targets are this suite and what test_demo runs: make says what it would do."""
+    """The targets are this suite and what demo.sh runs: make says what it would do."""
     done = subprocess.run(
         [*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=False
     )
