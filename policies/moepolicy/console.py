@@ -13,6 +13,7 @@ FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
 
+SET_UTF8 = "set PYTHONUTF8=1"
 STRICT = ("strict", "surrogateescape")  # what a stream does by default with what it cannot encode
 
 
@@ -85,6 +86,7 @@ def run(app: Callable[[], object], *, errors: tuple[type[BaseException], ...]) -
     else is a defect of ours and keeps its traceback. Those that are WrongUsage, too, exit with 2.
     """
     print_anything()
+    _check_arguments()
     expected: tuple[type[BaseException], ...] = (CommandError, *errors)
     try:
         try:
@@ -103,8 +105,24 @@ def run(app: Callable[[], object], *, errors: tuple[type[BaseException], ...]) -
             _drop_stdout()
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}")
+    except UnicodeError as error:
+        if sys.getfilesystemencoding() != "ascii":
+            raise
+        # torch, for one, reads its own files in the locale's encoding.
+        fail(f"this locale reads nothing but ASCII ({error.reason}): {SET_UTF8}")  # type: ignore[attr-defined]
     except expected as error:
         fail(str(error), WRONG_USAGE if isinstance(error, WrongUsage) else FAILED)
+
+
+def _check_arguments() -> None:
+    """Leave with one line where an argument is bytes of another encoding than the locale's."""
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # Python hands such bytes over as lone surrogates
+            encoding = sys.getfilesystemencoding()
+            hint = f": {SET_UTF8}" if encoding == "ascii" else ""
+            fail(f"the argument {argument!a} is no {encoding} text{hint}", WRONG_USAGE)
 
 
 def _drop_stdout() -> None:

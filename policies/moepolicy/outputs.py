@@ -3,6 +3,7 @@ finished file unless told to."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -158,7 +159,9 @@ class Output:
             if self.format == PARQUET:
                 import polars as pl
 
-                pl.DataFrame(list(rows), infer_schema_length=None).write_parquet(partial)
+                whole = io.BytesIO()  # polars' own errors on a full disk do not name the file
+                pl.DataFrame(list(rows), infer_schema_length=None).write_parquet(whole)
+                partial.write_bytes(whole.getvalue())
             else:
                 partial.write_text(self._text(rows, table, document), encoding="utf-8")
 

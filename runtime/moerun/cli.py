@@ -144,16 +144,16 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give --prompt or --prompt-file, not both")
     if prompt is not None:
-        # In a locale without UTF-8 Python hands its bytes over as lone surrogates.
-        return _decoded(prompt.encode("utf-8", "surrogateescape"), "--prompt")
+        return prompt
     if prompt_file is not None:
         return _decoded(prompt_file.read_bytes(), str(prompt_file))
     if sys.stdin.isatty():
         raise typer.BadParameter("give --prompt TEXT, --prompt-file FILE, or a prompt on stdin")
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise RunError(f"the prompt on stdin is no {sys.stdin.encoding} text") from error
+    return _decoded(text.encode("utf-8", "surrogateescape"), "the prompt on stdin")
 
 
 def _decoded(prompt: bytes, where: str) -> str:

@@ -192,7 +192,8 @@ def _numbers(path: Path, section: str, table: dict[str, Any], cls: type) -> dict
                 raise SimulationError(f"{path}: [{section}] {key} is {value!r}, not true or false")
         else:
             _check_number(path, f"[{section}] {key}", known[key], value)
-    return values
+    # Bytes may be written as 16e9.
+    return {key: int(value) if known[key].type == "int" else value for key, value in values.items()}
 
 
 def _check_number(path: Path, where: str, field: Field[Any], value: Any) -> None:
@@ -201,7 +202,7 @@ def _check_number(path: Path, where: str, field: Field[Any], value: Any) -> None
         raise SimulationError(f"{path}: {where} is {value!r}, not a number")
     if key == "streams" and (not isinstance(value, int) or not 1 <= value <= 3):
         raise SimulationError(f"{path}: {where} is {value}, not 1, 2 or 3")
-    if field.type == "int" and not isinstance(value, int):
+    if field.type == "int" and value != math.floor(value):
         raise SimulationError(f"{path}: {where} is {value}, not a whole number")
     if key == "workers" and value < 1:
         raise SimulationError(f"{path}: {where} is {value}; leave [cpu] out for none")

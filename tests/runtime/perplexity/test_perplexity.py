@@ -315,11 +315,11 @@ def test_results_of_another_measurement_are_not_mixed_in(
     code, _, err = moerun(*arguments, "--tokens", "201", "--out", out)
     assert code == 1
     assert "holds results of another measurement" in err
-    (tmp_path / "thesis").write_text("important")
-    code, _, err = moerun(*arguments, "--out", tmp_path / "thesis")
+    (tmp_path / "thesis.jsonl").write_text("important")
+    code, _, err = moerun(*arguments, "--out", tmp_path / "thesis.jsonl")
     assert code == 1
     assert "holds no results of 'moerun perplexity'" in err
-    assert (out.read_bytes(), (tmp_path / "thesis").read_text()) == (kept, "important")
+    assert (out.read_bytes(), (tmp_path / "thesis.jsonl").read_text()) == (kept, "important")
 
 
 CELL = Cell("4bit", "2bit", "lru", False, 2.0, 1.0, 3, 2.1, 9, 5, 1, 0, 4.5, 0.0, 0.0, 0.0, None)

@@ -31,6 +31,18 @@ def test_costs_in_nanoseconds(tmp_path: Path) -> None:
     assert machine.expert_ns(1000, 600, 300_000) == 1000 + 600_000  # and here they do not
 
 
+def test_bytes_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{GOOD}\n[disk]\nbytes_per_s = 2e9\nhost_bytes = 16e9\n")
+    disk = load_machine(str(path)).disk
+    assert disk is not None
+    assert disk.host_bytes == 16_000_000_000
+    assert isinstance(disk.host_bytes, int)
+    path.write_text(path.read_text().replace("16e9", "0.5"))
+    with pytest.raises(SimulationError, match=r"host_bytes is 0\.5, not a whole number"):
+        load_machine(str(path))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
