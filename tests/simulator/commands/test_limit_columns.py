@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,11 +130,11 @@ def test_compare_prints_the_limit_and_the_gap_within_100_columns() -> None:
     text = moesim("compare", "lfu", "lru-spec:n=2,staging=8", "--tokens", "60", "--slots", "2,4")
     assert max(map(len, text.splitlines())) <= 100
     headings = next(line for line in text.splitlines() if line.split()[:1] == ["policy"])
-    columns = re.split(r"\s{2,}", headings.strip())
     for heading in ("x limit", "limit %", "gap %"):
-        assert columns.count(heading) == 1
+        assert headings.count(heading) == 1
     gaps = [line.split()[-1] for line in text.splitlines() if line.startswith("limit  ")]
-    assert (columns[-1], gaps) == ("gap %", ["100.0", "100.0"])
+    assert headings.endswith("gap %")
+    assert gaps == ["100.0", "100.0"]
     assert text.count("\nlimit ") == 2  # a row for each number of slots
     assert "lru is not among the policies; it was simulated for this" in text
     bare = moesim("compare", "lfu", "--tokens", "60", "--slots", "2", "--no-limits")
