@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import empty_model, expert_shape, find_experts, shared_experts_of
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
@@ -35,8 +36,7 @@ class Checkpoint:
     @property
     def context(self) -> int:
         """Tokens of the longest sequence the model was made for."""
-        text_config = self.model.config.get_text_config()
-        return int(getattr(text_config, "max_position_embeddings", 0) or 2048)
+        return context_limit(self.model.config) or 2048
 
     @property
     def revision(self) -> str | None:

@@ -358,6 +358,28 @@ def _legend(cells: list[Cell], identity: dict[str, Any]) -> str:
         )
     if low_bytes := max(cell.low_expert_bytes for cell in cells):
         lines.append(f"lower precision: {identity['low']}, {decimal_bytes(low_bytes)} beside size")
+    lines += _same_size(cells)
     if any(cell.published for cell in cells):
         lines.append("published: Table 1 of arXiv 2312.17238, Mixtral-8x7B, on its own texts")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _same_size(cells: list[Cell]) -> list[str]:
+    """Why weights of several precisions are of one size, where they are."""
+    from moerun.format.layout import RECORD_ALIGN
+
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    for cell in cells:
+        sizes = {
+            "experts": (cell.experts, cell.expert_bytes, cell.expert_data_bytes),
+            "attention": (cell.attention, cell.attention_bytes, cell.attention_data_bytes),
+        }
+        for what, (precision, n_bytes, data_bytes) in sizes.items():
+            found.setdefault((what, n_bytes), {})[precision] = data_bytes
+    return [
+        f"{what}: {' and '.join(data)} take {decimal_bytes(n_bytes)} alike, for each record is "
+        f"rounded up to whole pages of {RECORD_ALIGN:,} bytes; without that "
+        f"{' and '.join(map(decimal_bytes, data.values()))} (fewer bits need more scales)"
+        for (what, n_bytes), data in found.items()
+        if len(set(data.values()) - {0}) > 1
+    ]

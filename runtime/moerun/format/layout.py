@@ -53,6 +53,11 @@ class RecordLayout:
             position = parts[-1].offset + parts[-1].nbytes
         return cls(tuple(parts), align_up(position, RECORD_ALIGN))
 
+    @property
+    def data_bytes(self) -> int:
+        """Of the parts alone, without what aligns them and rounds the record up."""
+        return sum(part.nbytes for part in self.parts)
+
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts as views into `buffer`, uint8[>= record_bytes], on whatever device it lies.
 

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from moerun.checkpoint.context import context_limit
 from moerun.devices import naming_lack_of_memory
 from moerun.errors import RunError, UsageError
 from moerun.live.kvcache import new_cache
@@ -300,8 +301,7 @@ def check_ids(model: Any, ids: torch.Tensor) -> None:
 
 def context_tokens(model: Any) -> int | None:
     """The longest text the model was made for; None where its configuration does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return context_limit(model.config)
 
 
 def check_length(model: Any, prompt_tokens: int, planned_tokens: int | None = None) -> int:

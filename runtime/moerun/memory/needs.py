@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moerun.checkpoint.context import context_limit
 from moerun.devices import format_bytes, peak_device_bytes, peak_host_bytes, resident_bytes
 from moerun.errors import RunError
 from moerun.format.bitplanes import Scheme
@@ -211,7 +212,7 @@ def needs_of(
     """
     whole_config = store.config()
     config = whole_config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_limit(whole_config)
     context = min(context_tokens or DEFAULT_CONTEXT, limit or (1 << 30))
     batch = max(1, min(prompt_tokens or context - 1, context))
     dense = store.dense_tensors()

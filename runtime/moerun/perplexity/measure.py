@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from moepolicy import PolicySpec
 
+from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import read_config
 from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.source import Checkpoint
 from moerun.errors import RunError, UsageError
+from moerun.format.expert import ExpertShape
+from moerun.live.kvcache import new_cache
 from moerun.live.report import packages
 from moerun.live.runner import Runner, Settings
 from moerun.memory.needs import LOGIT_ROWS
@@ -81,12 +84,12 @@ def nats_by_token(model: Any, ids: torch.Tensor, window: Window) -> float:
     """The same, the scored tokens decoded one at a time after a prompt of those before them."""
     text = ids[:, window.begin : window.end]
     prompt = window.first - window.begin
-    out = model(text[:, :prompt], use_cache=True, logits_to_keep=1)
+    cache = new_cache(model, text.shape[1])  # as an answer has
+    out = model(text[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
     total = 0.0
     for i in range(prompt, text.shape[1]):
         total += float(F.cross_entropy(out.logits[:, -1].float(), text[:, i], reduction="sum"))
         if i + 1 < text.shape[1]:
-            cache = out.past_key_values
             out = model(text[:, i : i + 1], past_key_values=cache, use_cache=True)
     return total
 
@@ -111,7 +114,7 @@ class Measurement:
         self._model = model
         folder, self._digest, self._name = _subject(model)
         self.ids, self._text_bytes = _encode(folder, text, tokens)
-        limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+        limit = context_limit(read_config(folder))
         self.context = context or min(limit or COMMON_CONTEXT, COMMON_CONTEXT)
         self.stride = stride or self.context
         self._check(limit)
@@ -240,7 +243,17 @@ class Measurement:
             substituted_share=shares[1],
             low_share=shares[2],
             published=Published(row.size_gib, row.wikitext2, row.c4) if row else None,
+            expert_data_bytes=store.n_keys * store.index.layout.data_bytes,
+            attention_data_bytes=_attention_data_bytes(store),
         )
+
+
+def _attention_data_bytes(store: ExpertStore) -> int:
+    packed = store.index.attention
+    if packed is None:
+        return 0
+    shapes = (ExpertShape.matrix(linear.rows, linear.columns) for linear in packed.linears)
+    return sum(shape.record(packed.precision).data_bytes for shape in shapes)
 
 
 def own_precisions(model: str) -> tuple[str, str] | None:

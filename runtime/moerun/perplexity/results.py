@@ -45,7 +45,8 @@ class Cell:
     """One store on one text under one policy. Bytes are of files; bits_per_byte is of the text's.
 
     The shares are of the gates' weights, as in a run's report; low_expert_bytes are those of the
-    second store that the policy loads from.
+    second store that the policy loads from. The data bytes are what is left of experts' and of
+    attention's without what rounds each record up to whole pages; 0: not noted.
     """
 
     attention: str
@@ -65,6 +66,8 @@ class Cell:
     substituted_share: float
     low_share: float
     published: Published | None
+    expert_data_bytes: int = 0
+    attention_data_bytes: int = 0
 
     @property
     def key(self) -> Key:

@@ -137,6 +137,23 @@ def test_the_bundled_model_predicts_the_text_it_was_not_trained_on(moerun: Call)
     assert (found["context"], cell["policy"], found["kind"]) == (512, "lru", "measured")
 
 
+def test_precisions_of_one_size_are_explained(
+    moerun: Call, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (text, "--tokens", "30", "--context", "30", "--attention", "2bit,3bit")
+    code, table, err = moerun(*arguments, "--experts", "4bit,3bit,2bit")
+    assert code == 0, err
+    told = [line for line in table.splitlines() if "alike" in line]
+    # An expert has 98,304 weights; scale and zero, of 8 bits, are of 64 of them or of 16.
+    assert told[0].startswith("attention: 2bit and 3bit take 0.201 MB alike, ")
+    assert told[1].startswith("experts: 3bit and 2bit take 2.621 MB alike, ")
+    assert "whole pages of 4,096 bytes; without that 2.562 MB and 2.384 MB (" in told[1]
+    assert len(told) == 2
+    code, table, err = moerun(*arguments, "--experts", "4bit,3bit", "--attention", "2bit")
+    assert code == 0, err
+    assert "alike" not in table
+
+
 def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
