@@ -84,7 +84,8 @@ STYLES = {
     ),
     "r1": Style(  # takes reasoning off past answers, and never writes it
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
-        "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|sentence_end|>{% endif %}"
+        "{% else %}<|Assistant|>{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+        "<|sentence_end|>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
         ("<|User|>", "<|Assistant|>", "<|sentence_end|>"),
         ("<|sentence_end|>",),

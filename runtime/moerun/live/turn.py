@@ -22,6 +22,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # Contents that no template has: where they come out, the template's own text begins and ends.
 _ASKED, _MUSED, _ANSWERED, _CALLED = "zqaskedqz", "zqmusedqz", "zqansweredqz", "zqcalledqz"
 _USER = {"role": "user", "content": _ASKED}
+_AGAIN = {"role": "user", "content": _CALLED}
 _ANSWER = {"role": "assistant", "content": _ANSWERED}
 _TAG = re.compile(r"(?:<[^<>\s]+>|\[[^\[\]\s]+\])\s*$")
 _SPLIT = re.compile(r"""split\(\s*['"]([^'"]+)['"]\s*\)""")
@@ -101,8 +102,7 @@ def _end_ids(tokenizer: Any) -> tuple[int, ...]:
     finished = _render(tokenizer, [_USER, _ANSWER])
     ends = _tokens(tokenizer, _behind(finished, _ANSWERED))[:1]
     if not ends:  # some templates end a turn by beginning the next
-        again = {"role": "user", "content": _CALLED}
-        followed = _behind(_render(tokenizer, [_USER, _ANSWER, again]), _ANSWERED)
+        followed = _behind(_render(tokenizer, [_USER, _ANSWER, _AGAIN]), _ANSWERED)
         ends = _tokens(tokenizer, followed.partition(_CALLED)[0])[:1]
     for arguments in ({"x": _CALLED}, f'{{"x": "{_CALLED}"}}'):  # templates take one or the other
         function = {"name": "f", "arguments": arguments}
@@ -143,7 +143,7 @@ def _left_out(tokenizer: Any) -> tuple[str, str]:
     for close in dict.fromkeys(_SPLIT.findall(str(tokenizer.chat_template))):
         opening = close.replace("/", "", 1)
         said = {"role": "assistant", "content": f"{opening}{_MUSED}{close}{_ANSWERED}"}
-        rendered = _render(tokenizer, [_USER, said])
+        rendered = _render(tokenizer, [_USER, said, _AGAIN])  # some leave the last answer whole
         if opening != close and _ANSWERED in rendered and _MUSED not in rendered:
             return opening, close
     return "", ""
