@@ -167,7 +167,9 @@ TopP = Annotated[
 Stop = Annotated[
     list[str] | None,
     typer.Option(
-        help="End the text before this string; may be given several times.", show_default=False
+        help="End the text before this string, special tokens among what it is compared with; may "
+        "be given several times.",
+        show_default=False,
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
