@@ -27,7 +27,8 @@ def bench(
         str,
         typer.Option(
             help="A model's dimensions: mixtral-8x7b, mixtral-8x22b, qwen3-30b-a3b, gpt-oss-20b, "
-            "olmoe-1b-7b, tiny (bundled), or the path of a config.json."
+            "gpt-oss-120b, deepseek-v2-lite, deepseek-v3, glm-4.5-air, olmoe-1b-7b, tiny "
+            "(bundled), or the path of a config.json."
         ),
     ] = "mixtral-8x7b",
     precision: opt.Precision = "2bit",
