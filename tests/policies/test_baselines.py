@@ -84,6 +84,9 @@ def victims(policy: str, demands: list[list[int]], slots: int, n_experts: int = 
         ("slru:protected=0.34", 3, [[0], [2], [1], [0], [1], [3], [4]], [2, 0]),
         # Loaded again soon after it went, 0 is in the main queue and outlives 2 and 3.
         ("2q:first=0.34,ghosts=1", 3, [[0], [1], [2], [3], [0], [4], [5]], [0, 1, 2, 3]),
+        # 0 fills the small queue, 1 is in the main one. Whichever the step pins, the other goes.
+        ("s3-fifo:small=0.5", 2, [[0], [1], [2, 1]], [0]),
+        ("s3-fifo:small=0.5", 2, [[0], [1], [2, 0]], [1]),
         # Of 1 and 2, both in their first pass, the one that this pass has not used.
         ("least-stale", 2, [[1], [2], [3, 2]], [1]),
         # Loaded first, gone first, although used since.

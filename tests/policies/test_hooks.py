@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moepolicy import Context, ExpertCache, Policy
+from moepolicy import Context, ExpertCache, Kind, Policy, Transfer, find_policy
 from moepolicy.steps import Step
 from support.clock import make_steps
 
@@ -123,3 +123,45 @@ def test_the_backlog_is_of_copies_queued_and_under_way() -> None:
     cache.begin(steps[1])  # a guess under way, one queued
     assert policy.take()[-2:] == [("step", 1, 2), ("hit", 5, 6)]
     assert np.flatnonzero(cache.arrays.keys[:, 0]).tolist() == [0, 5]  # the other was disproved
+
+
+def test_a_driver_is_told_what_would_start_and_what_did() -> None:
+    """One layer-0 slot, so that the second step's copy takes the first one's; a guess for layer 1
+    waits behind the demand, and its copy evicts nothing."""
+    steps = make_steps([(0, [0]), (0, [1])], N_EXPERTS)
+    cache = ExpertCache(Context(2, N_EXPERTS, 1, slots=1), Telling({1: [6]}), max_slots=2)
+    assert (cache.queued(), cache.in_step()) == (None, False)
+    cache.begin(steps[0])
+    assert (cache.queued(), cache.in_step()) == (Kind.LOAD, True)
+    assert cache.start() == Transfer(0, cache.slot_of(0), False, False, False)
+    assert cache.queued() is None
+    assert cache.start() is None
+    cache.finish(0)
+    cache.consume(0)
+    cache.end()
+    slot = cache.slot_of(0)
+    cache.begin(steps[1])
+    assert cache.queued() is Kind.LOAD  # before the guess, which is queued, too
+    assert cache.start() == Transfer(1, slot, False, True, False)
+    assert (cache.slot_of(0), cache.slot_of(1)) == (-1, slot)
+    assert cache.queued() is Kind.SPECULATE
+    assert cache.start() == Transfer(6, cache.slot_of(6), True, False, False)
+    assert cache.queued() is None
+    assert [cache.count(kind) for kind in (Kind.MISS, Kind.EVICT, Kind.SPECULATE)] == [2, 1, 1]
+    assert cache.n_slots == 2 * 1 + 2
+    cache.resize(0)  # the copy of key 1 is under way; layer 1's slot is free and goes
+    assert (cache.shrinking, cache.n_slots, len(cache.spare_slots())) == (True, 3, 3)
+    cache.finish(1)
+    cache.consume(1)
+    cache.end()
+    assert (cache.shrinking, cache.in_step(), cache.n_slots) == (False, False, 2)
+
+
+def test_a_low_copy_is_told_as_one() -> None:
+    context = Context(1, N_EXPERTS, 2, slots=4)
+    cache = ExpertCache(context, find_policy("hobbit").build(context))
+    (step,) = make_steps([(0, [2, 1])], N_EXPERTS)
+    cache.begin(step._replace(weights=np.array([0.7, 0.3], np.float32)))
+    copies = [cache.start(), cache.start()]
+    assert [copy and (copy.key, copy.low) for copy in copies] == [(2, False), (1, True)]
+    assert (cache.is_low(2), cache.is_low(1)) == (False, True)

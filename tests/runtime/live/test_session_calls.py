@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moepolicy import Context, find_policy
+from moepolicy import Context, Kind, Policy, PolicySpec, find_policy
 from moerun.errors import RunError
 from moerun.links import Done, LinkStatistics
 from moerun.live import session as session_module
@@ -89,6 +89,78 @@ def made(
     context = Context(layers, 4, 2, slots)
     session = Session(context, find_policy(policy), make_link, record_bytes=RECORD_BYTES)
     return session, links[0]
+
+
+class ByExpert(Policy):
+    """Expert 1 is left out, 2 has a stand-in, 3 is computed beside the device, others are loaded;
+    a prompt's are all loaded."""
+
+    requires = frozenset({"cpu"})
+    lossy = True
+
+    def __init__(self, context: Context) -> None:
+        self.n_experts = context.n_experts
+
+    def victim(self, layer: int, incoming: int, candidates: Any) -> int:
+        return int(candidates[0])
+
+    def on_miss(self, step: Any, rank: int) -> int:
+        answers = (Kind.LOAD, Kind.SKIP, Kind.SUBSTITUTE, Kind.COMPUTE)
+        expert = int(step.experts[rank]) % self.n_experts
+        return int(Kind.LOAD if step.tokens > 1 else answers[expert])
+
+    def substitute(self, step: Any, rank: int, candidates: Any) -> int:
+        return int(candidates[0])
+
+
+class Beside:
+    """Experts computed beside the device, of which joining waits 1.5 s."""
+
+    def __init__(self) -> None:
+        self.joined = 0
+
+    def expert(self, key: int) -> Any:
+        return "beside", key
+
+    def join(self) -> float:
+        self.joined += 1
+        return 1.5
+
+    def drop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_what_is_not_loaded_comes_first_and_stand_ins_before_arrivals() -> None:
+    """Layer 1 of 4 experts: 0 is resident; the step wants 2, 1, 0 and 3."""
+    links: list[ByHand] = []
+    beside = Beside()
+
+    def make_link(n_slots: int) -> Any:
+        links.append(ByHand(n_slots, 1, chunked=False))
+        return links[0]
+
+    spec: Any = PolicySpec("by-expert", ByExpert)
+    with Session(
+        Context(2, 4, 2, 4), spec, make_link, record_bytes=RECORD_BYTES, make_aside=lambda _: beside
+    ) as session:
+        (link,) = links
+        link.end_at_once()
+        assert [e for e, _ in session.serve(1, *asks(0))] == [0]
+        assert beside.joined == 0
+        place = session.cache.slot_of(4)
+        link.take()
+        served = list(session.serve(1, *asks(2, 1, 0, 3)))
+        assert served == [
+            (1, None),
+            (3, ("beside", 7)),
+            (0, link.slots[place]),
+            (2, link.slots[place]),
+        ]
+        assert link.take() == [("acquire", place), ("release", place)] * 2
+        totals = session.totals
+        assert (totals.skipped, totals.substituted, totals.cpu_experts) == (1, 1, 1)
+        assert (beside.joined, totals.stall_s) == (1, 1.5)
 
 
 def asks(*experts: int) -> tuple[torch.Tensor, torch.Tensor]:
