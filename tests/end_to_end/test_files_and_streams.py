@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import resource
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -28,7 +31,9 @@ def run(
     stdout: int | None = None,
     stdin: bytes = b"",
 ) -> tuple[str, str]:
-    """stdout and stderr of a command in a process of its own; bytes that are no UTF-8 fail."""
+    """stdout and stderr of a command; in a process of its own where its streams are not plain."""
+    if environment is None and file_bytes is None and stdout is None and not stdin:
+        return run_here(*command, code=code)
 
     def limit() -> None:
         if file_bytes is not None:
@@ -49,6 +54,22 @@ def run(
     assert done.returncode == code, told
     assert "Traceback" not in told
     return (done.stdout or b"").decode(), told
+
+
+def run_here(*command: str | Path, code: int) -> tuple[str, str]:
+    """The same in this process, which has imported torch already."""
+    program, *arguments = map(str, command)
+    main = importlib.import_module(f"{program}.cli").main
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [program, *arguments]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert (end.value.code or 0) == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def refused(told: str, path: Path, what: str) -> None:
