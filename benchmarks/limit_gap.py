@@ -16,7 +16,7 @@ from moepolicy import find_policy
 from moeroute import open_trace
 from moesim import load_machine, load_workload, simulate
 from moesim.limits import min_time_ns
-from moesim.simulate import expert_size, sizes_of
+from moesim.sizes import expert_size, sizes_of
 
 POLICIES = ("clairvoyant", "clairvoyant:margin=0", "belady-bypass", "belady", "lru")
 

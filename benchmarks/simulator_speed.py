@@ -29,7 +29,7 @@ from moesim import Machine, Workload, load_machine, load_workload
 from moesim.engines import choose as engines
 from moesim.engines.choose import Engine
 from moesim.machine.costs import costs_of
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 
 DEMAND_ONLY = ("lru", "lfu", "fifo", "random", "static", "belady", "belady-bypass")
 POLICIES = (*DEMAND_ONLY, "lru-spec")

@@ -21,13 +21,14 @@ PACKAGES = {
 # From the ground up: a room imports rooms of lower floors only. A room is a folder or a file.
 FLOORS = {
     "moesim": [
-        {"errors", "files", "jit"},
-        {"workload"},
+        {"errors", "jit", "result"},
+        {"gap", "workload"},
         {"machine"},
-        {"engines", "limits"},
+        {"engines", "limits", "sizes"},
         {"curves", "simulate"},
         {"report"},
-        {"sweep", "table2"},
+        {"points"},
+        {"comparison", "sweep", "table2"},
         {"commands"},
         {"cli"},
     ],

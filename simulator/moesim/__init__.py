@@ -8,7 +8,8 @@ gives a polars frame with a row a policy and cache size; `simulate` is one such 
 from moesim.comparison import compare
 from moesim.errors import SimulationError, UsageError
 from moesim.machine.profile import Machine, load_machine, machine_names
-from moesim.simulate import Result, simulate, workload_for
+from moesim.result import Result
+from moesim.simulate import simulate, workload_for
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload
 

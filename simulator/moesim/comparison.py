@@ -14,21 +14,16 @@ from moeroute.schema import TraceMeta
 from moeroute.sizes import GivenSizes
 
 from moesim.engines.choose import Engine
-from moesim.engines.in_simpy import Segment
+from moesim.engines.clock import Segment
 from moesim.errors import UsageError
-from moesim.limits.bounds import BASELINE
+from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
 from moesim.machine.unknown import dense_label, expert_label
 from moesim.points import Points, same_figures
 from moesim.report import Compared, Refused, rows_of
-from moesim.simulate import (
-    Result,
-    check_calibration,
-    expert_size,
-    low_expert_size,
-    simulate,
-    workload_for,
-)
+from moesim.result import Result
+from moesim.simulate import check_calibration, simulate, workload_for
+from moesim.sizes import expert_size, low_expert_size
 
 if TYPE_CHECKING:
     import polars as pl

@@ -10,7 +10,8 @@ from moeroute import Trace, TraceError
 
 from moesim.errors import SimulationError, UsageError
 from moesim.report import Compared, Refused, beside_baseline
-from moesim.simulate import Result, check_needs
+from moesim.result import Result
+from moesim.simulate import check_needs
 
 EXPECTED = (PolicyError, SimulationError, TraceError)
 

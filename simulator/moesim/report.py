@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from moepolicy.tables import Table, wrapped
 
-from moesim.limits import Gap, gap_of
-from moesim.limits.bounds import BASELINE
+from moesim.gap import BASELINE, Gap, gap_of
 from moesim.machine.unknown import size_notes
-from moesim.simulate import Result
+from moesim.result import Result
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,99 +25,18 @@ from moeroute.schema import TraceMeta, prediction_column
 from numpy.typing import NDArray
 
 from moesim.engines.choose import Engine, run
-from moesim.engines.in_simpy import Clock, Segment
+from moesim.engines.clock import Clock, Segment
 from moesim.engines.onepass import Decisions
-from moesim.errors import SimulationError, UsageError
+from moesim.errors import SimulationError
 from moesim.limits import Limits, limits_of
 from moesim.machine.costs import Sizes, costs_of
 from moesim.machine.profile import NS_PER_S, Link, Machine
+from moesim.result import Result
+from moesim.sizes import _HOW_BIG, expert_size, sizes_of
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload
 
 IN_MEMORY = 1 << 21  # rows of a trace that is held in memory
-WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
-
-
-@dataclass(frozen=True)
-class Result:
-    """One policy on one cache and machine. Counts are of experts, times simulated seconds.
-
-    expert_bytes      None: unknown, and with it every time, None too
-    layer_bytes       of a layer's dense weights; None: unknown
-    token_bytes       that a token reads outside the layers; None: unknown
-    dense_precision   what those two count the weights as; None: the trace does not say
-    time_is_lower_bound  whether the times leave out reading dense weights of unknown bytes, so
-                      that times are at least, and tokens/s at most, what is said; None: no times
-    loads             experts copied over the link, prefetches included
-    low_expert_bytes  of one in the second, lower-precision store; 0: there was none
-    low_loads         of those, the ones that brought the lower precision
-    cpu_experts       misses computed where the experts are kept, and not copied
-    *_share           of the gates' weights, what was left out, computed by another expert, or
-                      computed at the lower precision
-    hit_ratio         hits / requests; late hits, which were waited for, are not hits
-    tokens_per_s      decoded tokens over the time spent on them; of a trace that has none,
-                      prompt tokens
-    cold              whether caches started empty with every sequence
-    lossy             whether the policy changes what the model computes: the limits do not bind it
-
-    Of what no policy can beat with these slots, knowing the future (None: was not asked for):
-
-    limit_loads         the fewest loads, whatever is prefetched or bypassed
-    limit_loads_kept    the fewest of a policy that copies on demand only and bypasses nothing
-    limit_tokens_per_s  the most tokens/s
-    limit_buffers       staging buffers that it may hold prefetched experts in: the policy's own
-    share_of_limit      tokens_per_s / limit_tokens_per_s
-    """
-
-    policy: str
-    slots: int
-    scope: str
-    machine: str
-    trace: str
-    expert_bytes: int | None
-    low_expert_bytes: int
-    layer_bytes: int | None
-    token_bytes: int | None
-    dense_precision: str | None
-    time_is_lower_bound: bool | None
-    steps: int
-    requests: int
-    hits: int
-    late: int
-    misses: int
-    loads: int
-    bypasses: int
-    prefetches: int
-    useless_prefetches: int
-    cpu_experts: int
-    low_loads: int
-    substituted: int
-    skipped: int
-    skipped_share: float
-    substituted_share: float
-    low_share: float
-    bytes_loaded: int | None
-    hit_ratio: float
-    time_s: float | None
-    stall_s: float | None
-    link_busy_s: float | None
-    tokens_per_s: float | None
-    cold: bool
-    lossy: bool
-    limit_loads: int | None
-    limit_loads_kept: int | None
-    limit_tokens_per_s: float | None
-    limit_buffers: int | None
-    share_of_limit: float | None
-
-    @property
-    def speed(self) -> float:
-        """``tokens_per_s`` of a run that has times."""
-        assert self.tokens_per_s is not None
-        return self.tokens_per_s
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # What a policy may require of the steps, and the column of the trace that has it.
@@ -165,57 +84,6 @@ def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
             f"trace of {meta.model} of {meta.n_layers} of {meta.n_experts}: give --calibration "
             "one of the same model"
         )
-
-
-def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | None) -> int | None:
-    """Bytes of one expert: given, of a named precision, or of the trace's own; None: unknown."""
-    if expert_bytes is not None:
-        if expert_bytes <= 0:
-            raise UsageError(f"expert-bytes must be above 0, not {expert_bytes}")
-        return expert_bytes
-    if precision is None:
-        return next(iter(meta.expert_bytes.values()), None)
-    if precision not in meta.expert_bytes:
-        known = f"it has {', '.join(meta.expert_bytes)}" if meta.expert_bytes else "it has none"
-        raise SimulationError(
-            f"the trace has no size for precision '{precision}'; {known}; or give --like or "
-            "--expert-bytes"
-        )
-    return meta.expert_bytes[precision]
-
-
-def low_expert_size(
-    meta: TraceMeta, full_bytes: int | None, *, precision: str | None, expert_bytes: int | None
-) -> int:
-    """Bytes of one expert in the lower-precision store; 0 where there is none."""
-    if precision is None and expert_bytes is None:
-        return 0
-    low_bytes = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
-    if low_bytes is None or full_bytes is None:
-        raise SimulationError(f"a lower precision needs the size of the other: {_HOW_BIG}")
-    if low_bytes >= full_bytes:
-        raise SimulationError(
-            f"an expert of the lower precision has {low_bytes:,} bytes, no fewer than the other's "
-            f"{full_bytes:,}: choose a lower one"
-        )
-    return low_bytes
-
-
-_HOW_BIG = "nothing says how big an expert is; give --like or --expert-bytes"
-
-
-def sizes_of(meta: TraceMeta, expert_bytes: int, low_bytes: int = 0) -> Sizes:
-    """The byte and parameter counts the machine's rates apply to.
-
-    Where nothing tells the parameters of an expert, it is taken to have 16 bits for each.
-    """
-    params = meta.expert_params
-    for precision, bits in WEIGHT_BITS.items():
-        if params is None and precision in meta.expert_bytes:
-            params = meta.expert_bytes[precision] * 8 // bits
-    if params is None:
-        params = expert_bytes // 2
-    return Sizes(expert_bytes, params, meta.layer_bytes, meta.token_bytes, low_bytes)
 
 
 def _untimed(

@@ -24,7 +24,8 @@ from moepolicy.state import Cache, arrays_of, new_cache
 
 from moesim.engines import replay as twin
 from moesim.engines import replay_state
-from moesim.engines.in_simpy import Clock, Simulation
+from moesim.engines.clock import Clock
+from moesim.engines.in_simpy import Simulation
 from moesim.machine.costs import Costs
 from moesim.workload.steps import Workload
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moesim.engines import replay as twin
 from moesim.engines.choose import CHUNK, run
-from moesim.engines.in_simpy import Clock
+from moesim.engines.clock import Clock
 from moesim.engines.replay_state import Work, clock_of, new_clocks
 from moesim.machine.costs import Costs
 from moesim.machine.profile import Machine

@@ -17,7 +17,7 @@ from moepolicy.state import DEMAND, PREFETCH, RESIDENT, Cache
 from moepolicy.steps import Step
 from numpy.typing import NDArray
 
-from moesim.engines.in_simpy import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
+from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
 from moesim.engines.replay_state import NEVER, Clocks, Work, step_at
 from moesim.machine.costs import Costs
 

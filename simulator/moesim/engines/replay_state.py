@@ -11,7 +11,7 @@ import numpy as np
 from moepolicy.steps import Step
 from numpy.typing import NDArray
 
-from moesim.engines.in_simpy import Clock, Segment
+from moesim.engines.clock import Clock, Segment
 from moesim.machine.costs import Costs
 from moesim.workload.steps import Workload
 

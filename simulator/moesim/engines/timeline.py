@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from moepolicy.outputs import written_whole
 
-from moesim.engines.in_simpy import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, Segment
+from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, Segment
 
 NAMES = {COMPUTE_LANE: "compute", LINK_LANE: "copy stream", DISK_LANE: "disk", CPU_LANE: "CPU"}
 SUFFIXES = (".json", ".json.gz")

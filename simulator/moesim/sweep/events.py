@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from moesim.sweep.plan import Point
+from moesim.sweep.point import Point
 from moesim.sweep.worker import Outcome
 
 HOPELESS = 3  # workers in a row that died before they could do anything

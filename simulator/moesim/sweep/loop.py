@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from moesim.limits import gap_of
+from moesim.gap import gap_of
 from moesim.sweep.events import Finished, Lost, Pool
 from moesim.sweep.journal import Journal
 from moesim.sweep.plan import Plan

@@ -5,112 +5,27 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import moepolicy
-import numpy as np
 from moepolicy import PolicySpec, find_policy
 from moeroute import Trace, TraceError, open_trace, prediction_column, sample_names
 from moeroute.schema import TraceMeta
-from numpy.typing import NDArray
 
-import moesim
 from moesim.errors import SimulationError, UsageError
-from moesim.limits.bounds import BASELINE
+from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
-from moesim.simulate import check_calibration, check_needs, expert_size, low_expert_size
+from moesim.simulate import check_calibration, check_needs
+from moesim.sizes import expert_size, low_expert_size
+from moesim.sweep.digests import _digest, code_digest, machine_digest
 from moesim.sweep.grid import Grid
+from moesim.sweep.point import Calibration, Job, NamedPolicy, Point, Source
 
-# The parts of moesim that decide what a simulation gives; a test holds this list complete.
-DECIDES = ("engines", "errors.py", "jit.py", "limits", "machine", "simulate.py", "workload")
 SHOWN = 3  # reasons in one message
-
-
-@dataclass(frozen=True)
-class Source:
-    """A trace of the grid: its name there, where it is, what it must be, what is read of it.
-
-    ``meta`` is its own with the sizes that the grid gives it, unless ``refused`` says why those
-    cannot be its.
-    """
-
-    meta: TraceMeta
-    refused: str | None
-    path: str
-    place: str
-    digest: str
-    seed: int | None
-    predictions: bool
-    logits: bool
-
-
-@dataclass(frozen=True)
-class Point:
-    """One simulation. ``trace``, ``policy`` and ``machine`` number the plan's.
-
-    A cache has ``slots`` a layer or, where that is None, what ``memory_bytes`` holds. ``key``
-    names everything the result depends on; ``refused`` says why a point cannot run.
-    ``expert_bytes`` is 0 where nothing says how big an expert is: its result has no times. A
-    ``reference`` is none of the grid's: others are measured from it, and it is no row.
-    """
-
-    key: str
-    trace: int
-    policy: int
-    machine: int
-    scope: str
-    slots: int | None
-    memory_bytes: int | None
-    expert_bytes: int
-    precision: str | None
-    low_bytes: int = 0  # of an expert in a second store, where the policy requires one
-    refused: str | None = None
-    reference: bool = False
-
-
-@dataclass(frozen=True)
-class NamedPolicy:
-    """A policy as it travels to workers: its spec, and its code where that is a file's.
-
-    ``digest`` is of the file that its class is in.
-    """
-
-    name: str
-    parameters: Mapping[str, int | float | str]
-    label: str
-    code: str | None
-    digest: str | None
-    needs_future: bool
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How often a trace uses each expert, int64[n_layers, n_experts], for policies that ask."""
-
-    counts: NDArray[np.int64]
-    digest: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker must know to run any point.
-
-    ``timings`` is how many points differ only in what takes how long.
-    """
-
-    traces: tuple[Source, ...]
-    policies: tuple[NamedPolicy, ...]
-    machines: tuple[Machine, ...]
-    engine: str
-    cold: bool
-    limits: bool
-    timings: int
-    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -337,32 +252,6 @@ def _sized(grid: Grid, trace: Trace) -> tuple[TraceMeta, str | None]:
         return grid.given.on(trace.meta), None
     except TraceError as error:
         return trace.meta, str(error)
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 of the simulator's and the policies' own code: what else a result depends on."""
-    digest = hashlib.sha256()
-    for package in (moepolicy, moesim):
-        root = Path(str(package.__file__)).parent
-        for file in sorted(root.rglob("*.py")):
-            inner = file.relative_to(root)
-            if package is moepolicy or inner.parts[0] in DECIDES:
-                digest.update(f"{package.__name__}/{inner.as_posix()}\n".encode())
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def machine_digest(machine: Machine) -> str:
-    """SHA-256 of what a profile makes of time; its name and description do not count."""
-    constants = asdict(machine)
-    for name in ("name", "description", "source"):
-        del constants[name]
-    return _digest(constants)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _setting(point: Point) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from moesim.errors import SimulationError
 from moesim.sweep.events import HOPELESS, Event, Finished, Lost, Ready
-from moesim.sweep.plan import Job, Point
+from moesim.sweep.point import Job, Point
 from moesim.sweep.worker import Worker, one_thread
 
 STOP_S = 2.0

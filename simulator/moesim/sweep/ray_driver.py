@@ -20,8 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from moesim.sweep.digests import code_digest
 from moesim.sweep.events import HOPELESS, Connected, Finished, Gone, Lost, Ready
-from moesim.sweep.plan import Job, Point, code_digest
+from moesim.sweep.point import Job, Point
 from moesim.sweep.worker import Outcome, Worker, one_thread
 
 REACH_S = 5.0

@@ -15,7 +15,7 @@ from typing import Any
 
 from moesim.errors import SimulationError, UsageError
 from moesim.sweep.events import Connected, Event, Gone
-from moesim.sweep.plan import Job, Point
+from moesim.sweep.point import Job, Point
 
 START_S = 120.0
 STOP_S = 30.0

@@ -15,8 +15,8 @@ from moepolicy.tables import to_json
 from moeroute.parquet import is_url
 
 from moesim.errors import SimulationError
-from moesim.limits import Gap
-from moesim.simulate import Result
+from moesim.gap import Gap
+from moesim.result import Result
 from moesim.sweep.plan import Plan
 from moesim.sweep.worker import versions
 

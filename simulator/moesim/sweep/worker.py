@@ -23,8 +23,10 @@ from moesim.engines.onepass import Decisions, decide, timeless
 from moesim.errors import SimulationError
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Machine
-from moesim.simulate import simulate, sizes_of
-from moesim.sweep.plan import Job, NamedPolicy, Point, Source, code_digest
+from moesim.simulate import simulate
+from moesim.sizes import sizes_of
+from moesim.sweep.digests import code_digest
+from moesim.sweep.point import Job, NamedPolicy, Point, Source
 from moesim.sweep.shared_workloads import shared_workload
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload

@@ -9,7 +9,8 @@ from moepolicy import PolicySpec
 
 from moesim.limits import min_time_ns
 from moesim.machine.profile import NS_PER_S
-from moesim.simulate import simulate, sizes_of
+from moesim.simulate import simulate
+from moesim.sizes import sizes_of
 from moesim.table2.fit import Fit
 from moesim.table2.published import CARDS, PRECISIONS, Algorithm, Card, published
 from moesim.table2.rows import Constants

@@ -28,7 +28,8 @@ from moerun.format.expert import ExpertShape
 from moerun.kernels.slots import SlotForm
 from moerun.live.runner import Settings
 from moesim.machine.profile import Compute, Link, Machine
-from moesim.simulate import Result, simulate
+from moesim.result import Result
+from moesim.simulate import simulate
 from moesim.workload.loading import load_workload
 
 CPU = torch.device("cpu")

@@ -30,7 +30,8 @@ from moerun.memory.compiling import Compiling
 from moerun.memory.fit import plan_memory
 from moerun.offload.attention import PackedLinear
 from moesim.machine.profile import Compute, Cpu, Link, Machine
-from moesim.simulate import Result, simulate
+from moesim.result import Result
+from moesim.simulate import simulate
 from moesim.workload.loading import load_workload
 from support.big_models import SIZES
 from support.commands import Call, caller

@@ -23,10 +23,12 @@ from moerun.live.runner import Runner, Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate_with
-from moesim.engines.in_simpy import DISK_LANE, Host, Segment
+from moesim.engines.clock import DISK_LANE, Segment
+from moesim.engines.in_simpy import Host
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Compute, Disk, Link, Machine
-from moesim.simulate import simulate, sizes_of
+from moesim.simulate import simulate
+from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import RECORD_BYTES, MemoryRecords
 

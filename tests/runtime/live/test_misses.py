@@ -29,7 +29,7 @@ from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Compute, Cpu, Link, Machine
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint

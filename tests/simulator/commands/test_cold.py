@@ -14,9 +14,9 @@ from moeroute import open_trace
 from moesim import Machine, SimulationError, Workload, load_workload, simulate
 from moesim.curves.hit_ratios import hit_curve, shuffled
 from moesim.engines.choose import Engine
-from moesim.engines.in_simpy import Segment
+from moesim.engines.clock import Segment
 from moesim.limits import min_loads, min_time_ns
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 from support.machines import machine, machines
 from support.traces import traces, write_trace
 from support.workloads import make_workload

@@ -19,7 +19,7 @@ from moesim import Machine, simulate
 from moesim.engines.choose import Engine
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, Link
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 from moesim.sweep import Grid, Settings, run_sweep
 from support.machines import machine, machines
 from support.traces import random_trace

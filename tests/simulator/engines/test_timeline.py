@@ -13,7 +13,7 @@ import pytest
 from moepolicy import find_policy
 from moeroute import open_trace
 from moesim import load_workload, simulate
-from moesim.engines.in_simpy import Segment
+from moesim.engines.clock import Segment
 from moesim.engines.timeline import write_timeline
 from support.machines import NS, machine
 from support.traces import decoded, write_trace

@@ -13,9 +13,10 @@ from moeroute import open_trace
 from moesim import Machine, SimulationError, Workload, load_workload, simulate
 from moesim.engines import choose as engines
 from moesim.engines.choose import Engine
-from moesim.limits import gap_closed, min_time_ns
+from moesim.gap import gap_closed
+from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, Link
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 from support.clock import drive, scenarios
 from support.workloads import make_workload
 

@@ -16,7 +16,7 @@ from moesim import Machine, Workload
 from moesim.limits import min_time_ns
 from moesim.limits import time as limit
 from moesim.machine.profile import Compute, Cpu, Disk, Link
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 from support.workloads import make_workload
 
 NS = 1e-9

@@ -10,7 +10,7 @@ from moepolicy import find_policy
 from moesim import Machine, Workload, simulate
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, Cpu, Disk, Link
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 from support.schedules import Tiny, quickest
 from support.workloads import make_workload
 

@@ -25,9 +25,11 @@ from moesim import Workload, simulate
 from moesim.cli import main
 from moesim.engines.choose import Engine
 from moesim.errors import SimulationError
-from moesim.limits import gap_of, limits_of, min_time_ns
+from moesim.gap import gap_of
+from moesim.limits import limits_of, min_time_ns
 from moesim.machine.unknown import LOWER_BOUND
-from moesim.simulate import Result, expert_size, sizes_of
+from moesim.result import Result
+from moesim.sizes import expert_size, sizes_of
 from moesim.sweep.grid import make_grid
 from moesim.sweep.plan import make_plan
 from support.machines import NS, machine

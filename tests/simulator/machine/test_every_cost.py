@@ -20,7 +20,7 @@ from moesim import Machine, Workload, simulate
 from moesim.engines.choose import Engine
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, Cpu, Disk, Link
-from moesim.simulate import sizes_of
+from moesim.sizes import sizes_of
 from support.workloads import make_workload
 
 NS = 1e-9

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import moesim
-from moesim.sweep.plan import DECIDES
+from moesim.sweep.digests import DECIDES
 
 ROOT = Path(moesim.__file__).parent
 

@@ -12,12 +12,13 @@ import polars as pl
 import pytest
 from moepolicy.tables import to_csv, to_json
 from moesim import SimulationError
-from moesim.simulate import Result
+from moesim.result import Result
 from moesim.sweep.events import Event, Finished, Lost, Ready
 from moesim.sweep.grid import Grid
 from moesim.sweep.journal import Journal
 from moesim.sweep.loop import Sweep, Watcher
-from moesim.sweep.plan import Plan, Point, make_plan
+from moesim.sweep.plan import Plan, make_plan
+from moesim.sweep.point import Point
 from moesim.sweep.results import METADATA, read_finished, table, write
 from moesim.sweep.schedule import Schedule
 from moesim.sweep.summary import best

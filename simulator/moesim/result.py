@@ -1,0 +1,88 @@
+"""One simulation as a row: what was counted, how long it took, what no policy can beat."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """One policy on one cache and machine. Counts are of experts, times simulated seconds.
+
+    expert_bytes      None: unknown, and with it every time, None too
+    layer_bytes       of a layer's dense weights; None: unknown
+    token_bytes       that a token reads outside the layers; None: unknown
+    dense_precision   what those two count the weights as; None: the trace does not say
+    time_is_lower_bound  whether the times leave out reading dense weights of unknown bytes, so
+                      that times are at least, and tokens/s at most, what is said; None: no times
+    loads             experts copied over the link, prefetches included
+    low_expert_bytes  of one in the second, lower-precision store; 0: there was none
+    low_loads         of those, the ones that brought the lower precision
+    cpu_experts       misses computed where the experts are kept, and not copied
+    *_share           of the gates' weights, what was left out, computed by another expert, or
+                      computed at the lower precision
+    hit_ratio         hits / requests; late hits, which were waited for, are not hits
+    tokens_per_s      decoded tokens over the time spent on them; of a trace that has none,
+                      prompt tokens
+    cold              whether caches started empty with every sequence
+    lossy             whether the policy changes what the model computes: the limits do not bind it
+
+    Of what no policy can beat with these slots, knowing the future (None: was not asked for):
+
+    limit_loads         the fewest loads, whatever is prefetched or bypassed
+    limit_loads_kept    the fewest of a policy that copies on demand only and bypasses nothing
+    limit_tokens_per_s  the most tokens/s
+    limit_buffers       staging buffers that it may hold prefetched experts in: the policy's own
+    share_of_limit      tokens_per_s / limit_tokens_per_s
+    """
+
+    policy: str
+    slots: int
+    scope: str
+    machine: str
+    trace: str
+    expert_bytes: int | None
+    low_expert_bytes: int
+    layer_bytes: int | None
+    token_bytes: int | None
+    dense_precision: str | None
+    time_is_lower_bound: bool | None
+    steps: int
+    requests: int
+    hits: int
+    late: int
+    misses: int
+    loads: int
+    bypasses: int
+    prefetches: int
+    useless_prefetches: int
+    cpu_experts: int
+    low_loads: int
+    substituted: int
+    skipped: int
+    skipped_share: float
+    substituted_share: float
+    low_share: float
+    bytes_loaded: int | None
+    hit_ratio: float
+    time_s: float | None
+    stall_s: float | None
+    link_busy_s: float | None
+    tokens_per_s: float | None
+    cold: bool
+    lossy: bool
+    limit_loads: int | None
+    limit_loads_kept: int | None
+    limit_tokens_per_s: float | None
+    limit_buffers: int | None
+    share_of_limit: float | None
+
+    @property
+    def speed(self) -> float:
+        """``tokens_per_s`` of a run that has times."""
+        assert self.tokens_per_s is not None
+        return self.tokens_per_s
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
