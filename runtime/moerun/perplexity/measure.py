@@ -19,7 +19,7 @@ from moepolicy import PolicySpec
 
 from moerun.checkpoint.families import read_config
 from moerun.checkpoint.hub import resolve
-from moerun.checkpoint.source import Checkpoint
+from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError, UsageError
 from moerun.live.report import packages
 from moerun.live.runner import Runner, Settings
