@@ -45,7 +45,7 @@ def is_matrix(name: str) -> bool:
 
 
 def quantise_float8(tensors: Tensors, scale: str | None) -> None:
-    """Matrices become float8 with one scale a row, under the name's end `scale` (None: no scale)."""
+    """Matrices become float8 with a scale a row, named by the ending `scale` (None: dropped)."""
     for name in [n for n in tensors if is_matrix(n)]:
         weight = tensors[name].float()
         step = weight.abs().amax(1, keepdim=True) / 448

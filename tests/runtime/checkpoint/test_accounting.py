@@ -67,16 +67,13 @@ def test_undeclared_quantisation_is_named_by_its_tensors(
     assert f"looks like {format_name}" in said or f"looks like a {format_name}" in said
 
 
-@pytest.mark.parametrize("key", ["compression_config", "text_config"])
+@pytest.mark.parametrize("key", ["compression_config", "text.quantization_config"])
 def test_a_declaration_under_another_name_is_quoted(plain, tmp_path: Path, key: str) -> None:
     folder = changed(plain, "mixtral", tmp_path, partial(made.quantise_float8, scale="_scale"))
-    how = {"quant_method": "compressed-tensors"}
-    made.change_config(
-        folder, **{key: how if key != "text_config" else {"quantization_config": how}}
-    )
-    said = refusal(folder)
-    assert "compressed-tensors, as config.json's" in said
-    assert key in said
+    declared = {"quant_method": "compressed-tensors"}
+    outer, _, inner = key.partition(".")
+    made.change_config(folder, **{outer: {inner: declared} if inner else declared})
+    assert f"compressed-tensors, as config.json's {key} says" in refusal(folder)
 
 
 def test_a_side_file_declares_too(plain, tmp_path: Path) -> None:

@@ -299,7 +299,9 @@ def edit_config(checkpoint: Path, **changes: object) -> None:
 
 def test_weights_that_do_not_fit_the_config(checkpoint: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, intermediate_size=320)
-    with pytest.raises(RunError, match=r"layers\.0\.mlp\.experts\.\w+_proj .* where the configuration says"):
+    with pytest.raises(
+        RunError, match=r"layers\.0\.mlp\.experts\.\w+_proj .* where the configuration says"
+    ):
         pack(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
