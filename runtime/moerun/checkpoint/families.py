@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moerun.checkpoint.folder import instead_of_config
 from moerun.errors import RunError
 from moerun.format.expert import ExpertParam, ExpertShape
 
@@ -31,32 +33,84 @@ SUPPORTED = (
 _TOP_K = ("num_experts_per_tok", "top_k", "moe_k", "moe_topk")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 
+_COUNTS = (
+    *(
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "num_experts_list",
+    ),
+    *("num_moe_experts", "moe_num_routed_experts", "n_experts", "num_routed_experts"),
+)
+_TEXTS = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config")
+_ATTENTION = (None, "eager", "sdpa")  # those that every installation of torch has
+
 
 def read_config(path: Path) -> Any:
     """The transformers configuration of a supported checkpoint folder.
 
+    An attention or experts implementation that only other machines or packages have is left out:
+    the weights do not depend on it, and whoever runs the model chooses one.
     Raises RunError when there is none, it is damaged, or its family cannot be offloaded.
     """
     from transformers import AutoConfig
 
-    if not (path / "config.json").is_file():
-        raise RunError(f"{path} is no checkpoint: it has no config.json")
+    described = read_raw_config(path)
+    _refuse_unsupported(path, described)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # every configuration class fails in its own way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"{path / 'config.json'} cannot be used: {reason}") from error
-    _refuse_unsupported(path, config)
+        raise RunError(f"{path / 'config.json'} cannot be used: {_reason(error)}") from error
+    _refuse_quantised(path, config)
+    if config._attn_implementation not in _ATTENTION:
+        config._attn_implementation = None
+    config._experts_implementation = None
     return config
 
 
-def _refuse_unsupported(path: Path, config: Any) -> None:
-    families = ", ".join(SUPPORTED)
-    if config.model_type not in SUPPORTED:
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """What config.json says, word for word. Raises RunError when there is none or it is damaged."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise RunError(f"{path} is no checkpoint: it has no config.json{instead_of_config(path)}")
+    try:
+        described = json.loads(file.read_bytes())
+    except OSError as error:
+        raise RunError(f"{file} cannot be used: {error.strerror}") from error
+    except ValueError as error:
+        raise RunError(f"{file} cannot be used: it is not JSON ({error})") from error
+    if not isinstance(described, dict):
+        raise RunError(f"{file} cannot be used: it is no JSON object")
+    return described
+
+
+def attention_left_out(path: Path) -> str | None:
+    """The attention implementation that config.json asks for and `read_config` leaves out."""
+    described = read_raw_config(path)
+    asked = described.get("_attn_implementation", described.get("attn_implementation"))
+    return None if asked is None or asked in _ATTENTION else str(asked)
+
+
+def _refuse_unsupported(path: Path, described: dict[str, Any]) -> None:
+    model_type, families = described.get("model_type"), ", ".join(SUPPORTED)
+    if model_type in SUPPORTED:
+        return
+    if model_type is None:
         raise RunError(
-            f"{path} is a {config.model_type!r} model, which is no mixture of experts that can be "
-            f"offloaded; supported are {families}"
+            f"{path / 'config.json'} cannot be used: it has no model_type; supported are {families}"
         )
+    texts = [described, *(v for k, v in described.items() if k in _TEXTS and isinstance(v, dict))]
+    mixture = next((f"{n} {t[n]}" for t in texts for n in _COUNTS if t.get(n)), None)
+    what = (
+        f"which is a mixture of experts ({mixture}), but of a family that is not supported"
+        if mixture
+        else "which is no mixture of experts"
+    )
+    raise RunError(f"{path} is a {model_type!r} model, {what}; supported are {families}")
+
+
+def _refuse_quantised(path: Path, config: Any) -> None:
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         method = dict(quantised).get("quant_method") if isinstance(quantised, dict) else None
@@ -66,13 +120,27 @@ def _refuse_unsupported(path: Path, config: Any) -> None:
         )
 
 
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def empty_model(config: Any, dtype: torch.dtype, *, experts: str | None = None) -> nn.Module:
-    """The model on the meta device: modules and shapes, no weights."""
+    """The model on the meta device: modules and shapes, no weights.
+
+    Raises RunError when transformers cannot build what the configuration says.
+    """
     from transformers import AutoModelForCausalLM
 
     chosen = {} if experts is None else {"experts_implementation": experts}
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
+    except Exception as error:  # every model class fails in its own way
+        raise RunError(
+            f"the {config.model_type} model that config.json describes cannot be built "
+            f"({type(error).__name__}: {_reason(error)})"
+        ) from error
     return model.eval().requires_grad_(False)
 
 

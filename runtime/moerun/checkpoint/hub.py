@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moerun.checkpoint.folder import instead_of_config
 from moerun.errors import RunError
 
 TINY = "tiny"
@@ -22,10 +23,13 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
     local = _BUNDLED.get(name, Path(name).expanduser())
     if local.is_dir():
         if not (local / "config.json").is_file():
-            raise RunError(f"{local} is no checkpoint: it has no config.json")
+            raise RunError(
+                f"{local} is no checkpoint: it has no config.json{instead_of_config(local)}"
+            )
         return local
     if local.exists():
-        raise RunError(f"{local} is a file: give the folder of a checkpoint")
+        what = "a GGUF file, which is not read" if local.suffix == ".gguf" else "a file"
+        raise RunError(f"{local} is {what}: give the folder of a checkpoint in safetensors format")
     if name.startswith((".", "/", "~")) or name.endswith("/"):
         raise RunError(f"there is no model {name!r}: there is no such folder")
     if name.count("/") != 1:

@@ -6,21 +6,18 @@ that belong to one expert, so every family it can load is read as it loads it.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moerun.checkpoint.accounting import PLAIN_FLOATS, Accounts, is_fused
 from moerun.checkpoint.families import (
+    attention_left_out,
     count_experts,
     empty_model,
     expert_shape,
@@ -28,96 +25,11 @@ from moerun.checkpoint.families import (
     find_experts,
     read_config,
 )
+from moerun.checkpoint.mapping import TensorMap
+from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
 from moerun.format.expert import ExpertParam, ExpertShape
-from moerun.format.tensorfile import CACHE_LINE, TensorEntry, TensorFile, bytes_of
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
-class Checkpoint:
-    """The tensors of a folder of safetensors files, by name. Safe to share between threads."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises RunError when a file is missing or damaged, or there is nothing but pickles."""
-        self.path = path
-        self._files: dict[str, TensorFile] = {}
-        self._of: dict[str, TensorFile] = {}
-        try:
-            for name in self._file_names():
-                file = self._files[name] = TensorFile(path / name)
-                self._of.update(dict.fromkeys(file.entries, file))
-        except BaseException:
-            self.close()
-            raise
-
-    def _file_names(self) -> list[str]:
-        index = self.path / INDEX
-        if index.is_file():
-            try:
-                return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise RunError(f"{index} is damaged: download it again") from error
-        if (self.path / SINGLE).is_file():
-            return [SINGLE]
-        pickles = sorted(f.name for f in self.path.iterdir() if f.suffix in _PICKLED)
-        if pickles:
-            raise RunError(
-                f"{self.path} has its weights only as pickles ({pickles[0]}), which can run code "
-                "when read: give a checkpoint in safetensors format"
-            )
-        raise RunError(f"{self.path} has no weights: there is neither {SINGLE} nor {INDEX}")
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._of)
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(file.file_bytes for file in self._files.values())
-
-    def entry(self, name: str) -> TensorEntry:
-        return self._of[name].entries[name]
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._of[name].read(name)
-
-    def read_row(self, name: str, row: int) -> torch.Tensor:
-        return self._of[name].read_row(name, row)
-
-    def digest(self) -> str:
-        """SHA-256 over names, shapes and samples of the weights: which checkpoint it is.
-
-        The samples tell models of one architecture apart; every byte would take minutes.
-        """
-        digest = hashlib.sha256()
-        for name, file in self._files.items():
-            shapes = sorted((e.name, str(e.dtype), e.shape) for e in file.entries.values())
-            digest.update(json.dumps([name, file.file_bytes, shapes]).encode())
-            last = max(file.file_bytes - _SAMPLE_BYTES, 0)
-            for sample in range(_SAMPLES):
-                offset = file.header_bytes + (last - file.header_bytes) * sample // (_SAMPLES - 1)
-                digest.update(os.pread(file.fd, _SAMPLE_BYTES, max(offset, 0)))
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-@dataclass
-class _Target:
-    """What makes up one tensor of the model: its converter, and by pattern the source names."""
-
-    converter: Any = None
-    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for names in self.sources.values() for name in names]
+from moerun.format.tensorfile import CACHE_LINE, bytes_of
 
 
 class ModelSource:
@@ -145,71 +57,73 @@ class ModelSource:
         self.model = empty_model(self.config, self.dtype)
         found = find_experts(self.model)
         self.layers = tuple(name for name, _ in found)
-        self.shape: ExpertShape = expert_shape(found[0][1], native)
-        self.n_experts = count_experts(found[0][1])
+        self.shape, self.n_experts = self._one_shape([module for _, module in found], native)
         self.attention = {
             name: tuple(linear.weight.shape) for name, linear in find_attention(self.model)
         }
         """Rows and columns of each projection of attention, by its module's name."""
         self._apart = {f"{name}.weight" for name in self.attention} if attention_apart else set()
-        self._state = self.model.state_dict()
+        self._mapping = TensorMap(
+            self.checkpoint.path, self.model, self.config, self.checkpoint.names
+        )
+        self._state, self._targets = self._mapping.state, self._mapping.targets
         self._dtypes = _dtypes_of(self.model, self._state, self.dtype)
-        self._targets = self._match()
-        self._check_whole()
+        left_out = Accounts(self.checkpoint, self._mapping).check(
+            self.layers, self.shape, self.n_experts
+        )
+        self.notes = [*_notes(self.checkpoint.path, left_out), *self._tie()]
+        """What a person should know of how the checkpoint is taken, one line each."""
         params = tuple(replace(p, skew=self._expert_skew(p)) for p in self.shape.params)
         self.shape = ExpertShape(params)
 
     def _native_dtype(self) -> torch.dtype:
         stated = getattr(self.config, "dtype", None)
-        if isinstance(stated, torch.dtype):
-            return stated
-        entries = map(self.checkpoint.entry, self.checkpoint.names)
-        return next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
+        if not isinstance(stated, torch.dtype):
+            return self.checkpoint.first_float() or torch.float32
+        if stated not in PLAIN_FLOATS:
+            raise RunError(
+                f"{self.checkpoint.path / 'config.json'} says dtype {stated}, in which no model "
+                "computes: it must be float32, float16 or bfloat16"
+            )
+        return stated
 
-    def _match(self) -> dict[str, _Target]:
-        """For every tensor of the model, the tensors of the checkpoint that make it."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            dot_natural_key,
-            rename_source_key,
-        )
+    def _one_shape(self, modules: list[nn.Module], native: torch.dtype) -> tuple[ExpertShape, int]:
+        """The shape of an expert, and how many a layer has: the same of all layers."""
+        kinds = {(expert_shape(module, native), count_experts(module)) for module in modules}
+        if not kinds or any(n < 1 for _, n in kinds):
+            raise RunError(
+                f"{self.checkpoint.path / 'config.json'} describes a {self.config.model_type} "
+                "model without any experts, which needs no offloading of them"
+            )
+        if len(kinds) > 1:
+            raise RunError(
+                f"{self.checkpoint.path / 'config.json'} describes layers whose experts differ in "
+                "shape or number, which is not supported"
+            )
+        return kinds.pop()
 
-        mapping = get_model_conversion_mapping(self.model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        prefix = self.model.base_model_prefix
-        targets: dict[str, _Target] = defaultdict(_Target)
-        for name in sorted(self.checkpoint.names, key=dot_natural_key):
-            renamed, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
-            if renamed not in self._state and name in self._state:
-                renamed, pattern = name, None
-            target = targets[renamed]
-            target.sources[pattern or name].append(name)
-            if pattern is not None:
-                target.converter = by_pattern[pattern]
-        return targets
+    def _tie(self) -> list[str]:
+        """Follow stock transformers in which tensors are one; notes of what differs from config.
 
-    def _check_whole(self) -> None:
-        tied = set(getattr(self.model, "all_tied_weights_keys", {}))
-        for name in self._state:
-            if name not in self._targets and name not in tied:
-                raise RunError(
-                    f"{self.checkpoint.path} has no weights for {name}: download it again"
+        A head of its own that differs from the embeddings is kept, one that equals them is left
+        out, and one that is alone stands for both.
+        """
+        notes = []
+        ties: dict[str, str] = self._mapping.model.all_tied_weights_keys
+        for target, source in ties.items():
+            own, origin = self._targets.get(target), self._targets.get(source)
+            if own is None:
+                continue
+            if origin is None:
+                self._targets[source] = self._targets.pop(target)
+            elif self.checkpoint.equal(own.names[0], origin.names[0], self._dtypes[target]):
+                del self._targets[target]
+            else:
+                notes.append(
+                    f"config.json says that {target} is {source}, the checkpoint holds another "
+                    f"{target}: it is kept, as stock transformers does"
                 )
-        for layer in self.layers:
-            for param in self.shape.params:
-                self._check_experts(f"{layer}.{param.name}")
-
-    def _check_experts(self, target: str) -> None:
-        for pattern, names in self._targets[target].sources.items():
-            fused = len(names) == 1 and self.checkpoint.entry(names[0]).shape[0] == self.n_experts
-            if not fused and len(names) != self.n_experts:
-                raise RunError(
-                    f"{self.checkpoint.path} has {len(names)} of {self.n_experts} tensors "
-                    f"{pattern!r} for {target}: download it again"
-                )
+        return notes
 
     def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of all but experts (and attention, if apart), in model order."""
@@ -224,7 +138,7 @@ class ModelSource:
     def read_dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each dense tensor in its dtype, one at a time."""
         for name in self.dense_tensors():
-            yield name, self._make(name, self.checkpoint.read).to(self._dtypes[name])
+            yield name, self._mapping.make(name, self.checkpoint.read).to(self._dtypes[name])
 
     def dense_skew(self) -> dict[str, int]:
         """The dense tensors that a stock load leaves at odd addresses: bytes past a multiple of 64.
@@ -255,7 +169,7 @@ class ModelSource:
 
     def read_attention(self, module: str) -> dict[str, torch.Tensor]:
         """The weight of one projection of attention, as it is stored."""
-        return {"weight": self._make(f"{module}.weight", self.checkpoint.read)}
+        return {"weight": self._mapping.make(f"{module}.weight", self.checkpoint.read)}
 
     def _expert_param(self, layer: int, expert: int, param: ExpertParam) -> torch.Tensor:
         name = f"{self.layers[layer]}.{param.name}"
@@ -263,53 +177,28 @@ class ModelSource:
         # Tensors, not lists of one: merging those would copy them.
         parts: dict[str, Any] = {
             pattern: (
-                self.checkpoint.read(names[expert])
-                if len(names) == self.n_experts
-                else self.checkpoint.read_row(names[0], expert)
+                self.checkpoint.read_row(names[0], expert)
+                if is_fused(target, names, self.n_experts)
+                else self.checkpoint.read(names[expert])
             )[None]
             for pattern, names in target.sources.items()
         }
-        tensor = self._convert(name, target, parts).squeeze(0)
-        if tuple(tensor.shape) != param.shape:
-            raise RunError(
-                f"{self.checkpoint.path} has {name} as {tuple(tensor.shape)} an expert where the "
-                f"configuration says {param.shape}: config.json and weights do not belong together"
-            )
-        return tensor
-
-    def _make(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        target = self._targets[name]
-        parts: dict[str, Any] = {
-            pattern: [read(source) for source in names] for pattern, names in target.sources.items()
-        }
-        tensor = self._convert(name, target, parts)
-        if tensor.shape != self._state[name].shape:
-            raise RunError(
-                f"{self.checkpoint.path} has {name} as {tuple(tensor.shape)} where the "
-                f"configuration says {tuple(self._state[name].shape)}: config.json and weights do "
-                "not belong together"
-            )
-        return tensor
-
-    def _convert(self, name: str, target: _Target, made: dict[str, Any]) -> torch.Tensor:
-        """Apply the converter to `made`, by source pattern; empties it, to hold nothing twice."""
-        converter = target.converter
-        for operation in converter.operations if converter else ():
-            made = copy.copy(operation).convert(
-                made,
-                source_patterns=converter.source_patterns,
-                target_patterns=converter.target_patterns,
-                full_layer_name=name,
-                model=self.model,
-                config=self.config,
-                missing_keys=None,
-            )
-        (tensor,) = made.values()
-        only: torch.Tensor = tensor[0] if isinstance(tensor, list) else tensor
-        return only
+        return self._mapping.convert(name, parts).squeeze(0)
 
     def close(self) -> None:
         self.checkpoint.close()
+
+
+def _notes(path: Path, left_out: list[str]) -> Iterator[str]:
+    if (asked := attention_left_out(path)) is not None:
+        yield (
+            f"config.json asks for attention by {asked!r}: torch's own is used, which computes the "
+            "same up to rounding"
+        )
+    if left_out:
+        yield (
+            f"left out, as stock transformers does: {len(left_out)} tensors, such as {left_out[0]}"
+        )
 
 
 def _dtypes_of(

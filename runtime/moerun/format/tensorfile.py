@@ -31,13 +31,21 @@ DTYPES: dict[str, torch.dtype] = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CACHE_LINE = 64  # what torch aligns its own tensors to
 _LENGTH_BYTES = 8
+_LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB a call
 
@@ -48,6 +56,20 @@ class TensorEntry:
 
     name: str
     dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadEntry:
+    """Where a tensor lies whose dtype is not in DTYPES: 4- or 6-bit floats, or one newer than this.
+
+    `code` is the dtype as the file's header has it.
+    """
+
+    name: str
+    code: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -92,27 +114,44 @@ def read_at(fd: int, offset: int, buffer: torch.Tensor) -> int:
     return done
 
 
+def _open(path: Path) -> int:
+    """Raises RunError that says whether the file, or what a link points to, is not there."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise RunError(
+                f"{path} is a broken link: {path.readlink()} is not there; download it again"
+            ) from error
+        raise RunError(
+            f"{path} is missing: the checkpoint or store is not complete; download or copy it again"
+        ) from error
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+
+
 class TensorFile:
     """One safetensors file, open for reads by position; safe to share between threads.
 
+    `entries` are the tensors that can be read, `unread` those of a dtype that torch has not.
     Raises RunError that names the file when its header or size cannot be right.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise RunError(
-                f"{path} is missing: the checkpoint or store is not complete; download or copy it "
-                "again"
-            ) from error
+        self.fd = _open(path)
         try:
             self.file_bytes = os.fstat(self.fd).st_size
             self.header_bytes, header = self._read_header()
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self.entries = {name: self._entry(name, spec) for name, spec in header.items()}
+            self.entries: dict[str, TensorEntry] = {}
+            self.unread: dict[str, UnreadEntry] = {}
+            for name, spec in header.items():
+                self._add(name, spec)
             self._check_coverage()
+        except OSError as error:
+            os.close(self.fd)
+            raise RunError(f"{path} cannot be read: {error.strerror}") from error
         except BaseException:
             os.close(self.fd)
             raise
@@ -124,10 +163,15 @@ class TensorFile:
         )
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
-        prefix = os.pread(self.fd, _LENGTH_BYTES, 0)
+        prefix = os.pread(self.fd, len(_LFS_POINTER), 0)
+        if prefix == _LFS_POINTER:
+            raise RunError(
+                f"{self.path} is a Git LFS pointer, not the file it stands for: run 'git lfs pull' "
+                "in its folder, or download it again"
+            )
         if len(prefix) < _LENGTH_BYTES:
             raise self._corrupt("it is too short to have a header")
-        (length,) = struct.unpack("<Q", prefix)
+        (length,) = struct.unpack_from("<Q", prefix)
         if length > min(self.file_bytes - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise self._corrupt(f"its header claims {length} bytes of {self.file_bytes}")
         try:
@@ -138,20 +182,32 @@ class TensorFile:
             raise self._corrupt("its header is no JSON object")
         return _LENGTH_BYTES + length, header
 
-    def _entry(self, name: str, spec: Any) -> TensorEntry:
+    def _add(self, name: str, spec: Any) -> None:
         try:
-            dtype, shape = DTYPES[spec["dtype"]], tuple(int(size) for size in spec["shape"])
+            code, shape = str(spec["dtype"]), tuple(int(size) for size in spec["shape"])
             start, end = (int(value) for value in spec["data_offsets"])
         except KeyError as error:
-            raise self._corrupt(f"tensor {name!r} has no known {error}") from error
+            raise self._corrupt(f"tensor {name!r} has no {error}") from error
         except (TypeError, ValueError) as error:
             raise self._corrupt(f"tensor {name!r} is not described") from error
-        if end - start != bytes_of(dtype, shape) or start < 0:
+        if min(start, end - start, *shape, 0) < 0:
+            raise self._corrupt(f"tensor {name!r} has a size below zero")
+        offset = self.header_bytes + start
+        if (dtype := DTYPES.get(code)) is None:
+            self.unread[name] = UnreadEntry(name, code, shape, offset, end - start)
+            return
+        if end - start != bytes_of(dtype, shape):
             raise self._corrupt(f"tensor {name!r} has bytes that do not fit its shape")
-        return TensorEntry(name, dtype, shape, self.header_bytes + start, end - start)
+        self.entries[name] = TensorEntry(name, dtype, shape, offset, end - start)
 
     def _check_coverage(self) -> None:
-        end = max((e.offset + e.nbytes for e in self.entries.values()), default=self.header_bytes)
+        """The format allows neither gaps nor bytes that belong to two tensors."""
+        end = self.header_bytes
+        entries: list[TensorEntry | UnreadEntry] = [*self.entries.values(), *self.unread.values()]
+        for entry in sorted(entries, key=lambda e: (e.offset, e.nbytes)):
+            if entry.offset != end:
+                raise self._corrupt(f"tensor {entry.name!r} does not begin where another ends")
+            end += entry.nbytes
         if end != self.file_bytes:
             raise self._corrupt(f"it has {self.file_bytes} bytes, its header describes {end}")
 
@@ -162,9 +218,14 @@ class TensorFile:
 
     def read_row(self, name: str, row: int) -> torch.Tensor:
         """Row `row` along the first dimension, which lies in one piece."""
+        return self.read_rows(name, row, row + 1)[0]
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows from `start` up to `stop` along the first dimension."""
         entry = self.entries[name]
         row_bytes = entry.nbytes // entry.shape[0]
-        return self._read(entry, entry.shape[1:], entry.offset + row * row_bytes)
+        shape = (stop - start, *entry.shape[1:])
+        return self._read(entry, shape, entry.offset + start * row_bytes)
 
     def _read(
         self, entry: TensorEntry, shape: tuple[int, ...], offset: int, skew: int = 0

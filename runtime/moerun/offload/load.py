@@ -87,12 +87,19 @@ def _empty_experts(model: nn.Module, store: ExpertStore) -> None:
 
 def _load_dense(model: Any, store: ExpertStore, device: torch.device) -> None:
     state = dict(store.read_dense(device))
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        absent, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # tensors of other shapes
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RunError(
+            f"{store.dense_path} does not fit config.json ({reason}): pack the store again"
+        ) from error
     model.requires_grad_(False)
-    model.tie_weights()
-    lost = [name for name in missing if name not in model.all_tied_weights_keys]
-    if lost or unexpected:
-        wrong = (lost or unexpected)[0]
+    missing = set(absent)
+    # As at a stock load: tied where one of two is absent or both are equal, else each its own.
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if missing or unexpected:
+        wrong = sorted(missing or unexpected)[0]
         raise RunError(
             f"{store.dense_path} does not fit config.json ({wrong}): pack the store again"
         )

@@ -20,7 +20,7 @@ from moepolicy import PolicySpec
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import read_config
 from moerun.checkpoint.hub import resolve
-from moerun.checkpoint.source import Checkpoint
+from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError, UsageError
 from moerun.format.expert import ExpertShape
 from moerun.live.kvcache import new_cache

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moerun.checkpoint.hub import resolve
-from moerun.checkpoint.source import Checkpoint
+from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
 from moerun.format.expert import NATIVE
 from moerun.store.expert_store import ExpertStore
@@ -42,6 +42,8 @@ def find_store(
     checkpoint = resolve(model)
     digest = _digest(checkpoint)
     place = folder or cache_folder() / _store_name(model, digest, precisions)
+    if is_store(place):  # first without the lock, which a cache that is read-only could not hold
+        return _of_precision(_of_model(_reopen(place), checkpoint), precision, attention)
     with _locked(place):
         if is_store(place):
             return _of_precision(_of_model(_reopen(place), checkpoint), precision, attention)
@@ -139,8 +141,48 @@ def _of_precision(store: ExpertStore, precision: str, attention: str) -> ExpertS
 
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    """Two processes that want the same store pack it once: the second waits and finds it."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f"{place.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Two processes that want the same store pack it once: the second waits and finds it.
+
+    The lock's file goes when the lock does, and with it the folders made for it that stay empty.
+    """
+    lock = place.with_name(f"{place.name}.lock")
+    new = [folder for folder in lock.parents if not folder.exists()]
+    try:
+        with _lock_file(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        for folder in new:
+            with suppress(OSError):  # somebody uses it
+                folder.rmdir()
+
+
+@contextmanager
+def _lock_file(lock: Path) -> Iterator[None]:
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("w")
+        except FileNotFoundError:
+            if lock.parent.is_dir():  # removed by one that is done, between the two calls
+                continue
+            raise
+        except OSError as error:
+            raise RunError(
+                f"nothing can be written to {lock.parent} ({error.strerror}): "
+                "name a folder for the packed model with --store"
+            ) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file.fileno(), lock):  # not one that its holder has removed meanwhile
+                yield
+                return
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

@@ -88,6 +88,8 @@ def pack(
         source, dtype=PLAIN.get(precisions.dense), attention_apart=precisions.packs_attention
     )
     try:
+        for note in model.notes:
+            (report or _silent)(note)
         packer = _Packer(model, out, precisions, device or _best_device())
         with _disk_errors(packer.folder):
             packer.prepare(reuse, report or _silent)

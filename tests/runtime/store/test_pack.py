@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from moerun.checkpoint.hub import resolve
-from moerun.checkpoint.source import Checkpoint, ModelSource
+from moerun.checkpoint.source import ModelSource
+from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import JOURNAL_FILE, pack
@@ -298,13 +299,16 @@ def edit_config(checkpoint: Path, **changes: object) -> None:
 
 def test_weights_that_do_not_fit_the_config(checkpoint: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, intermediate_size=320)
-    with pytest.raises(RunError, match=r"experts\.\w+_proj as .* where the configuration says"):
+    with pytest.raises(
+        RunError, match=r"layers\.0\.mlp\.experts\.\w+_proj .* where the configuration says"
+    ):
         pack(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dense_model_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(checkpoint, model_type="llama", architectures=["LlamaForCausalLM"])
+    dense = {"num_local_experts": None, "num_experts_per_tok": None}
+    edit_config(checkpoint, model_type="llama", architectures=["LlamaForCausalLM"], **dense)
     with pytest.raises(RunError, match=r"a 'llama' model, which is no mixture .*mixtral"):
         pack(checkpoint, tmp_path / "out")
 

@@ -1,0 +1,280 @@
+"""Every tensor of a checkpoint is accounted for, before any is read.
+
+A tensor that nothing takes, that would be read as something else, or that is missing makes a model
+that runs and speaks nonsense. Only headers are looked at, so a refusal costs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from moerun.checkpoint.folder import INDEX, weight_map
+from moerun.checkpoint.mapping import Target, TensorMap
+from moerun.checkpoint.quantised import declared, find_format
+from moerun.checkpoint.weights import Checkpoint
+from moerun.errors import RunError
+from moerun.format.expert import ExpertShape
+
+PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+class Accounts:
+    """The tensors of one checkpoint against those of its model."""
+
+    def __init__(self, checkpoint: Checkpoint, mapping: TensorMap) -> None:
+        self._checkpoint = checkpoint
+        self._mapping = mapping
+        self._path = checkpoint.path
+
+    def check(self, layers: Sequence[str], shape: ExpertShape, n_experts: int) -> list[str]:
+        """The tensors that are left out because stock transformers says that it leaves them out.
+
+        `layers` are the names of the fused experts, `shape` that of one of `n_experts`.
+        Raises RunError that names the first tensor that is left over, cannot be read as what the
+        model wants, or is missing.
+        """
+        left_out = self._check_taken()
+        self._check_missing()
+        experts = {
+            f"{layer}.{param.name}": param.shape for layer in layers for param in shape.params
+        }
+        for target in self._mapping.state:
+            if target not in self._mapping.targets:
+                continue
+            self._check_sources(target)
+            if target in experts:
+                self._check_experts(target, experts[target], n_experts)
+            else:
+                self._guarded(target, self._mapping.targets[target].names)
+        return left_out
+
+    def _check_taken(self) -> list[str]:
+        mapping = self._mapping
+        nobody = [target for target in mapping.targets if target not in mapping.state]
+        ignored = set(nobody) - unexpected_by_stock(mapping.model, nobody)
+        ignored |= {target for target in nobody if _is_next_token_layer(target, mapping.config)}
+        left_out = [
+            n for target in nobody if target in ignored for n in mapping.targets[target].names
+        ]
+        left_over = [
+            n for target in nobody if target not in ignored for n in mapping.targets[target].names
+        ]
+        taken = [t for t in mapping.targets if t in mapping.state]
+        wrong = [n for t in taken for n in mapping.targets[t].names if not self._fits(n, t)]
+        if left_over or wrong:
+            raise self._refusal(left_over, wrong, set(left_out))
+        return left_out
+
+    def _fits(self, name: str, target: str) -> bool:
+        """Whether a tensor's values are those of the model's tensor: no codes, no bare bits."""
+        if self._checkpoint.unread(name) is not None:
+            return False
+        dtype = self._checkpoint.entry(name).dtype
+        wanted = self._mapping.state[target].dtype
+        return (
+            dtype in PLAIN_FLOATS
+            if wanted.is_floating_point
+            else not (dtype.is_floating_point or dtype.is_complex)
+        )
+
+    def _refusal(
+        self, left_over: list[str], wrong: list[str], left_out: Collection[str]
+    ) -> RunError:
+        considered = [name for name in self._checkpoint.names if name not in left_out]
+        said, found = declared(self._path), find_format(considered)
+        offending = {*left_over, *wrong}
+        tellers = (found.tensor if found else None, *left_over[:1], *wrong[:1])
+        first = next(name for name in tellers if name in offending)
+        what = self._checkpoint.described(first)
+        if wrong or found:
+            looks = found.format.name if found else "a quantised checkpoint"
+            stated = f" ({said})" if said else ""
+            return RunError(
+                f"{what} cannot be read as a plain weight: it looks like {looks}{stated}, which is "
+                "not supported; give the unquantised checkpoint, 'moerun pack' quantises it itself"
+            )
+        more = f", nor {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        return RunError(
+            f"{what} is taken by no part of the {self._mapping.config.model_type} model that "
+            f"config.json describes{more}, and would be lost: "
+            f"{self._why_left_over(first)}"
+        )
+
+    def _why_left_over(self, name: str) -> str:
+        n_layers = getattr(self._mapping.config, "num_hidden_layers", None)
+        layer = _LAYER.search(name)
+        if layer and n_layers is not None and int(layer[1]) >= n_layers:
+            return f"config.json says num_hidden_layers {n_layers}; give that of these weights"
+        if name.endswith(".bias"):
+            return (
+                "config.json says that there is no such bias; give the config.json of these weights"
+            )
+        if "lora_" in name:
+            return (
+                "it is of a LoRA adapter; merge it into the model first (PEFT's merge_and_unload)"
+            )
+        return "config.json and weights do not belong together"
+
+    def _check_missing(self) -> None:
+        mapping = self._mapping
+        ties: dict[str, str] = mapping.model.all_tied_weights_keys
+        tied = set(ties) | set(ties.values())
+        for name in mapping.state:
+            if name in mapping.targets:
+                continue
+            pair = {name, ties.get(name, name), *(t for t, s in ties.items() if s == name)}
+            if name in tied and pair & mapping.targets.keys():
+                continue
+            raise RunError(f"{self._path} has no weights for {name}: {self._why_missing(name)}")
+
+    def _why_missing(self, name: str) -> str:
+        if file := weight_map(self._path).get(name):
+            return f"{INDEX} says that {file} holds it, which does not; download {file} again"
+        if name == "lm_head.weight" and not getattr(self._mapping.config, "tie_word_embeddings", 0):
+            return (
+                "config.json does not say tie_word_embeddings, so the output head cannot be the "
+                "embeddings; download it again"
+            )
+        return "download it again"
+
+    def _check_sources(self, name: str) -> None:
+        target = self._mapping.targets[name]
+        if target.converter is None:
+            if len(target.names) > 1:
+                one, two = target.names[:2]
+                raise RunError(
+                    f"{self._path} has {name} twice, as {one!r} and as {two!r}: keep one"
+                )
+            return
+        foreign = [p for p in target.sources if p not in target.converter.source_patterns]
+        if foreign:
+            fused = target.sources[foreign[0]][0]
+            other = next(n for n in target.names if n != fused)
+            raise RunError(
+                f"{self._path} has {name} twice, as {fused!r} and as {other!r}: keep one"
+            )
+        for pattern in target.converter.source_patterns:
+            if pattern not in target.sources:
+                raise RunError(
+                    f"{self._path} has no tensor {pattern!r} for {name}, only {target.names[0]!r}: "
+                    "download it again"
+                )
+
+    def _check_experts(self, name: str, shape: tuple[int, ...], n_experts: int) -> None:
+        target = self._mapping.targets[name]
+        for pattern, names in target.sources.items():
+            if is_fused(target, names, n_experts):
+                self._check_fused(name, names[0], n_experts)
+            else:
+                self._check_numbers(name, pattern, names, n_experts)
+        if all(is_fused(target, names, n_experts) for names in target.sources.values()):
+            self._guarded(name, target.names)
+            return
+        parts: dict[str, Any] = {
+            p: self._empty(names[0])[None] for p, names in target.sources.items()
+        }
+        try:
+            made = tuple(self._mapping.convert(name, parts).squeeze(0).shape)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise self._not_together([names[0] for names in target.sources.values()]) from error
+        if made != shape:
+            raise RunError(
+                f"{self._checkpoint.described(target.names[0])} makes {name} {made} an expert "
+                f"where the configuration says {shape}: config.json and weights do not belong "
+                "together"
+            )
+
+    def _check_fused(self, name: str, source: str, n_experts: int) -> None:
+        shape = self._checkpoint.entry(source).shape
+        if not shape or shape[0] != n_experts:
+            raise RunError(
+                f"{self._checkpoint.described(source)} has {shape[0] if shape else 'no'} experts "
+                f"for {name} where config.json says {n_experts}: config.json and weights do not "
+                "belong together"
+            )
+
+    def _check_numbers(self, name: str, pattern: str, names: list[str], n_experts: int) -> None:
+        """One tensor for each expert, numbered from 0, all of one shape."""
+        numbered = _numbered(names, pattern)
+        missing = [expert for expert in range(n_experts) if expert not in numbered]
+        if missing:
+            raise RunError(
+                f"{self._path} has {len(names)} of {n_experts} tensors {pattern!r} for {name}, "
+                f"none of expert {missing[0]}: download it again"
+            )
+        if len(names) != n_experts:
+            raise RunError(
+                f"{self._path} has {len(names)} tensors {pattern!r} for {name} where config.json "
+                f"says {n_experts} experts: config.json and weights do not belong together"
+            )
+        first = self._checkpoint.entry(names[0]).shape
+        for other in names:
+            if self._checkpoint.entry(other).shape != first:
+                raise RunError(
+                    f"{self._checkpoint.described(other)} has another shape than expert 0's, "
+                    f"{list(first)}: one of them is of another checkpoint; download it again"
+                )
+
+    def _guarded(self, name: str, sources: list[str]) -> None:
+        """Make a tensor of shapes alone, so that what does not fit is found before it is read."""
+        try:
+            self._mapping.make(name, self._empty)
+        except RunError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise self._not_together(sources) from error
+
+    def _empty(self, name: str) -> torch.Tensor:
+        entry = self._checkpoint.entry(name)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    def _not_together(self, sources: list[str]) -> RunError:
+        shapes = ", ".join(f"{n!r} {list(self._checkpoint.entry(n).shape)}" for n in sources[:3])
+        return RunError(
+            f"{self._path} has tensors that do not fit together ({shapes}): download it again"
+        )
+
+
+def unexpected_by_stock(model: Any, names: Collection[str]) -> set[str]:
+    """Those of `names`, unknown to the model, that stock transformers does not declare ignored."""
+    from transformers.modeling_utils import LoadStateDictInfo
+
+    info = LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(names),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(info)
+    return set(info.unexpected_keys)
+
+
+def is_fused(target: Target, names: list[str], n_experts: int) -> bool:
+    """Whether one tensor has all experts, by its first dimension."""
+    return len(names) == 1 and (n_experts > 1 or target.converter is None)
+
+
+def _is_next_token_layer(target: str, config: Any) -> bool:
+    """Whether a tensor is of a layer past the last that predicts further tokens (MTP).
+
+    Stock transformers knows the published models' by number, and this by the config's own count.
+    """
+    extra = getattr(config, "num_nextn_predict_layers", None)
+    layer = _LAYER.search(target)
+    if not isinstance(extra, int) or layer is None:
+        return False
+    return 0 <= int(layer[1]) - int(config.num_hidden_layers) < extra
+
+
+def _numbered(names: list[str], pattern: str) -> set[int]:
+    """The numbers of the experts, which stand where the pattern has its star."""
+    star = re.escape(pattern).replace(r"\*", r"(\d+)")
+    found = (re.search(star, name) for name in names)
+    return {int(match[1]) for match in found if match is not None}
