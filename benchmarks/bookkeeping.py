@@ -22,9 +22,9 @@ from moepolicy import Context, find_policy
 from moerun.bench.report import hardware
 from moerun.bench.routing import UNIFORM, Routing, load_routing
 from moerun.links import Done, LinkStatistics
-from moerun.live.report import packages
 from moerun.live.session import Session
 from moerun.memory.compiling import Compiling
+from moerun.versions import run_packages
 
 GOAL_US = {8: 15.0, 128: 60.0}
 SHAPES = ((8, 2, "mixtral-like"), (128, 8, UNIFORM))
@@ -86,7 +86,7 @@ def main(
             "layers": LAYERS,
             "hardware": hardware(torch.device("cpu")),
             "python": platform.python_version(),
-            "packages": packages(),
+            "packages": run_packages(),
         }
         out.write_text(json.dumps({"rows": rows, **made_by}, indent=1) + "\n", encoding="utf-8")
 

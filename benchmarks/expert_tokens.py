@@ -21,10 +21,10 @@ import torch.nn.functional as F
 import typer
 from moerun.bench.generated import RandomRecords
 from moerun.bench.report import hardware
-from moerun.format.bitplanes import SCHEMES
 from moerun.format.expert import ExpertShape
+from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import SlotForm
-from moerun.live.report import packages
+from moerun.versions import run_packages
 
 CPU = torch.device("cpu")
 SHAPES = "14336x4096,4096x14336"
@@ -56,7 +56,7 @@ def main(
             "seed": seed,
             "hardware": hardware(CPU) | {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()},
             "python": platform.python_version(),
-            "packages": packages(),
+            "packages": run_packages(),
         }
         out.write_text(json.dumps({"rows": rows, **made_by}, indent=1) + "\n", encoding="utf-8")
 

@@ -22,10 +22,11 @@ import typer
 from moerun.bench.generated import RandomRecords
 from moerun.bench.report import hardware
 from moerun.devices import find_device
-from moerun.format.bitplanes import SCHEMES, dequantise
+from moerun.format.bitplanes import dequantise
 from moerun.format.expert import ExpertShape
+from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import FusedSlot
-from moerun.live.report import packages
+from moerun.versions import run_packages
 
 SHAPES = "28672x4096,4096x14336"
 TOKENS = "1,2,16,64,512"
@@ -54,7 +55,7 @@ def main(
             "rounds": rounds,
             "hardware": hardware(on),
             "python": platform.python_version(),
-            "packages": packages(),
+            "packages": run_packages(),
         }
         out.write_text(json.dumps({"rows": rows, **made_by}, indent=1) + "\n", encoding="utf-8")
 

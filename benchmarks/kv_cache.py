@@ -20,7 +20,7 @@ import torch
 import typer
 from moerun.bench.report import hardware
 from moerun.live.kvcache import new_cache
-from moerun.live.report import packages
+from moerun.versions import run_packages
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 CONTEXTS = "128,512,2048,8192"
@@ -59,7 +59,7 @@ def main(
             "rounds": rounds,
             "hardware": hardware(torch.device("cpu")),
             "python": platform.python_version(),
-            "packages": packages(),
+            "packages": run_packages(),
         }
         out.write_text(json.dumps({"rows": rows, **made_by}, indent=1) + "\n", encoding="utf-8")
 

@@ -17,8 +17,9 @@ import torch
 from moepolicy import Context, Kind, PolicySpec, Step, find_policy
 from moepolicy.eviction import Lru
 from moerun.checkpoint.hub import resolve
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
 from moerun.live.totals import Totals
+from moerun.settings import Settings
 from moerun.store.pack import pack
 from transformers import AutoModelForCausalLM
 

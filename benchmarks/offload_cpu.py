@@ -24,7 +24,7 @@ import typer
 from memory_group import MemoryGroup
 from moerun.bench.report import hardware
 from moerun.commands.options import quiet_libraries
-from moerun.live.report import packages
+from moerun.versions import run_packages
 from offload_engines import ENGINES, OURS, PRECISION, Case, make_engine, prepare
 
 app = typer.Typer(add_completion=False)
@@ -139,7 +139,7 @@ def compare(
         "seed": model.seed,
         "hardware": hardware(torch.device("cpu")) | {"threads": threads},
         "python": platform.python_version(),
-        "packages": packages(),
+        "packages": run_packages(),
     }
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from moerun.bench.routing import ForcedGates, Routing, load_routing
 from moerun.bench.run import Bench, Marked, Plan, decode_forced
 from moerun.checkpoint.families import empty_model, find_experts
 from moerun.format.tensorfile import memory_of
-from moerun.live.runner import Settings
 from moerun.offload.load import rebuild_buffers
+from moerun.settings import Settings
 from torch import nn
 
 CPU = torch.device("cpu")

@@ -29,8 +29,8 @@ from moerun.bench.run import Bench, Marked, Plan, decode_forced
 from moerun.checkpoint.families import find_experts
 from moerun.commands.options import quiet_libraries
 from moerun.devices import find_device
-from moerun.live.report import packages
-from moerun.live.runner import Settings
+from moerun.settings import Settings
+from moerun.versions import run_packages
 from offload_engines import stock_model
 from torch import nn
 
@@ -103,7 +103,7 @@ def main(
             "seed": 0,
             "hardware": hardware(on),
             "python": platform.python_version(),
-            "packages": packages(),
+            "packages": run_packages(),
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -30,8 +30,8 @@ from moerun.bench.report import hardware
 from moerun.checkpoint.hub import resolve
 from moerun.commands.options import quiet_libraries
 from moerun.format.tensorfile import as_bytes, bytes_of, header_of
-from moerun.live.report import packages
 from moerun.store.expert_store import ExpertStore
+from moerun.versions import run_packages
 
 SHAPE = "mixtral-8x7b"
 SHARD_BYTES = 5 * 10**9  # as published: 19 of them
@@ -79,7 +79,7 @@ def main(
         "runs": runs,
         "hardware": hardware(torch.device("cpu")),
         "python": platform.python_version(),
-        "packages": packages(),
+        "packages": run_packages(),
     }
     typer.echo(
         f"{source_bytes / 2**30:.2f} GiB became {result['store_bytes'] / 2**30:.2f} GiB: killed "

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from moerun.live.loaded import Offloaded as Offloaded
     from moerun.live.loaded import load as load
     from moerun.live.runner import Runner as Runner
-    from moerun.live.runner import Settings as Settings
     from moerun.live.totals import Totals as Totals
+    from moerun.settings import Settings as Settings
     from moerun.store.expert_store import ExpertStore as ExpertStore
     from moerun.store.pack import pack as pack
 

@@ -13,14 +13,8 @@ from pathlib import Path
 
 import torch
 
+from moerun.amounts import format_bytes
 from moerun.errors import RunError, UsageError
-
-UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGT")},
-    **{f"{letter}iB": 1024 ** (i + 1) for i, letter in enumerate("KMGT")},
-}
 
 
 def find_device(name: str) -> torch.device:
@@ -63,24 +57,6 @@ def calm_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def parse_bytes(text: str) -> int:
-    """9GiB, 500 MB, 1.5GiB or plain bytes. Raises RunError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    units = {name.lower(): size for name, size in UNITS.items()}
-    if not found or found[2].lower() not in units:
-        raise UsageError(
-            f"'{text.strip()}' is no amount of memory: write it as 9GiB, 500MB or bytes"
-        )
-    return int(float(found[1]) * units[found[2].lower()])
-
-
-def format_bytes(n_bytes: int) -> str:
-    for unit in ("GiB", "MiB", "KiB"):
-        if n_bytes >= UNITS[unit]:
-            return f"{n_bytes / UNITS[unit]:.2f} {unit}"
-    return f"{n_bytes} bytes"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,11 +1,19 @@
-"""Which policies a live run can serve."""
+"""Which policies a live run can serve, and what they are made from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moepolicy import PolicyError, PolicySpec
+import numpy as np
+from moepolicy import Context, PolicyError, PolicySpec
+from numpy.typing import NDArray
+
+from moerun.errors import RunError
+
+if TYPE_CHECKING:  # commands import this module before they need torch
+    from moerun.settings import Settings
+    from moerun.store.expert_store import ExpertStore
 
 Refusals = dict[str, str]  # by a policy's label: why it could not run
 
@@ -80,3 +88,37 @@ def with_refused(rows: list[dict[str, Any]], refused: Refusals) -> list[dict[str
     return whole + [
         dict.fromkeys(names) | {"policy": label, "refused": why} for label, why in refused.items()
     ]
+
+
+CALIBRATION = "tiny"  # the trace in which experts are counted unless another is named
+
+
+def plan_context(store: ExpertStore, settings: Settings, slots: int) -> Context:
+    """The cache that a policy is made for."""
+    counts = None
+    if "counts" in settings.policy.requires:
+        counts = calibration_counts(store, settings)
+    return Context(
+        n_layers=store.n_layers,
+        n_experts=store.n_experts,
+        top_k=store.index.top_k,
+        slots=slots,
+        scope=settings.scope,
+        counts=counts,
+    )
+
+
+def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int64]:
+    """How often each expert is used in the calibration trace: int64[n_layers, n_experts]."""
+    from moeroute import open_trace
+
+    trace = open_trace(settings.calibration or CALIBRATION)
+    meta = trace.meta
+    if (meta.n_layers, meta.n_experts) != (store.n_layers, store.n_experts):
+        hint = "give one of this model" if settings.calibration else "give one with --calibration"
+        raise RunError(
+            f"policy '{settings.policy.label}' needs the expert counts of a trace, and "
+            f"{trace.path} is of {meta.n_layers} layers of {meta.n_experts} experts, the model of "
+            f"{store.n_layers} of {store.n_experts}: {hint}"
+        )
+    return trace.expert_counts()

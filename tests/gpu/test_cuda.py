@@ -16,12 +16,13 @@ from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.links import HostTier
-from moerun.live.generate import Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.offload.attention import PackedLinear
 from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import load_offloaded
 from moerun.profiling.profiler import measure
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 
@@ -218,7 +219,7 @@ def test_a_profile_of_the_gpu(store: ExpertStore, device: torch.device) -> None:
 def test_more_slots_than_the_gpu_has_memory_for_are_refused(
     store: ExpertStore, device: torch.device, tmp_path: Path
 ) -> None:
-    from moerun.live.runner import make_link
+    from moerun.live.assembly import make_link
 
     form = SlotForm(store.index.shape, store.index.precision, device)
     _, total = torch.cuda.mem_get_info(device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from moerun.bench.generated import RandomRecords
-from moerun.format.bitplanes import SCHEMES, dequantise
+from moerun.format.bitplanes import dequantise
 from moerun.format.expert import ExpertShape
+from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import FusedSlot, SlotForm
 
 pytestmark = [

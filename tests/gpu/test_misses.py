@@ -9,8 +9,9 @@ import pytest
 import torch
 from moepolicy import Kind, find_policy
 from moerun.checkpoint.hub import resolve
-from moerun.live.generate import Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from moepolicy.versions import installed
 from moeroute.models import DenseSizes, dense_sizes
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import empty_model, expert_shape, find_experts, shared_experts_of
 from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.sizes import dense_bytes
 from moerun.errors import RunError
-from moerun.format.expert import NATIVE, PLAIN, PRECISIONS
+from moerun.format.precision import NATIVE, PLAIN, PRECISIONS
 from moerun.offload.gate_predictor import find_routers
 from torch import nn
 
@@ -169,7 +169,4 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def package_versions() -> dict[str, str]:
     """What produced a recording."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        versions[name] = importlib.metadata.version(name)
-    return versions
+    return {"python": platform.python_version()} | installed(_PACKAGES)

@@ -180,7 +180,7 @@ def generated(
     first: int = 0,
 ) -> Iterator[Rows]:
     """Rows of each prompt and its continuation; the last token is chosen but not passed through."""
-    from moerun.live.generate import Sampling
+    from moerun.live.sampling import Sampling
     from transformers import set_seed
 
     sampling = Sampling(settings.generate, settings.temperature)

@@ -27,9 +27,10 @@ from moerun.checkpoint.families import (
     top_k_of,
 )
 from moerun.errors import RunError
-from moerun.format.bitplanes import SCALE_UNIT, SCHEMES, Scheme
-from moerun.format.expert import NATIVE, PLAIN, ExpertShape, scheme_of
+from moerun.format.bitplanes import SCALE_UNIT
+from moerun.format.expert import ExpertShape
 from moerun.format.layout import RECORD_ALIGN
+from moerun.format.precision import NATIVE, PLAIN, SCHEMES, Precisions, Scheme, scheme_of
 from moerun.format.tensorfile import bytes_of, header_of
 from moerun.offload.attention import install_attention
 from moerun.offload.experts import IMPLEMENTATION, register
@@ -43,7 +44,7 @@ from moerun.store.index import (
     StoreIndex,
     experts_file,
 )
-from moerun.store.pack_plan import Precisions, packages
+from moerun.versions import store_packages
 
 WEIGHT_STD = 0.02
 _DRAWN = 1 << 20  # dense weights repeat a block of so many
@@ -230,7 +231,7 @@ class GeneratedModel:
             ),
             source_digest=f"random weights, seed {self.seed}",
             source_bytes=0,
-            packages=packages(),
+            packages=store_packages(),
             attention=self._attention_records() if packed else None,
         )
 

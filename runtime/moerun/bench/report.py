@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 
 from moerun.bench.run import RELEASED, Bench, Timed
-from moerun.live.report import changed, packages
+from moerun.live.report import changed
 from moerun.policies import refusal_notes, with_refused
+from moerun.versions import run_packages
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +148,7 @@ def provenance(bench: Bench) -> dict[str, Any]:
         "hardware": hardware(settings.device),
         "refused": dict(bench.refused),
         "python": platform.python_version(),
-        "packages": packages(),
+        "packages": run_packages(),
     }
 
 

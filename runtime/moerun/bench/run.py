@@ -25,16 +25,19 @@ from moerun.devices import calm_collector
 from moerun.errors import RunError, UsageError
 from moerun.kernels.slots import SlotForm
 from moerun.links import Link, Throttle
-from moerun.live.generate import Sampling, Timings
+from moerun.live.assembly import check_lower, make_aside, make_link
+from moerun.live.generate import Timings
 from moerun.live.kvcache import new_cache
-from moerun.live.runner import Settings, check_lower, make_aside, make_link
+from moerun.live.sampling import Sampling
 from moerun.live.session import Session
 from moerun.live.totals import Totals
 from moerun.memory.fit import plan_policies
-from moerun.memory.needs import MemoryPlan, Peak
+from moerun.memory.peak import Peak
+from moerun.memory.plan import MemoryPlan
 from moerun.offload.cpu_experts import Aside
 from moerun.offload.experts import Sums, attach
 from moerun.policies import Refusals, refuse_beyond, refuse_unservable, require_some
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 
 RELEASED = "released"

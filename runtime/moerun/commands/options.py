@@ -13,8 +13,8 @@ from moepolicy.tables import Format
 from moerun.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from moerun.live.generate import Sampling
-    from moerun.live.runner import Settings
+    from moerun.live.sampling import Sampling
+    from moerun.settings import Settings
     from moerun.store.expert_store import ExpertStore
 
 
@@ -207,11 +207,13 @@ def settings(
         raise typer.BadParameter("--context is what --memory plans for: give that, too")
     if horizon is not None and horizon < 0:
         raise UsageError(f"horizon must be 0 or more, not {horizon}")
-    from moerun.devices import find_device, parse_bytes, use_threads
+    from moerun.amounts import parse_bytes
+    from moerun.devices import find_device, use_threads
     from moerun.links.base import check_ways
-    from moerun.live.runner import Settings, check_rate
+    from moerun.live.assembly import check_rate
     from moerun.memory.budget import parse_budget, read_budget
     from moerun.policies import refuse_unservable
+    from moerun.settings import Settings
 
     # Before a checkpoint is packed for hours in vain; a lower precision may still be given.
     refuse_unservable(spec, low=True)
@@ -251,7 +253,7 @@ def sampling(
     seed: int,
     stop: list[str] | None = None,
 ) -> Sampling:
-    from moerun.live.generate import Sampling
+    from moerun.live.sampling import Sampling
 
     chosen = Sampling(max_new_tokens, temperature, top_p, seed, stop_strings=tuple(stop or ()))
     chosen.check()
@@ -294,7 +296,7 @@ def low_store(model: str, low: str | None, full: ExpertStore | None) -> ExpertSt
     """The second store that --low asks for, lower than ``full``; None where it does not."""
     if low is None:
         return None
-    from moerun.live.runner import check_lower
+    from moerun.live.assembly import check_lower
 
     found = _low_store(model, low)
     if full is not None:
@@ -304,7 +306,7 @@ def low_store(model: str, low: str | None, full: ExpertStore | None) -> ExpertSt
 
 def check_low_name(low: str | None, experts: Sequence[str]) -> None:
     """UsageError where --low names a precision that is no lower than one of ``experts``."""
-    from moerun.format.bitplanes import SCHEMES
+    from moerun.format.precision import SCHEMES
 
     order = list(SCHEMES)  # most bits first
     for precision in experts:
@@ -313,7 +315,7 @@ def check_low_name(low: str | None, experts: Sequence[str]) -> None:
 
 
 def _low_store(model: str, low: str) -> ExpertStore:
-    from moerun.format.expert import PRECISIONS
+    from moerun.format.precision import PRECISIONS
     from moerun.store.find import is_store
 
     if low not in PRECISIONS:

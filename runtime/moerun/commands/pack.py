@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from moepolicy.console import emit
 
+from moerun.amounts import decimal_bytes
 from moerun.commands import options as opt
-from moerun.live.report import decimal_bytes
 
 if TYPE_CHECKING:
     from moerun.store.expert_store import ExpertStore

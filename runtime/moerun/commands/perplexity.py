@@ -16,9 +16,9 @@ from moepolicy.outputs import check_suffix
 from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 from rich.console import Console
 
+from moerun.amounts import decimal_bytes
 from moerun.commands import options as opt
 from moerun.errors import RunError
-from moerun.live.report import decimal_bytes
 from moerun.policies import Refusals, refusal_notes, require_some, servable, with_refused
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ def _read(path: Path) -> str:
 
 def _grid(model: str, attention: str | None, experts: str | None) -> list[tuple[str, str]]:
     """The precisions asked for, attention by attention."""
+    from moerun.format.precision import Precisions
     from moerun.perplexity.measure import own_precisions
-    from moerun.store.pack_plan import Precisions
 
     own = own_precisions(model)
     ours, theirs = own or (TABLE_1, TABLE_1)

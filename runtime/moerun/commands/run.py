@@ -11,12 +11,15 @@ from moepolicy.console import emit
 from moepolicy.tables import Format, to_csv, to_json
 
 from moerun.devices import calm_collector
-from moerun.live.generate import Generation, Sampling, encode
+from moerun.live.generate import Generation
+from moerun.live.prompt import encode
 from moerun.live.recording import LiveRecording
 from moerun.live.report import provenance, render, report_of
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.memory.fit import plan_memory
 from moerun.offload.load import load_tokenizer
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 
 

@@ -9,14 +9,9 @@ from typing import Any
 
 import torch
 
-from moerun.errors import UsageError
-from moerun.format.bitplanes import SCHEMES, PartSpec, Scheme
 from moerun.format.layout import RecordLayout
+from moerun.format.precision import PLAIN, PartSpec, scheme_of
 from moerun.format.tensorfile import DTYPE_NAMES, DTYPES
-
-PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NATIVE = "native"
-PRECISIONS = (NATIVE, *PLAIN, *SCHEMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +112,3 @@ class ExpertShape:
                 for p in described
             )
         )
-
-
-def scheme_of(precision: str) -> Scheme | None:
-    """The quantisation of a precision, None for a plain one. Raises RunError for an unknown one."""
-    if precision not in PRECISIONS:
-        raise UsageError(
-            f"there is no precision {precision!r}: choose from {', '.join(PRECISIONS)}"
-        )
-    return SCHEMES.get(precision)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from moerun.errors import RunError
-from moerun.format.bitplanes import META_GROUP, ROWS, SCALE_UNIT, Scheme, pack_codes
+from moerun.format.bitplanes import SCALE_UNIT, pack_codes
 from moerun.format.layout import align_up
+from moerun.format.precision import META_GROUP, ROWS, Scheme
 
 # HQQ's optimiser on blocks of rows that fit the cache is 8 times as fast as on a whole matrix.
 _BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 25}

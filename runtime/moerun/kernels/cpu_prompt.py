@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from moerun.format.bitplanes import ROWS, Scheme
 from moerun.format.layout import align_up
+from moerun.format.precision import ROWS, Scheme
 
 # Measured on one core with AVX512_BF16 at Mixtral's shapes: benchmarks/expert_tokens.py. With
 # groups smaller than the kernel's, that goes over the matrix twice, and this way pays sooner.

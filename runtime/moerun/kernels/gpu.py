@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import triton
 
-from moerun.format.bitplanes import META_GROUP, ROWS, SCALE_UNIT, Scheme, Tensors
+from moerun.format.bitplanes import SCALE_UNIT
 from moerun.format.layout import align_up
+from moerun.format.precision import META_GROUP, ROWS, Scheme, Tensors
 from moerun.kernels.gpu_triton import COLUMNS, WORDS, multiply_many, multiply_one
 
 _TOKENS = (16, 64)  # of one tile, least and most: tensor cores know no fewer than 16

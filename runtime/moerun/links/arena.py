@@ -10,7 +10,8 @@ from typing import Any, overload
 
 import torch
 
-from moerun.devices import format_bytes, who_holds
+from moerun.amounts import format_bytes
+from moerun.devices import who_holds
 from moerun.errors import RunError
 
 HUGE_BYTES = 4 << 20  # from here on the system may use huge pages

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moerun.devices import format_bytes
+from moerun.amounts import format_bytes
 from moerun.errors import RunError
 from moerun.links.lanes import Mark
 

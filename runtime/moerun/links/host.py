@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from moerun.devices import format_bytes, free_bytes
+from moerun.amounts import format_bytes
+from moerun.devices import free_bytes
 from moerun.errors import RunError
 from moerun.format.layout import RECORD_ALIGN
 from moerun.links.arena import device_memory

@@ -5,75 +5,21 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from moerun.checkpoint.context import context_limit
 from moerun.devices import naming_lack_of_memory
-from moerun.errors import RunError, UsageError
 from moerun.live.kvcache import new_cache
+from moerun.live.prompt import check_ids, check_length
+from moerun.live.sampling import Sampling
 from moerun.live.session import Session
 from moerun.live.text import TextStream
 from moerun.live.totals import Totals
-from moerun.live.turn import Turn, model_ends
-
-NO_TOKEN = -1
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 takes the likeliest."""
-
-    max_new_tokens: int = 100
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: bool = True  # False: go on past the model's own end tokens
-    stop_strings: tuple[str, ...] = ()  # the text ends before the first of them
-    turn: Turn | None = None  # what ends an answer of a chat besides, and its channels
-
-    def check(self) -> None:
-        """Raises RunError naming what is out of range."""
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens must be 1 or more, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed must be 0 to {2**32 - 1}, not {self.seed}")
-        if not all(self.stop_strings):
-            raise UsageError("a stop string must not be empty")
-
-    def ends(self, model: Any, tokenizer: Any) -> tuple[int, ...]:
-        """The tokens that end a text: the model's, its tokenizer's and the turn's."""
-        if not self.stop:
-            return ()
-        turn = self.turn.end_ids if self.turn else ()
-        return tuple(dict.fromkeys((*model_ends(model, tokenizer), *turn)))
-
-    def config(self, model: Any, max_new_tokens: int, ends: Sequence[int] = ()) -> GenerationConfig:
-        """For this model's generate(): ``ends``, and nothing of its own defaults."""
-        own = model.generation_config
-        pad = own.pad_token_id
-        if pad is None and ends:
-            pad = ends[0]
-        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=self.temperature > 0,
-            eos_token_id=list(ends) or NO_TOKEN,
-            pad_token_id=pad,
-            bos_token_id=own.bos_token_id,
-            # Experts are loaded between the layers, by code that no compiled graph can hold.
-            disable_compile=True,
-            **(sampled if self.temperature > 0 else {}),
-        )
 
 
 class Timings(BaseStreamer):  # type: ignore[misc]
@@ -277,47 +223,3 @@ class Generation:
         if self._text.stopped or (ids and ids[-1] in self._end_ids):
             return "stop"
         return "length" if len(ids) >= self._room else "cancelled"
-
-
-def encode(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tensor:
-    """The prompt's token ids, int64[1, tokens]. Raises RunError when there are none."""
-    if tokenizer is None:
-        raise RunError("the model has no tokenizer: it cannot take text")
-    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-    if ids.shape[1] == 0:
-        raise RunError("the prompt is empty")
-    return ids.to(device)
-
-
-def check_ids(model: Any, ids: torch.Tensor) -> None:
-    """RunError where a tokenizer's ids are beyond the model's: it is another model's then."""
-    known, highest = model.get_input_embeddings().num_embeddings, int(ids.max())
-    if highest >= known:
-        raise RunError(
-            f"the tokenizer gives token {highest}, and the model knows tokens below {known}: the "
-            "tokenizer.json beside it is another model's"
-        )
-
-
-def context_tokens(model: Any) -> int | None:
-    """The longest text the model was made for; None where its configuration does not say."""
-    return context_limit(model.config)
-
-
-def check_length(model: Any, prompt_tokens: int, planned_tokens: int | None = None) -> int:
-    """How many tokens may follow the prompt; RunError when the prompt itself is too long."""
-    limit = context_tokens(model)
-    if planned_tokens is not None and planned_tokens < (limit or planned_tokens + 1):
-        if prompt_tokens >= planned_tokens:
-            raise RunError(
-                f"the prompt has {prompt_tokens} tokens and memory was planned for a context of "
-                f"{planned_tokens}: shorten it, or give a larger --context"
-            )
-        return planned_tokens - prompt_tokens
-    if limit is None:
-        return 1 << 30
-    if prompt_tokens >= limit:
-        raise RunError(
-            f"the prompt has {prompt_tokens} tokens and the model's context is {limit}: shorten it"
-        )
-    return limit - prompt_tokens

@@ -9,12 +9,15 @@ from typing import Any, Self
 import torch
 from moepolicy import PolicySpec, find_policy
 
-from moerun.devices import find_device, parse_bytes
+from moerun.amounts import parse_bytes
+from moerun.devices import find_device
 from moerun.errors import UsageError
-from moerun.format.expert import NATIVE, PRECISIONS
-from moerun.live.runner import Runner, Settings, check_lower
+from moerun.format.precision import NATIVE, PRECISIONS
+from moerun.live.assembly import check_lower
+from moerun.live.runner import Runner
 from moerun.live.totals import Totals
 from moerun.memory.budget import parse_budget
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.find import find_store
 

@@ -12,11 +12,11 @@ from moepolicy.outputs import written_whole
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
-from moerun.format.expert import NATIVE, PLAIN, PRECISIONS
-from moerun.live.report import packages
+from moerun.format.precision import NATIVE, PLAIN, PRECISIONS
 from moerun.live.session import Session
 from moerun.offload.gate import Gate
 from moerun.store.index import StoreIndex
+from moerun.versions import run_packages
 
 if TYPE_CHECKING:
     from moeroute import Rows, TraceMeta, TraceWriter
@@ -229,7 +229,7 @@ def live_meta(runner: Runner, seed: int) -> TraceMeta:
         horizon=predictor.horizon if predictor else 0,
         tokenizer=index.model,
         seed=seed,
-        packages=packages(),
+        packages=run_packages(),
         notes={
             "policy": runner.settings.policy.label,
             "slots": str(context.slots),

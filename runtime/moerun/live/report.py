@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moepolicy.tables import Format, described, to_csv, to_json
 
+from moerun.versions import run_packages
+
 if TYPE_CHECKING:
-    from moerun.live.generate import Sampling, Work
+    from moerun.live.generate import Work
     from moerun.live.runner import Runner
-
-PACKAGES = ("moe-offload-lab", "torch", "transformers", "numpy")
-
-
-def decimal_bytes(n_bytes: int) -> str:
-    """In GB (10^9), or in MB below one."""
-    return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"
+    from moerun.live.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -117,19 +112,8 @@ def provenance(sampling: Sampling) -> dict[str, Any]:
         "sampling": asdict(sampling),
         "machine": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "packages": packages(),
+        "packages": run_packages(),
     }
-
-
-def packages() -> dict[str, str]:
-    """Versions of what a run depends on, as far as it is installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -> str:
@@ -164,7 +148,7 @@ def _speed(report: Report) -> str:
 
 
 def _experts(report: Report) -> dict[str, str]:
-    from moerun.devices import format_bytes
+    from moerun.amounts import format_bytes
 
     useless = f", {report.useless_prefetches:,} useless" if report.prefetches else ""
     beside = f"; {report.cpu_experts:,} computed on the CPU" if report.cpu_experts else ""
@@ -183,7 +167,7 @@ def _experts(report: Report) -> dict[str, str]:
 
 
 def _memory(report: Report) -> str:
-    from moerun.devices import format_bytes
+    from moerun.amounts import format_bytes
 
     text = (
         f"{_against_budget(report)}{format_bytes(report.arena_bytes)} expert slots; peak "
@@ -195,7 +179,7 @@ def _memory(report: Report) -> str:
 
 
 def _against_budget(report: Report) -> str:
-    from moerun.devices import format_bytes
+    from moerun.amounts import format_bytes
 
     if report.memory_budget_bytes is None:
         return ""

@@ -4,70 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from moepolicy import Context, PolicySpec
+from moepolicy import Context
 
 from moerun.devices import naming_lack_of_memory
-from moerun.errors import RunError, UsageError
-from moerun.kernels.slots import ExpertSlot, SlotForm
-from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Link, Records, Throttle
-from moerun.links.arena import Arena, device_memory, lacking
-from moerun.links.host import host_tier
-from moerun.live.generate import Generation, Sampling, context_tokens, encode
+from moerun.kernels.slots import SlotForm
+from moerun.links import HostTier
+from moerun.live.assembly import check_low, make_aside, make_link
+from moerun.live.generate import Generation
+from moerun.live.prompt import context_tokens, encode
+from moerun.live.sampling import Sampling
 from moerun.live.session import Session
 from moerun.memory.budget import BudgetWatch
-from moerun.memory.fit import plan_context, plan_memory, require_free
-from moerun.memory.needs import Peak
-from moerun.offload.cpu_experts import Aside
+from moerun.memory.fit import plan_memory, require_free
+from moerun.memory.peak import Peak
 from moerun.offload.gate_predictor import GatePredictor, find_routers
 from moerun.offload.load import load_offloaded
-from moerun.policies import refuse_unservable
+from moerun.policies import plan_context, refuse_unservable
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a store is to be run. ``slots`` is per layer; ``memory_bytes``, for all of the device's
-    memory that the run may take, sets it instead."""
-
-    policy: PolicySpec
-    slots: int | None = None
-    memory_bytes: int | None = None
-    context_tokens: int | None = None  # to plan memory for; None: some thousand
-    prompt_tokens: int | None = None  # the longest prompt; None: all of the context
-    logit_tokens: int = 1  # of which a pass gives the logits
-    memory_file: Path | None = None  # in which the budget may be changed
-    scope: str = "layer"
-    device: torch.device = CPU
-    streams: int = 1
-    link_bytes_per_s: float | None = None  # a cap; None: as fast as it goes
-    host_bytes: int | None = None  # of the cache between disk and device; None: room for all
-    chunk_bytes: int = 0  # experts travel in pieces of this; 0: whole
-    cold: bool = False  # keep what is read out of the page cache
-    horizon: int | None = None  # None: as far as the policy reads predictions
-    calibration: str | None = None  # the trace that policies count experts in
-    low: ExpertStore | None = None  # the same experts at a lower precision
-
-    @property
-    def predicts(self) -> int:
-        """How many layers ahead the gates are asked."""
-        return self.ahead(self.policy)
-
-    def ahead(self, policy: PolicySpec) -> int:
-        """How many layers ahead the gates are asked under ``policy``."""
-        return max(self.horizon or 0, policy.horizon)
-
-    @property
-    def copies(self) -> int:
-        """How many may be under way at once: in pieces, prefetches have streams of their own."""
-        return self.streams * (2 if self.chunk_bytes else 1)
 
 
 class Runner:
@@ -231,113 +190,3 @@ class Runner:
         predictor = self.predictor
         predicted = predictor.predict(layer, arguments[0]) if predictor else None
         self.session.note(layer, output[0], predicted)
-
-
-def check_rate(bytes_per_s: float) -> None:
-    """UsageError for a cap that no link could have."""
-    if not 0 < bytes_per_s < float("inf"):
-        raise UsageError(f"link-gbps must be above 0, not {bytes_per_s / 1e9:g}")
-
-
-def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: int) -> Link:
-    """A link, not yet started, from the store to new slots on the device. Raises RunError."""
-    rate, device = settings.link_bytes_per_s, settings.device
-    if rate is not None:
-        check_rate(rate)
-    throttle = Throttle(rate) if rate else None
-    slots = make_slots(form, settings, n_slots)
-    if device.type == "cuda":
-        from moerun.links.cuda import CudaLanes
-        from moerun.links.pinned import PinnedLink
-
-        if settings.cold:
-            raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
-        return PinnedLink(
-            make_tier(store, settings),
-            slots,
-            CudaLanes(device),
-            streams=settings.streams,
-            throttle=throttle,
-            chunk_bytes=settings.chunk_bytes,
-        )
-    records: Records = DirectRecords(store) if settings.cold else store
-    low: Records | None = settings.low
-    if settings.host_bytes is not None:
-        records, low = make_tier(store, settings), None  # it has both
-    elif settings.cold and settings.low:
-        low = DirectRecords(settings.low)
-    return DiskLink(
-        records,
-        slots,
-        streams=settings.streams,
-        throttle=throttle,
-        low=low,
-        chunk_bytes=settings.chunk_bytes,
-    )
-
-
-def make_slots(form: SlotForm, settings: Settings, n_slots: int) -> Arena:
-    """New slots on the device, which may come and go. Raises RunError where it has no room."""
-    return Arena(partial(make_slot, form, settings), n_slots)
-
-
-def make_slot(form: SlotForm, settings: Settings) -> ExpertSlot | DualSlot:
-    """A new slot on the device, for experts of the lower precision too if there is one.
-
-    Raises RunError where there is no memory left for it.
-    """
-    low = _low_form(settings.low, settings.device) if settings.low else None
-    n_bytes = max(form.slot_bytes, low.slot_bytes if low else 0)
-    with lacking(n_bytes, settings.device):
-        memory = device_memory(n_bytes, settings.device)
-    slot = form.bind(memory[: form.slot_bytes])
-    if low is None:
-        return slot
-    return DualSlot(slot, low.bind(memory[: low.slot_bytes]))
-
-
-def make_aside(store: ExpertStore, settings: Settings, link: Link) -> Aside:
-    """What computes experts on the CPU: from the link's host memory where it has that, else from
-    the store."""
-    form = SlotForm(store.index.shape, store.index.precision, CPU)
-    if settings.device.type == "cuda":
-        from moerun.links.pinned import PinnedLink
-
-        assert isinstance(link, PinnedLink)
-        return Aside(form, link.tier, link.tier if link.tier.whole else None)
-    return Aside(form, DirectRecords(store) if settings.cold else store)
-
-
-def check_low(store: ExpertStore, low: ExpertStore | None) -> None:
-    """RunError where ``low`` holds other experts than ``store`` does."""
-    if low is not None and low.index.source_digest != store.index.source_digest:
-        raise RunError(
-            f"{low.path} is the store of another model ({low.index.model}): give --low one that "
-            f"was packed from the checkpoint of {store.path}"
-        )
-
-
-def check_lower(store: ExpertStore, low: ExpertStore) -> None:
-    """RunError where the experts of ``low`` are no smaller: nobody means that."""
-    if low.record_bytes >= store.record_bytes:
-        raise RunError(
-            f"an expert takes {low.record_bytes:,} bytes at the lower precision "
-            f"({low.index.precision}), no fewer than the other's {store.record_bytes:,} "
-            f"({store.index.precision}): give --low a lower one"
-        )
-
-
-def _low_form(low: ExpertStore, device: torch.device) -> SlotForm:
-    return SlotForm(low.index.shape, low.index.precision, device)
-
-
-def make_tier(store: ExpertStore, settings: Settings) -> HostTier:
-    """Host memory for all records, of both precisions, or for as many as it may hold. Raises
-    RunError."""
-    host_bytes, low = settings.host_bytes, settings.low
-    record_bytes = store.record_bytes + (low.record_bytes if low else 0)
-    if host_bytes is None or host_bytes >= store.n_keys * record_bytes:
-        # What is read only once may stay in the file cache, for the next start.
-        return host_tier(store, None, low=low)
-    lower = DirectRecords(low) if low else None
-    return host_tier(DirectRecords(store), host_bytes, settings.copies, low=lower)

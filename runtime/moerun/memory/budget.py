@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from moepolicy import PolicyError
 
-from moerun.devices import format_bytes, free_bytes, parse_bytes
+from moerun.amounts import format_bytes, parse_bytes
+from moerun.devices import free_bytes
 from moerun.errors import RunError
 
 AUTO = "auto"

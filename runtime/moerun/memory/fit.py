@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from moepolicy import Context, PolicySpec
-from numpy.typing import NDArray
 
-from moerun.devices import format_bytes, free_bytes, who_holds
+from moerun.amounts import format_bytes
+from moerun.devices import free_bytes, who_holds
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.memory.compiling import Compiling
-from moerun.memory.needs import MemoryPlan, needs_of
+from moerun.memory.needs import needs_of
+from moerun.memory.plan import MemoryPlan
+from moerun.policies import plan_context
 from moerun.store.expert_store import ExpertStore
 
 if TYPE_CHECKING:
-    from moerun.live.runner import Settings
-
-CALIBRATION = "tiny"  # the trace in which experts are counted unless another is named
+    from moerun.settings import Settings
 
 
 def plan_memory(store: ExpertStore, settings: Settings) -> MemoryPlan:
@@ -85,34 +84,3 @@ def require_free(n_bytes: int, budget_bytes: int, device: torch.device) -> None:
             f"now and {device} has {format_bytes(free)} free{who_holds(device)}: give less "
             "--memory (or 'auto'), or end what else uses it"
         )
-
-
-def plan_context(store: ExpertStore, settings: Settings, slots: int) -> Context:
-    """The cache that a policy is made for."""
-    counts = None
-    if "counts" in settings.policy.requires:
-        counts = calibration_counts(store, settings)
-    return Context(
-        n_layers=store.n_layers,
-        n_experts=store.n_experts,
-        top_k=store.index.top_k,
-        slots=slots,
-        scope=settings.scope,
-        counts=counts,
-    )
-
-
-def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int64]:
-    """How often each expert is used in the calibration trace: int64[n_layers, n_experts]."""
-    from moeroute import open_trace
-
-    trace = open_trace(settings.calibration or CALIBRATION)
-    meta = trace.meta
-    if (meta.n_layers, meta.n_experts) != (store.n_layers, store.n_experts):
-        hint = "give one of this model" if settings.calibration else "give one with --calibration"
-        raise RunError(
-            f"policy '{settings.policy.label}' needs the expert counts of a trace, and "
-            f"{trace.path} is of {meta.n_layers} layers of {meta.n_experts} experts, the model of "
-            f"{store.n_layers} of {store.n_experts}: {hint}"
-        )
-    return trace.expert_counts()

@@ -24,15 +24,16 @@ from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError, UsageError
 from moerun.format.expert import ExpertShape
 from moerun.live.kvcache import new_cache
-from moerun.live.report import packages
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
 from moerun.memory.needs import LOGIT_ROWS
 from moerun.offload.load import load_tokenizer
 from moerun.perplexity.results import Cell, Published, Results, Scored
 from moerun.perplexity.table1 import published
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.find import cache_folder, is_store
 from moerun.store.index import read_index
+from moerun.versions import run_packages
 
 COMMON_CONTEXT = 2048  # what papers on quantisation measure at, where the model has as much
 
@@ -162,7 +163,7 @@ class Measurement:
             "scope": settings.scope,
             "calibration": settings.calibration,
             "device": str(settings.device),
-            "packages": packages(),
+            "packages": run_packages(),
         }
 
     def default_results(self) -> Path:

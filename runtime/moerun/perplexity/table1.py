@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moerun.format.expert import NATIVE
+from moerun.format.precision import NATIVE
 from moerun.store.index import StoreIndex
 
 MODEL = "Mixtral-8x7B"

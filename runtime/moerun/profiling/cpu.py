@@ -10,9 +10,10 @@ from typing import Any, Self
 
 import torch
 
-from moerun.live.runner import Settings, make_aside
+from moerun.live.assembly import make_aside
 from moerun.offload.cpu_experts import Aside
 from moerun.offload.experts import compute_expert
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 
 KEYS = 12  # experts measured in a turn, spread over all

@@ -22,13 +22,14 @@ from moepolicy import PolicyError, PolicySpec
 
 from moerun.devices import calm_collector
 from moerun.errors import RunError, UsageError
-from moerun.live.generate import Generated, Sampling
+from moerun.live.generate import Generated
 from moerun.live.recording import LiveRecording
-from moerun.live.runner import Runner, Settings
-from moerun.memory.fit import CALIBRATION
-from moerun.policies import Refusals, require_some, servable
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
+from moerun.policies import CALIBRATION, Refusals, require_some, servable
 from moerun.profiling.profiler import Profiler, Turn
 from moerun.profiling.undisturbed import calmest
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 
 WARM_UP_TOKENS = 8

@@ -12,8 +12,10 @@ import torch
 from moepolicy import find_policy
 
 from moerun.kernels.slots import SlotForm
-from moerun.live.runner import Runner, Settings, make_link
+from moerun.live.assembly import make_link
+from moerun.live.runner import Runner
 from moerun.live.session import Session
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 
 LINK_COPIES = 64

@@ -21,14 +21,17 @@ from moepolicy import find_policy
 from moerun.checkpoint.families import find_experts
 from moerun.devices import calm_collector
 from moerun.errors import UsageError
-from moerun.live.generate import Generated, Sampling, context_tokens
-from moerun.live.runner import Runner, Settings
+from moerun.live.generate import Generated
+from moerun.live.prompt import context_tokens
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.live.session import Session
 from moerun.offload.experts import attach
 from moerun.profiling.compute import ComputeCost, StepTimes, Stopwatch, costs
 from moerun.profiling.cpu import AsideBench, CpuCost
 from moerun.profiling.link import LinkCost, measure_link
 from moerun.profiling.undisturbed import CALM, calmest
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 
 DECODING_S = 2.0  # what one run aims at, where it is not told how long to decode

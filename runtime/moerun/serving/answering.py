@@ -11,7 +11,8 @@ from moepolicy import PolicyError
 from starlette.requests import ClientDisconnect, Request
 
 from moerun.errors import RunError
-from moerun.live.generate import Generated, Sampling
+from moerun.live.generate import Generated
+from moerun.live.sampling import Sampling
 from moerun.serving.chat import Lead
 from moerun.serving.protocol import ApiError
 from moerun.serving.worker import Done, Event, Failed, Job, Piece, QueueFull, Worker

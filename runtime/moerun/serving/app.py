@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from moerun.errors import RunError
-from moerun.live.generate import encode
+from moerun.live.prompt import encode
 from moerun.live.runner import Runner
 from moerun.live.turn import turn_of
 from moerun.serving.answering import Talk

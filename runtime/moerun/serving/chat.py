@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moerun.errors import RunError
-from moerun.live.generate import encode
+from moerun.live.prompt import encode
 
 Message = dict[str, str]
 """``role`` (system, user or assistant) and ``content``, as chat templates take them."""

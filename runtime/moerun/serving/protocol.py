@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moerun.errors import RunError
-from moerun.live.generate import Generated, Sampling
+from moerun.live.generate import Generated
+from moerun.live.sampling import Sampling
 from moerun.live.turn import REASONING, Turn
 from moerun.serving.chat import Message
 

@@ -13,8 +13,9 @@ import torch
 from moepolicy import PolicyError
 
 from moerun.errors import RunError
-from moerun.live.generate import NO_WORK, Generated, Generation, Sampling, Work
+from moerun.live.generate import NO_WORK, Generated, Generation, Work
 from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 
 LOG = logging.getLogger("moerun")
 

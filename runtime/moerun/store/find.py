@@ -11,11 +11,10 @@ from pathlib import Path
 from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
-from moerun.format.expert import NATIVE
+from moerun.format.precision import NATIVE, Precisions
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import FORMAT_VERSION, INDEX_FILE
 from moerun.store.pack import Progress, pack
-from moerun.store.pack_plan import Precisions
 
 Report = Callable[[str], None]
 

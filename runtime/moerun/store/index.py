@@ -12,9 +12,9 @@ from typing import Any
 from moepolicy.outputs import naming
 
 from moerun.errors import RunError
-from moerun.format.bitplanes import SCHEMES
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RecordLayout
+from moerun.format.precision import SCHEMES
 
 INDEX_FILE = "index.json"
 DENSE_FILE = "dense.safetensors"

@@ -24,21 +24,14 @@ import torch
 
 from moerun.checkpoint.source import ModelSource
 from moerun.errors import RunError
-from moerun.format.bitplanes import SCHEMES, Scheme
-from moerun.format.expert import NATIVE, PLAIN
 from moerun.format.layout import RECORD_ALIGN
+from moerun.format.precision import NATIVE, PLAIN, SCHEMES, Precisions, Scheme
 from moerun.format.quantise import quantise
 from moerun.format.tensorfile import TensorFileWriter, memory_of, read_at, write_tensors
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import DENSE_FILE, INDEX_FILE, checksums, read_index, write_json
-from moerun.store.pack_plan import (
-    Precisions,
-    Record,
-    RecordFile,
-    build_index,
-    packages,
-    plan_pack,
-)
+from moerun.store.pack_plan import Record, RecordFile, build_index, plan_pack
+from moerun.versions import store_packages
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "done.jsonl"
@@ -141,7 +134,7 @@ class _Packer:
         records = {record.name: record.layout for record in file.records}
         for store in stores:
             index = store.index
-            if index.source_digest != self._source_digest or index.packages != packages():
+            if index.source_digest != self._source_digest or index.packages != store_packages():
                 continue
             crc32 = checksums(index, file.name, file.precision, records)
             path = store.path / file.name

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from moeroute.models import dense_sizes
 
 from moerun.checkpoint.families import shared_experts_of, top_k_of
 from moerun.checkpoint.source import ModelSource
-from moerun.errors import UsageError
-from moerun.format.bitplanes import SCHEMES
-from moerun.format.expert import NATIVE, PLAIN, PRECISIONS, ExpertShape, scheme_of
+from moerun.format.expert import ExpertShape
 from moerun.format.layout import RECORD_ALIGN, RecordLayout
+from moerun.format.precision import SCHEMES, Precisions
 from moerun.format.tensorfile import TensorEntry, bytes_of, header_of
 from moerun.store.index import (
     ATTENTION_FILE,
@@ -25,51 +23,9 @@ from moerun.store.index import (
     StoreIndex,
     experts_file,
 )
+from moerun.versions import store_packages
 
 _SPARE_BYTES = 16 << 20  # index, tokenizer, and what the file system itself takes
-_PACKAGES = ("torch", "transformers", "hqq", "safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class Precisions:
-    """What a store keeps its parts in.
-
-    expert     native, fp32, fp16, bf16, 4bit, 3bit or 2bit
-    attention  the same of its projections; plain ones are those of the dense weights
-    dense      everything else: native, fp32, fp16 or bf16
-    """
-
-    expert: str
-    attention: str
-    dense: str
-
-    @classmethod
-    def chosen(cls, expert: str, attention: str, dense: str | None) -> Precisions:
-        """By default dense weights are as plain attention, then as plain experts.
-
-        Raises RunError for an unknown precision, or plain attention that is not the dense weights'.
-        """
-        scheme_of(expert)
-        if attention not in PRECISIONS:
-            raise UsageError(
-                f"attention cannot be {attention!r}: choose from {', '.join(PRECISIONS)}"
-            )
-        plain = next((p for p in (attention, expert) if p in PLAIN), NATIVE)
-        chosen = dense or plain
-        if chosen != NATIVE and chosen not in PLAIN:
-            raise UsageError(
-                f"dense weights cannot be {chosen!r}: choose from {', '.join((NATIVE, *PLAIN))}"
-            )
-        if attention in PLAIN and attention != chosen:
-            raise UsageError(
-                f"attention in {attention} takes dense weights in {attention}, not {chosen}: "
-                "unquantised they are multiplied together"
-            )
-        return cls(expert, attention if attention in SCHEMES else chosen, chosen)
-
-    @property
-    def packs_attention(self) -> bool:
-        return self.attention in SCHEMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +160,7 @@ def build_index(
         layers=_layers(model, plan, crc32),
         source_digest=source_digest,
         source_bytes=model.checkpoint.total_bytes,
-        packages=packages(),
+        packages=store_packages(),
         attention=_attention(plan.attention, crc32) if plan.attention else None,
     )
 
@@ -235,14 +191,3 @@ def _attention(file: RecordFile, crc32: Checksums) -> AttentionRecords:
             LinearRecord(record.name, rows, columns, offset, crc32[file.name, record.name])
         )
     return AttentionRecords(file.precision, file.name, file_bytes, tuple(linears))
-
-
-def packages() -> dict[str, str]:
-    """Versions of what a store depends on, as far as it is installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -47,8 +47,8 @@ def machine_digest(machine: Machine) -> str:
     constants = asdict(machine)
     for name in ("name", "description", "source"):
         del constants[name]
-    return _digest(constants)
+    return digest_of(constants)
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
 from moesim.simulate import check_calibration, check_needs
 from moesim.sizes import expert_size, low_expert_size
-from moesim.sweep.digests import _digest, code_digest, machine_digest
+from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid
 from moesim.sweep.point import Calibration, Job, NamedPolicy, Point, Source
 
@@ -231,7 +231,7 @@ class _Layout:
         if refused:
             what |= {"precision": precision, "path": source.path}
         return Point(
-            key=_digest(what)[:32],
+            key=digest_of(what)[:32],
             trace=number,
             policy=policy,
             machine=machine,

@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from moepolicy import PolicyError, PolicySpec, find_policy
+from moepolicy.versions import installed
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
@@ -195,11 +195,8 @@ def versions() -> dict[str, str | None]:
     """Columns that say what a row was computed with."""
     found: dict[str, str | None] = {"moesim_version": __version__, "moesim_sha256": code_digest()}
     found["python_version"] = platform.python_version()
-    for package in PACKAGES:
-        try:
-            found[f"{package}_version"] = version(package)
-        except PackageNotFoundError:
-            found[f"{package}_version"] = None
+    there = installed(PACKAGES)
+    found |= {f"{package}_version": there.get(package) for package in PACKAGES}
     return found
 
 

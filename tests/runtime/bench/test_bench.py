@@ -26,7 +26,7 @@ from moerun.checkpoint.families import count_experts, empty_model, find_experts
 from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.kernels.slots import SlotForm
-from moerun.live.runner import Settings
+from moerun.settings import Settings
 from moesim.machine.profile import Compute, Link, Machine
 from moesim.result import Result
 from moesim.simulate import simulate

@@ -25,10 +25,10 @@ from moerun.bench.report import rows_of
 from moerun.bench.routing import load_routing
 from moerun.bench.run import RELEASED, Bench, Plan
 from moerun.errors import RunError
-from moerun.live.runner import Settings
 from moerun.memory.compiling import Compiling
 from moerun.memory.fit import plan_memory
 from moerun.offload.attention import PackedLinear
+from moerun.settings import Settings
 from moesim.machine.profile import Compute, Cpu, Link, Machine
 from moesim.result import Result
 from moesim.simulate import simulate

@@ -15,9 +15,9 @@ from moerun.bench.routing import load_routing
 from moerun.bench.run import Bench, Plan
 from moerun.commands import fidelity as command
 from moerun.live.report import Format
-from moerun.live.runner import Settings
 from moerun.policies import Refusals, servable
 from moerun.profiling import fidelity
+from moerun.settings import Settings
 
 MINE = """
 from moepolicy import Policy

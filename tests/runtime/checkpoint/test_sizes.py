@@ -16,10 +16,11 @@ from moerun.bench.models import find_config
 from moerun.checkpoint.families import empty_model, expert_shape, find_attention, find_experts
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.format.bitplanes import SCHEMES
-from moerun.format.expert import PLAIN, ExpertShape
+from moerun.format.expert import ExpertShape
+from moerun.format.precision import PLAIN, SCHEMES
 from moerun.live.recording import live_meta
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.settings import Settings
 from moerun.store.pack import pack
 from moetrace.model import dense_sizes_of, expert_bytes, expert_params
 from support.moe_models import FAMILIES as SMALL

@@ -12,12 +12,13 @@ import torch
 from moepolicy import find_policy
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.live.generate import Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.profiling.compute import ComputeCost
 from moerun.profiling.cpu import CpuCost
 from moerun.profiling.link import LinkCost
 from moerun.profiling.profiler import MachineProfile
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 

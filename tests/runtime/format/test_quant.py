@@ -11,18 +11,12 @@ from hqq.core.quantize import Quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moerun.errors import RunError
-from moerun.format.bitplanes import (
-    ROWS,
-    SCHEMES,
-    Scheme,
-    dequantise,
-    expand_codes,
-    pack_codes,
-    unpack_codes,
-)
+from moerun.format.bitplanes import dequantise, expand_codes, pack_codes, unpack_codes
 from moerun.format.expert import ExpertParam, ExpertShape
+from moerun.format.precision import ROWS, SCHEMES, Scheme
 from moerun.format.quantise import quantise
-from moerun.kernels.slots import SlotForm, kernel_reads_nibbles
+from moerun.kernels.linears import kernel_reads_nibbles
+from moerun.kernels.slots import SlotForm
 
 ERRORS = {"4bit": 0.087, "3bit": 0.185, "2bit": 0.302}  # of random normal weights, relative
 # bfloat16 has 8 bits of mantissa: the kernel's scales and its sums of products round to them.
@@ -200,7 +194,7 @@ PROBE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_quant
-from moerun.kernels.slots import kernel_reads_nibbles
+from moerun.kernels.linears import kernel_reads_nibbles
 print(torch.backends.cpu.get_cpu_capability(), kernel_reads_nibbles())
 for name in test_quant.SCHEMES:
     test_quant.test_the_kernel_computes_what_plain_dequantisation_does(name, 5)

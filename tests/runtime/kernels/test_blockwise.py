@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from moerun.format.bitplanes import ROWS, SCHEMES, dequantise, expand_codes, expand_scales
+from moerun.format.bitplanes import dequantise, expand_codes, expand_scales
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import align_up
+from moerun.format.precision import ROWS, SCHEMES
 from moerun.format.quantise import quantise
 from moerun.kernels import cpu_prompt as blockwise
 from moerun.kernels.cpu_prompt import multiply_blockwise, pays_from_tokens, scratch_bytes
-from moerun.kernels.slots import SlotForm, kernel_reads_nibbles
+from moerun.kernels.linears import kernel_reads_nibbles
+from moerun.kernels.slots import SlotForm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Scales, weights and activations are rounded to bfloat16, of 8 bits, before products are summed.

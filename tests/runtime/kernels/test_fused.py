@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moerun.errors import RunError
-from moerun.format.bitplanes import SCHEMES, dequantise, pack_codes
+from moerun.format.bitplanes import dequantise, pack_codes
 from moerun.format.expert import ExpertParam, ExpertShape
+from moerun.format.precision import SCHEMES
 from moerun.format.quantise import quantise
 from moerun.kernels.slots import FusedSlot, SlotForm
 
@@ -26,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moerun.kernels import gpu_triton as fusedkernels
 from moerun.kernels.gpu import constants_of
-from moerun.format.bitplanes import SCHEMES
+from moerun.format.precision import SCHEMES
 
 warnings.simplefilter("ignore")
 scheme = SCHEMES[sys.argv[1]]

@@ -18,10 +18,11 @@ from moerun.errors import RunError
 from moerun.links import DiskLink, HostTier, Throttle
 from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
-from moerun.live.generate import Sampling
 from moerun.live.recording import EventLog
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.live.session import Session
+from moerun.settings import Settings
 from moerun.store.pack import pack
 from runtime.live.test_session import drive, random_passes, trace_of
 from support.links import MemoryRecords, MemorySlot

@@ -17,9 +17,10 @@ from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.links import HostTier
-from moerun.live.generate import Sampling
 from moerun.live.recording import LiveRecording
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate_with

@@ -11,10 +11,11 @@ import pytest
 import torch
 from moepolicy import find_policy
 from moerun.checkpoint.hub import resolve
-from moerun.live.generate import Sampling
 from moerun.live.kvcache import STEP_TOKENS, RoomyLayer, WindowLayer, new_cache
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.memory.cache import held_bytes, shape_of
+from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.moe_models import FAMILIES, random_model
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache

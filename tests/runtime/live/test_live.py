@@ -21,10 +21,11 @@ from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.live import runner as runner_module
-from moerun.live.generate import Sampling
 from moerun.live.recording import EventLog, LiveRecording
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.policies import unserved
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim import Workload, load_workload

@@ -18,12 +18,13 @@ from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.live import runner as runner_module
-from moerun.live.generate import Sampling
 from moerun.live.recording import EventLog, LiveRecording
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.live.session import Session
 from moerun.offload.cpu_experts import AsideExpert
 from moerun.offload.experts import ResidentProvider, Served
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate

@@ -11,10 +11,10 @@ import pytest
 import torch
 from moepolicy import Context, PolicyError, find_policy
 from moerun.links import DiskLink
-from moerun.live.runner import Settings
 from moerun.live.session import Session
 from moerun.memory import compiling
 from moerun.memory.compiling import Compiling
+from moerun.settings import Settings
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot
 
 CONTEXT = Context(n_layers=3, n_experts=6, top_k=2, slots=3)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from moepolicy import find_policy
 from moerun.errors import RunError
-from moerun.live.generate import Generated, Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.generate import Generated
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.live.turn import model_ends, turn_of
 from moerun.serving.chat import encode_chat
+from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.chat_templates import (
     STYLES,

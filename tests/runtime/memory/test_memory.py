@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import PolicyError, find_policy, replay_journal
+from moerun.amounts import parse_bytes
 from moerun.checkpoint.hub import resolve
-from moerun.devices import parse_bytes, resident_bytes
+from moerun.devices import resident_bytes
 from moerun.errors import RunError
 from moerun.live import runner as runner_module
-from moerun.live.generate import Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.memory import fit as planning
 from moerun.memory.budget import parse_budget
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from support.big_models import big_store

@@ -14,11 +14,12 @@ import torch
 from moepolicy import Kind, find_policy
 from moepolicy.calls import CompiledCalls
 from moerun.errors import RunError
-from moerun.live.generate import Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.memory.compiling import Compiling
 from moerun.memory.fit import plan_memory
-from moerun.memory.needs import COMPILED_BYTES, MIB, MemoryPlan, Needs
+from moerun.memory.plan import COMPILED_BYTES, MIB, MemoryPlan, Needs
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from support.big_models import big_store
 
@@ -154,8 +155,9 @@ KEEPS = """
 import json, sys
 from moepolicy import find_policy
 from moepolicy.calls import CompiledCalls
-from moerun.live.generate import Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.sampling import Sampling
+from moerun.live.runner import Runner
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 path, budget, policy, low, prompt = sys.argv[1:]
 store = ExpertStore.open(path)
@@ -219,7 +221,8 @@ import json, sys
 import torch
 from moepolicy import find_policy
 from moerun.perplexity.measure import Measurement
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 path, budget = sys.argv[1:]
 settings = Settings(find_policy("lru"), memory_bytes=int(budget))

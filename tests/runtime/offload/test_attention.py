@@ -16,13 +16,15 @@ import transformers as tf
 from moepolicy import find_policy
 from moerun.checkpoint.families import SUPPORTED, empty_model, find_attention
 from moerun.errors import RunError
-from moerun.format.bitplanes import SCHEMES, dequantise
+from moerun.format.bitplanes import dequantise
+from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import SlotForm
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
 from moerun.offload.attention import PackedLinear, packed_attention_bytes
 from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import dense_model, load_offloaded
 from moerun.perplexity.table1 import published
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.find import find_store
 from moerun.store.index import ATTENTION_FILE

@@ -10,10 +10,10 @@ import pytest
 from moepolicy import Kind, console, find_policy
 from moerun.checkpoint.hub import resolve
 from moerun.commands.perplexity import held_out_text
-from moerun.live.runner import Settings
 from moerun.perplexity import measure as perplexity
 from moerun.perplexity.measure import Measurement
 from moerun.perplexity.results import Cell, Results
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from support.commands import Call, caller

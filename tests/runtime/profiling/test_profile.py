@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from moepolicy import find_policy
 from moerun.commands.fidelity import _render
-from moerun.live.generate import Sampling
 from moerun.live.report import Format
-from moerun.live.runner import Settings
+from moerun.live.sampling import Sampling
 from moerun.profiling import fidelity, profiler
 from moerun.profiling import undisturbed as calm
 from moerun.profiling.compute import ComputeCost, StepTimes, costs
@@ -23,6 +22,7 @@ from moerun.profiling.fidelity import Comparison
 from moerun.profiling.link import LinkCost
 from moerun.profiling.profiler import MachineProfile
 from moerun.profiling.undisturbed import CALM, Measured, calmest
+from moerun.settings import Settings
 from moesim.machine.profile import load_machine
 
 US = 1e-6

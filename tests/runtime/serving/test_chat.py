@@ -20,11 +20,13 @@ from moepolicy import find_policy
 from moerun.checkpoint.families import find_experts
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.live.generate import Generation, Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.generate import Generation
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.offload.load import load_tokenizer
 from moerun.serving.chat import Conversation, Lead, encode_chat, plain_text, stops_of
 from moerun.serving.terminal import Sitting
+from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 

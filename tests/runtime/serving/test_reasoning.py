@@ -11,11 +11,12 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from moepolicy import find_policy
-from moerun.live.generate import Sampling
-from moerun.live.runner import Runner, Settings
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.serving.app import Service
 from moerun.serving.protocol import Defaults
 from moerun.serving.terminal import Sitting
+from moerun.settings import Settings
 from support.chat_templates import scripted, spelled, styled_store
 
 WRITES = (

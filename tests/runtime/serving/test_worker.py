@@ -11,9 +11,11 @@ import pytest
 import torch
 from moepolicy import find_policy
 from moerun.checkpoint.hub import resolve
-from moerun.live.generate import Sampling, Work
-from moerun.live.runner import Runner, Settings
+from moerun.live.generate import Work
+from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.serving.worker import Done, Event, Failed, Job, Piece, QueueFull, Refused, Worker
+from moerun.settings import Settings
 from moerun.store.pack import pack
 
 PATIENCE_S = 60

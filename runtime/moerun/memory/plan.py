@@ -1,0 +1,171 @@
+"""The memory plan: what a run needs beside its slots, and how many slots a budget leaves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moepolicy.tables import described
+
+from moerun.amounts import format_bytes
+from moerun.errors import RunError
+from moerun.memory.compiling import Compiling
+
+MIB = 1 << 20
+
+
+# What numba takes to load a policy's kept code (measured: 103 to 105 MiB, whichever the policy),
+# and to compile it (171 to 215 MiB).
+COMPILED_BYTES = {Compiling.NEVER: 0, Compiling.KEPT: 112 * MIB, Compiling.ALWAYS: 256 * MIB}
+
+
+COMPILED_SHARE = 16  # compiled calls may cost slots of no more than this part of a budget
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a run holds besides its expert slots, in bytes.
+
+    aside_bytes      of what computes experts on the CPU, where that is the device
+    host_tier_bytes  of the experts kept between disk and device, where the host is the device
+    compiled_bytes   of numba and the policy's compiled code, where the host is the device
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    workspace_bytes: int
+    context_tokens: int
+    aside_bytes: int = 0
+    host_tier_bytes: int = 0
+    compiled_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(n_bytes for _, n_bytes, _ in self.rows())
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """What takes how many bytes, and why; what a run does not have is left out."""
+        optional = [
+            ("CPU experts", self.aside_bytes, "computed beside the others"),
+            ("host memory", self.host_tier_bytes, "experts between disk and slots"),
+            ("compiled", self.compiled_bytes, "numba and the policy's code"),
+        ]
+        return [
+            ("weights", self.weights_bytes, "all but the experts"),
+            ("KV cache", self.kv_cache_bytes, f"{self.context_tokens:,} tokens of context"),
+            ("workspace", self.workspace_bytes, "activations, logits, libraries"),
+            *(row for row in optional if row[1]),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a budget is spent. ``slots`` is per layer; without a budget they were asked for."""
+
+    needs: Needs
+    budget_bytes: int | None
+    slots: int
+    n_layers: int
+    n_experts: int
+    staging: int
+    slot_bytes: int
+    compiling: Compiling = Compiling.ALWAYS  # what may be done to have the policy's calls compiled
+
+    @property
+    def slots_bytes(self) -> int:
+        return (self.slots * self.n_layers + self.staging) * self.slot_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.needs.total_bytes + self.slots_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget that works: no slots, every expert through staging."""
+        return self.needs.total_bytes + self.staging * self.slot_bytes
+
+    def within(self, budget_bytes: int) -> MemoryPlan:
+        """The same run in another budget; RunError where that is too small for any."""
+        if budget_bytes < self.least_bytes:
+            raise RunError(
+                f"{format_bytes(budget_bytes)} of memory is too little: the least that works is "
+                f"{exact(self.least_bytes)} ({self._least()}); each slot in all "
+                f"{self.n_layers} layers takes {format_bytes(self.n_layers * self.slot_bytes)} more"
+            )
+        slots = (budget_bytes - self.least_bytes) // (self.n_layers * self.slot_bytes)
+        return replace(self, budget_bytes=budget_bytes, slots=min(slots, self.n_experts))
+
+    def with_compiling(self, done: Compiling = Compiling.NEVER) -> MemoryPlan:
+        """This plan, in a budget on the CPU, with what there is room for of compiled policy calls.
+
+        They save some microseconds a layer, a slot saves copies: compiling gets what slots leave
+        unused, code that is kept on disk may cost a small part of the budget. What is ``done``
+        already is counted. Raises RunError where the budget is too small for that.
+        """
+        assert self.budget_bytes is not None
+        assert self.needs.compiled_bytes == 0
+        unused_bytes = self.budget_bytes - self.total_bytes
+        for chosen in (Compiling.ALWAYS, Compiling.KEPT):
+            n_bytes = COMPILED_BYTES[chosen]
+            needs = replace(self.needs, compiled_bytes=n_bytes)
+            plan = replace(self, needs=needs, compiling=chosen)
+            small = chosen is Compiling.KEPT and n_bytes <= self.budget_bytes // COMPILED_SHARE
+            fits = n_bytes <= unused_bytes or (small and plan.least_bytes <= self.budget_bytes)
+            if fits or chosen is done:
+                return plan.within(self.budget_bytes)
+        return replace(self, compiling=Compiling.NEVER)
+
+    def on_host_within(self, budget_bytes: int, done: Compiling) -> MemoryPlan:
+        """As ``within``, of a run on the CPU for whose compiled calls so much is ``done``."""
+        bare = replace(self, needs=replace(self.needs, compiled_bytes=0))
+        bare = bare.within(budget_bytes)
+        try:
+            return bare.with_compiling(done)
+        except RunError as error:
+            raise RunError(
+                f"{error}; the policy's code is loaded and stays: a run that begins with "
+                "--memory does without it"
+            ) from error
+
+    def _least(self) -> str:
+        """What the smallest budget would be spent on."""
+        parts = [f"{name} {format_bytes(n_bytes)}" for name, n_bytes, _ in self.needs.rows()]
+        buffers = f"{self.staging} staging buffer{'s' if self.staging > 1 else ''}"
+        return ", ".join([*parts, f"{buffers} {format_bytes(self.staging * self.slot_bytes)}"])
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """What takes how many bytes, and why: for a table."""
+        slots = f"{self.slots} of {self.n_experts} experts in each of {self.n_layers} layers"
+        return [
+            *self.needs.rows(),
+            ("staging", self.staging * self.slot_bytes, f"{self.staging} experts in passing"),
+            ("slots", self.slots * self.n_layers * self.slot_bytes, slots),
+            ("total", self.total_bytes, "" if self.budget_bytes is None else self._unused()),
+        ]
+
+    def table(self) -> str:
+        return described(
+            {f"{name:11} {format_bytes(size):>11}": why for name, size, why in self.rows()}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes in bytes under the names of the plan's parts."""
+        return {
+            **asdict(self.needs),
+            "staging_bytes": self.staging * self.slot_bytes,
+            "slots_bytes": self.slots * self.n_layers * self.slot_bytes,
+            "total_bytes": self.total_bytes,
+            "budget_bytes": self.budget_bytes,
+            "least_bytes": self.least_bytes,
+            "slots": self.slots,
+        }
+
+    def _unused(self) -> str:
+        assert self.budget_bytes is not None
+        left = format_bytes(max(self.budget_bytes - self.total_bytes, 0))
+        return f"of {format_bytes(self.budget_bytes)}; {left} unused"
+
+
+def exact(n_bytes: int) -> str:
+    """An amount that can be given back as an option's value: rounded up to a MiB."""
+    return f"{-(-n_bytes // MIB)}MiB"
