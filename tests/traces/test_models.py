@@ -222,6 +222,20 @@ def test_numbers_go_before_like() -> None:
         GivenSizes(attention="4bit").on(gpt_oss())
 
 
+def test_what_a_recorder_said_stays_unless_attention_is_given() -> None:
+    dense = find_model("gpt-oss-20b").dense()
+    measured = gpt_oss(layer_bytes=23_000_000, expert_bytes={"bf16": 5})
+    meta = GivenSizes(like="gpt-oss-20b").on(measured)
+    assert (meta.layer_bytes, meta.token_bytes) == (23_000_000, dense.token_bytes)
+    assert meta.expert_bytes["bf16"] == 5
+    assert meta.dense_precision == "a layer's as recorded, else bf16"
+    assert meta.notes["sizes"].endswith("a layer's as the trace has them")
+    both = GivenSizes(like="gpt-oss-20b").on(replace(measured, token_bytes=9))
+    assert (both.layer_bytes, both.token_bytes, both.dense_precision) == (23_000_000, 9, None)
+    other = GivenSizes(like="gpt-oss-20b", attention="bf16").on(measured)
+    assert (other.layer_bytes, other.token_bytes) == dense
+
+
 @pytest.mark.parametrize(
     ("meta", "like", "message"),
     [

@@ -177,8 +177,9 @@ def import_trace(
     like: Annotated[
         str | None,
         typer.Option(
-            help="Take the model's sizes from this one: a name such as gpt-oss-20b, a config.json, "
-            "or its folder. Layers, experts and top-k must agree with the recording's.",
+            help="Take the sizes that the recording lacks from this model: a name such as "
+            "gpt-oss-20b, a config.json, or its folder. Layers, experts and top-k must agree with "
+            "the recording's.",
             show_default=False,
         ),
     ] = None,

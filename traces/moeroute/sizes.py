@@ -15,9 +15,11 @@ TOP_K_NOTE = "top_k"  # of a trace whose recorder chose fewer experts than its m
 class GivenSizes:
     """What a person says of the model a trace is of: another model's name, or numbers.
 
-    like               a model of the table, a config.json, or its folder; gives every size
+    like               a model of the table, a config.json, or its folder; gives every size that the
+                       trace does not say itself
     layers             only its first so many layers are in the trace
-    attention          precision of its attention, as for `moerun pack`
+    attention          precision of its attention, as for `moerun pack`; then the dense weights are
+                       the model's whatever the trace says
     expert_bytes       bytes of one expert by precision
     dense_layer_bytes  bytes of the dense weights of a layer with experts
     dense_token_bytes  bytes a token reads outside those layers
@@ -34,7 +36,7 @@ class GivenSizes:
         return self != GivenSizes()
 
     def on(self, meta: TraceMeta) -> TraceMeta:
-        """``meta`` with these sizes in the place of its own; numbers go before ``like``.
+        """``meta`` with these sizes: numbers in the place of its own, ``like`` for what it lacks.
 
         Raises TraceError where a number is not positive, or the model named is none that the trace
         can be of, by what differs.
@@ -63,18 +65,29 @@ class GivenSizes:
             model = model.first(self.layers)
         reduced = check_like(meta, model)
         attention = self.attention or NATIVE
-        dense = model.dense(attention)
-        notes = {"sizes": f"of {model.name}, dense weights {model.dense_label(attention)}"}
+        dense, label = model.dense(attention), model.dense_label(attention)
+        # What a recorder measured is better known than what the published model has.
+        own = {"layer": meta.layer_bytes, "token": meta.token_bytes}
+        kept = [name for name, size in own.items() if size and self.attention is None]
+        notes = {"sizes": f"of {model.name}, dense weights {label}"}
+        counted: str | None = label
+        if kept:
+            stays = " and ".join(f"a {name}'s" for name in kept)
+            notes["sizes"] += f"; {stays} as the trace has them"
+            counted = meta.dense_precision
+            if len(kept) < len(own):
+                counted = f"{stays} {counted or 'as recorded'}, else {label}"
         if reduced:
             notes[TOP_K_NOTE] = reduced
         return replace(
             meta,
-            expert_bytes=meta.expert_bytes | model.expert_bytes(),
+            expert_bytes=meta.expert_bytes
+            | {n: b for n, b in model.expert_bytes().items() if n not in meta.expert_bytes},
             expert_params=model.expert_params,
-            layer_bytes=dense.layer_bytes,
-            token_bytes=dense.token_bytes,
+            layer_bytes=meta.layer_bytes if "layer" in kept else dense.layer_bytes,
+            token_bytes=meta.token_bytes if "token" in kept else dense.token_bytes,
             n_shared_experts=model.n_shared_experts,
-            dense_precision=model.dense_label(attention),
+            dense_precision=counted,
         ).with_notes(**notes)
 
 

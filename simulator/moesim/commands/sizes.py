@@ -9,8 +9,8 @@ import typer
 Like = Annotated[
     str | None,
     typer.Option(
-        help="Take every size from this model: a name such as gpt-oss-20b, a config.json, or its "
-        "folder. Layers, experts and top-k must agree with the trace's.",
+        help="Take the sizes that the trace lacks from this model: a name such as gpt-oss-20b, a "
+        "config.json, or its folder. Layers, experts and top-k must agree with the trace's.",
         show_default=False,
     ),
 ]
