@@ -121,9 +121,10 @@ def test_what_a_batch_lacks_or_has_too_much_is_told() -> None:
     assert told(replace(bad, predicted=())) == (
         "here: 0 prediction columns; the metadata's horizon is 1"
     )
-    assert told(replace(bad, layer=bad.layer.astype(np.int64))) == (
-        "here: column layer is int64[3], not uint16[3]"
-    )
+    for other in ("int64", "uint8", "int16"):  # wider, narrower, as wide
+        assert told(replace(bad, layer=bad.layer.astype(other))) == (
+            f"here: column layer is {other}[3], not uint16[3]"
+        )
     assert told(replace(bad, experts=bad.experts[:, :1])) == (
         "here: column experts is uint16[3, 1], not uint16[3, 2]"
     )

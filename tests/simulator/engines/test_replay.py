@@ -60,6 +60,18 @@ def test_the_replay_is_simpy_to_the_nanosecond(
     assert outcome(workload, policy, on, slots, scope, "replay") == simpy
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("policy", ["lru-spec:n=1,staging=1", "emoe-substitute"])
+def test_the_steps_may_be_read_in_chunks_of_any_size(
+    policy: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step gets its own logits and predictions, whichever chunk they come with."""
+    workload = load_workload(open_trace("tiny"), predictions=True, logits=True).head(40)
+    simpy = outcome(workload, policy, machine(), 4, "layer", "simpy")
+    monkeypatch.setattr(engines, "CHUNK", chunk)
+    assert outcome(workload, policy, machine(), 4, "layer", "replay") == simpy
+
+
 # Compiling takes seconds for each policy and set of features: here every feature is on.
 @pytest.mark.slow
 @pytest.mark.parametrize(
