@@ -23,7 +23,13 @@ import moesim
 from moesim.errors import SimulationError, UsageError
 from moesim.limits.bounds import BASELINE
 from moesim.machine.profile import Machine, load_machine
-from moesim.simulate import check_calibration, check_needs, expert_size, low_expert_size
+from moesim.simulate import (
+    check_calibration,
+    check_needs,
+    check_workers,
+    expert_size,
+    low_expert_size,
+)
 from moesim.sweep.grid import Grid
 
 # The parts of moesim that decide what a simulation gives; a test holds this list complete.
@@ -227,6 +233,7 @@ class _Layout:
         self.specs = specs
         self.n_asked = n_asked
         self.policies = [_travelling(spec) for spec in specs]
+        self.profiles = machines
         self.machines = [machine_digest(machine) for machine in machines]
         self.traces = traces
         self.calibration = calibration
@@ -271,6 +278,7 @@ class _Layout:
         calibration = self.calibration if "counts" in spec.requires else None
         try:
             check_needs(trace, spec)
+            check_workers(self.profiles[machine], spec)
             if calibration is not None:
                 check_calibration(calibration, trace.meta)
             size = expert_size(trace.meta, precision=precision, expert_bytes=expert_bytes)
