@@ -58,6 +58,15 @@ def check_needs(trace: Trace, policy: PolicySpec) -> None:
         )
 
 
+def check_workers(machine: Machine, policy: PolicySpec) -> None:
+    """SimulationError where ``policy`` computes on CPU workers, and ``machine`` has none."""
+    if "cpu" in policy.requires and machine.cpu is None:
+        raise SimulationError(
+            f"policy '{policy.label}' computes on CPU workers, and machine '{machine.name}' has "
+            "none: add a [cpu] section to its profile"
+        )
+
+
 def workload_for(trace: Trace, policies: list[PolicySpec]) -> Workload:
     """Read a trace once for all ``policies``; TraceError names what one of them needs.
 
@@ -132,11 +141,7 @@ def simulate(
     """
     if cold and journal is not None:
         raise SimulationError("a journal is of one cache, and a cold run has one for each sequence")
-    if "cpu" in policy.requires and machine.cpu is None:
-        raise SimulationError(
-            f"policy '{policy.label}' computes on CPU workers, and machine '{machine.name}' has "
-            "none: add a [cpu] section to its profile"
-        )
+    check_workers(machine, policy)
     if "low" in policy.requires and not low_bytes:
         raise SimulationError(
             f"policy '{policy.label}' loads experts at a lower precision, and there is no store of "

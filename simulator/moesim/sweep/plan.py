@@ -19,7 +19,7 @@ from moeroute.schema import TraceMeta
 from moesim.errors import SimulationError, UsageError
 from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
-from moesim.simulate import check_calibration, check_needs
+from moesim.simulate import check_calibration, check_needs, check_workers
 from moesim.sizes import expert_size, low_expert_size
 from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid
@@ -149,6 +149,7 @@ class _Layout:
         self.specs = specs
         self.n_asked = n_asked
         self.policies = [_travelling(spec) for spec in specs]
+        self.profiles = machines
         self.machines = [machine_digest(machine) for machine in machines]
         self.traces = traces
         self.calibration = calibration
@@ -196,6 +197,7 @@ class _Layout:
         calibration = self.calibration if "counts" in spec.requires else None
         try:
             check_needs(trace, spec)
+            check_workers(self.profiles[machine], spec)
             if calibration is not None:
                 check_calibration(calibration, trace.meta)
             size = expert_size(meta, precision=precision, expert_bytes=expert_bytes) or 0

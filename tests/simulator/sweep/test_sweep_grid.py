@@ -14,6 +14,7 @@ from moesim import SimulationError, load_workload
 from moesim.engines.choose import Engine
 from moesim.sweep.grid import Grid, load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.plan import make_plan
+from moesim.sweep.run import run_sweep
 from moesim.sweep.worker import slots_in
 from support.traces import decoded, random_trace, write_trace
 
@@ -259,3 +260,13 @@ def test_a_calibration_trace_concerns_the_policies_that_count(tmp_path: Path, tr
     plan = make_plan(replace(grid, calibration="tiny"))
     assert plan.points[0].refused is None
     assert "layers of 8 experts" in str(plan.points[1].refused)
+
+
+def test_a_policy_that_the_machine_cannot_serve_is_refused_and_the_sweep_succeeds(
+    trace: str, tmp_path: Path
+) -> None:
+    grid = make_grid({"policies": ["lru", "fiddler"], "traces": [trace], "slots": [2]})
+    report = run_sweep(grid, str(tmp_path / "r.parquet"))
+    assert [row["status"] for row in report.rows] == ["ok", "failed"]
+    assert "computes on CPU workers" in report.rows[1]["error"]
+    assert (len(report.failures), report.refused) == (1, 1)
