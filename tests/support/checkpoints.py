@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.moe_models import random_model
+from support.moe_models import random_model
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]

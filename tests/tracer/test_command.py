@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
+from support.checkpoints import change_weights, quantise_float8
 from support.moe_models import random_model, save_checkpoint
 
 Run = Callable[..., "tuple[int, str, str]"]
@@ -134,6 +136,14 @@ def test_wrong_models_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> 
     assert not (tmp_path / "t.parquet").exists()
 
 
+def test_undeclared_quantisation_is_not_recorded(
+    moetrace: Run, corpus: Path, tmp_path: Path
+) -> None:
+    copy = change_weights(checkpoint_copy(tmp_path), partial(quantise_float8, scale="_scale_inv"))
+    told = "weight_scale_inv' (float32"
+    assert_fails(moetrace("record", corpus, "--model", copy, "--out", tmp_path / "t"), told)
+
+
 def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -142,12 +152,12 @@ def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Pa
     arguments = ("record", corpus, "--model", copy, "--out", tmp_path / "t.parquet")
     whole = load_file(weights)
     save_file({k: v for k, v in whole.items() if "layers.3" not in k}, weights, {"format": "pt"})
-    assert_fails(moetrace(*arguments), "incomplete: it lacks model.layers.3")
+    assert_fails(moetrace(*arguments), "has no weights for model.layers.3")
     save_file(whole, weights, {"format": "pt"})
     os.truncate(weights, weights.stat().st_size // 2)
-    assert_fails(moetrace(*arguments), f"{copy} cannot be loaded")
+    assert_fails(moetrace(*arguments), f"{weights} is no whole safetensors file")
     weights.write_bytes(b"not safetensors at all")
-    assert_fails(moetrace(*arguments), f"{copy} cannot be loaded")
+    assert_fails(moetrace(*arguments), f"{weights} is no whole safetensors file")
     (copy / "config.json").write_text("{")
     assert_fails(moetrace(*arguments), "config.json")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from moepolicy.versions import installed
 from moeroute.models import DenseSizes, dense_sizes
+from moerun.checkpoint.accounting import check_tensors
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import empty_model, expert_shape, find_experts, shared_experts_of
 from moerun.checkpoint.hub import resolve
@@ -73,7 +74,10 @@ def load(
     place = _device(device)
     config = _loading(path / "config.json", AutoConfig.from_pretrained, path)
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
-    find_routers(_loading(path, empty_model, config, stored))
+    empty = _loading(path, empty_model, config, stored)
+    find_routers(empty)
+    if not getattr(config, "quantization_config", None):  # what is declared, transformers reads
+        check_tensors(path, empty, config)
     run_as = DTYPES[dtype] or stored
     if dtype == "auto" and place.type == "cpu" and stored is torch.float16:
         run_as = torch.float32

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from moerun.checkpoint.mapping import Target, TensorMap
 from moerun.checkpoint.quantised import declared, find_format
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
-from moerun.format.expert import ExpertShape
+from moerun.format.expert import ExpertParam
 
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -31,18 +32,19 @@ class Accounts:
         self._mapping = mapping
         self._path = checkpoint.path
 
-    def check(self, layers: Sequence[str], shape: ExpertShape, n_experts: int) -> list[str]:
+    def check(
+        self, layers: Sequence[str] = (), params: Sequence[ExpertParam] = (), n_experts: int = 0
+    ) -> list[str]:
         """The tensors that are left out because stock transformers says that it leaves them out.
 
-        `layers` are the names of the fused experts, `shape` that of one of `n_experts`.
+        `layers` are the names of the fused experts to be read one at a time, `params` what each of
+        `n_experts` consists of.
         Raises RunError that names the first tensor that is left over, cannot be read as what the
         model wants, or is missing.
         """
         left_out = self._check_taken()
         self._check_missing()
-        experts = {
-            f"{layer}.{param.name}": param.shape for layer in layers for param in shape.params
-        }
+        experts = {f"{layer}.{param.name}": param.shape for layer in layers for param in params}
         for target in self._mapping.state:
             if target not in self._mapping.targets:
                 continue
@@ -56,7 +58,7 @@ class Accounts:
     def _check_taken(self) -> list[str]:
         mapping = self._mapping
         nobody = [target for target in mapping.targets if target not in mapping.state]
-        ignored = set(nobody) - unexpected_by_stock(mapping.model, nobody)
+        ignored = set(nobody) - told_by_stock(mapping.model, unexpected=nobody)
         ignored |= {target for target in nobody if _is_next_token_layer(target, mapping.config)}
         left_out = [
             n for target in nobody if target in ignored for n in mapping.targets[target].names
@@ -123,14 +125,12 @@ class Accounts:
     def _check_missing(self) -> None:
         mapping = self._mapping
         ties: dict[str, str] = mapping.model.all_tied_weights_keys
-        tied = set(ties) | set(ties.values())
-        for name in mapping.state:
-            if name in mapping.targets:
-                continue
-            pair = {name, ties.get(name, name), *(t for t, s in ties.items() if s == name)}
-            if name in tied and pair & mapping.targets.keys():
-                continue
-            raise RunError(f"{self._path} has no weights for {name}: {self._why_missing(name)}")
+        absent = [name for name in mapping.state if name not in mapping.targets]
+        told = told_by_stock(mapping.model, missing=absent) if absent else set()
+        for name in absent:
+            pair = {ties.get(name), *(t for t, s in ties.items() if s == name)}
+            if name in told and not pair & mapping.targets.keys():
+                raise RunError(f"{self._path} has no weights for {name}: {self._why_missing(name)}")
 
     def _why_missing(self, name: str) -> str:
         if file := weight_map(self._path).get(name):
@@ -240,20 +240,35 @@ class Accounts:
         )
 
 
-def unexpected_by_stock(model: Any, names: Collection[str]) -> set[str]:
-    """Those of `names`, unknown to the model, that stock transformers does not declare ignored."""
+def check_tensors(path: Path, model: Any, config: Any) -> None:
+    """Raises RunError when stock transformers would lose, misread or make up a tensor of `model`.
+
+    For whoever loads a checkpoint by transformers, which only warns. `model` may be on the meta
+    device.
+    """
+    checkpoint = Checkpoint(path)
+    try:
+        Accounts(checkpoint, TensorMap(path, model, config, checkpoint.names)).check()
+    finally:
+        checkpoint.close()
+
+
+def told_by_stock(
+    model: Any, *, unexpected: Collection[str] = (), missing: Collection[str] = ()
+) -> set[str]:
+    """Those of these names that stock transformers does not declare ignored."""
     from transformers.modeling_utils import LoadStateDictInfo
 
     info = LoadStateDictInfo(
-        missing_keys=set(),
-        unexpected_keys=set(names),
+        missing_keys=set(missing),
+        unexpected_keys=set(unexpected),
         mismatched_keys=set(),
         error_msgs=[],
         conversion_errors={},
         skipped_pp_keys=set(),
     )
     model._adjust_missing_and_unexpected_keys(info)
-    return set(info.unexpected_keys)
+    return {*info.unexpected_keys, *info.missing_keys}
 
 
 def is_fused(target: Target, names: list[str], n_experts: int) -> bool:

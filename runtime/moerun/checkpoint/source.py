@@ -69,7 +69,7 @@ class ModelSource:
         self._state, self._targets = self._mapping.state, self._mapping.targets
         self._dtypes = _dtypes_of(self.model, self._state, self.dtype)
         left_out = Accounts(self.checkpoint, self._mapping).check(
-            self.layers, self.shape, self.n_experts
+            self.layers, self.shape.params, self.n_experts
         )
         self.notes = [*_notes(self.checkpoint.path, left_out), *self._tie()]
         """What a person should know of how the checkpoint is taken, one line each."""

@@ -13,8 +13,7 @@ from moerun.checkpoint.source import ModelSource
 from moerun.errors import RunError
 from moerun.store.pack import pack
 from safetensors.torch import load_file, save_file
-
-from tests.support import checkpoints as made
+from support import checkpoints as made
 
 Change = Callable[[made.Tensors], object]
 EXPERT = "model.layers.1.block_sparse_moe.experts."

@@ -19,8 +19,7 @@ from moerun.offload.load import load_offloaded
 from moerun.store.find import find_store
 from moerun.store.pack import pack
 from safetensors.torch import load_file, save_file
-
-from tests.support import checkpoints as made
+from support import checkpoints as made
 
 
 @pytest.fixture
