@@ -86,11 +86,19 @@ def pack(
         packer = _Packer(model, out, precisions, device or _best_device())
         with _disk_errors(packer.folder):
             packer.prepare(reuse, report or _silent)
-            packer.write_records(workers or os.cpu_count() or 1, progress)
+            try:
+                packer.write_records(workers or os.cpu_count() or 1, progress)
+            except _UnfitError:
+                shutil.rmtree(packer.folder)  # it would stand in the way of another precision
+                raise
             packer.finish(name or source.resolve().name, revision)
     finally:
         model.close()
     return ExpertStore.open(out)
+
+
+class _UnfitError(RunError):
+    """Weights that this pack can never take, however often it is begun again."""
 
 
 class _Packer:
@@ -266,7 +274,7 @@ class _Packer:
             try:
                 packed = quantise(weight, scheme, device=self._device, run=blocks.map)
             except RunError as error:
-                raise RunError(f"{name} of {record.what}: {error}") from error
+                raise _UnfitError(f"{name} of {record.what}: {error}") from error
             parts |= {f"{name}.{part}": value for part, value in packed.items()}
         made = torch.empty(record.layout.record_bytes, dtype=torch.uint8)
         record.layout.write(parts, made)

@@ -337,6 +337,8 @@ def test_weights_that_cannot_be_quantised_name_the_expert(checkpoint: Path, tmp_
     rewrite(checkpoint, lambda tensors: tensors[name][0].fill_(float("nan")))
     with pytest.raises(RunError, match=r"down_proj of expert 2 of layer 1: .*not finite"):
         pack(checkpoint, tmp_path / "out", precision="4bit")
+    assert not list(tmp_path.glob("out*"))
+    pack(checkpoint, tmp_path / "out", precision="bf16").close()
 
 
 def test_unknown_precisions_list_what_there_is(tmp_path: Path) -> None:
