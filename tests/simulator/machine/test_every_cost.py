@@ -22,7 +22,7 @@ from moesim import Machine, Workload, simulate
 from moesim.engines.choose import Engine
 from moesim.errors import SimulationError
 from moesim.limits import min_time_ns
-from moesim.machine.costs import costs_of
+from moesim.machine.costs import Sizes, costs_of
 from moesim.machine.profile import Compute, Cpu, Disk, Link
 from moesim.simulate import sizes_of
 from support.workloads import make_workload
@@ -205,6 +205,7 @@ def test_what_a_profile_leaves_out_costs_nothing() -> None:
             if field.default is not MISSING:
                 free = 1 if field.name == "streams" else 0
                 assert field.default == (math.inf if field.name.endswith("_per_s") else free)
+    assert Sizes(10, 5, 0, 0).low_bytes == 0
 
 
 CENTURY_S = 100 * 365 * 24 * 3600
@@ -232,3 +233,11 @@ def test_a_run_that_may_take_a_century_is_refused(field: str, times: int) -> Non
         sizes = sizes_of(ONE_STEP.meta, 10)
         with pytest.raises(SimulationError, match="100 years") if refused else nullcontext():
             costs_of(ONE_STEP, slow, sizes, predicting=False)
+
+
+def test_a_century_is_the_sum_of_all() -> None:
+    """A copy's two latencies, of a quarter and a bit each, for two copies."""
+    each_s = 0.26 * CENTURY_S
+    on = replace(PLAIN, link=Link(1e9, latency_s=each_s), disk=Disk(1e9, latency_s=each_s))
+    with pytest.raises(SimulationError, match="100 years"):
+        costs_of(ONE_STEP, on, sizes_of(ONE_STEP.meta, 10), predicting=False)
