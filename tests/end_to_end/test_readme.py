@@ -126,9 +126,6 @@ RUNS = {
     "--low-precision 2bit --slots 3": Run(prints="* changes what the model computes"),
     'moerun --policy fiddler --slots 3 --prompt "..."': Run(),
 }
-# numba lowers no augmented assignment to an array that is an attribute, and that is still taken
-# for a mistake of the policy's author.
-NOT_YET = "moesim compare lru mine.py:Mine mine.py:Mine:half_life=200"
 
 
 def commands() -> list[str]:
@@ -229,8 +226,6 @@ def cases() -> list[object]:
         if run is SERVED or command.startswith("make "):
             continue
         marks = [pytest.mark.slow] if run.slow else []
-        if command == NOT_YET:
-            marks.append(pytest.mark.xfail(strict=True, reason="policies that do not compile"))
         shown.append(pytest.param(command, marks=marks, id=command))
     return shown
 
