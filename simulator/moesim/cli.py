@@ -20,13 +20,14 @@ from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
-from moesim.comparison import MACHINE, TRACE, Comparison, Point, Setting, quarters, run
-from moesim.engines.choose import Engine
+from moesim.comparison import MACHINE, TRACE, Comparison, Point, Setting, run
+from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
 from moesim.machine.profile import load_machine, machine_names
 from moesim.machine.unknown import size_notes
 from moesim.report import Compared, rows_of, table
+from moesim.sizes import quarters
 
 app = typer.Typer(
     help="Score cache and prefetch policies for mixture-of-experts offloading on recorded routing.",
@@ -164,7 +165,14 @@ def compare(
             "--expert-bytes"
         )
     sizes = _slots(slots, setting.meta.n_experts)
-    found = run(setting, specs, sizes, timeline=timeline is not None, watch=_progress)
+    found = run(
+        setting,
+        specs,
+        sizes,
+        compilations=Compilations(),
+        timeline=timeline is not None,
+        watch=_progress,
+    )
     if timeline is not None and setting.expert_bytes is not None:
         _write_timeline(timeline, found, setting, setting.expert_bytes)
     provenance = setting.provenance | ({} if like is None else {"sizes_like": like})

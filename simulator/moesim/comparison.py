@@ -13,8 +13,8 @@ from moeroute import Trace, open_trace
 from moeroute.schema import TraceMeta
 from moeroute.sizes import GivenSizes
 
-from moesim.engines.choose import Engine
 from moesim.engines.clock import Segment
+from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.errors import UsageError
 from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
@@ -23,7 +23,7 @@ from moesim.points import Points, same_figures
 from moesim.report import Compared, Refused, rows_of
 from moesim.result import Result
 from moesim.simulate import check_calibration, simulate, workload_for
-from moesim.sizes import expert_size, low_expert_size
+from moesim.sizes import expert_size, low_expert_size, quarters
 
 if TYPE_CHECKING:
     import polars as pl
@@ -123,10 +123,12 @@ def run(
     policies: Sequence[PolicySpec],
     slots: Sequence[int],
     *,
+    compilations: Compilations,
     timeline: bool = False,
     watch: Callable[[list[Point]], Iterable[Point]] = iter,
 ) -> Comparison:
-    """Simulate every policy with every number of slots; ``watch`` sees the points go by.
+    """Simulate every policy with every number of slots; ``watch`` sees the points go by, and
+    ``compilations`` decides what runs compiled.
 
     Raises what stopped them where none could run.
     """
@@ -148,6 +150,7 @@ def run(
         engine=setting.engine,
         cold=setting.cold,
         limits=setting.limits,
+        compilations=compilations,
     )
     timelines = []
     for count, spec in watch([(count, spec) for count in slots for spec in policies]):
@@ -214,13 +217,13 @@ def compare(
         limits=limits,
     )
     sizes = quarters(setting.meta.n_experts) if slots is None else slots
-    found = run(setting, [_spec(p) for p in policies], [sizes] if isinstance(sizes, int) else sizes)
+    found = run(
+        setting,
+        [_spec(p) for p in policies],
+        [sizes] if isinstance(sizes, int) else sizes,
+        compilations=OF_THIS_PROCESS,
+    )
     return pl.DataFrame(rows_of(found.rows, setting.provenance), infer_schema_length=None)
-
-
-def quarters(n_experts: int) -> list[int]:
-    """A quarter, half and three quarters of a layer's experts: the default cache sizes."""
-    return sorted({max(1, n_experts * quarter // 4) for quarter in (1, 2, 3)})
 
 
 def _opened(trace: str | Path | Trace) -> Trace:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from moepolicy.counts import columns
 from moepolicy.tables import Table, wrapped
 
 from moesim.gap import BASELINE, Gap, gap_of
@@ -27,7 +28,7 @@ class Refused:
 
     def row(self) -> dict[str, Any]:
         """The columns of a comparison, empty but for what was asked for and the reason."""
-        empty: dict[str, Any] = dict.fromkeys(each.name for each in fields(Result))
+        empty: dict[str, Any] = dict.fromkeys(columns(Result))
         return empty | Gap("", None, None).row() | asdict(self)
 
 

@@ -24,7 +24,7 @@ from rich.progress import (
 
 from moesim.commands.options import Force
 from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.sweep.grid import load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.loop import Watcher
 from moesim.sweep.results import read_finished, suffix_of

@@ -21,9 +21,7 @@ from moepolicy.state import Cache, new_cache
 from numpy.typing import NDArray
 
 from moesim.engines.replay_state import Work, step_at, work_of
-from moesim.workload.steps import Workload
-
-CHUNK = 1 << 15  # steps whose predictions are in memory together
+from moesim.workload.steps import CHUNK, Workload
 
 
 def decisions(

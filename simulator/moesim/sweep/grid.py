@@ -39,7 +39,7 @@ from moepolicy import PolicySpec, find_policy
 from moepolicy.console import nearest
 from moeroute.sizes import GivenSizes
 
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.errors import SimulationError, UsageError
 
 SCOPES = ("layer", "global")

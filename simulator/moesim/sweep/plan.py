@@ -20,7 +20,7 @@ from moesim.errors import SimulationError, UsageError
 from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
 from moesim.simulate import check_calibration, check_needs, check_workers
-from moesim.sizes import expert_size, low_expert_size
+from moesim.sizes import expert_size, low_expert_size, quarters
 from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid
 from moesim.sweep.point import Calibration, Job, NamedPolicy, Point, Source
@@ -170,7 +170,7 @@ class _Layout:
     def points(self, number: int) -> list[Point]:
         trace, grid = self.traces[number], self.grid
         sizes: list[tuple[int | None, int | None]] = [(None, budget) for budget in grid.memory]
-        sizes = sizes or [(slots, None) for slots in grid.slots or _quarters(trace.meta)]
+        sizes = sizes or [(slots, None) for slots in grid.slots or quarters(trace.meta.n_experts)]
         precisions: list[tuple[str | None, int | None]] = [(p, None) for p in grid.precisions]
         precisions = precisions or [(None, size) for size in grid.expert_bytes or [None]]
         axes = (grid.scopes, precisions, range(len(self.machines)), sizes, range(len(self.specs)))
@@ -290,7 +290,3 @@ def _all_parameters(spec: PolicySpec) -> dict[str, Any]:
         name: value if isinstance(value, int | float | str) else repr(value)
         for name, value in {**defaults, **spec.parameters}.items()
     }
-
-
-def _quarters(meta: TraceMeta) -> list[int]:
-    return sorted({max(1, meta.n_experts * quarter // 4) for quarter in (1, 2, 3)})

@@ -18,7 +18,7 @@ from moepolicy.versions import installed
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.onepass import Decisions, decide, timeless
 from moesim.errors import SimulationError
 from moesim.machine.costs import costs_of
@@ -63,6 +63,7 @@ class Worker:
         self._held: tuple[int, Workload | str] | None = None
         self._decided: tuple[object, Decisions] | None = None
         self._classes: dict[str, PolicySpec] = {}
+        self._compilations = Compilations()
 
     def run(self, point: Point) -> Outcome:
         """Simulate ``point``; whatever goes wrong with it becomes its error."""
@@ -96,6 +97,7 @@ class Worker:
             decisions=self._decisions(point, workload, policy, machine, slots),
             cold=self.job.cold,
             limits=self.job.limits,
+            compilations=self._compilations,
         )
         return result.row() | {"engine": self.job.engine} | versions()
 
@@ -118,7 +120,10 @@ class Worker:
         if self._decided is None or self._decided[0] != key:
             sizes = sizes_of(workload.meta, point.expert_bytes)
             costs = costs_of(workload, machine, sizes, predicting=False)
-            self._decided = key, decide(workload, policy, costs, slots, scope)
+            self._decided = (
+                key,
+                decide(workload, policy, costs, slots, scope, compilations=self._compilations),
+            )
         return self._decided[1]
 
     def _policy(self, number: int) -> PolicySpec:

@@ -13,6 +13,7 @@ import numpy as np
 from moepolicy import PolicySpec
 from moepolicy.console import nearest
 
+from moesim.engines.compilations import Compilations
 from moesim.errors import SimulationError, UsageError
 from moesim.table2.fit import Curves, Fit, fit
 from moesim.table2.ours import Reach, reach
@@ -142,7 +143,8 @@ def reproduce(
     _check(workload)
     workload = decoding(workload)
     sizes = {name: workload.meta.expert_bytes[name] for name in PRECISIONS}
-    bench = Bench(workload)
+    compilations = Compilations()
+    bench = Bench(workload, compilations)
     curves = Curves(bench, sizes[FITTED])
     others = [
         min((_by_curves(curves, other, n, sizes) for n in GUESSES), key=lambda a: a.misfit)
@@ -154,7 +156,7 @@ def reproduce(
         account=account,
         others=others,
         implied_loads={card.name: _implied_loads(curves, card) for card in CARDS},
-        reach=reach(workload, policies, account.fits, sizes),
+        reach=reach(workload, policies, account.fits, sizes, compilations),
         expert_bytes=sizes,
     )
 

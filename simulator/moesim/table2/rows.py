@@ -25,6 +25,7 @@ import numpy as np
 from moepolicy import Context, Policy, PolicySpec, Step, find_policy
 from numpy.typing import NDArray
 
+from moesim.engines.compilations import Compilations
 from moesim.machine.profile import Compute, Link, Machine
 from moesim.simulate import simulate
 from moesim.table2.published import Algorithm
@@ -126,10 +127,11 @@ def whole_layers(workload: Workload) -> Workload:
 class Bench:
     """Runs rows of the table on one trace."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, compilations: Compilations) -> None:
         self.workload = workload
         self.few = workload.head(STEADY_TOKENS)
         self.layers = whole_layers(self.few)
+        self.compilations = compilations
 
     def seconds(
         self,
@@ -156,6 +158,12 @@ class Bench:
             if reading.streamed:
                 policy = PolicySpec("whole-layers", WholeLayers)
         result = simulate(
-            workload, policy, machine, slots=slots, expert_bytes=expert_bytes, limits=False
+            workload,
+            policy,
+            machine,
+            slots=slots,
+            expert_bytes=expert_bytes,
+            limits=False,
+            compilations=self.compilations,
         )
         return 1 / result.speed

@@ -25,6 +25,7 @@ from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate_with
 from moesim.engines.clock import DISK_LANE, Segment
+from moesim.engines.compilations import Compilations
 from moesim.engines.in_simpy import Host
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Compute, Disk, Link, Machine
@@ -241,6 +242,7 @@ def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
         chosen.policy,
         runner.context,
         costs_of(workload, machine, sizes, predicting=False),
+        compilations=Compilations(),
         timeline=True,
     )
     simulated = sum(segment.lane == DISK_LANE for segment in clock.segments or ())

@@ -28,6 +28,7 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate
+from moesim.engines.compilations import Compilations
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Compute, Cpu, Link, Machine
 from moesim.sizes import sizes_of
@@ -114,6 +115,7 @@ def test_the_simulator_repeats_the_run_event_for_event(
         chosen.policy,
         context,
         costs_of(workload, a_machine, sizes, predicting=False),
+        compilations=Compilations(),
         observers=(log,),
     )
     assert [tuple(event) for event in log.events] == [tuple(e) for e in document["events"]]

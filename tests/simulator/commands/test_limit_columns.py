@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moepolicy import Context, PolicySpec, find_policy
 from moepolicy.policy import Policy
 from moesim import Machine, simulate
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, Link
 from moesim.sizes import sizes_of

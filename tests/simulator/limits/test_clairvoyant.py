@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from moepolicy import Context, ExpertCache, Kind, PolicyError, find_policy, replay_journal
 from moeroute import open_trace
 from moesim import Machine, SimulationError, Workload, load_workload, simulate
-from moesim.engines import choose as engines
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.gap import gap_closed
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, Link
@@ -45,9 +44,7 @@ def test_it_keeps_the_rules_whatever_the_clock(
 
 
 def test_it_needs_the_future() -> None:
-    with pytest.raises(
-        PolicyError, match="needs the future of a recorded trace: it runs in moesim"
-    ):
+    with pytest.raises(PolicyError, match=r"'clairvoyant' needs the future of a recorded trace$"):
         find_policy("clairvoyant").build(Context(2, 4, 2, 2))
     workload = make_workload([(0, [0])], 1, 2)
     with pytest.raises(PolicyError, match="delay and margin must be 0 or more, not -1 and 4"):
@@ -125,12 +122,19 @@ def test_a_gap_needs_its_two_ends() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_it_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
+def test_compiled_it_does_the_same() -> None:
+    known = Compilations(worth_compiling=0)
     workload, machine = sample(40), link_of(25)
     runs = [
-        simulate(workload, find_policy("clairvoyant"), machine, slots=4, engine=engine)
-        for engine in (engines.Engine.simpy, engines.Engine.replay)
+        simulate(
+            workload,
+            find_policy("clairvoyant"),
+            machine,
+            slots=4,
+            engine=engine,
+            compilations=known,
+        )
+        for engine in (Engine.simpy, Engine.replay)
     ]
-    assert (Engine.replay, find_policy("clairvoyant").policy) in engines._proven
+    assert (Engine.replay, find_policy("clairvoyant").policy) in known.proven
     assert runs[0] == runs[1]

@@ -106,7 +106,7 @@ def test_blocks_change_nothing(
     on = replace(WITH_DISK, disk=Disk(0.5e9, host_bytes=20))
     expected = least_ns(make_workload(steps, n_layers, 4), on, slots)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limit, "BLOCK", block)
+        patch.setattr(limit, "BLOCK_STEPS", block)
         assert least_ns(make_workload(steps, n_layers, 4), on, slots) == expected
 
 

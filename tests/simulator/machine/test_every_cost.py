@@ -17,7 +17,7 @@ import pytest
 from moepolicy import Context, Policy, PolicySpec, find_policy
 from moepolicy.kinds import COMPUTE
 from moesim import Machine, Workload, simulate
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, Cpu, Disk, Link
 from moesim.sizes import sizes_of
