@@ -20,7 +20,7 @@ from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
-from moesim.comparison import MACHINE, TRACE, Comparison, Point, Setting, run
+from moesim.comparison import MACHINE, TRACE, Comparison, Setting, SizedPolicy, run
 from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
@@ -211,7 +211,7 @@ def _write_timeline(path: Path, found: Comparison, setting: Setting, expert_byte
     )
 
 
-def _progress(points: list[Point]) -> Iterable[Point]:
+def _progress(points: list[SizedPolicy]) -> Iterable[SizedPolicy]:
     console = Console(stderr=True)
     return track(
         points, "simulating", console=console, transient=True, disable=not console.is_terminal

@@ -20,7 +20,7 @@ from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
 from moesim.machine.unknown import dense_label, expert_label
 from moesim.points import Points, same_figures
-from moesim.report import Compared, Refused, rows_of
+from moesim.report import Compared, RefusedPoint, rows_of
 from moesim.result import Result
 from moesim.simulate import check_calibration, simulate, workload_for
 from moesim.sizes import expert_size, low_expert_size, quarters
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TRACE, MACHINE = "tiny", "rtx3060"
 
 PolicyLike = str | type[Policy] | PolicySpec
-Point = tuple[int, PolicySpec]  # slots a layer, and the policy
+SizedPolicy = tuple[int, PolicySpec]  # slots a layer, and the policy
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Setting:
 class Comparison:
     """What came of it: a row a point, those refused with the reason; timelines if asked for."""
 
-    rows: list[Compared | Refused]
+    rows: list[Compared | RefusedPoint]
     timelines: list[tuple[str, list[Segment]]]
     title: str
     alike: list[str]  # of policies that cannot differ from another here
@@ -125,7 +125,7 @@ def run(
     *,
     compilations: Compilations,
     timeline: bool = False,
-    watch: Callable[[list[Point]], Iterable[Point]] = iter,
+    watch: Callable[[list[SizedPolicy]], Iterable[SizedPolicy]] = iter,
 ) -> Comparison:
     """Simulate every policy with every number of slots; ``watch`` sees the points go by, and
     ``compilations`` decides what runs compiled.

@@ -18,13 +18,13 @@ from moeroute import Trace, TraceError
 from moeroute.schema import TraceMeta, prediction_column
 
 from moesim.engines.choose import run
-from moesim.engines.clock import Clock, Segment
+from moesim.engines.clock import Segment, SimulatedTime
 from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.engines.onepass import Decisions
 from moesim.errors import SimulationError
 from moesim.limits import Limits, limits_of
 from moesim.machine.costs import Costs, Sizes, costs_of
-from moesim.machine.profile import NS_PER_S, Link, Machine
+from moesim.machine.profile import NS_PER_S, LinkProfile, Machine
 from moesim.result import Result
 from moesim.sizes import _HOW_BIG, expert_size, sizes_of
 from moesim.workload.loading import load_workload
@@ -151,7 +151,7 @@ class Case:
                 f"policy '{self.policy.label}' prefetches, and what comes in time depends on the "
                 f"bytes of an expert: {_HOW_BIG}"
             )
-        link = Link(bytes_per_s=self.machine.link.bytes_per_s)
+        link = LinkProfile(bytes_per_s=self.machine.link.bytes_per_s)
         return replace(self.machine, link=link, disk=None)
 
     def limits(self, buffers: int) -> Limits:
@@ -171,11 +171,11 @@ class Case:
 class Replayed:
     """What came of a case's replay: counts, where the time went, buffers for prefetches."""
 
-    clock: Clock
+    clock: SimulatedTime
     counts: Counts = field(default_factory=Counts)
     buffers: int = 0
 
-    def follow(self, cache: Cache, clock: Clock) -> None:
+    def follow(self, cache: Cache, clock: SimulatedTime) -> None:
         """Add the replay of the next part."""
         self.counts += counts_of(cache)
         self.clock.follow(clock)
@@ -219,7 +219,7 @@ def simulate(
     if decisions is not None:
         found = Replayed(decisions.clock(costs(workload)), decisions.counts)
     else:
-        found = Replayed(Clock(segments=timeline))
+        found = Replayed(SimulatedTime(segments=timeline))
         for part in case.parts():
             # Counts are of a calibration trace or of the whole; the future is a sequence's own.
             context = part.context(slots, scope)._replace(counts=workload.counts)
@@ -270,7 +270,7 @@ def _result(case: Case, found: Replayed, limit: Limits | None) -> Result:
     )
 
 
-def _tokens_per_s(workload: Workload, clock: Clock) -> float:
+def _tokens_per_s(workload: Workload, clock: SimulatedTime) -> float:
     """Of decoded tokens, or of a prompt's where there are no others."""
     tokens, spent_ns = workload.n_decoded, clock.decode_ns
     if not tokens:
@@ -278,7 +278,7 @@ def _tokens_per_s(workload: Workload, clock: Clock) -> float:
     return tokens * NS_PER_S / spent_ns if spent_ns else float("inf")
 
 
-def _seconds(clock: Clock | None) -> dict[str, Any]:
+def _seconds(clock: SimulatedTime | None) -> dict[str, Any]:
     """The columns of a result that tell where the time went; None: there are no times."""
     return {
         "time_s": clock.total_ns / NS_PER_S if clock else None,

@@ -21,7 +21,7 @@ from moepolicy.state import Cache, arrays_of, new_cache
 
 from moesim.engines import replay as twin
 from moesim.engines import replay_state
-from moesim.engines.clock import Clock
+from moesim.engines.clock import SimulatedTime
 from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.in_simpy import Simulation
 from moesim.machine.costs import Costs
@@ -44,7 +44,7 @@ def run(
     n_steps: int = 0,
     look: Look | None = None,
     n_events: int = 0,
-) -> tuple[Cache, Clock]:
+) -> tuple[Cache, SimulatedTime]:
     """Replay ``workload``; returns the cache as it ended and where the time went.
 
     ``compilations`` decides whether it runs compiled. Observers and a journal need SimPy, which
@@ -78,7 +78,7 @@ class _Job:
     n_events: int = 0
     engine: ClassVar[Engine]
 
-    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, SimulatedTime]:
         """The first ``n_steps`` steps (None: all of them).
 
         Interpreted it raises PolicyError where the policy fails. Compiled it raises whatever the
@@ -115,7 +115,7 @@ def _compiles(job: _Job, compilations: Compilations) -> bool:
     return True
 
 
-def _compile_somehow(trial: _Job, n_steps: int) -> tuple[Cache, Clock]:
+def _compile_somehow(trial: _Job, n_steps: int) -> tuple[Cache, SimulatedTime]:
     """The prefix by compiled code that allocates nothing or, if need be, by code that does."""
     try:
         return trial.run(compile=True, n_steps=n_steps)
@@ -125,7 +125,7 @@ def _compile_somehow(trial: _Job, n_steps: int) -> tuple[Cache, Clock]:
     return trial.run(compile=True, n_steps=n_steps)
 
 
-def _run_compiled(job: _Job, compilations: Compilations) -> tuple[Cache, Clock]:
+def _run_compiled(job: _Job, compilations: Compilations) -> tuple[Cache, SimulatedTime]:
     """Run all of ``job`` compiled; where that fails, interpreted from the start.
 
     Compiled code cannot say where it failed. If the policy fails interpreted, too, that says it.
@@ -170,7 +170,7 @@ def _reason(policy: PolicySpec, error: Exception) -> str:
     return why_not(cause, files_of(policy.policy))
 
 
-def _comparable(cache: Cache, clock: Clock) -> list[Any]:
+def _comparable(cache: Cache, clock: SimulatedTime) -> list[Any]:
     arrays = arrays_of(cache).values()
     return [*arrays, clock.total_ns, clock.stall_ns]
 
@@ -180,7 +180,7 @@ class _Simulation(_Job):
 
     engine = Engine.simpy
 
-    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, SimulatedTime]:
         cache = ExpertCache(
             self.context,
             self.policy.build(self.context),
@@ -205,7 +205,7 @@ class _Replay(_Job):
 
     engine = Engine.replay
 
-    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, SimulatedTime]:
         n_steps = self.workload.n_steps if n_steps is None else min(n_steps, self.workload.n_steps)
         policy, cache, clocks = self._parts(n_steps)
         costs = self.costs

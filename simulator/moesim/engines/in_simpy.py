@@ -15,7 +15,7 @@ from moepolicy import ExpertCache, Kind, Transfer
 from moepolicy.kinds import COMPUTE as ON_CPU
 from moepolicy.kinds import HIT, LATE, MISS, SUBSTITUTE
 
-from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, Clock
+from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, SimulatedTime
 from moesim.machine.costs import Costs
 from moesim.workload.steps import Workload
 
@@ -48,7 +48,7 @@ class At(simpy.Event):
 
 
 @dataclass(slots=True)
-class Copy:
+class SimulatedCopy:
     """An expert on its way, from the start of its copy to its arrival."""
 
     key: int
@@ -84,13 +84,15 @@ class SimulatedLink:
     as many streams for demand as for prefetch, and the bus goes to demand first.
     """
 
-    def __init__(self, env: Nanoseconds, costs: Costs, cache: ExpertCache, clock: Clock) -> None:
+    def __init__(
+        self, env: Nanoseconds, costs: Costs, cache: ExpertCache, clock: SimulatedTime
+    ) -> None:
         self.env = env
         self.costs = costs
         self.cache = cache
         self.clock = clock
         self.arrived: dict[int, None] = {}  # in order of arrival, of those not yet collected
-        self._copies: list[Copy] = []
+        self._copies: list[SimulatedCopy] = []
         self._host = Host(costs.host_bytes)
         self._bus_busy = False
         self._followed_at: dict[int, int] = {}  # by stream: when one ended that others waited for
@@ -151,7 +153,7 @@ class SimulatedLink:
         pieces = n_pieces * (2 if costs.write_back and transfer.evicts else 1)
         self._started += 1
         self._copies.append(
-            Copy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
+            SimulatedCopy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
         )
         if ready_at > now:
             At(self.env, ready_at - now, COMPLETION).callbacks.append(self.kick)
@@ -175,7 +177,7 @@ class SimulatedLink:
         self.clock.add(LINK_LANE, copy.stream, now, now + took, copy.key, int(copy.demand))
         At(self.env, took, COMPLETION).callbacks.append(lambda _: self._piece_done(copy))
 
-    def _piece_done(self, copy: Copy) -> None:
+    def _piece_done(self, copy: SimulatedCopy) -> None:
         self._bus_busy = False
         copy.pieces -= 1
         if copy.pieces == 0:
@@ -208,12 +210,12 @@ class Simulation:
         self.cache = cache
         self.costs = costs
         self.env = Nanoseconds(initial_time=0)
-        self.clock = Clock(segments=[] if timeline else None)
+        self.clock = SimulatedTime(segments=[] if timeline else None)
         self.link = SimulatedLink(self.env, costs, cache, self.clock)
         self._detail = bool(workload.predicted) or workload.logits is not None
         self._expert_ns = costs.expert_ns.tolist(), costs.low_expert_ns.tolist()
 
-    def run(self) -> Clock:
+    def run(self) -> SimulatedTime:
         """Replay the steps; returns where the time went."""
         done = self.env.process(self._compute())
         self.env.run(until=done)

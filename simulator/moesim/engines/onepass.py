@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from moesim.engines import replay as twin
 from moesim.engines.choose import run
-from moesim.engines.clock import Clock
+from moesim.engines.clock import SimulatedTime
 from moesim.engines.compilations import Compilations
-from moesim.engines.replay_state import Work, clock_of, new_clocks
+from moesim.engines.replay_state import ReplaySteps, clock_of, new_clocks
 from moesim.machine.costs import Costs
 from moesim.machine.profile import Machine
 from moesim.workload.steps import CHUNK, Workload
@@ -44,9 +44,9 @@ class Decisions:
     top_k: int
     staging: int
 
-    def clock(self, costs: Costs) -> Clock:
+    def clock(self, costs: Costs) -> SimulatedTime:
         """Where the time goes with these costs: a run's own clock, to the ns."""
-        total = Clock()
+        total = SimulatedTime()
         for kind, n in self.steps.items():
             spent = _time(kind, self.top_k, self.staging, costs)
             total.total_ns += n * spent.total_ns
@@ -119,7 +119,7 @@ class _Scripted(Policy):
         return int(candidates[0]) if self.came[incoming] == INTO_EMPTIED else -1
 
 
-def _time(kind: int, top_k: int, staging: int, costs: Costs) -> Clock:
+def _time(kind: int, top_k: int, staging: int, costs: Costs) -> SimulatedTime:
     """The replay's clock after one step of a kind: keys 0 to top_k - 1 wanted, others cached that
     may go."""
     came = [kind >> (1 + 2 * rank) & 3 for rank in range(top_k)]
@@ -135,7 +135,7 @@ def _time(kind: int, top_k: int, staging: int, costs: Costs) -> Clock:
     begins = np.array([bool(kind & 1)])
     wanted = np.arange(top_k, dtype=np.int32)
     ones = np.ones(top_k, np.int32)
-    work = Work(
+    work = ReplaySteps(
         wanted,
         np.ones(top_k, np.float32),
         np.array([0, top_k]),

@@ -32,7 +32,7 @@ class Lost(NamedTuple):
     reason: str
 
 
-Event = Ready | Finished | Lost
+PoolEvent = Ready | Finished | Lost
 
 
 class Connected(NamedTuple):
@@ -57,7 +57,7 @@ class Pool(Protocol):
     def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
         """Hand numbered points to a worker that is ready or has finished its last."""
 
-    def events(self, timeout_s: float) -> list[Event]:
+    def events(self, timeout_s: float) -> list[PoolEvent]:
         """What has happened; empty after ``timeout_s``. Raises SimulationError when no worker
         can be had any more."""
 

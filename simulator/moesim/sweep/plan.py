@@ -23,17 +23,17 @@ from moesim.simulate import check_calibration, check_needs, check_workers
 from moesim.sizes import expert_size, low_expert_size, quarters
 from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid
-from moesim.sweep.point import Calibration, Job, NamedPolicy, Point, Source
+from moesim.sweep.point import Calibration, NamedPolicy, Point, SweepJob, TraceSource
 
 SHOWN = 3  # reasons in one message
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """The points in the order of the result's rows, and what they share."""
 
     grid: Grid
-    job: Job
+    job: SweepJob
     points: tuple[Point, ...]
     all_parameters: tuple[dict[str, Any], ...]  # of each policy, defaults included
 
@@ -89,7 +89,7 @@ class Plan:
         }
 
 
-def make_plan(grid: Grid) -> Plan:
+def make_plan(grid: Grid) -> SweepPlan:
     """Lay ``grid`` out. Raises SimulationError, PolicyError or TraceError, also if no point of it
     can be simulated."""
     specs = grid.specs()
@@ -106,7 +106,7 @@ def make_plan(grid: Grid) -> Plan:
     asked = [point for point in points if not point.reference]
     if all(point.refused for point in asked):
         raise none_valid(len(asked), [point.refused or "" for point in asked])
-    job = Job(
+    job = SweepJob(
         traces=tuple(layout.sources),
         policies=tuple(layout.policies),
         machines=tuple(machines),
@@ -118,7 +118,7 @@ def make_plan(grid: Grid) -> Plan:
             Calibration(calibration.expert_counts(), calibration.digest) if calibration else None
         ),
     )
-    return Plan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
+    return SweepPlan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
 
 
 def none_valid(n_points: int, reasons: Iterable[str]) -> SimulationError:
@@ -155,7 +155,7 @@ class _Layout:
         self.calibration = calibration
         wanted = {need for spec in specs for need in spec.requires}
         self.sources = [
-            Source(
+            TraceSource(
                 *_sized(grid, trace),
                 path=name,
                 place=_place(name, trace),

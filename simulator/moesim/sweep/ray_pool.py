@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import SimulationError, UsageError
-from moesim.sweep.events import Connected, Event, Gone
-from moesim.sweep.point import Job, Point
+from moesim.sweep.events import Connected, Gone, PoolEvent
+from moesim.sweep.point import Point, SweepJob
 
 START_S = 120.0
 STOP_S = 30.0
@@ -44,7 +44,7 @@ class RayPool:
     ``log`` receives what Ray says.
     """
 
-    def __init__(self, job: Job, on: str, n_workers: int | None, log: Path) -> None:
+    def __init__(self, job: SweepJob, on: str, n_workers: int | None, log: Path) -> None:
         if importlib.util.find_spec("ray") is None:
             raise SimulationError(
                 f"--on {on} needs Ray, which is not installed: pip install 'moe-offload-lab[ray]'"
@@ -76,8 +76,8 @@ class RayPool:
         except OSError:
             return  # the driver is gone; the next events say so
 
-    def events(self, timeout_s: float) -> list[Event]:
-        found: list[Event] = []
+    def events(self, timeout_s: float) -> list[PoolEvent]:
+        found: list[PoolEvent] = []
         while self._pipe.poll(0 if found else timeout_s):
             found.append(self._receive())
         return found
@@ -105,7 +105,7 @@ class RayPool:
 
 
 def _drive(
-    pipe: Connection, address: str | None, job: Job, n_workers: int | None, log: Path
+    pipe: Connection, address: str | None, job: SweepJob, n_workers: int | None, log: Path
 ) -> None:
     from moesim.sweep.ray_driver import drive
 

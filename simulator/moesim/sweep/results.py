@@ -17,7 +17,7 @@ from moeroute.parquet import is_url
 from moesim.errors import SimulationError
 from moesim.gap import Gap
 from moesim.result import Result
-from moesim.sweep.plan import Plan
+from moesim.sweep.plan import SweepPlan
 from moesim.sweep.worker import versions
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def suffix_of(out: str) -> str:
     return check_suffix(out, SUFFIXES[:1] if is_url(out) else SUFFIXES)
 
 
-def write(frame: pl.DataFrame, plan: Plan, out: str) -> None:
+def write(frame: pl.DataFrame, plan: SweepPlan, out: str) -> None:
     """Write ``out`` whole or not at all. Raises SimulationError naming it."""
     suffix, metadata = suffix_of(out), {METADATA: json.dumps(asdict(plan.grid))}
     with _naming(out):

@@ -26,7 +26,7 @@ from moesim.machine.profile import Machine
 from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.sweep.digests import code_digest
-from moesim.sweep.point import Job, NamedPolicy, Point, Source
+from moesim.sweep.point import NamedPolicy, Point, SweepJob, TraceSource
 from moesim.sweep.shared_workloads import shared_workload
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload
@@ -50,13 +50,13 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-class Worker:
+class SweepWorker:
     """Runs points one at a time. Holds one workload, and a class for every policy it has met.
 
     ``node`` is the name to complain of where a trace is not to be had.
     """
 
-    def __init__(self, job: Job, scratch: Path, node: str | None = None) -> None:
+    def __init__(self, job: SweepJob, scratch: Path, node: str | None = None) -> None:
         self.job = job
         self.scratch = scratch
         self.node = node
@@ -143,7 +143,7 @@ class Worker:
             raise SimulationError(workload)
         return workload
 
-    def _load(self, source: Source) -> Workload | str:
+    def _load(self, source: TraceSource) -> Workload | str:
         name = f"{source.digest[:16]}-{source.predictions:d}{source.logits:d}"
         try:
             workload = shared_workload(self.scratch, name, lambda to: read_source(source, to))
@@ -179,7 +179,7 @@ def slots_in(
     return min(free // meta.n_layers, meta.n_experts)
 
 
-def read_source(source: Source, folder: Path) -> None:
+def read_source(source: TraceSource, folder: Path) -> None:
     """Load a trace into ``folder``.
 
     SimulationError if it is not the one that the sweep was planned with.

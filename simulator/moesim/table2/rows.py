@@ -26,7 +26,7 @@ from moepolicy import Context, Policy, PolicySpec, Step, find_policy
 from numpy.typing import NDArray
 
 from moesim.engines.compilations import Compilations
-from moesim.machine.profile import Compute, Link, Machine
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.simulate import simulate
 from moesim.table2.published import Algorithm
 from moesim.workload.steps import Workload
@@ -71,7 +71,7 @@ class Constants:
             name="table2",
             description="constants fitted on published rows",
             source="published",
-            link=Link(self.link_bytes_per_s, write_back=write_back),
+            link=LinkProfile(self.link_bytes_per_s, write_back=write_back),
             compute=Compute(layer_s=self.layer_s),
         )
 
@@ -124,7 +124,7 @@ def whole_layers(workload: Workload) -> Workload:
     )
 
 
-class Bench:
+class RowSimulator:
     """Runs rows of the table on one trace."""
 
     def __init__(self, workload: Workload, compilations: Compilations) -> None:

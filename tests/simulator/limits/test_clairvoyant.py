@@ -14,7 +14,7 @@ from moesim import Machine, SimulationError, Workload, load_workload, simulate
 from moesim.engines.compilations import Compilations, Engine
 from moesim.gap import gap_closed
 from moesim.limits import min_time_ns
-from moesim.machine.profile import Compute, Link
+from moesim.machine.profile import Compute, LinkProfile
 from moesim.sizes import sizes_of
 from support.clock import drive, scenarios
 from support.workloads import make_workload
@@ -61,7 +61,9 @@ def test_it_fetches_while_others_compute() -> None:
     layer 1: 33, there | 33..36
     """
     workload = make_workload([(0, [0]), (1, [0]), (0, [1]), (1, [1])], 2, 2)
-    machine = Machine("hand", "", "published", Link(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS))
+    machine = Machine(
+        "hand", "", "published", LinkProfile(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS)
+    )
     options: dict[str, Any] = {"slots": 1, "expert_bytes": 4}
     ahead = simulate(workload, find_policy("clairvoyant"), machine, **options)
     assert ahead.time_s == pytest.approx(36 * NS)
@@ -77,7 +79,7 @@ def sample(tokens: int) -> Workload:
 def link_of(gbytes_per_s: float) -> Machine:
     """Some 0.75 ms of compute a layer of the sample, and a link."""
     compute = Compute(token_s=5e-4, layer_s=1e-4, expert_s=3e-4)
-    return Machine("hand", "", "published", Link(gbytes_per_s * 1e9, 1e-5), compute)
+    return Machine("hand", "", "published", LinkProfile(gbytes_per_s * 1e9, 1e-5), compute)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

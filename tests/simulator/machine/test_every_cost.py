@@ -19,16 +19,18 @@ from moepolicy.kinds import COMPUTE
 from moesim import Machine, Workload, simulate
 from moesim.engines.compilations import Engine
 from moesim.limits import min_time_ns
-from moesim.machine.profile import Compute, Cpu, Disk, Link
+from moesim.machine.profile import Compute, Cpu, Disk, LinkProfile
 from moesim.sizes import sizes_of
 from support.workloads import make_workload
 
 NS = 1e-9
-SECTIONS = {"link": Link, "compute": Compute, "disk": Disk, "cpu": Cpu}
+SECTIONS = {"link": LinkProfile, "compute": Compute, "disk": Disk, "cpu": Cpu}
 
-PLAIN = Machine("by hand", "", "published", Link(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS))
-LATENT = replace(PLAIN, link=Link(1e9, latency_s=4 * NS))
-WITH_DISK = replace(PLAIN, link=Link(1e9, streams=2), disk=Disk(1e9))
+PLAIN = Machine(
+    "by hand", "", "published", LinkProfile(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS)
+)
+LATENT = replace(PLAIN, link=LinkProfile(1e9, latency_s=4 * NS))
+WITH_DISK = replace(PLAIN, link=LinkProfile(1e9, streams=2), disk=Disk(1e9))
 WITH_CPU = replace(PLAIN, cpu=Cpu(1, expert_s=7 * NS))
 
 ONE_STEP = make_workload([(0, (0, 1))], 1, 4, foreseen=True)
@@ -79,7 +81,7 @@ CASES = [
     # Of two streams the latencies overlap: 5 | 9..19, 19..29 | 29..32
     Case("link.streams", 2, (36, 32), (36, 32), on=LATENT),
     # 2 bytes a ns: pieces of 3, 3, 3 and 1 bytes take 2, 2, 2 and 1 ns, an expert at once 5.
-    Case("link.chunk_bytes", 3, (18, 22), (18, 22), on=replace(PLAIN, link=Link(2e9))),
+    Case("link.chunk_bytes", 3, (18, 22), (18, 22), on=replace(PLAIN, link=LinkProfile(2e9))),
     # A wrong guess crosses 25..35. The demand of 33 waits for its end, or for its piece's: 33.
     # So expert 1 arrives at 45 or 43, and after it come 3 + 5 + 3. The limit: two copies for the
     # first token, 5 + 20 + 3, and the compute of the second, 16.
@@ -88,7 +90,7 @@ CASES = [
         2,
         (56, 54),
         (44, 44),
-        on=replace(PLAIN, link=Link(1e9, streams=2)),
+        on=replace(PLAIN, link=LinkProfile(1e9, streams=2)),
         workload=TWO_LAYERS,
         policy=find_policy("lru-spec:n=2"),
         slots=1,
