@@ -20,7 +20,7 @@ from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
-from moesim.comparison import MACHINE, TRACE, Comparison, Setting, SizedPolicy, run
+from moesim.comparison import MACHINE, TRACE, PolicyComparison, Setting, SizedPolicy, run
 from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
@@ -199,7 +199,9 @@ def list_machines() -> None:
     console.emit(described({n: f"{m.source}: {m.description}" for n, m in machines.items()}))
 
 
-def _write_timeline(path: Path, found: Comparison, setting: Setting, expert_bytes: int) -> None:
+def _write_timeline(
+    path: Path, found: PolicyComparison, setting: Setting, expert_bytes: int
+) -> None:
     ran = [one.result for one in found.rows if isinstance(one, Compared)]
     write_timeline(
         path,

@@ -109,7 +109,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """What came of it: a row a point, those refused with the reason; timelines if asked for."""
 
     rows: list[Compared | RefusedPoint]
@@ -126,7 +126,7 @@ def run(
     compilations: Compilations,
     timeline: bool = False,
     watch: Callable[[list[SizedPolicy]], Iterable[SizedPolicy]] = iter,
-) -> Comparison:
+) -> PolicyComparison:
     """Simulate every policy with every number of slots; ``watch`` sees the points go by, and
     ``compilations`` decides what runs compiled.
 
@@ -161,7 +161,7 @@ def run(
     def baseline(count: int) -> Result:
         return one(find_policy(BASELINE), slots=count)
 
-    return Comparison(
+    return PolicyComparison(
         points.beside(baseline if setting.limits else None),
         timelines,
         setting.title(workload.n_decoded + workload.n_prompt),

@@ -11,7 +11,7 @@ from moepolicy.blame import files_of
 from moepolicy.compiled import NotCompilable
 from moepolicy.reasons import why_not
 
-PATIENCE_S = 20.0
+COMPILE_AFTER_S = 20.0
 """How long a run must last before a policy is compiled for it: compiling takes seconds, and most
 of the interpreter. Code that an earlier run left on disk is taken at once."""
 
@@ -79,7 +79,7 @@ class CompileBeside:
             if not kept:
                 if self._allowed is Compiling.KEPT:
                     return
-                self._at_once.wait(PATIENCE_S)
+                self._at_once.wait(COMPILE_AFTER_S)
             with self._beginning:
                 if self._closing.is_set():
                     return

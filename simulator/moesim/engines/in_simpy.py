@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 
 import simpy
 from moepolicy import ExpertCache, Kind, Transfer
-from moepolicy.kinds import COMPUTE as ON_CPU
-from moepolicy.kinds import HIT, LATE, MISS, SUBSTITUTE
+from moepolicy.kinds import COMPUTE, HIT, LATE, MISS, SUBSTITUTE
 
 from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, SimulatedTime
 from moesim.machine.costs import Costs
 from moesim.workload.steps import Workload
 
 # SimPy orders the events of one instant by priority.
-COMPLETION = 1
-COMPUTE = 10
-DISPATCH = 20
+AT_COMPLETION = 1
+AT_COMPUTE = 10
+AT_DISPATCH = 20
 
 
 Process = Generator[simpy.Event, None, None]
@@ -107,7 +106,7 @@ class SimulatedLink:
             self.cache.queued() is not None or (self._copies and not self._bus_busy)
         ):
             self._dispatching = True
-            At(self.env, 0, DISPATCH).callbacks.append(self._dispatch)
+            At(self.env, 0, AT_DISPATCH).callbacks.append(self._dispatch)
 
     def want(self, key: int) -> None:
         """A guess under way turned out to be right: its bytes go with the demanded ones now."""
@@ -156,7 +155,7 @@ class SimulatedLink:
             SimulatedCopy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
         )
         if ready_at > now:
-            At(self.env, ready_at - now, COMPLETION).callbacks.append(self.kick)
+            At(self.env, ready_at - now, AT_COMPLETION).callbacks.append(self.kick)
 
     def _grant_bus(self) -> None:
         """The next piece: of demand before prefetch, of what started first."""
@@ -175,7 +174,7 @@ class SimulatedLink:
         self._bus_busy = True
         self.clock.link_busy_ns += took
         self.clock.add(LINK_LANE, copy.stream, now, now + took, copy.key, int(copy.demand))
-        At(self.env, took, COMPLETION).callbacks.append(lambda _: self._piece_done(copy))
+        At(self.env, took, AT_COMPLETION).callbacks.append(lambda _: self._piece_done(copy))
 
     def _piece_done(self, copy: SimulatedCopy) -> None:
         self._bus_busy = False
@@ -188,7 +187,7 @@ class SimulatedLink:
             self.arrived[copy.key] = None
             if self._waiting is not None:
                 waiting, self._waiting = self._waiting, None
-                self.env.schedule(waiting, COMPUTE)  # type: ignore[arg-type]
+                self.env.schedule(waiting, AT_COMPUTE)  # type: ignore[arg-type]
         self.kick()
 
 
@@ -228,7 +227,7 @@ class Simulation:
         layers = self.workload.layer.tolist()
         for number in range(self.n_steps):
             began = self.env.now
-            yield At(self.env, gate_ns[number], COMPUTE)
+            yield At(self.env, gate_ns[number], AT_COMPUTE)
             self.clock.add(COMPUTE_LANE, 0, began, self.env.now, -1 - layers[number], 1)
             yield from self._expert_step(number)
             if decode[number]:
@@ -270,7 +269,7 @@ class Simulation:
             key = ready.pop(0)
             runs = stand_ins.get(key, key)
             took = self._expert_ns[cache.is_low(runs)][routed[key]]
-            yield At(self.env, waking_ns + took, COMPUTE)
+            yield At(self.env, waking_ns + took, AT_COMPUTE)
             self.clock.stall_ns += waking_ns
             self.clock.add(COMPUTE_LANE, 0, began + waking_ns, self.env.now, runs, 1)
             waking_ns = 0
@@ -278,7 +277,7 @@ class Simulation:
             link.kick()
         if joins_at > self.env.now:
             self.clock.stall_ns += joins_at - self.env.now
-            yield At(self.env, joins_at - self.env.now, COMPUTE)
+            yield At(self.env, joins_at - self.env.now, AT_COMPUTE)
         cache.end()
         link.kick()
 
@@ -287,7 +286,7 @@ class Simulation:
         free_at = [self.env.now] * self.costs.cpu_workers
         joins_at = 0
         for key, kind in outcome.items():
-            if kind == ON_CPU:
+            if kind == COMPUTE:
                 worker = free_at.index(min(free_at))
                 began = free_at[worker]
                 free_at[worker] += int(self.costs.cpu_ns[routed[key]])

@@ -18,7 +18,7 @@ from moesim.sweep.events import Connected, Gone, PoolEvent
 from moesim.sweep.point import Point, SweepJob
 
 START_S = 120.0
-STOP_S = 30.0
+LEAVE_S = 30.0  # to leave the cluster tidy
 
 
 def ray_address(on: str) -> str | None:
@@ -86,7 +86,7 @@ class RayPool:
         try:
             message = self._pipe.recv()
         except (EOFError, OSError):
-            self._process.join(STOP_S)
+            self._process.join(LEAVE_S)
             raise SimulationError(
                 f"{self._where} went away: its driver ended with code {self._process.exitcode}"
             ) from None
@@ -98,7 +98,7 @@ class RayPool:
         if self._process.pid is None:
             return
         self._pipe.close()  # which tells the driver to leave the cluster tidy
-        self._process.join(STOP_S)
+        self._process.join(LEAVE_S)
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
