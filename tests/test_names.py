@@ -13,7 +13,13 @@ import numpy as np
 from moepolicy import Call, Kind
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("traces/moeroute", "policies/moepolicy", "simulator/moesim", "runtime/moerun", "tracer/moetrace")  # fmt: skip
+PACKAGES = (
+    "traces/moeroute",
+    "policies/moepolicy",
+    "simulator/moesim",
+    "runtime/moerun",
+    "tracer/moetrace",
+)
 # Names whose meaning is their module's, and why.
 CONSTANTS: dict[str, str] = {}
 CLASSES = {"UsageError": "every package has its own, to be caught with its other errors"}
@@ -32,7 +38,9 @@ def constants(text: str) -> Iterator[tuple[str, float]]:
             if not re.fullmatch(r"_?[A-Z][A-Z0-9_]*", target):
                 continue
             try:
-                found = eval(compile(ast.Expression(value), "", "eval"), {"__builtins__": {}}, known)
+                found = eval(
+                    compile(ast.Expression(value), "", "eval"), {"__builtins__": {}}, known
+                )
             except Exception:
                 continue  # made of what is imported: not a number of its own
             known[target] = found

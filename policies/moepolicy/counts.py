@@ -1,7 +1,7 @@
 """What a run has counted, under the names that every report uses.
 
-`Counted` is where a counter is named: a new one is one line there. The simulator's results and the
-runtime's totals and reports inherit it.
+`CountColumns` is where a counter is named: a new one is one line there. The simulator's results and
+the runtime's totals and reports inherit it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _mass_at(entry: int) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
+class CountColumns:
     """Counts of experts, and sums of the gates' weights of those a policy did not compute as asked.
 
     loads         copies over the link, prefetches included
@@ -108,14 +108,14 @@ class Counted:
 
 MASSES = {
     one.name: one.name.replace("_mass", "_share")
-    for one in fields(Counted)
+    for one in fields(CountColumns)
     if one.metadata.get(_MASS, ALL_MASS) != ALL_MASS
 }
 """The masses, and the columns that show them as shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts(Counted):
+class Counts(CountColumns):
     """What was counted between two moments; a subclass may add sums of its own."""
 
     def __add__(self, other: Self) -> Self:
@@ -129,15 +129,15 @@ class Counts(Counted):
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def counted(self) -> dict[str, Any]:
-        """The fields of `Counted`, to make a report of."""
-        return {one.name: getattr(self, one.name) for one in fields(Counted)}
+        """The fields of `CountColumns`, to make a report of."""
+        return {one.name: getattr(self, one.name) for one in fields(CountColumns)}
 
 
 def counts_of(cache: Cache) -> Counts:
     """What ``cache`` has counted since it was made, in Python's numbers."""
     counters, mass = cache.counters.tolist(), cache.mass.tolist()
     found: dict[str, Any] = {}
-    for one in fields(Counted):
+    for one in fields(CountColumns):
         if _KINDS in one.metadata:
             found[one.name] = sum(counters[kind] for kind in one.metadata[_KINDS])
         elif mass:  # there is none where the policy does not choose
@@ -145,7 +145,7 @@ def counts_of(cache: Cache) -> Counts:
     return Counts(**found)
 
 
-def columns(row: type[Counted]) -> dict[str, type]:
+def columns(row: type[CountColumns]) -> dict[str, type]:
     """The columns that a report of ``row``'s fields has, in their order, and the type of each.
 
     Shares stand in place of masses, and the hit ratio follows the bytes that were loaded. A value
@@ -168,6 +168,6 @@ def _plain(kind: Any) -> type:
     return next(one for one in kinds if one is not type(None))  # type: ignore[no-any-return]
 
 
-def as_row(reported: Counted) -> dict[str, Any]:
+def as_row(reported: CountColumns) -> dict[str, Any]:
     """The values of ``reported`` by column."""
     return {name: getattr(reported, name) for name in columns(type(reported))}

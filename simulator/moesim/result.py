@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moepolicy.counts import Counted, as_row
+from moepolicy.counts import CountColumns, as_row
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Of:
+class _ResultOf:
     """What a result is of: the first columns of its row."""
 
     policy: str
@@ -27,9 +27,9 @@ class _Of:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result(Counted, _Of):
-    """One policy on one cache and machine. Counts are of experts (see
-    `Counted`), times simulated seconds.
+class Result(CountColumns, _ResultOf):
+    """One policy on one cache and machine. Times are simulated seconds, counts of experts
+    (see `CountColumns`).
 
     expert_bytes      None: unknown, and with it every time, None too
     layer_bytes       of a layer's dense weights; None: unknown

@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moepolicy.counts import Counted, as_row
+from moepolicy.counts import CountColumns, as_row
 from moepolicy.tables import Format, described, to_csv, to_json
 
 from moerun.versions import run_packages
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Of:
+class _ReportOf:
     """What a report is of: the first columns of its row."""
 
     policy: str
@@ -36,9 +36,9 @@ class _Of:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Counted, _Of):
+class Report(CountColumns, _ReportOf):
     """One live run; times are measured seconds, counts are of experts
-    (see `Counted`).
+    (see `CountColumns`).
 
     tokens_per_s is of decoding: tokens after the first over the time they took.
     """

@@ -10,7 +10,7 @@ from moepolicy.counts import Counts, counts_of
 
 @dataclass(frozen=True, kw_only=True)
 class Totals(Counts):
-    """A live run's counts (see `Counted`) and what they took.
+    """A live run's counts (see `CountColumns`) and what they took.
 
     steps         that were served
     bytes_loaded  over the link

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from moesim.sweep.point import Point
+from moesim.sweep.point import SweepPoint
 from moesim.sweep.worker import Outcome
 
 HOPELESS = 3  # workers in a row that died before they could do anything
@@ -54,7 +54,7 @@ class Pool(Protocol):
 
     def start(self) -> None: ...
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         """Hand numbered points to a worker that is ready or has finished its last."""
 
     def events(self, timeout_s: float) -> list[PoolEvent]:

@@ -23,7 +23,7 @@ from moesim.simulate import check_calibration, check_needs, check_workers
 from moesim.sizes import expert_size, low_expert_size, quarters
 from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid
-from moesim.sweep.point import Calibration, NamedPolicy, Point, SweepJob, TraceSource
+from moesim.sweep.point import Calibration, NamedPolicy, SweepJob, SweepPoint, TraceSource
 
 SHOWN = 3  # reasons in one message
 
@@ -34,10 +34,10 @@ class SweepPlan:
 
     grid: Grid
     job: SweepJob
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
     all_parameters: tuple[dict[str, Any], ...]  # of each policy, defaults included
 
-    def name(self, point: Point) -> str:
+    def name(self, point: SweepPoint) -> str:
         """A point as messages name it."""
         job = self.job
         size = f"slots={point.slots}"
@@ -62,7 +62,7 @@ class SweepPlan:
                 bases[_setting(point)] = point.key
         return {p.key: bases[_setting(p)] for p in self.points if _setting(p) in bases}
 
-    def labels(self, point: Point) -> dict[str, Any]:
+    def labels(self, point: SweepPoint) -> dict[str, Any]:
         """The columns that say what a row is of."""
         source = self.job.traces[point.trace]
         policy = self.job.policies[point.policy]
@@ -167,7 +167,7 @@ class _Layout:
             for name, trace in zip(grid.traces, traces, strict=True)
         ]
 
-    def points(self, number: int) -> list[Point]:
+    def points(self, number: int) -> list[SweepPoint]:
         trace, grid = self.traces[number], self.grid
         sizes: list[tuple[int | None, int | None]] = [(None, budget) for budget in grid.memory]
         sizes = sizes or [(slots, None) for slots in grid.slots or quarters(trace.meta.n_experts)]
@@ -189,7 +189,7 @@ class _Layout:
         slots: int | None,
         budget: int | None,
         policy: int,
-    ) -> Point:
+    ) -> SweepPoint:
         trace, spec = self.traces[number], self.specs[policy]
         source, size = self.sources[number], 0
         refused, meta = source.refused, source.meta
@@ -232,7 +232,7 @@ class _Layout:
             what |= {"calibration": calibration.digest}
         if refused:
             what |= {"precision": precision, "path": source.path}
-        return Point(
+        return SweepPoint(
             key=digest_of(what)[:32],
             trace=number,
             policy=policy,
@@ -256,7 +256,7 @@ def _sized(grid: Grid, trace: Trace) -> tuple[TraceMeta, str | None]:
         return trace.meta, str(error)
 
 
-def _setting(point: Point) -> tuple[Any, ...]:
+def _setting(point: SweepPoint) -> tuple[Any, ...]:
     """What two points share whose policies are compared."""
     size = point.slots, point.memory_bytes
     return point.trace, point.machine, point.scope, *size, point.expert_bytes, point.precision

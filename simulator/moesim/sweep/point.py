@@ -31,7 +31,7 @@ class TraceSource:
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One simulation. ``trace``, ``policy`` and ``machine`` number the plan's.
 
     A cache has ``slots`` a layer or, where that is None, what ``memory_bytes`` holds. ``key``

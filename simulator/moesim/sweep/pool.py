@@ -15,7 +15,7 @@ from typing import Any
 
 from moesim.errors import SimulationError
 from moesim.sweep.events import HOPELESS, Finished, Lost, PoolEvent, Ready
-from moesim.sweep.point import Point, SweepJob
+from moesim.sweep.point import SweepJob, SweepPoint
 from moesim.sweep.worker import SweepWorker, one_thread
 
 STOP_S = 2.0
@@ -54,7 +54,7 @@ class ProcessPool:
         self._workers[self._next] = _Process(process, ours)
         self._next += 1
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         try:
             self._workers[worker].pipe.send(points)
         except OSError:

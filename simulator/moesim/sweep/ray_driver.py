@@ -22,7 +22,7 @@ from typing import Any
 
 from moesim.sweep.digests import code_digest
 from moesim.sweep.events import HOPELESS, Connected, Finished, Gone, Lost, Ready
-from moesim.sweep.point import Point, SweepJob
+from moesim.sweep.point import SweepJob, SweepPoint
 from moesim.sweep.worker import Outcome, SweepWorker, one_thread
 
 REACH_S = 5.0
@@ -46,7 +46,7 @@ class NodeWorker:
         """The node's name, and which code of moesim it has."""
         return self.node, code_digest()
 
-    def run(self, point: Point) -> Outcome:
+    def run(self, point: SweepPoint) -> Outcome:
         return self.worker.run(point)
 
 

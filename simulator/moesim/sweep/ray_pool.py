@@ -15,7 +15,7 @@ from typing import Any
 
 from moesim.errors import SimulationError, UsageError
 from moesim.sweep.events import Connected, Gone, PoolEvent
-from moesim.sweep.point import Point, SweepJob
+from moesim.sweep.point import SweepJob, SweepPoint
 
 START_S = 120.0
 LEAVE_S = 30.0  # to leave the cluster tidy
@@ -70,7 +70,7 @@ class RayPool:
         assert isinstance(first, Connected)
         self.n_workers = first.n_workers
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         try:
             self._pipe.send((worker, list(points)))
         except OSError:

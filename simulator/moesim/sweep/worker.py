@@ -26,7 +26,7 @@ from moesim.machine.profile import Machine
 from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.sweep.digests import code_digest
-from moesim.sweep.point import NamedPolicy, Point, SweepJob, TraceSource
+from moesim.sweep.point import NamedPolicy, SweepJob, SweepPoint, TraceSource
 from moesim.sweep.shared_workloads import shared_workload
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload
@@ -65,7 +65,7 @@ class SweepWorker:
         self._classes: dict[str, PolicySpec] = {}
         self._compilations = Compilations()
 
-    def run(self, point: Point) -> Outcome:
+    def run(self, point: SweepPoint) -> Outcome:
         """Simulate ``point``; whatever goes wrong with it becomes its error."""
         said = io.StringIO()
         try:
@@ -77,7 +77,7 @@ class SweepWorker:
             return Outcome(None, f"{_where(error)}: {error!r}", _lines(said))
         return Outcome(row, None, _lines(said))
 
-    def _simulate(self, point: Point) -> dict[str, Any]:
+    def _simulate(self, point: SweepPoint) -> dict[str, Any]:
         workload = self._workload(point.trace)
         policy = self._policy(point.policy)
         slots = point.slots
@@ -102,7 +102,12 @@ class SweepWorker:
         return result.row() | {"engine": self.job.engine} | versions()
 
     def _decisions(
-        self, point: Point, workload: Workload, policy: PolicySpec, machine: Machine, slots: int
+        self,
+        point: SweepPoint,
+        workload: Workload,
+        policy: PolicySpec,
+        machine: Machine,
+        slots: int,
     ) -> Decisions | None:
         """What the policy decides whatever the machine, if that is so and several are asked for;
         kept until a point asks for other decisions."""

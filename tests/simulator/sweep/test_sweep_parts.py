@@ -18,7 +18,7 @@ from moesim.sweep.grid import Grid
 from moesim.sweep.journal import SweepJournal
 from moesim.sweep.loop import Sweep, Watcher
 from moesim.sweep.plan import SweepPlan, make_plan
-from moesim.sweep.point import Point
+from moesim.sweep.point import SweepPoint
 from moesim.sweep.results import METADATA, read_finished, table, write
 from moesim.sweep.schedule import Schedule
 from moesim.sweep.summary import best
@@ -49,7 +49,7 @@ class Scripted:
     def start(self) -> None:
         self._events += [Ready(worker) for worker in range(self.n_workers)]
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         self.given.append([number for number, _ in points])
         for number, _ in points:
             if self.deaths.get(number, 0) > 0:
