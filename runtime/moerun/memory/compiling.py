@@ -28,7 +28,21 @@ class Compiling(Enum):
         return list(Compiling).index(self)
 
 
-_told: set[type[Policy]] = set()
+class Told:
+    """Which policies' owners have been told why their calls are not compiled: each once."""
+
+    def __init__(self) -> None:
+        self._policies: set[type[Policy]] = set()
+
+    def tell(self, policy: type[Policy], name: str, reason: str) -> None:
+        """Say on stderr that ``policy`` runs interpreted, unless that has been said."""
+        if policy not in self._policies:
+            self._policies.add(policy)
+            print(f"policy '{name}' runs interpreted: {reason}", file=sys.stderr)
+
+
+TOLD_IN_THIS_PROCESS = Told()
+"""For sessions that are given none of their own."""
 
 
 class CompileBeside:
@@ -40,9 +54,11 @@ class CompileBeside:
         lock: threading.Condition,
         horizon: int,
         allowed: Compiling = Compiling.ALWAYS,
+        told: Told = TOLD_IN_THIS_PROCESS,
     ) -> None:
         """``lock`` is held for every call of the cache; steps have ``horizon`` predictions at
-        most. ``allowed`` is KEPT or ALWAYS."""
+        most. ``allowed`` is KEPT or ALWAYS. ``told`` says why the policy is not compiled."""
+        self._told = told
         self._cache = cache
         self._lock = lock
         self._horizon = horizon
@@ -94,7 +110,4 @@ class CompileBeside:
 
     def _tell(self, reason: str) -> None:
         """Say once why a policy's calls are not compiled; they serve as they are."""
-        policy = type(self._cache.policy)
-        if policy not in _told:
-            _told.add(policy)
-            print(f"policy '{self._cache.name}' runs interpreted: {reason}", file=sys.stderr)
+        self._told.tell(type(self._cache.policy), self._cache.name, reason)
