@@ -20,13 +20,14 @@ from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
-from moesim.comparison import MACHINE, TRACE, Comparison, Point, Setting, quarters, run
-from moesim.engines.choose import Engine
+from moesim.comparison import MACHINE, TRACE, PolicyComparison, Setting, SizedPolicy, run
+from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
 from moesim.machine.profile import load_machine, machine_names
 from moesim.machine.unknown import size_notes
 from moesim.report import Compared, rows_of, table
+from moesim.sizes import quarters
 
 app = typer.Typer(
     help="Score cache and prefetch policies for mixture-of-experts offloading on recorded routing.",
@@ -164,7 +165,14 @@ def compare(
             "--expert-bytes"
         )
     sizes = _slots(slots, setting.meta.n_experts)
-    found = run(setting, specs, sizes, timeline=timeline is not None, watch=_progress)
+    found = run(
+        setting,
+        specs,
+        sizes,
+        compilations=Compilations(),
+        timeline=timeline is not None,
+        watch=_progress,
+    )
     if timeline is not None and setting.expert_bytes is not None:
         _write_timeline(timeline, found, setting, setting.expert_bytes)
     provenance = setting.provenance | ({} if like is None else {"sizes_like": like})
@@ -191,7 +199,9 @@ def list_machines() -> None:
     console.emit(described({n: f"{m.source}: {m.description}" for n, m in machines.items()}))
 
 
-def _write_timeline(path: Path, found: Comparison, setting: Setting, expert_bytes: int) -> None:
+def _write_timeline(
+    path: Path, found: PolicyComparison, setting: Setting, expert_bytes: int
+) -> None:
     ran = [one.result for one in found.rows if isinstance(one, Compared)]
     write_timeline(
         path,
@@ -203,7 +213,7 @@ def _write_timeline(path: Path, found: Comparison, setting: Setting, expert_byte
     )
 
 
-def _progress(points: list[Point]) -> Iterable[Point]:
+def _progress(points: list[SizedPolicy]) -> Iterable[SizedPolicy]:
     console = Console(stderr=True)
     return track(
         points, "simulating", console=console, transient=True, disable=not console.is_terminal

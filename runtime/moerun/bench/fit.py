@@ -9,7 +9,7 @@ import torch
 from moerun.devices import free_bytes
 from moerun.errors import RunError
 
-_SPARE_BYTES = 1 << 30  # activations, the libraries, what the system needs
+_SYSTEM_BYTES = 1 << 30  # activations, the libraries, what the system needs
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Room:
         )
 
     def on_device(self) -> int:
-        return self.slot_bytes + self.staging_bytes + self.dense_bytes + _SPARE_BYTES
+        return self.slot_bytes + self.staging_bytes + self.dense_bytes + _SYSTEM_BYTES
 
     def in_host(self, device: torch.device, *, on_disk: bool) -> int:
         """Host memory; the device's, too, where that is the same."""

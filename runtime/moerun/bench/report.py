@@ -80,16 +80,15 @@ def _row(name: str, lossy: bool, runs: list[Timed], bench: Bench, simulated: flo
     link_s = moved / median(bench.link_rates) if bench.link_has_one_rate else None
     compute_s = _compute_s(bench, totals) / tokens
     bound_s = max(link_s or 0.0, compute_s)
-    wanted = max(totals.requests, 1)
     return Row(
         policy=RELEASED_LABEL if name == RELEASED else name,
         lossy=lossy,
         tokens_per_s=median(rates),
         spread=(max(rates) - min(rates)) / median(rates),
-        hit_ratio=totals.hits / wanted,
-        late_ratio=totals.late / wanted,
-        miss_ratio=totals.misses / wanted,
-        cpu_ratio=totals.cpu_experts / wanted,
+        hit_ratio=totals.hit_ratio,
+        late_ratio=totals.late_ratio,
+        miss_ratio=totals.miss_ratio,
+        cpu_ratio=totals.cpu_ratio,
         **totals.shares,
         useless_prefetches=totals.useless_prefetches,
         gb_per_token=moved / 1e9,
@@ -106,7 +105,7 @@ def _row(name: str, lossy: bool, runs: list[Timed], bench: Bench, simulated: flo
 def _compute_s(bench: Bench, totals: Totals) -> float:
     """The device's own compute of the measured tokens: of the experts, those it computed."""
     all_s = median(run.decode_s for run in bench.compute)
-    spared = (totals.cpu_experts + totals.skipped) / max(totals.requests, 1)
+    spared = totals.ratio(totals.cpu_experts + totals.skipped)
     if not spared:
         return all_s
     rest_s = min(median(run.decode_s for run in bench.without_experts), all_s)

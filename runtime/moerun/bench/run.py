@@ -42,7 +42,6 @@ from moerun.store.expert_store import ExpertStore
 
 RELEASED = "released"
 LINK_PROBE_S = 0.5  # what a measurement of the link aims at
-_NOTHING = Totals._make([0] * len(Totals._fields))
 Report = Callable[[str], None]
 
 
@@ -297,7 +296,7 @@ class Bench(AbstractContextManager["Bench"]):
     def _compute_alone(self, *, computing: bool = True) -> Timed:
         hits = HitsOnly(self._link.slots, self.store.n_experts, computing=computing)
         timings = self._decode(hits, None)
-        return Timed(timings.measured_s, _NOTHING, 0)
+        return Timed(timings.measured_s, Totals(), 0)
 
     def _try_policy(self, policy: PolicySpec) -> None:
         """Run a policy; one that fails is left out from now on. PolicyError where none is left."""
@@ -354,7 +353,7 @@ class Bench(AbstractContextManager["Bench"]):
                 (engine.hits, engine.misses, engine.bytes_moved), warm[0], strict=True
             )
         )
-        totals = _NOTHING._replace(requests=hits + misses, hits=hits, misses=misses, loads=misses)
+        totals = Totals(requests=hits + misses, hits=hits, misses=misses, loads=misses)
         return Timed(timings.measured_s, totals, moved)
 
     def _decode(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections.abc import Callable
@@ -65,7 +64,7 @@ class Work:
             answers=self.answers + other.answers,
             prompt_s=self.prompt_s + other.prompt_s,
             decode_s=self.decode_s + other.decode_s,
-            totals=Totals._make(map(operator.add, self.totals, other.totals)),
+            totals=self.totals + other.totals,
         )
 
     @property
@@ -82,7 +81,7 @@ class Work:
         return self.prompt_tokens / self.prompt_s if self.prompt_s else 0.0
 
 
-NO_WORK = Work(0, 0, 0, 0.0, 0.0, Totals._make([0] * len(Totals._fields)))
+NO_WORK = Work(0, 0, 0, 0.0, 0.0, Totals())
 
 Ending = Literal["stop", "length", "cancelled"]
 

@@ -100,7 +100,6 @@ class Session:
         self._arrived: deque[int] = deque()
         self._failure: Exception | None = None
         self._steps = 0
-        self._requests = 0
         self._stall_s = 0.0
         self._noted: dict[int, tuple[Any, Any]] = {}
         self._allowed = compiling
@@ -120,7 +119,6 @@ class Session:
             return totals_of(
                 self.cache,
                 steps=self._steps,
-                requests=self._requests,
                 record_bytes=self.record_bytes,
                 low_record_bytes=self.low_record_bytes,
                 stall_s=self._stall_s,
@@ -219,7 +217,7 @@ class Session:
             self._awaited.clear()
             self._arrived.clear()
             self._noted.clear()
-            self._steps = self._requests = 0
+            self._steps = 0
             self._stall_s = 0.0
         if compiling:
             compiling.close()
@@ -314,7 +312,6 @@ class Session:
             if self._shrinking:
                 self._fit_memory()
             self._steps += 1
-            self._requests += len(outcome)
             opened = self._opened(keys.tolist(), outcome)
             for key in self._awaited & self._guessed:
                 self.link.want(key)

@@ -11,7 +11,7 @@ from moepolicy.blame import files_of
 from moepolicy.compiled import NotCompilable
 from moepolicy.reasons import why_not
 
-PATIENCE_S = 20.0
+COMPILE_AFTER_S = 20.0
 """How long a run must last before a policy is compiled for it: compiling takes seconds, and most
 of the interpreter. Code that an earlier run left on disk is taken at once."""
 
@@ -28,7 +28,21 @@ class Compiling(Enum):
         return list(Compiling).index(self)
 
 
-_told: set[type[Policy]] = set()
+class Told:
+    """Which policies' owners have been told why their calls are not compiled: each once."""
+
+    def __init__(self) -> None:
+        self._policies: set[type[Policy]] = set()
+
+    def tell(self, policy: type[Policy], name: str, reason: str) -> None:
+        """Say on stderr that ``policy`` runs interpreted, unless that has been said."""
+        if policy not in self._policies:
+            self._policies.add(policy)
+            print(f"policy '{name}' runs interpreted: {reason}", file=sys.stderr)
+
+
+TOLD_IN_THIS_PROCESS = Told()
+"""For sessions that are given none of their own."""
 
 
 class CompileBeside:
@@ -40,9 +54,11 @@ class CompileBeside:
         lock: threading.Condition,
         horizon: int,
         allowed: Compiling = Compiling.ALWAYS,
+        told: Told = TOLD_IN_THIS_PROCESS,
     ) -> None:
         """``lock`` is held for every call of the cache; steps have ``horizon`` predictions at
-        most. ``allowed`` is KEPT or ALWAYS."""
+        most. ``allowed`` is KEPT or ALWAYS. ``told`` says why the policy is not compiled."""
+        self._told = told
         self._cache = cache
         self._lock = lock
         self._horizon = horizon
@@ -79,7 +95,7 @@ class CompileBeside:
             if not kept:
                 if self._allowed is Compiling.KEPT:
                     return
-                self._at_once.wait(PATIENCE_S)
+                self._at_once.wait(COMPILE_AFTER_S)
             with self._beginning:
                 if self._closing.is_set():
                     return
@@ -94,7 +110,4 @@ class CompileBeside:
 
     def _tell(self, reason: str) -> None:
         """Say once why a policy's calls are not compiled; they serve as they are."""
-        policy = type(self._cache.policy)
-        if policy not in _told:
-            _told.add(policy)
-            print(f"policy '{self._cache.name}' runs interpreted: {reason}", file=sys.stderr)
+        self._told.tell(type(self._cache.policy), self._cache.name, reason)

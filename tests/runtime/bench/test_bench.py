@@ -27,7 +27,7 @@ from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.kernels.slots import SlotForm
 from moerun.settings import Settings
-from moesim.machine.profile import Compute, Link, Machine
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.result import Result
 from moesim.simulate import simulate
 from moesim.workload.loading import load_workload
@@ -59,7 +59,7 @@ def test_the_gates_decide_what_the_trace_says(bench: Bench, policy: str, tmp_pat
     path = tmp_path / "forced.parquet"
     bench.routing.write_trace(path, bench.generated.index)
     workload = load_workload(open_trace(path))
-    machine = Machine("any", "", "published", Link(1e9), Compute(layer_s=1e-3))
+    machine = Machine("any", "", "published", LinkProfile(1e9), Compute(layer_s=1e-3))
 
     def simulated(tokens: int) -> Result:
         some = workload.head(tokens)

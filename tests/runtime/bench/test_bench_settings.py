@@ -29,7 +29,7 @@ from moerun.memory.compiling import Compiling
 from moerun.memory.fit import plan_memory
 from moerun.offload.attention import PackedLinear
 from moerun.settings import Settings
-from moesim.machine.profile import Compute, Cpu, Link, Machine
+from moesim.machine.profile import Compute, Cpu, LinkProfile, Machine
 from moesim.result import Result
 from moesim.simulate import simulate
 from moesim.workload.loading import load_workload
@@ -72,7 +72,9 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
         compute_s = bench.compute[0].decode_s / TOKENS
         rest_s = bench.without_experts[0].decode_s / TOKENS
     workload = load_workload(open_trace(tmp_path / "t.parquet"), logits=True)
-    machine = Machine("m", "", "published", Link(1e9), Compute(layer_s=1e-3), cpu=Cpu(1, 1e-4))
+    machine = Machine(
+        "m", "", "published", LinkProfile(1e9), Compute(layer_s=1e-3), cpu=Cpu(1, 1e-4)
+    )
 
     def simulated(policy: str, tokens: int) -> Result:
         some, spec = workload.head(tokens), find_policy(policy)

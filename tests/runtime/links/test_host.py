@@ -25,9 +25,10 @@ from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate_with
 from moesim.engines.clock import DISK_LANE, Segment
+from moesim.engines.compilations import Compilations
 from moesim.engines.in_simpy import Host
 from moesim.machine.costs import costs_of
-from moesim.machine.profile import Compute, Disk, Link, Machine
+from moesim.machine.profile import Compute, Disk, LinkProfile, Machine
 from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
@@ -201,7 +202,12 @@ def test_a_live_run_reads_from_disk_what_the_simulated_one_does(
         assert runner.host_tier is not None
         reads, loads = runner.host_tier.reads, runner.session.totals.loads
     machine = Machine(
-        "m", "", "measured", Link(1e9), Compute(layer_s=1e-4), Disk(1e9, host_bytes=host_bytes)
+        "m",
+        "",
+        "measured",
+        LinkProfile(1e9),
+        Compute(layer_s=1e-4),
+        Disk(1e9, host_bytes=host_bytes),
     )
     segments: list[Segment] = []
     result = simulate(
@@ -232,7 +238,7 @@ def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
     with Runner(tiny, replace(chosen, host_bytes=None)) as runner:
         assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == text
     disk = Disk(1e9, host_bytes=20 * tiny.record_bytes)
-    machine = Machine("m", "", "measured", Link(1e9), Compute(layer_s=1e-4), disk)
+    machine = Machine("m", "", "measured", LinkProfile(1e9), Compute(layer_s=1e-4), disk)
     trace = open_trace(tmp_path / "t.parquet")
     workload = load_workload(trace, logits=True)
     sizes = sizes_of(trace.meta, tiny.record_bytes, low.record_bytes)
@@ -241,6 +247,7 @@ def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
         chosen.policy,
         runner.context,
         costs_of(workload, machine, sizes, predicting=False),
+        compilations=Compilations(),
         timeline=True,
     )
     simulated = sum(segment.lane == DISK_LANE for segment in clock.segments or ())

@@ -28,8 +28,9 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate
+from moesim.engines.compilations import Compilations
 from moesim.machine.costs import costs_of
-from moesim.machine.profile import Compute, Cpu, Link, Machine
+from moesim.machine.profile import Compute, Cpu, LinkProfile, Machine
 from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import ShuffledLink
@@ -39,7 +40,12 @@ from transformers import AutoModelForCausalLM
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 a_machine = Machine(
-    "m", "", "measured", Link(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5), cpu=Cpu(1, 1e-4)
+    "m",
+    "",
+    "measured",
+    LinkProfile(1e8, 1e-5, 2),
+    Compute(1e-4, 1e-4, expert_s=1e-5),
+    cpu=Cpu(1, 1e-4),
 )
 
 
@@ -114,6 +120,7 @@ def test_the_simulator_repeats_the_run_event_for_event(
         chosen.policy,
         context,
         costs_of(workload, a_machine, sizes, predicting=False),
+        compilations=Compilations(),
         observers=(log,),
     )
     assert [tuple(event) for event in log.events] == [tuple(e) for e in document["events"]]

@@ -12,7 +12,6 @@ import torch
 from moepolicy import Context, PolicyError, find_policy
 from moerun.links import DiskLink
 from moerun.live.session import Session
-from moerun.memory import compiling
 from moerun.memory.compiling import Compiling
 from moerun.settings import Settings
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot
@@ -108,9 +107,8 @@ def test_a_wrong_answer_is_told_live_as_in_simulation(
 
 
 def test_a_policy_that_is_not_compiled_live_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compiling, "_told", set())
     spec = mine(tmp_path, **{"self.rows[step.number] = len(step.predicted)": "self.n += 1"})
     with session(spec, Compiling.ALWAYS) as live:
         live.wait_compiled()

@@ -20,8 +20,7 @@ from moerun.live.recording import EventLog, Pass, rows_of
 from moerun.live.session import Session
 from moerun.offload.gate import Gate
 from moesim import Workload, load_workload
-from moesim.machine.profile import Compute, Machine
-from moesim.machine.profile import Link as SimulatedLink
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.simulate import simulate
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot, ShuffledLink
 
@@ -139,7 +138,7 @@ machines = st.builds(
     description=st.just(""),
     source=st.just("measured"),
     link=st.builds(
-        SimulatedLink,
+        LinkProfile,
         bytes_per_s=st.sampled_from([1e6, 1e8, 1e12]),
         latency_s=st.sampled_from([0.0, 1e-5]),
         streams=st.integers(1, 3),
