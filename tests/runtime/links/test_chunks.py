@@ -185,7 +185,7 @@ def test_a_live_run_in_pieces_repeats_from_its_journal(
     ) as session:
         drive(session, passes)
         journal = session.cache.journal
-        assert session._guessed == set()
+        assert session._live._streams.guesses == set()
     assert journal is not None
     workload = trace_of(tmp_path / "live.parquet", passes, context, 2)
     cache = ExpertCache(context, policy.build(context), observers=[again])
