@@ -58,8 +58,7 @@ class LiveCache:
     def begin(self, step: Step) -> Opened:
         """Open a step: what each of its experts is, with the copies of those absent begun."""
         with self.lock:
-            if self._failure:
-                raise self._failure
+            self.raise_failure()
             outcome = self.cache.begin(step).tolist()
             if self._memory.shrinking:
                 self._memory.fit(self.cache)
@@ -94,8 +93,7 @@ class LiveCache:
                         raise RunError("an expert is waited for that nothing is copying")
                     self.copy_ended.wait()
                 self.counts.stall_s += time.perf_counter() - began_s
-            if self._failure:
-                raise self._failure
+            self.raise_failure()
             return self._arrived.popleft()
 
     def end(self) -> None:
@@ -110,6 +108,11 @@ class LiveCache:
         """Serve no more, for ``error`` or an earlier one."""
         with self.lock:
             self._failure = self._failure or error
+
+    def raise_failure(self) -> None:
+        """Raise what keeps it from serving, if anything does."""
+        if self._failure:
+            raise self._failure
 
     def resize(self, slots: int, *, before: int) -> None:
         """Have ``slots`` slots a layer instead of ``before``, in use or not (see

@@ -151,6 +151,10 @@ class Session:
             raise
         live.end()
 
+    def raise_failure(self) -> None:
+        """Raise what keeps the session from serving, if anything does."""
+        self._live.raise_failure()
+
     def resize(self, slots: int) -> None:
         """Have ``slots`` slots a layer from now on; any thread may say so at any time.
 

@@ -24,6 +24,8 @@ class Asked:
         self.asked.append((layer, output))
         return ()
 
+    def raise_failure(self) -> None: ...
+
 
 IDS, WEIGHTS = torch.tensor([[0, 1]]), torch.tensor([[0.7, 0.3]])
 
