@@ -18,7 +18,7 @@ from moerun.errors import RunError
 from moerun.links import DiskLink, HostTier, Throttle
 from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
-from moerun.live.recording import EventLog
+from moerun.live.passes import EventLog
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.live.session import Session

@@ -16,7 +16,7 @@ from moerun.errors import RunError
 from moerun.links import HostTier, Throttle
 from moerun.links.arena import Arena
 from moerun.links.pinned import PinnedLink
-from moerun.live.recording import EventLog, Pass
+from moerun.live.passes import EventLog, Pass
 from moerun.live.session import Session
 from moerun.offload.gate import GateOutput
 from runtime.live.test_session import random_passes, trace_of

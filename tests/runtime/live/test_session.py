@@ -16,7 +16,7 @@ from moepolicy import Context, Event, ExpertCache, Kind, PolicyError, find_polic
 from moeroute import TraceMeta, TraceWriter, open_trace
 from moerun.errors import RunError
 from moerun.links import DiskLink, Link
-from moerun.live.recording import EventLog, Pass, rows_of
+from moerun.live.passes import EventLog, Pass, rows_of
 from moerun.live.session import Session
 from moerun.offload.gate import Gate, GateOutput
 from moesim import Workload, load_workload
