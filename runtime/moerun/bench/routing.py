@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
-from moerun.live.session import Session
+from moerun.live.gates import SessionExperts
+from moerun.offload.gate import GateOutput
 from moerun.offload.gate_predictor import GatePredictor, find_routers
 
 if TYPE_CHECKING:
@@ -183,8 +184,8 @@ class ForcedGates:
     def __init__(self, model: Any, routing: Routing) -> None:
         """Raises RunError where the model's gates are not the routing's."""
         self.routing = routing
-        self.session: Session | None = None
-        self.horizon = 0  # how many layers ahead the session's policy reads predictions
+        self.experts: SessionExperts | None = None
+        self.horizon = 0  # how many layers ahead the policy reads predictions
         self._routers = find_routers(model)
         self._token = 0
         self._tensors: tuple[torch.Tensor, ...] = ()
@@ -195,10 +196,10 @@ class ForcedGates:
             for layer, router in enumerate(self._routers)
         ]
 
-    def start(self, session: Session | None, *, horizon: int = 0) -> None:
-        """The next pass is the routing's first token; ``session`` is told of the logits, and of
+    def start(self, experts: SessionExperts | None, *, horizon: int = 0) -> None:
+        """The next pass is the routing's first token; ``experts`` are told of the logits, and of
         ``horizon`` predictions."""
-        self.session, self.horizon, self._token = session, horizon, 0
+        self.experts, self.horizon, self._token = experts, horizon, 0
         if horizon and horizon not in self._predictors:
             self._predictors[horizon] = GatePredictor(self._model, horizon)
 
@@ -214,9 +215,9 @@ class ForcedGates:
         if self.horizon:
             self._predictors[self.horizon].predict(layer, arguments[0])
         token = slice(self._token, self._token + 1)
-        if self.session is not None:
+        if self.experts is not None:
             ahead = self._ahead[: self.horizon, token, layer] if self.horizon else None
-            self.session.note(layer, logits[token, layer], ahead)
+            self.experts.gate_ran(layer, GateOutput(logits[token, layer], ahead))
         if layer == len(self._routers) - 1:
             self._token += 1
         return logits[token, layer], weights[token, layer], ids[token, layer]

@@ -26,6 +26,7 @@ from moerun.errors import RunError, UsageError
 from moerun.kernels.slots import SlotForm
 from moerun.links import Link, Throttle
 from moerun.live.assembly import check_lower, make_aside, make_link
+from moerun.live.gates import SessionExperts
 from moerun.live.generate import Timings
 from moerun.live.kvcache import new_cache
 from moerun.live.sampling import Sampling
@@ -320,9 +321,10 @@ class Bench(AbstractContextManager["Bench"]):
         with session:
             session.wait_compiled()
             warm: list[Totals] = []
+            experts = SessionExperts(session)
             try:
                 timings = self._decode(
-                    session, session, lambda: warm.append(session.totals), horizon=policy.horizon
+                    experts, experts, lambda: warm.append(session.totals), horizon=policy.horizon
                 )
                 totals = session.totals.since(warm[0])
             finally:
@@ -359,7 +361,7 @@ class Bench(AbstractContextManager["Bench"]):
     def _decode(
         self,
         provider: Any,
-        session: Session | None,
+        told: SessionExperts | None,
         on_warm: Callable[[], None] = lambda: None,
         *,
         horizon: int = 0,
@@ -367,7 +369,7 @@ class Bench(AbstractContextManager["Bench"]):
     ) -> Marked:
         """Decode the forced tokens from the first on, as `moerun` decodes any."""
         attach(self._experts, provider, self._sums)
-        self._gates.start(session, horizon=horizon)
+        self._gates.start(told, horizon=horizon)
         timings = Marked(self.plan.warm_up if tokens is None else 0, on_warm)
         tokens = tokens or self.plan.forced_tokens
         decode_forced(self.model, timings, tokens, new_cache(self.model, 1 + tokens))

@@ -21,11 +21,11 @@ from moepolicy import find_policy
 from moerun.checkpoint.families import find_experts
 from moerun.devices import calm_collector
 from moerun.errors import UsageError
+from moerun.live.gates import SessionExperts
 from moerun.live.generate import Generated
 from moerun.live.prompt import context_tokens
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.live.session import Session
 from moerun.offload.experts import attach
 from moerun.profiling.compute import ComputeCost, StepTimes, Stopwatch, costs
 from moerun.profiling.cpu import AsideBench, CpuCost
@@ -205,7 +205,7 @@ class _Bench:
     ) -> None:
         self.runner = Runner(store, settings)
         self.runner.session.wait_compiled()
-        self._watch = Stopwatch(self.runner.session, settings.device)
+        self._watch = Stopwatch(self.runner.experts, self.runner.session, settings.device)
         limit = context_tokens(self.runner.model) or (1 << 30)
         self.prompt = self.runner.encode(TEXT if prompt is None else prompt)
         if prompt is None:
@@ -223,7 +223,7 @@ class _Bench:
     def run(self) -> Watched:
         """A prompt and its decoding, unwatched and watched; the first, short one says how long
         the next may be."""
-        self._attach(self.runner.session)
+        self._attach(self.runner.experts)
         alone = self._generate()
         self._attach(self._watch)
         self._watch.steps.clear()
@@ -235,7 +235,7 @@ class _Bench:
         watching_s = (watched.decode_s - alone.decode_s) / steps
         return Watched(list(self._watch.steps), watching_s)
 
-    def _attach(self, provider: Session | Stopwatch) -> None:
+    def _attach(self, provider: SessionExperts | Stopwatch) -> None:
         attach([module for _, module in find_experts(self.runner.model)], provider)
 
     def _generate(self) -> Generated:

@@ -18,7 +18,7 @@ from moerun.errors import RunError
 from moerun.links import DiskLink, HostTier, Throttle
 from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
-from moerun.live.recording import EventLog
+from moerun.live.passes import EventLog
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.live.session import Session
@@ -185,7 +185,7 @@ def test_a_live_run_in_pieces_repeats_from_its_journal(
     ) as session:
         drive(session, passes)
         journal = session.cache.journal
-        assert session._guessed == set()
+        assert session._live._streams.guesses == set()
     assert journal is not None
     workload = trace_of(tmp_path / "live.parquet", passes, context, 2)
     cache = ExpertCache(context, policy.build(context), observers=[again])

@@ -16,8 +16,9 @@ from moerun.errors import RunError
 from moerun.links import HostTier, Throttle
 from moerun.links.arena import Arena
 from moerun.links.pinned import PinnedLink
-from moerun.live.recording import EventLog, Pass
+from moerun.live.passes import EventLog, Pass
 from moerun.live.session import Session
+from moerun.offload.gate import GateOutput
 from runtime.live.test_session import random_passes, trace_of
 from support.lanes import PATIENCE_S, ThreadLanes
 from support.links import MemoryRecords
@@ -45,10 +46,10 @@ class Compute:
             for layer, gate in enumerate(done.gates):
                 assert gate.logits is not None
                 predicted = None if gate.predicted is None else torch.from_numpy(gate.predicted)
-                session.note(layer, torch.from_numpy(gate.logits), predicted)
+                output = GateOutput(torch.from_numpy(gate.logits), predicted)
                 served = []
                 ids, weights = torch.from_numpy(gate.ids), torch.from_numpy(gate.weights)
-                for expert, form in session.serve(layer, ids, weights):
+                for expert, form in session.serve(layer, ids, weights, output):
                     key = layer * session.context.n_experts + expert
                     if form is not None:  # or it is skipped
                         self.lanes.compute.run(partial(self._compute, key, form))

@@ -21,7 +21,8 @@ from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.live import runner as runner_module
-from moerun.live.recording import EventLog, LiveRecording
+from moerun.live.passes import EventLog
+from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.policies import unserved

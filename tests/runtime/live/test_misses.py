@@ -17,11 +17,12 @@ from moepolicy import ExpertCache, Kind, PolicyError, find_policy, replay_journa
 from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
+from moerun.live import assembly
 from moerun.live import runner as runner_module
-from moerun.live.recording import EventLog, LiveRecording
+from moerun.live.passes import EventLog
+from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.live.session import Session
 from moerun.offload.cpu_experts import AsideExpert
 from moerun.offload.experts import ResidentProvider, Served
 from moerun.settings import Settings
@@ -80,7 +81,7 @@ def shuffled(seed: int) -> Any:
     """Stands for make_link: copies under way, two at a time, end in random order."""
 
     def make(store: ExpertStore, form: Any, chosen: Settings, n_slots: int) -> ShuffledLink:
-        slots = runner_module.make_slots(form, chosen, n_slots)
+        slots = assembly.make_slots(form, chosen, n_slots)
         return ShuffledLink(store, slots, 2, seed, chosen.low)
 
     return patch.object(runner_module, "make_link", make)
@@ -154,13 +155,13 @@ def test_the_journal_repeats_a_run_that_also_prefetches(
 class Checked:
     """Stands between model and session, and holds what is served against the whole model."""
 
-    def __init__(self, session: Session, full: ResidentProvider, low: ResidentProvider) -> None:
-        self.session = session
+    def __init__(self, runner: Runner, full: ResidentProvider, low: ResidentProvider) -> None:
+        self.experts, self.session = runner.experts, runner.session
         self.full, self.low = full, low
         self.served: set[str] = set()
 
     def serve(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Served:
-        served = self.session.serve(layer, ids, weights)
+        served = self.experts.serve(layer, ids, weights)
         return Served(served.ids, self._checked(layer, served))
 
     def _checked(self, layer: int, served: Served) -> Iterator[Any]:
@@ -191,9 +192,7 @@ def test_every_slot_holds_what_it_is_said_to_hold(
 ) -> None:
     settings = Settings(find_policy(f"{OWN}:Anything:seed=4"), slots=3, low=stores["2bit"])
     with shuffled(3), Runner(stores[full], settings) as runner:
-        checked = Checked(
-            runner.session, ResidentProvider(stores[full]), ResidentProvider(stores["2bit"])
-        )
+        checked = Checked(runner, ResidentProvider(stores[full]), ResidentProvider(stores["2bit"]))
         for module in runner.model.modules():
             if hasattr(module, "offload"):
                 module.offload = replace(module.offload, provider=checked)

@@ -13,6 +13,7 @@ from moepolicy import Context, PolicyError, find_policy
 from moerun.links import DiskLink
 from moerun.live.session import Session
 from moerun.memory.compiling import Compiling
+from moerun.offload.gate import GateOutput
 from moerun.settings import Settings
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot
 
@@ -56,8 +57,8 @@ def session(policy: str, how: Compiling = Compiling.NEVER) -> Session:
 
 def serve(live: Session, layer: int, ahead: int, ids: torch.Tensor = IDS) -> None:
     predicted = torch.zeros((ahead, 1, CONTEXT.n_experts), dtype=torch.float16) if ahead else None
-    live.note(layer, torch.zeros((1, CONTEXT.n_experts)), predicted)
-    list(live.serve(layer, ids, WEIGHTS))
+    output = GateOutput(torch.zeros((1, CONTEXT.n_experts)), predicted)
+    list(live.serve(layer, ids, WEIGHTS, output))
 
 
 def test_a_policy_is_given_as_many_predictions_as_it_declares(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from moepolicy import Context, Kind, Policy, PolicySpec, find_policy
 from moerun.errors import RunError
 from moerun.links import Done, LinkStatistics
-from moerun.live import session as session_module
+from moerun.live import cache as cache_module
 from moerun.live.session import Session
+from moerun.offload.gate import GateOutput
 from support.links import RECORD_BYTES, MemorySlot
 
 
@@ -225,18 +226,18 @@ def test_in_pieces_guesses_have_streams_of_their_own_and_are_wanted_when_late() 
     session, link = made("lru-spec:n=2,staging=4", layers=2, chunked=True)
     with session:
         ahead = torch.tensor([[[0.0, 0.0, 5.0, 9.0]]], dtype=torch.float16)
-        session.note(0, torch.zeros(1, 4), ahead)
+        output = GateOutput(torch.zeros(1, 4), ahead)
         link.end_at_once(0)
-        assert [e for e, _ in session.serve(0, *asks(0))] == [0]
+        assert [e for e, _ in session.serve(0, *asks(0), output)] == [0]
         # One guess on the one stream for guesses; the other waits for it, not for the demand.
         assert [a for a in link.take() if a[0] == "submit"] == [
             ("submit", 0, True),
             ("submit", 7, False),
         ]
-        session.note(1, torch.zeros(1, 4), torch.full((1, 1, 4), np.nan, dtype=torch.float16))
+        output = GateOutput(predicted=torch.full((1, 1, 4), np.nan, dtype=torch.float16))
         link.want = lambda key: (link.asked.append(("want", key)), link.end(key))[0]  # type: ignore[method-assign,assign]
         link.end_at_once(5)
-        assert [e for e, _ in session.serve(1, *asks(3, 1))] == [3, 1]
+        assert [e for e, _ in session.serve(1, *asks(3, 1), output)] == [3, 1]
         assert link.take()[:2] == [("want", 7), ("submit", 5, True)]
         assert session.totals.late == 1
         assert session.totals.useless_prefetches == 0
@@ -247,7 +248,7 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     session, link = made(streams=2)
     now_s = iter([10.0, 13.5])
     clock = SimpleNamespace(perf_counter=lambda: next(now_s))
-    monkeypatch.setattr(session_module, "time", clock)
+    monkeypatch.setattr(cache_module, "time", clock)
     with session:
         link.end_at_once(2)
         items = iter(session.serve(0, *asks(1, 2)))
@@ -257,7 +258,7 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
         def wait() -> None:
             link.end(1)
 
-        monkeypatch.setattr(session.lock, "wait", wait)
+        monkeypatch.setattr(session._live.copy_ended, "wait", wait)
         assert next(items)[0] == 1
         assert session.totals.stall_s == 3.5
         assert next(items, None) is None
@@ -266,7 +267,7 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_nothing_is_copying_is_not_waited_for() -> None:
     session, _ = made()
     with session:
-        session._pump = lambda: None  # type: ignore[method-assign]
+        session._live._pump = lambda: None  # type: ignore[method-assign]
         with pytest.raises(RunError, match="an expert is waited for that nothing is copying"):
             list(session.serve(0, *asks(1)))
 
