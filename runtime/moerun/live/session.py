@@ -31,7 +31,7 @@ from moepolicy.cache import Observer
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
-from moerun.links import Link, in_form
+from moerun.links import Link, Variant, in_form
 from moerun.live.totals import Totals, totals_of
 from moerun.memory.compiling import CompileBeside, Compiling
 from moerun.offload.cpu_experts import Aside
@@ -362,7 +362,7 @@ class Session:
     def _acquire(self, key: int, slot: int) -> Any:
         self.link.acquire(slot)
         low = bool(self.low_record_bytes) and self.cache.is_low(key)
-        return in_form(self.link.slots[slot], low)
+        return in_form(self.link.slots[slot], Variant(low))
 
     def _release(self, key: int, slot: int) -> None:
         self.link.release(slot)
@@ -396,8 +396,9 @@ class Session:
         if self._failure:
             raise self._failure
 
-    def _pump(self) -> None:
-        """Start copies while the link has a stream free. The lock is held."""
+    def _pump(self, begin_s: float | None = None) -> None:
+        """Start copies while the link has a stream free: at ``begin_s`` (None: now). The lock is
+        held."""
         while (
             not self._failure
             and (kind := self.cache.queued()) is not None
@@ -409,7 +410,13 @@ class Session:
             self._under_way += 1
             if self.link.chunked and copy.speculative:
                 self._guessed.add(copy.key)
-            self.link.submit(copy.key, copy.slot, copy.low, demand=not copy.speculative)
+            self.link.submit(
+                copy.key,
+                copy.slot,
+                Variant(copy.low),
+                demand=not copy.speculative,
+                begin_s=begin_s,
+            )
 
     def _streams_taken(self, kind: Kind) -> int:
         """Of the streams that take what is to be copied next."""
@@ -418,8 +425,8 @@ class Session:
         guesses = len(self._guessed)
         return guesses if kind is Kind.SPECULATE else self._under_way - guesses
 
-    def _on_copied(self, key: int, error: Exception | None) -> None:
-        """A copy ended; called by the link's threads."""
+    def _on_copied(self, key: int, error: Exception | None, ended_s: float) -> None:
+        """A copy ended; called by the link's threads. What it made room for follows at once."""
         with self.lock:
             self._under_way -= 1
             self._guessed.discard(key)
@@ -433,7 +440,7 @@ class Session:
                     if key in self._awaited:
                         self._awaited.discard(key)
                         self._arrived.append(key)
-                    self._pump()
+                    self._pump(ended_s)
             except Exception as failure:
                 self._failure = self._failure or failure
             self.lock.notify_all()
