@@ -21,7 +21,7 @@ import typer
 from moepolicy import Context, find_policy
 from moerun.bench.report import hardware
 from moerun.bench.routing import UNIFORM, Routing, load_routing
-from moerun.links import Done, LinkStatistics
+from moerun.links import Done, LinkStatistics, Variant
 from moerun.live.gates import SessionExperts
 from moerun.live.session import Session
 from moerun.memory.compiling import Compiling
@@ -46,8 +46,16 @@ class InstantLink:
     def start(self, done: Done) -> None:
         self._done = done
 
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-        self._done(key, None)
+    def submit(
+        self,
+        key: int,
+        slot: int,
+        variant: Variant = Variant.FULL,
+        *,
+        demand: bool = True,
+        begin_s: float | None = None,
+    ) -> None:
+        self._done(key, None, time.perf_counter())
 
     def acquire(self, slot: int) -> None: ...
 

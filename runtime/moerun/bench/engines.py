@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moerun.links import Done, Link, Throttle, in_form
+from moerun.links import Done, Link, Throttle, Variant, in_form
 from moerun.offload.experts import Item, Served, served_in_order
 
 
@@ -36,15 +36,15 @@ class LentLink:
         """The link goes on: it is lent."""
         self._done = None
 
-    def _on_copied(self, key: int, error: Exception | None) -> None:
+    def _on_copied(self, key: int, error: Exception | None, ended_s: float) -> None:
         if self._done is not None:
-            self._done(key, error)
+            self._done(key, error, ended_s)
 
 
 def copy_all(link: LentLink, copies: Sequence[tuple[int, int]]) -> float:
     """Seconds that these copies (key, slot) take behind each other, as many at once as it can."""
     ended: SimpleQueue[Exception | None] = SimpleQueue()
-    link.start(lambda _key, error: ended.put(error))
+    link.start(lambda _key, error, _ended_s: ended.put(error))
     began_s = time.perf_counter()
     waiting = iter(copies)
     under_way = 0
@@ -80,7 +80,7 @@ class HitsOnly:
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
         def slot(expert: int) -> Any:
             at = (layer * self._n_experts + expert) % len(self._slots)
-            return in_form(self._slots[at], low=False) if self._computing else None
+            return in_form(self._slots[at], Variant.FULL) if self._computing else None
 
         return served_in_order(top_k_index, slot)
 
@@ -141,7 +141,7 @@ class ReleasedEngine:
 
     def _use(self, slot: int) -> Any:
         self._link.acquire(slot)
-        return in_form(self._link.slots[slot], low=False)
+        return in_form(self._link.slots[slot], Variant.FULL)
 
     def _bring(self, layer: int, expert: int) -> int:
         self.misses += 1
@@ -158,7 +158,7 @@ class ReleasedEngine:
     def _write_back(self, slot: int) -> None:
         began_s = time.perf_counter()
         # A slot that keeps another form than the record has none to send: as many bytes then.
-        landing = in_form(self._link.slots[slot], low=False).landing
+        landing = in_form(self._link.slots[slot], Variant.FULL).landing
         self._host.copy_(self._packed if landing is None else landing, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()

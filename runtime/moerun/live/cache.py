@@ -16,7 +16,7 @@ from moepolicy import ExpertCache, Kind, Step
 from moepolicy.cache import Transfer
 
 from moerun.errors import RunError
-from moerun.links import Link, in_form
+from moerun.links import Link, Variant, in_form
 from moerun.live.step import Opened, opened
 
 
@@ -72,7 +72,8 @@ class LiveCache:
     def acquire(self, key: int, slot: int) -> Any:
         """The weights of ``key``, in ``slot``, for the compute issued from now on."""
         self.link.acquire(slot)
-        return in_form(self.link.slots[slot], self._has_low and self.cache.is_low(key))
+        low = self._has_low and self.cache.is_low(key)
+        return in_form(self.link.slots[slot], Variant(low))
 
     def release(self, key: int, slot: int) -> None:
         """The step's compute with ``key``, in ``slot``, has been issued."""
@@ -141,8 +142,9 @@ class LiveCache:
         self._arrived.clear()
         self._failure = None
 
-    def _pump(self) -> None:
-        """Start copies while the link has a stream free. The lock is held."""
+    def _pump(self, begin_s: float | None = None) -> None:
+        """Start copies while the link has a stream free: at ``begin_s`` (None: now). The lock is
+        held."""
         while (
             not self._failure
             and (kind := self.cache.queued()) is not None
@@ -152,29 +154,35 @@ class LiveCache:
             if copy is None:  # a demand waits for a staging buffer
                 return
             self._streams.take(copy)
-            self.link.submit(copy.key, copy.slot, copy.low, demand=not copy.speculative)
+            self.link.submit(
+                copy.key,
+                copy.slot,
+                Variant(copy.low),
+                demand=not copy.speculative,
+                begin_s=begin_s,
+            )
 
-    def _on_copied(self, key: int, error: Exception | None) -> None:
-        """A copy ended; called by the link's threads."""
+    def _on_copied(self, key: int, error: Exception | None, ended_s: float) -> None:
+        """A copy ended; called by the link's threads. What it made room for follows at once."""
         with self.lock:
             self._streams.give_back(key)
             try:
                 if error is not None:
                     raise error
                 if self._failure is None:
-                    self._arrive(key)
+                    self._arrive(key, ended_s)
             except Exception as failure:
                 self._failure = self._failure or failure
             self.copy_ended.notify_all()
 
-    def _arrive(self, key: int) -> None:
+    def _arrive(self, key: int, ended_s: float) -> None:
         self.cache.finish(key)
         if self._memory.shrinking:
             self._memory.fit(self.cache)
         if key in self._awaited:
             self._awaited.discard(key)
             self._arrived.append(key)
-        self._pump()
+        self._pump(ended_s)
 
 
 class Streams:

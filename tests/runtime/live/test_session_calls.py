@@ -11,7 +11,7 @@ import pytest
 import torch
 from moepolicy import Context, Kind, Policy, PolicySpec, find_policy
 from moerun.errors import RunError
-from moerun.links import Done, LinkStatistics
+from moerun.links import Done, LinkStatistics, Variant
 from moerun.live import cache as cache_module
 from moerun.live.session import Session
 from moerun.offload.gate import GateOutput
@@ -27,14 +27,24 @@ class ByHand:
         self.statistics = LinkStatistics()
         self.slots = [MemorySlot() for _ in range(n_slots)]
         self.asked: list[tuple[Any, ...]] = []
+        self.begins_s: list[float | None] = []
         self.memory = set(range(n_slots))
 
     def start(self, done: Done) -> None:
         self.done = done
 
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+    def submit(
+        self,
+        key: int,
+        slot: int,
+        variant: Variant = Variant.FULL,
+        *,
+        demand: bool = True,
+        begin_s: float | None = None,
+    ) -> None:
         assert slot in self.memory
         self.asked.append(("submit", key, demand))
+        self.begins_s.append(begin_s)
 
     def want(self, key: int) -> None:
         self.asked.append(("want", key))
@@ -57,8 +67,8 @@ class ByHand:
         """From now on copies of these keys (all of them where none is named) end as they begin."""
         submit = ByHand.submit
 
-        def submitted(key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-            submit(self, key, slot, low, demand=demand)
+        def submitted(key: int, slot: int, variant: Variant, **how: Any) -> None:
+            submit(self, key, slot, variant, **how)
             if not keys or key in keys:
                 self.end(key)
 
@@ -70,7 +80,7 @@ class ByHand:
 
     def end(self, *keys: int) -> None:
         for key in keys:
-            self.done(key, None)
+            self.done(key, None, 7.5)
 
 
 def made(
@@ -204,8 +214,8 @@ def test_no_more_copies_are_under_way_than_there_are_streams(streams: int) -> No
         # Nothing is here, so the first one is waited for: a full link ends its oldest copy.
         submit, under_way = link.submit, []
 
-        def submitted(key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-            submit(key, slot, low, demand=demand)
+        def submitted(key: int, slot: int, variant: Variant, **how: Any) -> None:
+            submit(key, slot, variant, **how)
             under_way.append(key)
             assert len(under_way) <= streams
             if len(under_way) == streams or key == order[-1]:
@@ -241,6 +251,14 @@ def test_in_pieces_guesses_have_streams_of_their_own_and_are_wanted_when_late() 
         assert link.take()[:2] == [("want", 7), ("submit", 5, True)]
         assert session.totals.late == 1
         assert session.totals.useless_prefetches == 0
+
+
+def test_a_copy_that_another_made_room_for_begins_where_that_ended() -> None:
+    session, link = made(streams=1)
+    with session:
+        link.end_at_once()
+        assert [e for e, _ in session.serve(0, *asks(1, 2))] == [1, 2]
+        assert link.begins_s == [None, 7.5]
 
 
 def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
