@@ -37,8 +37,8 @@ def scratch_bytes(rows: int, columns: int, scheme: Scheme) -> int:
 def multiply_blockwise(
     x: torch.Tensor, nibbles: torch.Tensor, terms: torch.Tensor, group: int
 ) -> torch.Tensor:
-    """x[T, K] in bfloat16 through nibbles, uint8[N * K / 2] in the order in which `packing` stores
-    them, with the scales and terms of `expand_scales`, bfloat16[passes, K / group / passes, N, 2]:
+    """x[T, K] in bfloat16 through nibbles, uint8[N * K / 2] in the order that `bitplanes` stores
+    them in, with the scales and terms of `expand_scales`, bfloat16[passes, K / group / passes, N, 2]:
     [T, N] in bfloat16. A weight is rounded to bfloat16 once.
     """
     columns = x.shape[1]
