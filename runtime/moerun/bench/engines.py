@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from moerun.links import Done, Link, Throttle, Variant, in_form
+from moerun.live.totals import Totals
 from moerun.offload.experts import Item, Served, served_in_order
+from moerun.store.expert_store import ExpertStore
+
+LINK_PROBE_S = 0.5  # what a measurement of the link aims at
 
 
 class LentLink:
@@ -55,6 +59,18 @@ def copy_all(link: LentLink, copies: Sequence[tuple[int, int]]) -> float:
             raise error
         under_way += _submit_next(link, waiting) - 1
     return time.perf_counter() - began_s
+
+
+def link_bytes_per_s(link: LentLink, store: ExpertStore, cap: float | None) -> float:
+    """The rate of copies that each begin as the one before ends; ``cap``, where there is one."""
+    n, n_keys = len(link.slots), store.n_keys
+    took_s = copy_all(link, [(key % n_keys, key) for key in range(n)])
+    if cap is not None:
+        return cap
+    copies = min(max(n, int(LINK_PROBE_S / took_s * n)), 4096)
+    if copies > n:
+        took_s = copy_all(link, [(key % n_keys, key % n) for key in range(copies)])
+    return copies * store.record_bytes / took_s
 
 
 def _submit_next(link: LentLink, waiting: Iterator[tuple[int, int]]) -> int:
@@ -115,12 +131,22 @@ class ReleasedEngine:
         self._packed = torch.empty(record_bytes, dtype=torch.uint8, device=device)
         self._free = [list(range(i * slots, (i + 1) * slots)) for i in range(n_layers)]
         self._held: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(n_layers)]
+        self.restart_counts()
+
+    def restart_counts(self) -> None:
+        """Hits, misses and experts written back are counted from now on."""
         self.hits = self.misses = self.written_back = 0
 
     @property
     def bytes_moved(self) -> int:
         """Over the link, both ways."""
         return (self.misses + self.written_back) * self._record_bytes
+
+    @property
+    def totals(self) -> Totals:
+        """What a session would have counted."""
+        hits, misses = self.hits, self.misses
+        return Totals(requests=hits + misses, hits=hits, misses=misses, loads=misses)
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
         ids = top_k_index.cpu().numpy()

@@ -9,7 +9,7 @@ constants add up to the time it took; the profile holds the medians over interle
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -33,6 +33,7 @@ from moerun.profiling.link import LinkCost, measure_link
 from moerun.profiling.undisturbed import CALM, calmest
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
+from moerun.store.progress import Notify, silent
 
 DECODING_S = 2.0  # what one run aims at, where it is not told how long to decode
 DECODED_TOKENS = (16, 192)  # but not fewer or more
@@ -99,7 +100,7 @@ def measure(
     name: str,
     *,
     repeats: int = REPEATS,
-    report: Callable[[str], None] | None = None,
+    report: Notify | None = None,
 ) -> MachineProfile:
     """Profile ``store`` with the device, link and slots of ``settings``; takes some seconds.
 
@@ -108,7 +109,7 @@ def measure(
     """
     if repeats < 1:
         raise UsageError(f"repeats must be 1 or more, not {repeats}")
-    tell = report or (lambda text: None)  # noqa: ARG005
+    tell = report or silent
     with Profiler(store, settings) as profiler:
         turns = calmest(profiler.turn, repeats, lambda n: tell(f"measuring, turn {n}"))
         profile = profiler.result(name, [turn.found for turn in turns])
