@@ -27,7 +27,7 @@ from moerun.bench.report import hardware
 from moerun.bench.routing import ForcedGates, Routing, load_routing
 from moerun.bench.run import Bench, Marked, Plan, decode_forced
 from moerun.checkpoint.families import find_experts
-from moerun.commands.options import quiet_libraries
+from moerun.commands.prepare import quiet_libraries
 from moerun.devices import find_device
 from moerun.settings import Settings
 from moerun.versions import run_packages

@@ -145,7 +145,7 @@ def simulate(
     if "low" in policy.requires and not low_bytes:
         raise SimulationError(
             f"policy '{policy.label}' loads experts at a lower precision, and there is no store of "
-            "one: give --low-precision or --low-expert-bytes"
+            "one: give --low or --low-expert-bytes"
         )
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
     timed = size is not None

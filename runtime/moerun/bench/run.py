@@ -397,7 +397,7 @@ def decode_forced(model: Any, timings: Marked, tokens: int, cache: Any = None) -
         )
 
 
-def simulated_tokens_per_s(bench: Bench, machine: Path) -> dict[str, float]:
+def simulated_tokens_per_s(bench: Bench, machine: str | Path) -> dict[str, float]:
     """What `moesim` predicts for the measured tokens, by policy: asked by its command.
 
     The simulator starts cold, too: a run of the warm-up alone is taken off. Raises RunError with
@@ -418,7 +418,7 @@ def simulated_tokens_per_s(bench: Bench, machine: Path) -> dict[str, float]:
     return found
 
 
-def _simulate(bench: Bench, trace: Path, policy: str, machine: Path, tokens: int) -> float:
+def _simulate(bench: Bench, trace: Path, policy: str, machine: str | Path, tokens: int) -> float:
     command = [
         *(sys.executable, "-c", "from moesim.cli import main; main()"),
         *("compare", policy, "--trace", str(trace), "--tokens", str(tokens)),

@@ -70,21 +70,22 @@ def compare(
     sampling: Sampling,
     *,
     repeats: int = 5,
-    machine: Path | None = None,
+    machine: str | Path | None = None,
     report: Callable[[str], None] | None = None,
     refused: Refusals | None = None,
 ) -> list[Comparison]:
     """Run each policy live ``repeats`` times, in turns, and simulate its recorded trace.
 
-    ``machine`` is a profile of this machine; without one it is measured, in the same turns. Turns
-    that other programs disturbed are made again, twice as many as asked for at most. A policy that
-    cannot run, live or simulated, has no row, but its reason in ``refused``. Raises RunError as a
-    run does, and PolicyError where no policy could run.
+    ``machine`` is a profile of this machine, or a machine that moesim knows by name; without one
+    the machine is measured, in the same turns. Turns that other programs disturbed are made again,
+    twice as many as asked for at most. A policy that cannot run, live or simulated, has no row, but
+    its reason in ``refused``. Raises RunError as a run does, and PolicyError where no policy could
+    run.
     """
     refused = {} if refused is None else refused
     tell = report or (lambda text: None)  # noqa: ARG005
     if repeats < 1:
-        raise UsageError(f"repeats must be 1 or more, not {repeats}")
+        raise UsageError(f"rounds must be 1 or more, not {repeats}")
     policies = servable(policies, refused, low=settings.low is not None)
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -146,7 +147,7 @@ def _turn(
 
 
 def _simulated(
-    store: ExpertStore, settings: Settings, machine: Path, trace: Path
+    store: ExpertStore, settings: Settings, machine: str | Path, trace: Path
 ) -> dict[str, Any]:
     """What the simulator makes of a run with these settings."""
     policy = settings.policy
@@ -201,7 +202,7 @@ def simulate(
     policy: str,
     slots: int,
     scope: str,
-    machine: Path,
+    machine: str | Path,
     *,
     low_bytes: int | None = None,
     calibration: str | None = None,

@@ -330,7 +330,7 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     from moesim.machine.profile import load_machine
 
     out = tmp_path / "here.toml"
-    done = moerun("profile", "--out", out, "--link-gbps", "0.5", "--repeats", "1")
+    done = moerun("profile", "--out", out, "--link-gbps", "0.5", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     machine = load_machine(str(out))
     assert (machine.name, machine.source) == ("here", "measured")
@@ -345,7 +345,7 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
 
 def test_fidelity_puts_live_beside_simulated(moerun: Call, tmp_path: Path) -> None:
     done = moerun(
-        *("fidelity", "lru", "lru-spec", "static", "--repeats", "1", "--max-new-tokens", "16"),
+        *("fidelity", "lru", "lru-spec", "static", "--rounds", "1", "--max-new-tokens", "16"),
         *("--link-gbps", "0.5", "--slots", "3", "--format", "json"),
     )
     assert done.returncode == 0, done.stderr
@@ -360,7 +360,7 @@ def test_fidelity_puts_live_beside_simulated(moerun: Call, tmp_path: Path) -> No
         assert row["simulated_tokens_per_s"] > 0
     total = spec["live_hits"] + spec["live_late"] + spec["live_misses"]
     assert total == pytest.approx(1)
-    refused = moerun("fidelity", "belady", "--repeats", "1")
+    refused = moerun("fidelity", "belady", "--rounds", "1")
     assert "needs the future" in error_line(refused)
 
 
@@ -389,7 +389,7 @@ def test_a_killed_first_run_leaves_a_cache_that_works(
 def test_help_needs_no_model_libraries(home: Path) -> None:
     program = (
         "import sys; from moerun.cli import app; "
-        "app(['--help'], standalone_mode=False); "
+        "app(['generate', '--help'], standalone_mode=False); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'polars')))"
     )
     done = subprocess.run(
