@@ -51,7 +51,7 @@ class Group(TyperGroup):
     """Commands, one of which is meant where the command line begins with an option of its own."""
 
     default: ClassVar[str | None] = None
-    versions: ClassVar[str] = ""
+    program: ClassVar[tuple[str, str, Sequence[str]]] = ("", "", ())  # what --version tells
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if self.default is not None and args and args[0].startswith("-"):
@@ -87,7 +87,7 @@ def make_app(
     ``packages`` are those whose versions --version tells. ``default`` names the command that is
     meant where a command line begins with an option; no arguments at all show the help, exit 2.
     """
-    described = {"default": default, "versions": versions(name, version, packages)}
+    described = {"default": default, "program": (name, version, packages)}
     app = typer.Typer(
         name=name,
         cls=type("Group", (Group,), described),
@@ -100,8 +100,9 @@ def make_app(
 
 
 def _show_versions(context: typer.Context, wanted: bool) -> None:
-    if wanted:
-        emit(getattr(context.command, "versions"))  # noqa: B009
+    if wanted and not context.resilient_parsing:  # not while a shell asks what comes next
+        assert isinstance(context.command, Group)
+        emit(versions(*context.command.program))
         raise typer.Exit
 
 
@@ -165,7 +166,8 @@ def _write_section(title: str, records: Sequence[tuple[str, str]], formatter: An
         width = max(formatter.width - len(indent) - column, NARROWEST_HELP)
         for name, text in records:
             lines = textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
-            first = (
-                f"{name:{column}}" if len(name) + 2 <= column else f"{name}\n{indent}{' ' * column}"
-            )
-            formatter.write(f"{indent}{first}" + f"\n{indent}{' ' * column}".join(lines) + "\n")
+            own_line = len(name) + 2 > column
+            names = [name] + [""] * (len(lines) - 1 + own_line)
+            texts = [""] * own_line + lines
+            for left, right in zip(names, texts, strict=True):
+                formatter.write(f"{indent}{left:{column}}{right}".rstrip() + "\n")

@@ -144,6 +144,7 @@ def test_versions_are_told_without_importing_what_they_are_of(program: str) -> N
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
+        (["moerun", "--version", "fid"], ["fidelity"]),
         (["moerun", "--policy", "lru-"], ["lru-spec"]),
         (["moerun", "generate", "--policy", "lru-"], ["lru-spec"]),
         (["moerun", "--poli"], ["--policy"]),
@@ -166,8 +167,11 @@ def test_versions_are_told_without_importing_what_they_are_of(program: str) -> N
         (["moetrace", "stats", "m"], ["mixtral-like"]),
     ],
 )
-def test_names_are_completed(words: list[str], offered: list[str]) -> None:
+def test_names_are_completed(
+    words: list[str], offered: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert completed(*words) == offered
+    assert capsys.readouterr().out == ""
 
 
 def test_only_policies_that_run_live_are_offered_to_moerun() -> None:

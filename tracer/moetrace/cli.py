@@ -19,6 +19,7 @@ from moepolicy.tables import Format, wrapped
 from moeroute import TraceError
 from moeroute.options import TRACE_HELP, SizeOptions, complete_traces
 from moeroute.parquet import partial_folder
+from moerun.commands import names
 from moerun.errors import RunError
 
 from moetrace import __version__
@@ -46,14 +47,6 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-def models() -> list[str]:
-    return ["tiny"]
-
-
-def devices() -> list[str]:
-    return ["auto", "cpu", "cuda"]
-
-
 def record(
     corpus: Annotated[
         list[Path],
@@ -69,7 +62,7 @@ def record(
         typer.Option(
             help="The model: tiny (bundled), a checkpoint's folder, or owner/name on the Hugging "
             "Face hub.",
-            autocompletion=among(models),
+            autocompletion=among(names.models),
         ),
     ] = "tiny",
     revision: Annotated[
@@ -152,7 +145,7 @@ def record(
         str,
         typer.Option(
             help="The device that computes: cpu, cuda, cuda:N, or auto (a GPU where there is one).",
-            autocompletion=among(devices),
+            autocompletion=among(names.devices),
         ),
     ] = "auto",
     batch_tokens: Annotated[

@@ -114,6 +114,29 @@ def test_the_prompt_may_come_from_a_file(moerun: Call, tmp_path: Path) -> None:
     assert texts[0] == texts[1] != ""
 
 
+def test_generate_is_what_options_without_a_command_are_for(moerun: Call) -> None:
+    options = ("--policy", "lru-spec", "--slots", "3", "--max-new-tokens", "6", "--prompt", PROMPT)
+    named, short = moerun("generate", *options), moerun(*options)
+    assert named.returncode == short.returncode == 0, named.stderr
+    assert named.stdout == short.stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--slots", "2", "policies"), "options stand before 'policies', which does not see them"),
+        (("generate", "Once"), "'Once' belongs to no option: give the prompt as --prompt TEXT"),
+        (("--prompt", "a", "b"), "'b' belongs to no option"),
+    ],
+)
+def test_words_that_no_option_takes_are_explained(
+    moerun: Call, arguments: tuple[str, ...], says: str
+) -> None:
+    done = moerun(*arguments)
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.split())
+
+
 def test_the_text_ends_before_a_stop_string(moerun: Call) -> None:
     arguments = ("--prompt", PROMPT, "--max-new-tokens", "30", "--format", "json")
     whole = json.loads(moerun(*arguments).stdout)
@@ -360,6 +383,12 @@ def test_fidelity_puts_live_beside_simulated(moerun: Call, tmp_path: Path) -> No
         assert row["simulated_tokens_per_s"] > 0
     total = spec["live_hits"] + spec["live_late"] + spec["live_misses"]
     assert total == pytest.approx(1)
+    named = moerun(
+        *("fidelity", "lru", "--rounds", "1", "--max-new-tokens", "4", "--machine", "t4"),
+        *("--slots", "3", "--format", "json"),
+    )
+    assert named.returncode == 0, named.stderr
+    assert json.loads(named.stdout)[0]["simulated_tokens_per_s"] > 0
     refused = moerun("fidelity", "belady", "--rounds", "1")
     assert "needs the future" in error_line(refused)
 
