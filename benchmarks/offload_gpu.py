@@ -29,7 +29,7 @@ from moerun.bench.routing import ForcedGates, ForcedRouting, load_routing
 from moerun.bench.run import Bench
 from moerun.bench.schedule import BenchSchedule
 from moerun.checkpoint.families import find_experts
-from moerun.commands.options import quiet_libraries
+from moerun.commands.prepare import quiet_libraries
 from moerun.devices import find_device
 from moerun.settings import Settings
 from moerun.versions import run_packages

@@ -18,7 +18,7 @@ from moerun.errors import RunError
 def simulated_row(
     policy: str,
     trace: Path,
-    machine: Path,
+    machine: str | Path,
     *,
     slots: int,
     scope: str,

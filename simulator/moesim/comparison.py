@@ -69,7 +69,7 @@ class Setting:
         if precision is not None and expert_bytes is not None:
             raise UsageError("give precision or expert-bytes, not both")
         if low_precision is not None and low_expert_bytes is not None:
-            raise UsageError("give low-precision or low-expert-bytes, not both")
+            raise UsageError("give low or low-expert-bytes, not both")
         opened = _opened(trace)
         profile = machine if isinstance(machine, Machine) else load_machine(str(machine))
         meta = opened.meta if given is None else given.on(opened.meta)

@@ -115,7 +115,7 @@ class Case:
         if "low" in self.policy.requires and not self.low_bytes:
             raise SimulationError(
                 f"policy '{self.policy.label}' loads experts at a lower precision, and there is no "
-                "store of one: give --low-precision or --low-expert-bytes"
+                "store of one: give --low or --low-expert-bytes"
             )
         if timeline and self.expert_bytes is None:
             raise SimulationError(f"a timeline is of times: {_HOW_BIG}")

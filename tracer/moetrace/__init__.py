@@ -1,0 +1,3 @@
+"""Recording routing traces from live models."""
+
+__version__ = "0.1.0"

@@ -9,7 +9,7 @@ from moerun.bench.run import Bench
 from moerun.simulation import simulated_row
 
 
-def simulated_tokens_per_s(bench: Bench, machine: Path) -> dict[str, float]:
+def simulated_tokens_per_s(bench: Bench, machine: str | Path) -> dict[str, float]:
     """What `moesim` predicts for the measured tokens, by policy: asked by its command.
 
     The simulator starts cold, too: a run of the warm-up alone is taken off. Raises RunError with
@@ -30,7 +30,7 @@ def simulated_tokens_per_s(bench: Bench, machine: Path) -> dict[str, float]:
     return found
 
 
-def _simulate(bench: Bench, trace: Path, policy: str, machine: Path, tokens: int) -> float:
+def _simulate(bench: Bench, trace: Path, policy: str, machine: str | Path, tokens: int) -> float:
     """tokens/s of the first ``tokens``."""
     row = simulated_row(
         policy,

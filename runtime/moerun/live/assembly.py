@@ -34,7 +34,7 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
         from moerun.links.pinned import PinnedLink
 
         if settings.cold:
-            raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
+            raise RunError(f"on {device} experts come from memory, not from disk: leave --direct")
         return PinnedLink(
             make_tier(store, settings),
             slots,

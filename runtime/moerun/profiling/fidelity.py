@@ -65,21 +65,22 @@ def compare(
     sampling: Sampling,
     *,
     repeats: int = 5,
-    machine: Path | None = None,
+    machine: str | Path | None = None,
     report: Notify | None = None,
     refused: Refusals | None = None,
 ) -> list[Comparison]:
     """Run each policy live ``repeats`` times, in turns, and simulate its recorded trace.
 
-    ``machine`` is a profile of this machine; without one it is measured, in the same turns. Turns
-    that other programs disturbed are made again, twice as many as asked for at most. A policy that
-    cannot run, live or simulated, has no row, but its reason in ``refused``. Raises RunError as a
-    run does, and PolicyError where no policy could run.
+    ``machine`` is a profile of this machine, or a machine that moesim knows by name; without one
+    the machine is measured, in the same turns. Turns that other programs disturbed are made again,
+    twice as many as asked for at most. A policy that cannot run, live or simulated, has no row, but
+    its reason in ``refused``. Raises RunError as a run does, and PolicyError where no policy could
+    run.
     """
     refused = {} if refused is None else refused
     tell = report or silent
     if repeats < 1:
-        raise UsageError(f"repeats must be 1 or more, not {repeats}")
+        raise UsageError(f"rounds must be 1 or more, not {repeats}")
     policies = servable(policies, refused, low=settings.low is not None)
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:
         profiler = None
@@ -156,7 +157,7 @@ def _write_profile(profiler: Profiler, turns: Sequence[Measured[LiveTurn]], fold
 
 
 def _simulate_all(
-    runs: LiveRuns, turns: Sequence[Measured[LiveTurn]], machine: Path
+    runs: LiveRuns, turns: Sequence[Measured[LiveTurn]], machine: str | Path
 ) -> list[Comparison]:
     """A row for each policy that ran and can be simulated. PolicyError where there is none."""
     waited = max(turn.waited for turn in turns)
@@ -176,7 +177,7 @@ def _simulate_all(
 
 
 def _simulated(
-    store: ExpertStore, settings: Settings, machine: Path, trace: Path
+    store: ExpertStore, settings: Settings, machine: str | Path, trace: Path
 ) -> dict[str, Any]:
     """What the simulator makes of a run with these settings."""
     policy = settings.policy

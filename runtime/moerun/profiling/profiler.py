@@ -108,7 +108,7 @@ def measure(
     description says so if that did not help. ``report`` is told of each turn.
     """
     if repeats < 1:
-        raise UsageError(f"repeats must be 1 or more, not {repeats}")
+        raise UsageError(f"rounds must be 1 or more, not {repeats}")
     tell = report or silent
     with Profiler(store, settings) as profiler:
         turns = calmest(profiler.turn, repeats, lambda n: tell(f"measuring, turn {n}"))

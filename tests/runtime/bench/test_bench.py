@@ -240,7 +240,8 @@ def test_the_command_needs_neither_polars_nor_hqq_nor_simpy(tmp_path: Path) -> N
     [
         (["--shape", "mixtral-8x8b"], 1, "did you mean 'mixtral-8x7b'"),
         (["--policy", "belady"], 1, "needs the future"),
-        (["--cold"], 2, "give --store"),
+        (["--direct"], 2, "--direct is about experts in files: give --store"),
+        (["--machine", "t5"], 2, "unknown machine 't5'; did you mean 't4'?"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) -> None:
