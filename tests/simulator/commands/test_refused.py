@@ -11,8 +11,8 @@ import pytest
 from moepolicy import PolicyError, find_policy
 from moepolicy.console import WrongUsage
 from moeroute import TraceError, open_trace
-from moesim.commands.points import Points, same_figures
 from moesim.errors import SimulationError, UsageError
+from moesim.points import Points, same_figures
 from moesim.simulate import check_needs, workload_for
 from support.traces import write_trace
 
