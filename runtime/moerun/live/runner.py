@@ -15,7 +15,6 @@ from moerun.live.assembly import check_low, make_aside, make_link
 from moerun.live.gates import GateHooks, SessionExperts
 from moerun.live.generate import Generation
 from moerun.live.prompt import context_tokens, encode
-from moerun.live.sampling import Sampling
 from moerun.live.session import Session
 from moerun.live.sizing import Sizing
 from moerun.memory.budget import BudgetWatch
@@ -113,17 +112,12 @@ class Runner:
         """The most of the device's memory this run has held, as a budget counts it."""
         return self._peak.n_bytes
 
-    def set_slots(self, slots: int) -> None:
-        """Cache so many experts a layer from now on; any thread may say so, at any time.
+    def set_memory(self, budget_bytes: int) -> None:
+        """Have another budget from now on: the slots follow from it. Any thread may say so, at
+        any time.
 
         Nothing that is generated changes by it. What the step in progress uses stays until its
-        end. Raises PolicyError beyond a layer's experts, RunError where memory for more is not
-        there; all is then as it was.
-        """
-        self._sizing.set_slots(slots)
-
-    def set_memory(self, budget_bytes: int) -> None:
-        """Have another budget from now on (see ``set_slots``): the slots follow from it.
+        end.
 
         Raises RunError, changing nothing, for a budget too small for what is not slots or larger
         than the memory there is.
@@ -152,10 +146,6 @@ class Runner:
             on_reasoning=on_reasoning,
             context_tokens=self.context_tokens,
         )
-
-    def generate(self, prompt: str, sampling: Sampling) -> str:
-        """The text that follows ``prompt``."""
-        return self.generation().run(self.encode(prompt), sampling).text
 
     def close(self) -> None:
         if self._watch:

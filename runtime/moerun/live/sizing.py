@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 import torch
 
@@ -26,12 +25,6 @@ class Sizing:
         self._session = session
         self._device = device
         self._lock = threading.Lock()
-
-    def set_slots(self, slots: int) -> None:
-        """Have ``slots`` slots a layer."""
-        with self._lock:
-            self._session.resize(slots)
-            self.plan = replace(self.plan, slots=slots)
 
     def set_memory(self, budget_bytes: int) -> None:
         """Have as many slots as the budget leaves room for, and compiled calls where it does."""

@@ -26,6 +26,7 @@ from moerun.settings import Settings
 from moerun.store.pack import pack
 from runtime.live.test_session import drive, random_passes, trace_of
 from support.links import MemoryRecords, MemorySlot
+from support.runs import generate
 
 CHUNK = 4096
 RECORD = 3 * CHUNK
@@ -202,5 +203,5 @@ def test_text_does_not_depend_on_how_experts_travel(tmp_path: Path) -> None:
             policy, slots=2, streams=2, host_bytes=host_bytes, chunk_bytes=chunk_bytes
         )
         with Runner(store, chosen) as runner:
-            texts.add(runner.generate("It was the best", Sampling(max_new_tokens=12)))
+            texts.add(generate(runner, "It was the best", Sampling(max_new_tokens=12)))
     assert len(texts) == 1

@@ -33,6 +33,7 @@ from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import RECORD_BYTES, MemoryRecords
+from support.runs import generate
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 PATIENCE_S = 30
@@ -191,13 +192,13 @@ def test_a_live_run_reads_from_disk_what_the_simulated_one_does(
     tiny: ExpertStore, tmp_path: Path
 ) -> None:
     with Runner(tiny, Settings(find_policy("lru"), slots=3)) as runner:
-        expected = runner.generate(PROSE, Sampling(max_new_tokens=12))
+        expected = generate(runner, PROSE, Sampling(max_new_tokens=12))
     host_bytes = 40 * tiny.record_bytes
     chosen = Settings(find_policy("lru"), slots=3, host_bytes=host_bytes)
     with Runner(tiny, chosen) as runner:
         recording = LiveRecording(runner, tmp_path / "t.parquet", None, seed=0)
         recording.recorder.begin_sequence()
-        assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == expected
+        assert generate(runner, PROSE, Sampling(max_new_tokens=12)) == expected
         recording.finish()
         assert runner.host_tier is not None
         reads, loads = runner.host_tier.reads, runner.session.totals.loads
@@ -231,12 +232,12 @@ def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
     with Runner(tiny, chosen) as runner:
         recording = LiveRecording(runner, tmp_path / "t.parquet", None, seed=0)
         recording.recorder.begin_sequence()
-        text = runner.generate(PROSE, Sampling(max_new_tokens=12))
+        text = generate(runner, PROSE, Sampling(max_new_tokens=12))
         recording.finish()
         assert runner.host_tier is not None
         reads, totals = runner.host_tier.reads, runner.session.totals
     with Runner(tiny, replace(chosen, host_bytes=None)) as runner:
-        assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == text
+        assert generate(runner, PROSE, Sampling(max_new_tokens=12)) == text
     disk = Disk(1e9, host_bytes=20 * tiny.record_bytes)
     machine = Machine("m", "", "measured", LinkProfile(1e9), Compute(layer_s=1e-4), disk)
     trace = open_trace(tmp_path / "t.parquet")
@@ -275,7 +276,7 @@ def test_a_disk_that_fails_while_text_is_generated_is_named(
 
         def generate() -> None:
             try:
-                runner.generate(PROSE, Sampling(max_new_tokens=60, stop=False))
+                generate(runner, PROSE, Sampling(max_new_tokens=60, stop=False))
             except RunError as error:
                 outcome.append(error)
 

@@ -24,7 +24,7 @@ from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.offload.cpu_experts import AsideExpert
-from moerun.offload.experts import ResidentProvider, Served
+from moerun.offload.experts import Served
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
@@ -36,6 +36,7 @@ from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
+from support.runs import ResidentProvider, generate
 from transformers import AutoModelForCausalLM
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
@@ -272,9 +273,9 @@ def test_a_record_that_cannot_be_computed_aside_is_named(
     chosen = Settings(always(Kind.COMPUTE), low=stores["2bit"])
     with Runner(ExpertStore.open(store.path), chosen) as runner:
         with pytest.raises(RunError, match=rf"expert 5 of layer 0 .*{where.path.name}"):
-            runner.generate(PROSE, Sampling(max_new_tokens=2))
+            generate(runner, PROSE, Sampling(max_new_tokens=2))
         with pytest.raises(RunError, match="expert 5 of layer 0"):
-            runner.generate(PROSE, Sampling(max_new_tokens=2))
+            generate(runner, PROSE, Sampling(max_new_tokens=2))
         runner.session.reset()
         ids = torch.tensor([[1]]), torch.ones(1, 1)
         assert [expert for expert, _ in runner.session.serve(0, *ids)] == [1]

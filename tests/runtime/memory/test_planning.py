@@ -22,6 +22,7 @@ from moerun.memory.plan import COMPILED_BYTES, MIB, MemoryPlan, Needs
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from support.big_models import big_store
+from support.runs import generate
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
@@ -41,7 +42,7 @@ def test_what_computes_beside_the_device_is_planned(
     plain = Settings(find_policy("lru"), slots=1, low=stores["2bit"])
     assert plan_memory(store, plain).needs.aside_bytes == 0
     with Runner(store, Settings(find_policy(ASIDE), slots=1, low=stores["2bit"])) as runner:
-        runner.generate(PROSE, Sampling(max_new_tokens=2))
+        generate(runner, PROSE, Sampling(max_new_tokens=2))
         assert runner.session.totals.cpu_experts > 0
         aside: Any = runner.session.aside
         held = aside._form.slot_bytes
@@ -165,7 +166,7 @@ settings = Settings(find_policy(policy), memory_bytes=int(budget), context_token
                     low=ExpertStore.open(low))
 with Runner(store, settings) as runner:
     runner.session.wait_compiled()
-    runner.generate(prompt, Sampling(max_new_tokens=8, stop=False))
+    runner.generation().run(runner.encode(prompt), Sampling(max_new_tokens=8, stop=False))
     plan = runner.plan
     print(json.dumps({
         "compiling": plan.compiling.value, "peak": runner.peak_bytes, "planned": plan.total_bytes,

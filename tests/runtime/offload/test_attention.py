@@ -21,7 +21,6 @@ from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import SlotForm
 from moerun.live.runner import Runner
 from moerun.offload.attention import PackedLinear, packed_attention_bytes
-from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import dense_model, load_offloaded
 from moerun.perplexity.table1 import published
 from moerun.settings import Settings
@@ -32,6 +31,7 @@ from moerun.store.pack import pack
 from moerun.store.pack_folder import JOURNAL_FILE
 from safetensors.torch import load_file
 from support.moe_models import random_model, small_config
+from support.runs import ResidentProvider
 from support.stores import verify
 
 # bfloat16 has 8 bits of mantissa: the kernel's activations, scales and sums round to them.

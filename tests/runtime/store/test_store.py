@@ -19,12 +19,12 @@ from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RecordLayout
 from moerun.format.tensorfile import TensorFile, memory_of
-from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import load_offloaded
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import read_index
 from moerun.store.pack import pack
 from safetensors import safe_open
+from support.runs import ResidentProvider
 from support.stores import verify
 
 
