@@ -93,10 +93,8 @@ class HostTier:
         self.sizes = records.record_bytes, low.record_bytes if low else 0
         """Bytes of a record by variant."""
         all_bytes = sum(store.n_keys * store.record_bytes for store in stores)
-        self.whole = n_bytes is None or n_bytes >= all_bytes
-        """Whether it has room for everything."""
-        self.hits = 0
-        self.reads = 0
+        self.whole = n_bytes is None or n_bytes >= all_bytes  # all records can be there
+        self.hits = self.reads = 0
         n_bytes = all_bytes if n_bytes is None else min(n_bytes, all_bytes)
         self._memory = RecordMemory(n_bytes, self.sizes, aligned=not self.whole)
         self._entries: OrderedDict[tuple[int, Variant], Entry] = OrderedDict()  # least recent first

@@ -53,10 +53,10 @@ class PinnedStreams:
             device.pin(tier.memory)
             opened.callback(device.unpin, tier.memory)
             # Reached when nothing uses what the memory of the slots was before.
-            self.born = device.compute.record_event()
+            self.memory_free = device.compute.record_event()
             self._streams: list[Stream] = [device.new_stream() for _ in range(n_streams)]
             for stream in self._streams:
-                stream.wait_event(self.born)
+                stream.wait_event(self.memory_free)
             opened.callback(device.synchronize)
             self._opened = opened.pop_all()
 
@@ -102,7 +102,7 @@ class PinnedLink(SlotLink):
         self.tier = tier
         self._device = device
         self._streams = PinnedStreams(tier, device, self.n_streams)
-        self._events = SlotEvents(len(slots), self._streams.born)
+        self._events = SlotEvents(len(slots), self._streams.memory_free)
         self._copies = CopyQueue(
             streams=streams,
             n_streams=self.n_streams,

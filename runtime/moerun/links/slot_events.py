@@ -15,15 +15,15 @@ class SlotEvents:
     waits are the device's: no thread takes part.
     """
 
-    def __init__(self, n_slots: int, born: Event) -> None:
-        """``born`` is reached when nothing uses what the memory of the slots was before."""
-        self.copied = [born] * n_slots
-        self.used = [born] * n_slots
+    def __init__(self, n_slots: int, memory_free: Event) -> None:
+        """``memory_free`` is reached when nothing uses what the memory of the slots was before."""
+        self.copied = [memory_free] * n_slots
+        self.used = [memory_free] * n_slots
 
-    def grant(self, slots: Sequence[int], born: Event) -> None:
+    def grant(self, slots: Sequence[int], memory_free: Event) -> None:
         """These slots have new memory, of which the same is true."""
         more = max(slots) + 1 - len(self.used)
-        self.copied += [born] * more
-        self.used += [born] * more
+        self.copied += [memory_free] * more
+        self.used += [memory_free] * more
         for slot in slots:
-            self.used[slot] = born
+            self.used[slot] = memory_free
