@@ -15,8 +15,7 @@ import pytest
 import torch
 from moepolicy import Kind, PolicyError, find_policy
 from moeroute import open_trace
-from moerun.bench import fit as room
-from moerun.bench import report
+from moerun.bench import fit, report
 from moerun.bench.fit import BenchMemory, refuse_too_big
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config
@@ -200,14 +199,14 @@ def test_slots_are_those_that_moerun_would_plan(tmp_path: Path, options: dict[st
 def test_what_cannot_run_is_refused_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Bench, "_make_store", None)  # not to be reached
+    monkeypatch.setattr(Bench, "_make", None)  # not to be reached
     with pytest.raises(PolicyError, match="'hobbit' loads experts at a lower precision"):
         make_bench("hobbit", slots=2)
     with pytest.raises(RunError, match="needs 1 slot a layer or more"):
         make_bench("lru", slots=0, released=True)
     with pytest.raises(RunError, match="slots must be 0 or more, not -1"):
         make_bench("lru", slots=-1)
-    monkeypatch.setattr(room, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(fit, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(RunError, match=r"free: give --layers|lower --precision"):
         make_bench("lru", slots=8)
 
@@ -224,7 +223,7 @@ MIXTRAL = BenchMemory(
 
 def test_what_is_too_big_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 24 * 10**9
-    monkeypatch.setattr(room, "free_bytes", lambda _: free)
+    monkeypatch.setattr(fit, "free_bytes", lambda _: free)
     with pytest.raises(RunError) as caught:
         refuse_too_big(MIXTRAL, CPU, on_disk=False)
     said = str(caught.value)
@@ -245,7 +244,7 @@ def test_what_is_too_big_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_budget_has_as_many_slots_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda _: 24 * 10**9)
+    monkeypatch.setattr(fit, "free_bytes", lambda _: 24 * 10**9)
     budgeted = replace(MIXTRAL, all_slot_bytes=32 * 10**9)
     few = budgeted.of_layers(8)
     assert few.slot_bytes == 8 * 10**9  # for all of their experts
@@ -259,7 +258,7 @@ def test_a_budget_has_as_many_slots_as_it_can(monkeypatch: pytest.MonkeyPatch) -
 def test_a_gpu_and_its_host_are_asked_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     free = {"cpu": 64 * 10**9, "cuda": 16 * 10**9}
-    monkeypatch.setattr(room, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(fit, "free_bytes", lambda device: free[device.type])
     with pytest.raises(RunError, match=r"20\.77 GB of cuda:0 .*fewer --slots"):
         refuse_too_big(MIXTRAL, gpu, on_disk=False)
     free |= {"cpu": 8 * 10**9, "cuda": 24 * 10**9}
