@@ -200,7 +200,7 @@ def simulate(
     cold: bool = False,
     limits: bool = True,
     decisions: Decisions | None = None,
-    compilations: Compilations = OF_THIS_PROCESS,
+    compilations: Compilations | None = None,
 ) -> Result:
     """Replay ``workload`` under ``policy`` with ``slots`` a layer on ``machine``.
 
@@ -209,8 +209,9 @@ def simulate(
     caches, a policy made afresh and an idle link. What is still on its way when a sequence ends
     lands between the two, which takes no time that is counted. ``limits=False`` leaves out what
     no policy can beat. ``decisions``, of the same policy and cache, are timed and not found anew.
-    ``compilations`` decides what runs compiled. Where nothing says how big an expert is, counts
-    are found and times are None. Raises SimulationError or PolicyError where the run is impossible.
+    ``compilations`` decides what runs compiled (None: what this process has learnt so far). Where
+    nothing says how big an expert is, counts are found and times are None. Raises SimulationError
+    or PolicyError where the run is impossible.
     """
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
     case = Case(workload, policy, machine, slots, scope, size, low_bytes, cold)
@@ -229,7 +230,7 @@ def simulate(
                     policy,
                     context,
                     costs(part),
-                    compilations=compilations,
+                    compilations=compilations or OF_THIS_PROCESS,
                     engine=engine,
                     observers=observers,
                     journal=journal,

@@ -78,7 +78,13 @@ class Compute:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine profile. ``source`` tells measured constants from published ones."""
+    """One machine profile: what copies, disk reads and compute take. Times are seconds, sizes
+    bytes, rates bytes/s.
+
+    source  "measured" or "published": where the constants are from
+    disk    a stage before the link; None: the experts are in host memory
+    cpu     None: no policy may compute on CPU workers
+    """
 
     name: str
     description: str
@@ -139,6 +145,7 @@ def _ns(seconds: float) -> int:
 
 
 def machine_names() -> list[str]:
+    """The names of the profiles that ship with the simulator, for `load_machine`."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
