@@ -20,14 +20,15 @@ from moesim.commands.options import Force, ResultFile, ResultFormat
 from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
-from moesim.comparison import MACHINE, TRACE, PolicyComparison, Setting, SizedPolicy, run
+from moesim.comparison import PolicyComparison, Setting, SizedPolicy, run
 from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
-from moesim.machine.profile import load_machine, machine_names
+from moesim.machine.profile import DEFAULT_MACHINE, load_machine, machine_names
 from moesim.machine.unknown import size_notes
 from moesim.report import Compared, rows_of, table
 from moesim.sizes import quarters
+from moesim.workload.loading import DEFAULT_TRACE
 
 app = typer.Typer(
     help="Score cache and prefetch policies for mixture-of-experts offloading on recorded routing.",
@@ -57,7 +58,7 @@ def compare(
     policies: PolicyNames,
     trace: Annotated[
         str, typer.Option(help="A trace file, or the name of a sample: tiny, mixtral-like.")
-    ] = TRACE,
+    ] = DEFAULT_TRACE,
     slots: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +72,7 @@ def compare(
     ] = ("layer"),
     machine: Annotated[
         str, typer.Option(help="A machine's name (see 'moesim machines') or a profile (TOML).")
-    ] = MACHINE,
+    ] = DEFAULT_MACHINE,
     precision: Annotated[
         str | None,
         typer.Option(

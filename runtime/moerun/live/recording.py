@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from moepolicy import Event, Journal
 from moepolicy.outputs import written_whole
+from moeroute.schema import DECODE, PROMPT
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from moeroute import Rows, TraceMeta, TraceWriter
 
     from moerun.live.runner import Runner
-
-PROMPT, DECODE = 0, 1
 
 
 class Pass(NamedTuple):

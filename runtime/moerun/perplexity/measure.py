@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moepolicy import PolicySpec
+from moepolicy import Counts, PolicySpec
 
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import read_config
@@ -222,8 +222,9 @@ class Measurement:
         n_scored = sum(window.end - window.first for window in self.windows)
         total_nats = math.fsum(window.nats for window in scored)
         mean = total_nats / n_scored
-        masses = [math.fsum(column) for column in zip(*scored, strict=True)][1:]
-        shares = [mass / (masses[0] or 1.0) for mass in masses[1:]]
+        # By name: the first column is the nats.
+        _, *sums = map(math.fsum, zip(*scored, strict=True))
+        masses: dict[str, Any] = dict(zip(Scored._fields[1:], sums, strict=True))
         low = self.settings.low if "low" in policy.requires else None
         row = published(store.index)
         return Cell(
@@ -240,9 +241,7 @@ class Measurement:
             attention_bytes=store.attention_bytes,
             low_expert_bytes=low.n_keys * low.record_bytes if low else 0,
             bits_per_weight=8 * store.total_bytes / store.n_weights,
-            skipped_share=shares[0],
-            substituted_share=shares[1],
-            low_share=shares[2],
+            **Counts(**masses).shares,
             published=Published(row.size_gib, row.wikitext2, row.c4) if row else None,
             expert_data_bytes=store.n_keys * store.index.layout.data_bytes,
             attention_data_bytes=_attention_data_bytes(store),

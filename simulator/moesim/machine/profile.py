@@ -18,6 +18,7 @@ from moesim.errors import SimulationError, UsageError
 SHIPPED = Path(__file__).parents[1] / "machines"
 SOURCES = ("measured", "published")
 NS_PER_S = 1_000_000_000
+DEFAULT_MACHINE = "rtx3060"  # where a command or function is told of none
 
 
 @dataclass(frozen=True)
