@@ -67,8 +67,11 @@ def keep_in(
         _impl_class = Implementation
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
-            with suppress(Exception):  # a damaged file: whatever unpickling it may raise
+            try:
                 return super().load_overload(sig, target_context)
+            except Exception:  # a damaged file: whatever unpickling it may raise
+                with suppress(OSError):  # saving would read it once more
+                    (folder() / f"{name}.nbi").unlink(missing_ok=True)
             return None
 
         def save_overload(self, sig: Any, data: Any) -> None:

@@ -17,18 +17,17 @@ from moesim.engines.clock import Segment
 from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.errors import UsageError
 from moesim.gap import BASELINE
-from moesim.machine.profile import Machine, load_machine
+from moesim.machine.profile import DEFAULT_MACHINE, Machine, load_machine
 from moesim.machine.unknown import dense_label, expert_label
 from moesim.points import Points, same_figures
 from moesim.report import Compared, RefusedPoint, rows_of
 from moesim.result import Result
 from moesim.simulate import check_calibration, simulate, workload_for
 from moesim.sizes import expert_size, low_expert_size, quarters
+from moesim.workload.loading import DEFAULT_TRACE
 
 if TYPE_CHECKING:
     import polars as pl
-
-TRACE, MACHINE = "tiny", "rtx3060"
 
 PolicyLike = str | type[Policy] | PolicySpec
 SizedPolicy = tuple[int, PolicySpec]  # slots a layer, and the policy
@@ -170,11 +169,11 @@ def run(
 
 
 def compare(
-    trace: str | Path | Trace = TRACE,
+    trace: str | Path | Trace = DEFAULT_TRACE,
     policies: Sequence[PolicyLike] = ("lru", "lfu", "belady"),
     *,
     slots: int | Sequence[int] | None = None,
-    machine: str | Path | Machine = MACHINE,
+    machine: str | Path | Machine = DEFAULT_MACHINE,
     scope: str = "layer",
     precision: str | None = None,
     expert_bytes: int | None = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from moepolicy import PolicySpec
+from moepolicy import Context, PolicySpec
 from moepolicy.cache import Journal, Observer
 from moepolicy.counts import Counts, counts_of
 from moepolicy.policy import overrides
@@ -140,6 +140,20 @@ class Case:
         predicting = "predictions" in self.policy.requires
         return lambda part: costs_of(part, machine, sizes, predicting=predicting)
 
+    def replayed(
+        self,
+        replay: Callable[[Workload, PolicySpec, Context, Costs], tuple[Cache, SimulatedTime]],
+        timeline: list[Segment] | None,
+    ) -> Replayed:
+        """Its parts one after the other; ``timeline`` is filled."""
+        found, costs = Replayed(SimulatedTime(segments=timeline)), self.costs()
+        for part in self.parts():
+            context = part.context(self.slots, self.scope)
+            # Counts are of a calibration trace or of the whole; the future is a sequence's own.
+            context = context._replace(counts=self.workload.counts)
+            found.follow(*replay(part, self.policy, context, costs(part)))
+        return found
+
     def _timeless_machine(self) -> Machine:
         """A machine for decisions that do not depend on how long a copy takes.
 
@@ -200,7 +214,7 @@ def simulate(
     cold: bool = False,
     limits: bool = True,
     decisions: Decisions | None = None,
-    compilations: Compilations = OF_THIS_PROCESS,
+    compilations: Compilations | None = None,
 ) -> Result:
     """Replay ``workload`` under ``policy`` with ``slots`` a layer on ``machine``.
 
@@ -209,34 +223,26 @@ def simulate(
     caches, a policy made afresh and an idle link. What is still on its way when a sequence ends
     lands between the two, which takes no time that is counted. ``limits=False`` leaves out what
     no policy can beat. ``decisions``, of the same policy and cache, are timed and not found anew.
-    ``compilations`` decides what runs compiled. Where nothing says how big an expert is, counts
-    are found and times are None. Raises SimulationError or PolicyError where the run is impossible.
+    ``compilations`` decides what runs compiled (None: what this process has learnt so far). Where
+    nothing says how big an expert is, counts are found and times are None. Raises SimulationError
+    or PolicyError where the run is impossible.
     """
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
     case = Case(workload, policy, machine, slots, scope, size, low_bytes, cold)
     case.check(journal=journal is not None, timeline=timeline is not None)
-    costs = case.costs()
-    if decisions is not None:
-        found = Replayed(decisions.clock(costs(workload)), decisions.counts)
+    replay = partial(
+        run,
+        compilations=compilations or OF_THIS_PROCESS,
+        engine=engine,
+        observers=observers,
+        journal=journal,
+        timeline=timeline is not None,
+        n_steps=workload.n_steps,
+    )
+    if decisions is None:
+        found = case.replayed(replay, timeline)
     else:
-        found = Replayed(SimulatedTime(segments=timeline))
-        for part in case.parts():
-            # Counts are of a calibration trace or of the whole; the future is a sequence's own.
-            context = part.context(slots, scope)._replace(counts=workload.counts)
-            found.follow(
-                *run(
-                    part,
-                    policy,
-                    context,
-                    costs(part),
-                    compilations=compilations,
-                    engine=engine,
-                    observers=observers,
-                    journal=journal,
-                    timeline=timeline is not None,
-                    n_steps=workload.n_steps,
-                )
-            )
+        found = Replayed(decisions.clock(case.costs()(workload)), decisions.counts)
     return _result(case, found, case.limits(found.buffers) if limits else None)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MIXTRAL = "mixtral-like"
 UNIFORM = "uniform"
-_SAMPLE_TOKENS, _SAMPLE_SEED = 2048, 0  # of the sample that moeroute.synthetic makes
+_SAMPLE_SEED = 0  # of the sample that moeroute.synthetic makes
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ def _of_trace(source: str) -> ForcedRouting:
 
 def _mixtral_rows() -> Iterator[Rows]:
     """The rows of the sample: it is generated, and need not be read."""
-    from moeroute.synthetic import generate
+    from moeroute.synthetic import SAMPLE_TOKENS, generate
 
-    return generate(_SAMPLE_TOKENS, _SAMPLE_SEED)
+    return generate(SAMPLE_TOKENS, _SAMPLE_SEED)
 
 
 def _routing(source: str, batches: list[Rows]) -> ForcedRouting:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from moepolicy import Event, Journal
+from moeroute.schema import DECODE, PROMPT
 from numpy.typing import NDArray
 
 from moerun.live.session import Session
@@ -13,8 +14,6 @@ from moerun.offload.gate import Gate
 
 if TYPE_CHECKING:
     from moeroute import Rows
-
-PROMPT, DECODE = 0, 1
 
 
 class Pass(NamedTuple):

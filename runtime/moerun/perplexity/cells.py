@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from moepolicy import PolicySpec
+from moepolicy import Counts, PolicySpec
 
 from moerun.format.expert import ExpertShape
 from moerun.perplexity.results import Cell, Published, Scored
@@ -49,15 +49,10 @@ def cell_of(
 
 def _shares(scored: Collection[Scored]) -> dict[str, Any]:
     """Of the gates' weights, as in a run's report."""
-    _, all_of_it, skipped, substituted, low = (
-        math.fsum(column) for column in zip(*scored, strict=True)
-    )
-    whole = all_of_it or 1.0
-    return {
-        "skipped_share": skipped / whole,
-        "substituted_share": substituted / whole,
-        "low_share": low / whole,
-    }
+    # By name: the first column is the nats.
+    _, *sums = map(math.fsum, zip(*scored, strict=True))
+    masses: dict[str, Any] = dict(zip(Scored._fields[1:], sums, strict=True))
+    return Counts(**masses).shares
 
 
 def _sizes(store: ExpertStore) -> dict[str, Any]:

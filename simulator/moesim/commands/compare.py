@@ -16,20 +16,21 @@ from rich.console import Console
 from rich.progress import track
 
 from moesim.commands.options import Cold, OutputOptions, PolicyNames, Scope, Tokens
-from moesim.comparison import MACHINE, TRACE, PolicyComparison, Setting, SizedPolicy, run
+from moesim.comparison import PolicyComparison, Setting, SizedPolicy, run
 from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
-from moesim.machine.profile import machine_names
+from moesim.machine.profile import DEFAULT_MACHINE, machine_names
 from moesim.machine.unknown import size_notes
 from moesim.report import Compared, rows_of, table
 from moesim.sizes import quarters
+from moesim.workload.loading import DEFAULT_TRACE
 
 
 def compare(
     policies: PolicyNames,
     *,
-    trace: TraceName = TRACE,
+    trace: TraceName = DEFAULT_TRACE,
     slots: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +47,7 @@ def compare(
             help="The machine to simulate: a name (see 'moesim machines') or a profile (TOML).",
             autocompletion=among(machine_names),
         ),
-    ] = MACHINE,
+    ] = DEFAULT_MACHINE,
     engine: Annotated[
         Engine,
         typer.Option(help="simpy is the reference, replay the fast loop. The results are equal."),

@@ -13,6 +13,9 @@ from moepolicy.compiled import NotCompilable
 
 
 class Engine(StrEnum):
+    """What replays a workload. All give the same results: SimPy slowly, for whoever observes every
+    decision, the replay fast, and "auto" takes the replay where nobody observes."""
+
     auto = "auto"
     simpy = "simpy"
     replay = "replay"

@@ -18,6 +18,7 @@ from moesim.errors import SimulationError, UsageError
 SHIPPED = Path(__file__).parents[1] / "machines"
 SOURCES = ("measured", "published")
 NS_PER_S = 1_000_000_000
+DEFAULT_MACHINE = "rtx3060"  # where a command or function is told of none
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,13 @@ class Compute:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine profile. ``source`` tells measured constants from published ones."""
+    """One machine profile: what copies, disk reads and compute take. Times are seconds, sizes
+    bytes, rates bytes/s.
+
+    source  "measured" or "published": where the constants are from
+    disk    a stage before the link; None: the experts are in host memory
+    cpu     None: no policy may compute on CPU workers
+    """
 
     name: str
     description: str
@@ -139,6 +146,7 @@ def _ns(seconds: float) -> int:
 
 
 def machine_names() -> list[str]:
+    """The names of the profiles that ship with the simulator, for `load_machine`."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 

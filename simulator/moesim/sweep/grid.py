@@ -42,6 +42,8 @@ from moeroute.sizes import GivenSizes
 
 from moesim.engines.compilations import Engine
 from moesim.errors import SimulationError, UsageError
+from moesim.machine.profile import DEFAULT_MACHINE
+from moesim.workload.loading import DEFAULT_TRACE
 
 SCOPES = ("layer", "global")
 EXCLUSIVE = (("slots", "memory"), ("precisions", "expert_bytes"))
@@ -53,11 +55,11 @@ class Grid:
     """The axes of a sweep. ``parameters`` is policy -> parameter -> values."""
 
     policies: tuple[str, ...] = ()
-    traces: tuple[str, ...] = ("tiny",)
+    traces: tuple[str, ...] = (DEFAULT_TRACE,)
     slots: tuple[int, ...] = ()  # without slots and memory: quarters of a layer's experts
     memory: tuple[int, ...] = ()  # bytes
     scopes: tuple[str, ...] = ("layer",)
-    machines: tuple[str, ...] = ("rtx3060",)
+    machines: tuple[str, ...] = (DEFAULT_MACHINE,)
     precisions: tuple[str, ...] = ()  # without these and expert_bytes: a trace's own
     expert_bytes: tuple[int, ...] = ()
     low_precision: str | None = None

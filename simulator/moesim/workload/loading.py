@@ -26,6 +26,7 @@ from moesim.errors import SimulationError
 from moesim.workload.steps import Workload, changes
 
 BLOCK_ROWS = 1 << 18  # rows that are made into steps together
+DEFAULT_TRACE = "tiny"  # the sample that is replayed where a command or function is told of none
 SKELETON = "workload.pickle"  # written last: where it is, the arrays are whole
 
 Columns = dict[str, NDArray[Any]]
