@@ -162,7 +162,7 @@ class Stock:
 
     def run(self) -> tuple[float, list[int]]:
         """tokens/s of the measured tokens, and what was decoded."""
-        self.gates.start(None, predicts=False)
+        self.gates.start(None)
         timings = Marked(self.case.warm_up, lambda: None)
         decode_forced(self.model, timings, self.case.forced_tokens)
         return self.case.tokens / timings.measured_s, timings.token_ids

@@ -133,7 +133,7 @@ class Accelerate:
 
     def run(self) -> float:
         """tokens/s of the measured tokens."""
-        self._gates.start(None, predicts=False)
+        self._gates.start(None)
         timings = Marked(self._plan.warm_up, lambda: None)
         decode_forced(self._model, timings, self._plan.forced_tokens)
         return self._plan.tokens / timings.measured_s

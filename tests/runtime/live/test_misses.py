@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from moepolicy import ExpertCache, Kind, PolicyError, find_policy, replay_journa
 from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
+from moerun.live import assembly
 from moerun.live import runner as runner_module
 from moerun.live.recording import EventLog, LiveRecording
 from moerun.live.runner import Runner
@@ -74,7 +75,7 @@ def shuffled(seed: int) -> Any:
     """Stands for make_link: copies under way, two at a time, end in random order."""
 
     def make(store: ExpertStore, form: Any, chosen: Settings, n_slots: int) -> ShuffledLink:
-        slots = runner_module.make_slots(form, chosen, n_slots)
+        slots = assembly.make_slots(form, chosen, n_slots)
         return ShuffledLink(store, slots, 2, seed, chosen.low)
 
     return patch.object(runner_module, "make_link", make)
@@ -156,7 +157,7 @@ class Checked:
         served = self.session.serve(layer, ids, weights)
         return Served(served.ids, self._checked(layer, served))
 
-    def _checked(self, layer: int, served: Served) -> Iterator[Any]:
+    def _checked(self, layer: int, served: Served) -> Generator[Any, None, None]:
         cache = self.session.cache
         for expert, found in served:
             if found is not None and not isinstance(found, AsideExpert):

@@ -40,7 +40,7 @@ def run(workload: Any, spec: Any, engine: Engine = Engine.replay, **more: Any) -
     costs = costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False)
     context = workload.context(4, "layer")
     cache, clock = engines.run(workload, spec, context, costs, engine=engine, **more)
-    return cache.board[engines.N_EVENTS + 1 :].tolist(), clock.total_ns
+    return cache.counters.tolist(), clock.total_ns
 
 
 def told(workload: Any, spec: Any, engine: Engine) -> str:
