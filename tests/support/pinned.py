@@ -116,6 +116,7 @@ class Rig:
         found: list[bool] = []
         self.link.acquire(slot)
         form = in_form(self.slots[slot], number >= FIRST_LOW)
+        assert isinstance(form, Form)
         self.lanes.compute.run(lambda: found.append(form.holds(number)))
         self.link.release(slot)
         mark = self.lanes.compute.mark()

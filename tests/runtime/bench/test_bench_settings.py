@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import Kind, PolicyError, find_policy
+from moepolicy.tables import Format
 from moeroute import open_trace
 from moerun.bench import fit as room
 from moerun.bench import report
@@ -76,8 +77,8 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
 
     def simulated(policy: str, tokens: int) -> Result:
         some, spec = workload.head(tokens), find_policy(policy)
-        options = {"slots": 3, "expert_bytes": sizes[0], "low_bytes": sizes[1]}
-        return simulate(some, spec, machine, limits=False, **options)
+        given: dict[str, Any] = {"expert_bytes": sizes[0], "low_bytes": sizes[1]}
+        return simulate(some, spec, machine, limits=False, slots=3, **given)
 
     for policy in policies:
         (run,) = bench.runs[policy]
@@ -97,7 +98,7 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
     expected = compute_s - aside.cpu_ratio * (compute_s - min(rest_s, compute_s))
     assert aside.compute_s_per_token == pytest.approx(expected)
     assert rows["emoe-substitute"].compute_s_per_token == pytest.approx(compute_s)
-    table = report.render(list(rows.values()), report.Format.table, report.provenance(bench))
+    table = report.render(list(rows.values()), Format.table, report.provenance(bench))
     notes = " ".join(table.split())  # they are wrapped
     assert re.search(r" hobbit: changes what the model computes: [^:]* lower precision ", notes)
 

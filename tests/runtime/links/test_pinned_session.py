@@ -51,6 +51,7 @@ class Compute:
                 for expert, form in session.serve(layer, ids, weights):
                     key = layer * session.context.n_experts + expert
                     if form is not None:  # or it is skipped
+                        assert isinstance(form, Form)
                         self.lanes.compute.run(partial(self._compute, key, form))
                     served.append(expert)
                 assert sorted(served) == sorted(np.unique(gate.ids).tolist())

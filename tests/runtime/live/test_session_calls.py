@@ -134,7 +134,7 @@ class Beside:
 def test_what_is_not_loaded_comes_first_and_stand_ins_before_arrivals() -> None:
     """Layer 1 of 4 experts: 0 is resident; the step wants 2, 1, 0 and 3."""
     links: list[ByHand] = []
-    beside = Beside()
+    beside: Any = Beside()
 
     def make_link(n_slots: int) -> Any:
         links.append(ByHand(n_slots, 1, chunked=False))
@@ -234,7 +234,12 @@ def test_in_pieces_guesses_have_streams_of_their_own_and_are_wanted_when_late() 
             ("submit", 7, False),
         ]
         session.note(1, torch.zeros(1, 4), torch.full((1, 1, 4), np.nan, dtype=torch.float16))
-        link.want = lambda key: (link.asked.append(("want", key)), link.end(key))[0]  # type: ignore[method-assign,assign]
+
+        def end_when_wanted(key: int) -> None:
+            link.asked.append(("want", key))
+            link.end(key)
+
+        link.want = end_when_wanted  # type: ignore[method-assign]  # of this link alone
         link.end_at_once(5)
         assert [e for e, _ in session.serve(1, *asks(3, 1))] == [3, 1]
         assert link.take()[:2] == [("want", 7), ("submit", 5, True)]
