@@ -25,6 +25,7 @@ from moerun.checkpoint.families import (
     find_experts,
     shared_experts_of,
     top_k_of,
+    vocabulary_of,
 )
 from moerun.errors import RunError
 from moerun.format.bitplanes import SCALE_UNIT
@@ -208,7 +209,7 @@ class GeneratedModel:
         dense = {name: bytes_of(dtype, shape) for name, (dtype, shape) in self._dense.items()}
         packed = {name: records.record_bytes for name, records in self._projections.items()}
         file_bytes, offsets = _laid_out(self.record_lengths())
-        sizes = dense_sizes(dense | packed, self._modules, self.config.vocab_size)
+        sizes = dense_sizes(dense | packed, self._modules, vocabulary_of(self.config))
         return StoreIndex(
             model=self.name,
             revision=None,

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from moeroute.models import dense_sizes
 
-from moerun.checkpoint.families import shared_experts_of, top_k_of
+from moerun.checkpoint.families import shared_experts_of, top_k_of, vocabulary_of
 from moerun.checkpoint.source import ModelSource
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RECORD_ALIGN, RecordLayout
@@ -142,7 +142,7 @@ def build_index(
     attention = plan.attention.records if plan.attention else ()
     packed = {record.name: record.layout.record_bytes for record in attention}
     config = model.config
-    sizes = dense_sizes(dense | packed, model.layers, config.vocab_size)
+    sizes = dense_sizes(dense | packed, model.layers, vocabulary_of(config))
     return StoreIndex(
         model=name,
         revision=revision,

@@ -291,7 +291,7 @@ def test_a_timeline_says_what_its_times_leave_out(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with gzip.open(out, "rt") as file:
         assert json.load(file)["otherData"] == {}
-    refused = moesim(*options, "--trace", trace)
+    refused = moesim(*options, "--trace", trace, "--force")
     assert refused.returncode == 1
     assert "a timeline is of times, and nothing says how big an expert is" in refused.stderr
 
