@@ -26,6 +26,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(n_bytes: int) -> str:
+    """In the largest of GiB, MiB (2^20) and KiB that fits, or in bytes below one."""
     for unit in ("GiB", "MiB", "KiB"):
         if n_bytes >= UNITS[unit]:
             return f"{n_bytes / UNITS[unit]:.2f} {unit}"

@@ -1,0 +1,1 @@
+"""Record which experts a model chooses, as a trace that moeroute reads and moesim replays."""

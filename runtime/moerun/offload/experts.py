@@ -222,5 +222,6 @@ class ResidentProvider:
             slot.arrive(staging)
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        """All experts from the slots where they stay, in the order that a pass needs them."""
         first = layer * self._n_experts
         return served_in_order(top_k_index, lambda expert: self.slots[first + expert])
