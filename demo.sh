@@ -16,14 +16,14 @@ library=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 corpus=("$library/pydoc_data/topics.py" "$library/argparse.py" "$library/statistics.py")
 
 say '1. Record which experts the bundled model chooses for text of the Python library'
-run moetrace record "${corpus[@]}" --model tiny --max-tokens 8192 --horizon 3 --out demo/python.parquet --force
+run moetrace record "${corpus[@]}" --model tiny --tokens 8192 --horizon 3 --out demo/python.parquet --force
 run moetrace stats demo/python.parquet
 
 say '2. Simulate policies on that trace: whose choice of experts costs the fewest copies?'
 run moesim compare lru lfu fifo random static lru-spec belady --trace demo/python.parquet --slots 2,4,6 --machine cpu-disk
 
 say '3. Generate text with half of the experts in memory, under the base paper'"'"'s policy'
-run moerun --policy lru-spec --slots 4 --link-gbps 0.5 --max-new-tokens 120 --prompt 'The house was quiet, and the prince said to her'
+run moerun generate --policy lru-spec --slots 4 --link-gbps 0.5 --max-new-tokens 120 --prompt 'The house was quiet, and the prince said to her'
 
 say '4. Predicted against live: the same policies simulated and run, on a link of 0.5 GB/s'
 run moerun fidelity lru lfu lru-spec --slots 4 --link-gbps 0.5

@@ -23,7 +23,7 @@ import torch
 import typer
 from memory_group import MemoryGroup
 from moerun.bench.report import hardware
-from moerun.commands.options import quiet_libraries
+from moerun.commands.prepare import quiet_libraries
 from moerun.versions import run_packages
 from offload_engines import ENGINES, OURS, PRECISION, Case, make_engine, prepare
 

@@ -28,7 +28,7 @@ from memory_group import MemoryGroup
 from moerun.bench.models import find_config
 from moerun.bench.report import hardware
 from moerun.checkpoint.hub import resolve
-from moerun.commands.options import quiet_libraries
+from moerun.commands.prepare import quiet_libraries
 from moerun.format.tensorfile import as_bytes, bytes_of, header_of
 from moerun.store.expert_store import ExpertStore
 from moerun.versions import run_packages

@@ -13,17 +13,17 @@ from moeroute import Trace, open_trace
 from moeroute.schema import TraceMeta
 from moeroute.sizes import GivenSizes
 
-from moesim.engines.choose import Engine
 from moesim.engines.clock import Segment
+from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.errors import UsageError
 from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
 from moesim.machine.unknown import dense_label, expert_label
 from moesim.points import Points, same_figures
-from moesim.report import Compared, Refused, rows_of
+from moesim.report import Compared, RefusedPoint, rows_of
 from moesim.result import Result
 from moesim.simulate import check_calibration, simulate, workload_for
-from moesim.sizes import expert_size, low_expert_size
+from moesim.sizes import expert_size, low_expert_size, quarters
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TRACE, MACHINE = "tiny", "rtx3060"
 
 PolicyLike = str | type[Policy] | PolicySpec
-Point = tuple[int, PolicySpec]  # slots a layer, and the policy
+SizedPolicy = tuple[int, PolicySpec]  # slots a layer, and the policy
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Setting:
         if precision is not None and expert_bytes is not None:
             raise UsageError("give precision or expert-bytes, not both")
         if low_precision is not None and low_expert_bytes is not None:
-            raise UsageError("give low-precision or low-expert-bytes, not both")
+            raise UsageError("give low or low-expert-bytes, not both")
         opened = _opened(trace)
         profile = machine if isinstance(machine, Machine) else load_machine(str(machine))
         meta = opened.meta if given is None else given.on(opened.meta)
@@ -109,10 +109,10 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """What came of it: a row a point, those refused with the reason; timelines if asked for."""
 
-    rows: list[Compared | Refused]
+    rows: list[Compared | RefusedPoint]
     timelines: list[tuple[str, list[Segment]]]
     title: str
     alike: list[str]  # of policies that cannot differ from another here
@@ -123,10 +123,12 @@ def run(
     policies: Sequence[PolicySpec],
     slots: Sequence[int],
     *,
+    compilations: Compilations,
     timeline: bool = False,
-    watch: Callable[[list[Point]], Iterable[Point]] = iter,
-) -> Comparison:
-    """Simulate every policy with every number of slots; ``watch`` sees the points go by.
+    watch: Callable[[list[SizedPolicy]], Iterable[SizedPolicy]] = iter,
+) -> PolicyComparison:
+    """Simulate every policy with every number of slots; ``watch`` sees the points go by, and
+    ``compilations`` decides what runs compiled.
 
     Raises what stopped them where none could run.
     """
@@ -148,6 +150,7 @@ def run(
         engine=setting.engine,
         cold=setting.cold,
         limits=setting.limits,
+        compilations=compilations,
     )
     timelines = []
     for count, spec in watch([(count, spec) for count in slots for spec in policies]):
@@ -158,7 +161,7 @@ def run(
     def baseline(count: int) -> Result:
         return one(find_policy(BASELINE), slots=count)
 
-    return Comparison(
+    return PolicyComparison(
         points.beside(baseline if setting.limits else None),
         timelines,
         setting.title(workload.n_decoded + workload.n_prompt),
@@ -214,13 +217,13 @@ def compare(
         limits=limits,
     )
     sizes = quarters(setting.meta.n_experts) if slots is None else slots
-    found = run(setting, [_spec(p) for p in policies], [sizes] if isinstance(sizes, int) else sizes)
+    found = run(
+        setting,
+        [_spec(p) for p in policies],
+        [sizes] if isinstance(sizes, int) else sizes,
+        compilations=OF_THIS_PROCESS,
+    )
     return pl.DataFrame(rows_of(found.rows, setting.provenance), infer_schema_length=None)
-
-
-def quarters(n_experts: int) -> list[int]:
-    """A quarter, half and three quarters of a layer's experts: the default cache sizes."""
-    return sorted({max(1, n_experts * quarter // 4) for quarter in (1, 2, 3)})
 
 
 def _opened(trace: str | Path | Trace) -> Trace:

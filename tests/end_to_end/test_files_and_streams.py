@@ -91,12 +91,12 @@ def text(tmp_path: Path) -> Path:
 def test_a_recording_does_not_replace_a_trace_unless_told_to(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "t.parquet"
     record = ("moetrace", "record", text, "--out", out, "--horizon", "0")
-    run(*record, "--max-tokens", "7")
+    run(*record, "--tokens", "7")
     before = open_trace(out).digest
     _, told = run(*record, code=1)
     refused(told, out, f"{TRACE}7 tokens of tiny")
     assert open_trace(out).digest == before
-    run(*record, "--max-tokens", "9", "--force")
+    run(*record, "--tokens", "9", "--force")
     assert open_trace(out).n_rows == 9 * 8
     _, told = run(*record, "--resume", code=1)
     assert "is whole; there is nothing to resume" in told
@@ -169,7 +169,7 @@ def test_told_to_a_comparison_and_its_timeline_are_replaced(tmp_path: Path) -> N
 
 def test_a_live_recording_names_the_trace_that_it_would_replace(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "t.parquet"
-    run("moetrace", "record", text, "--out", out, "--horizon", "0", "--max-tokens", "5")
+    run("moetrace", "record", text, "--out", out, "--horizon", "0", "--tokens", "5")
     _, told = run("moerun", "--prompt", "Once", "--record", out, code=1)
     refused(told, out, f"{TRACE}5 tokens of tiny")
     run("moerun", "--prompt", "Once", "--max-new-tokens", "3", "--record", out, "--force")

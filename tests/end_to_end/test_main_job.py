@@ -42,7 +42,7 @@ def test_record_a_corpus_and_compare_policies_on_it(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("The whole of science is nothing more than a refinement. " * 40)
     trace = tmp_path / "t.parquet"
-    run("moetrace", "record", corpus, "--out", trace, "--max-tokens", "300", home=tmp_path)
+    run("moetrace", "record", corpus, "--out", trace, "--tokens", "300", home=tmp_path)
     rows = {name: compare(trace, name, 4, tmp_path) for name in ("lru", "belady", "lru-spec")}
     assert rows["belady"]["loads"] <= rows["lru"]["loads"]
     assert rows["lru"]["limit_loads"] <= rows["belady"]["loads"]

@@ -87,20 +87,20 @@ RUNS = {
         leaves="sweep.parquet", prints="best policy"
     ),
     "moesim table2": Run(prints="Left unexplained", slow=True),
-    'moerun --policy lru-spec --slots 4 --prompt "The house was quiet, and"': Run(),
+    'moerun generate --policy lru-spec --slots 4 --prompt "The house was quiet, and"': Run(),
     "moerun pack CHECKPOINT --precision 2bit --out store/": Run(leaves="store/index.json"),
-    "moerun --model store/ --policy lru-spec --memory 9GiB --prompt-file prompt.txt": Run(
+    "moerun generate --model store/ --policy lru-spec --memory 9GiB --prompt-file prompt.txt": Run(
         ("store", "prompt.txt")
     ),
-    'moerun --link-gbps 0.5 --policy lru --record live.parquet --prompt "..."': Run(
+    'moerun generate --link-gbps 0.5 --policy lru --record live.parquet --prompt "..."': Run(
         leaves="live.parquet"
     ),
     "moerun profile --out this-machine.toml": Run(leaves="this-machine.toml", slow=True),
     "moerun fidelity lru lfu lru-spec --slots 4 --link-gbps 0.5": Run(
         prints="live tok/s", slow=True
     ),
-    'moerun --policy hobbit --low 2bit --slots 3 --prompt "..."': Run(),
-    'moerun --memory 60MiB --max-new-tokens 20 --plan --prompt "Once upon a time"': Run(
+    'moerun generate --policy hobbit --low 2bit --slots 3 --prompt "..."': Run(),
+    'moerun generate --memory 60MiB --max-new-tokens 20 --plan --prompt "Once upon a time"': Run(
         prints="KV cache"
     ),
     "moerun pack CHECKPOINT --precision 2bit --attention 4bit --out store/": Run(
@@ -121,10 +121,10 @@ RUNS = {
     "moesim compare lru mine.py:Mine mine.py:Mine:half_life=200": Run(
         ("mine.py",), prints="mine.py:Mine:half_life=200"
     ),
-    'moerun --policy mine.py:Mine --prompt "..."': Run(("mine.py",)),
+    'moerun generate --policy mine.py:Mine --prompt "..."': Run(("mine.py",)),
     "moesim compare lru hobbit adapmoe-skip --trace mixtral-like --precision 4bit "
-    "--low-precision 2bit --slots 3": Run(prints="* changes what the model computes"),
-    'moerun --policy fiddler --slots 3 --prompt "..."': Run(),
+    "--low 2bit --slots 3": Run(prints="* changes what the model computes"),
+    'moerun generate --policy fiddler --slots 3 --prompt "..."': Run(),
 }
 
 

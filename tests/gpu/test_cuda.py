@@ -58,7 +58,7 @@ class Served:
         records: int | None = None,
         chunk_bytes: int = 0,
     ) -> None:
-        from moerun.links.cuda import CudaLanes
+        from moerun.links.cuda import CudaDevice
         from moerun.links.pinned import PinnedLink
 
         form = SlotForm(store.index.shape, store.index.precision, device)
@@ -67,10 +67,10 @@ class Served:
         n_bytes = None if records is None else records * store.record_bytes
         tier = HostTier(store, n_bytes, read_bytes=READ_BYTES)
         self.link = PinnedLink(
-            tier, slots_of, CudaLanes(device), streams=streams, chunk_bytes=chunk_bytes
+            tier, slots_of, CudaDevice(device), streams=streams, chunk_bytes=chunk_bytes
         )
         self.reports: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
-        self.link.start(lambda key, error: self.reports.put((key, error)))
+        self.link.start(lambda key, error, _ended_s: self.reports.put((key, error)))
 
     def wait(self) -> int:
         key, error = self.reports.get(timeout=PATIENCE_S)

@@ -212,7 +212,7 @@ def assert_fails(outcome: tuple[int, str, str], message: str) -> None:
         ["record", "a.txt", "--out", "t.parquet", "--prediction", "guesswork"],
         ["record", "a.txt", "--out", "t.parquet", "--seed", "3"],
         ["import", "a.npz"],
-        ["stats", "tiny", "--sizes", "two"],
+        ["stats", "tiny", "--slots", "two"],
         ["replay"],
     ],
 )
@@ -296,11 +296,11 @@ def test_an_import_takes_the_sizes_it_is_told(moetrace: Run, tmp_path: Path) -> 
 def test_statistics_in_three_formats(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
     assert moetrace("record", corpus, "--out", out)[0] == 0
-    code, table, _ = moetrace("stats", out, "--sizes", "2,4")
+    code, table, _ = moetrace("stats", out, "--slots", "2,4")
     assert code == 0
     assert "hit_ratio_lru" in table
-    rows = json.loads(moetrace("stats", out, "--sizes", "2,4", "--format", "json")[1])["statistics"]
-    lines = moetrace("stats", out, "--sizes", "2,4", "--format", "csv")[1].splitlines()
+    rows = json.loads(moetrace("stats", out, "--slots", "2,4", "--format", "json")[1])["statistics"]
+    lines = moetrace("stats", out, "--slots", "2,4", "--format", "csv")[1].splitlines()
     assert lines[0] == "statistic,parameter,value,shuffled"
     assert len(lines) == len(rows) + 1
     hits = {row["parameter"]: row["value"] for row in rows if row["statistic"] == "hit_ratio_lru"}

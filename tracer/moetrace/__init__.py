@@ -1,1 +1,3 @@
-"""Record which experts a model chooses, as a trace that moeroute reads and moesim replays."""
+"""Recording routing traces from live models."""
+
+__version__ = "0.1.0"

@@ -11,17 +11,23 @@ from typing import Annotated
 
 import typer
 from moepolicy import console
+from moepolicy.apps import Force, add_command, make_app
+from moepolicy.completion import among
+from moepolicy.options import formerly
 from moepolicy.outputs import check_free, check_suffix
 from moepolicy.tables import Format, wrapped
 from moeroute import TraceError
+from moeroute.options import TRACE_HELP, SizeOptions, complete_traces
 from moeroute.parquet import partial_folder
+from moerun.commands import names
 from moerun.errors import RunError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Make routing traces: record a mixture-of-experts model, or import a foreign recording.",
+from moetrace import __version__
+
+HELP = "Make routing traces: record a mixture-of-experts model, or import a foreign recording."
+PACKAGES = (
+    *("torch", "transformers", "safetensors", "hqq", "accelerate"),
+    *("numpy", "polars", "rich", "typer"),
 )
 
 
@@ -32,7 +38,7 @@ class Prediction(StrEnum):
     gate_input = "gate-input"
 
 
-class Dtype(StrEnum):
+class Precision(StrEnum):
     """What to compute in."""
 
     auto = "auto"
@@ -41,36 +47,42 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace a file that lies where the trace is to be written.")
-]
-
-
-@app.callback()
-def _moetrace() -> None:
-    """Record a mixture-of-experts model's routing, or import a foreign recording."""
-
-
-@app.command()
 def record(
     corpus: Annotated[
         list[Path],
-        typer.Argument(help="Text files, folders of them, or .jsonl files (see --field)."),
+        typer.Argument(
+            metavar="CORPUS",
+            help="Text files, folders of them, or .jsonl files (see --field).",
+        ),
     ],
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
     model: Annotated[
-        str, typer.Option(help="'tiny' (bundled), a checkpoint's folder, or owner/name of the hub.")
+        str,
+        typer.Option(
+            help="The model: tiny (bundled), a checkpoint's folder, or owner/name on the Hugging "
+            "Face hub.",
+            autocompletion=among(names.models),
+        ),
     ] = "tiny",
-    revision: Annotated[str | None, typer.Option(help="Commit or branch of a hub model.")] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False),
+    ] = None,
     horizon: Annotated[
-        int, typer.Option(min=0, help="Record predictions made 1 to this many layers ahead.")
+        int,
+        typer.Option(
+            min=0,
+            help="How many layers ahead gates are applied: predictions made 1 to this many "
+            "layers early are recorded.",
+        ),
     ] = 3,
     prediction: Annotated[
         Prediction | None,
         typer.Option(
-            help="What later gates are applied to: the residual stream under their own norm, or "
-            "the input of this layer's gate. Default: own-norm, where the family has such norms.",
+            help="What later gates are applied to. own-norm: the residual stream under their own "
+            "norm. gate-input: the input of this layer's gate. Default: own-norm where the "
+            "family has such norms.",
             show_default=False,
         ),
     ] = None,
@@ -78,20 +90,23 @@ def record(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of a sequence; documents are cut into such. Default: what the model was "
-            "made for, 2048 at most.",
+            help="Tokens of a sequence; longer documents are cut. Default: the model's context, "
+            "2048 at most.",
             show_default=False,
         ),
     ] = None,
-    max_tokens: Annotated[
+    tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop after so many tokens of text.", show_default="all"),
+        typer.Option(
+            min=1, help="Stop after this many tokens of text. Default: all.", show_default=False
+        ),
+        formerly("--max-tokens"),
     ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Mark the first so many tokens of each sequence as prompt; the rest are decode "
+            help="Mark this many first tokens of each sequence as prompt; the others are decode "
             "steps. With --generate: the length of the prompts.",
             show_default=False,
         ),
@@ -99,29 +114,40 @@ def record(
     generate: Annotated[
         int,
         typer.Option(
-            min=0, help="Let the model continue each prompt by so many tokens; 0: only read."
+            min=0,
+            help="Let the model continue each prompt by this many tokens. 0: only read.",
         ),
     ] = 0,
     temperature: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Sample generated tokens; 0, the default, takes the likeliest.",
+            help="0 takes the likeliest token; values above 0 sample. Default: 0.",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the sampling; default 0.", show_default=False)
+        int | None,
+        typer.Option(min=0, help="Seed of the sampling. Default: 0.", show_default=False),
     ] = None,
     field: Annotated[
         str | None,
         typer.Option(help="The field of .jsonl lines that holds the text.", show_default=False),
     ] = None,
-    dtype: Annotated[
-        Dtype,
-        typer.Option(help="Compute in this; auto: as stored, but fp16 as fp32 on the CPU."),
-    ] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="What the model computes in. auto: as stored, but fp16 as fp32 on the CPU."
+        ),
+        formerly("--dtype"),
+    ] = Precision.auto,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="The device that computes: cpu, cuda, cuda:N, or auto (a GPU where there is one).",
+            autocompletion=among(names.devices),
+        ),
+    ] = "auto",
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of whole sequences that share a forward pass.")
     ] = 2048,
@@ -130,11 +156,11 @@ def record(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Record which experts a model chooses for each token of a corpus, and what its gates foresee.
+    """Record which experts a model chooses for each token of a corpus.
 
-    The text goes through the stock model as it is, each token counting as one decode step, or the
-    model continues it (--generate). An interrupted recording leaves no file at --out; the same
-    command with --resume goes on.
+    The trace has the predictions of later gates, too. The stock model reads the text as it is,
+    each token counting as one decode step, or continues it (--generate). An interrupted recording
+    leaves no file at --out; the same command with --resume goes on.
     """
     for name, value in (("--temperature", temperature), ("--seed", seed)):
         if value is not None and not generate:
@@ -148,7 +174,7 @@ def record(
         horizon=horizon,
         prediction=prediction.value if prediction else None,
         sequence_length=sequence_length,
-        max_tokens=max_tokens,
+        max_tokens=tokens,
         prompt_tokens=prompt_tokens,
         generate=generate,
         temperature=temperature or 0.0,
@@ -156,7 +182,7 @@ def record(
         field=field,
         batch_tokens=batch_tokens,
     )
-    checkpoint = checkpoints.load(model, revision=revision, dtype=dtype.value, device=device)
+    checkpoint = checkpoints.load(model, revision=revision, dtype=precision.value, device=device)
     windows = open_windows(checkpoint, corpus, settings)
     total = windows.n_tokens + generate * len(windows.sequences)
     try:
@@ -168,98 +194,67 @@ def record(
     _describe(out)
 
 
-@app.command("import")
 def import_trace(
-    file: Annotated[Path, typer.Argument(help="A routing .npz or a BigMoeOnEdge route CSV.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="The recording: a routing .npz or a BigMoeOnEdge route CSV."
+        ),
+    ],
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
     force: Force = False,
-    like: Annotated[
-        str | None,
-        typer.Option(
-            help="Take the sizes that the recording lacks from this model: a name such as "
-            "gpt-oss-20b, a config.json, or its folder. Layers, experts and top-k must agree with "
-            "the recording's.",
-            show_default=False,
-        ),
-    ] = None,
-    layers: Annotated[
-        int | None,
-        typer.Option(
-            help="The recording is of --like's first so many layers alone.", show_default=False
-        ),
-    ] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            help="Precision of --like's attention: native, bf16, 4bit, 3bit, 2bit. Default: "
-            "native.",
-            show_default=False,
-        ),
-    ] = None,
     expert_bytes: Annotated[
         str | None,
         typer.Option(
             metavar="PRECISION=BYTES,...",
             help="Bytes of one expert by precision, that of the recording first.",
             show_default=False,
+            rich_help_panel=SizeOptions.panel,
         ),
     ] = None,
-    dense_layer_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Bytes of a layer's weights other than routed experts.", show_default=False
-        ),
-    ] = None,
-    dense_token_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Bytes a token reads outside those layers: last norm, head, layers without "
-            "experts.",
-            show_default=False,
-        ),
-    ] = None,
+    sizes: SizeOptions,
 ) -> None:
-    """Turn a foreign recording into a trace; what it did not record is left out and noted.
+    """Turn a foreign recording into a trace.
 
-    Times are simulated from the model's sizes. Few recordings say them: without --like or numbers
-    they stay unknown, which is said beside every number that would need them.
+    What the recording lacks is left out and noted. Times are simulated from the model's sizes.
+    Few recordings have the sizes: without --like or numbers they stay unknown, and every number
+    that needs them says so.
     """
     from moeroute.importers import import_foreign
-    from moeroute.sizes import GivenSizes
 
-    sizes = GivenSizes(
-        like,
-        layers,
-        attention,
-        _expert_bytes(expert_bytes),
-        dense_layer_bytes,
-        dense_token_bytes,
-    )
+    known = _expert_bytes(expert_bytes)
     _check_out(out, resume=False, force=force)
     made = import_foreign(
-        file, out, sizes=sizes, tell=lambda line: typer.echo(f"note: {line}", err=True)
+        file,
+        out,
+        sizes=sizes.given(known),
+        tell=lambda line: typer.echo(f"note: {line}", err=True),
     )
     typer.echo(made.describe(notes=False))
 
 
-@app.command()
 def stats(
     trace: Annotated[
-        str, typer.Argument(help="A trace file, or the name of a sample: tiny, mixtral-like.")
+        str, typer.Argument(metavar="TRACE", help=TRACE_HELP, autocompletion=complete_traces)
     ] = "tiny",
-    sizes: Annotated[
+    *,
+    slots: Annotated[
         str | None,
-        typer.Option(help="Cache sizes for the hit ratios, in experts a layer: 2,4,6."),
+        typer.Option(
+            help="Cache sizes for the hit ratios, in experts per layer: 2,4,6. Default: at most "
+            "ten, from top-k to all experts but one.",
+            show_default=False,
+        ),
+        formerly("--sizes"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled copy.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled copy of the trace.")] = 0,
     format: Annotated[Format, typer.Option(help="How to print the statistics.")] = Format.table,
 ) -> None:
     """Show a trace's locality, popularity, gate weights, recall of predictions and hit ratios.
 
-    Beside each number that depends on the order of the tokens stands the same of a copy with the
-    tokens shuffled: what is above it is locality, what is left is popularity.
+    Next to each number that depends on the order of the tokens stands the number of a copy with
+    the tokens shuffled: the difference comes from locality, the rest from popularity.
     """
     from moeroute import open_trace
     from moeroute.summary import summarize
@@ -267,7 +262,7 @@ def stats(
     from moetrace.report import render
 
     opened = open_trace(trace)
-    found = summarize(opened, sizes=_numbers(sizes), seed=seed)
+    found = summarize(opened, sizes=_numbers(slots), seed=seed)
     console.emit(render(found, opened, format))
 
 
@@ -277,7 +272,7 @@ def _numbers(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"--sizes {text!r}: give whole numbers, as in 2,4,6") from None
+        raise typer.BadParameter(f"--slots {text!r}: give whole numbers, as in 2,4,6") from None
 
 
 def _check_out(out: Path, *, resume: bool, force: bool) -> None:
@@ -339,6 +334,12 @@ def _progress(total: int) -> Iterator[Callable[[int, bool], None]]:
         yield advance
     elapsed_s = time.perf_counter() - started
     stderr.print(f"{done:,} tokens in {elapsed_s:.1f} s, {done / elapsed_s:,.0f} tokens/s")
+
+
+app = make_app("moetrace", HELP, version=__version__, packages=PACKAGES)
+add_command(app, record)
+add_command(app, import_trace, "import")
+add_command(app, stats)
 
 
 def main() -> None:

@@ -201,7 +201,7 @@ def shared_experts_of(config: Any) -> int:
 
 
 def vocabulary_of(config: Any) -> int:
-    """How many tokens the model tells apart."""
+    """Tokens that the model knows: rows of its embedding."""
     return int(config.get_text_config().vocab_size)
 
 

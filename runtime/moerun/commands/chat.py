@@ -2,80 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 from moepolicy import console
+from moepolicy.options import taking
 
-from moerun.commands import options as opt
+from moerun.commands import prepare
+from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions, SamplingOptions
 
 
 def chat(
-    model: opt.Model = "tiny",
-    policy: opt.Policy = "lru",
-    slots: opt.Slots = None,
-    memory: opt.Memory = None,
-    memory_file: opt.MemoryFile = None,
-    context: opt.ContextTokens = None,
-    host_memory: opt.HostMemory = None,
-    scope: opt.Scope = "layer",
-    precision: opt.Precision = "native",
-    attention: opt.Attention = "native",
-    store: opt.Store = None,
-    low: opt.Low = None,
-    device: opt.Device = "auto",
-    streams: opt.Streams = 1,
-    chunk: opt.Chunk = None,
-    link_gbps: opt.LinkGbps = None,
-    cold: opt.Cold = False,
-    threads: opt.Threads = None,
-    horizon: opt.Horizon = None,
-    calibration: opt.Calibration = None,
+    *,
     system: Annotated[
         str | None,
         typer.Option(help="What the model is told before the first message.", show_default=False),
     ] = None,
-    max_new_tokens: opt.MaxNewTokens = 512,
-    temperature: opt.Temperature = 0.0,
-    top_p: opt.TopP = 1.0,
-    stop: opt.Stop = None,
-    seed: opt.Seed = 0,
+    model: ModelOptions,
+    cache: CacheOptions,
+    device: DeviceOptions,
+    sampling: Annotated[SamplingOptions, taking(max_new_tokens=512)],
 ) -> None:
     """Talk with a model: one message a line, answers stream to stdout.
 
-    The model's own chat template makes the prompt; a model without one continues a script of
-    "User:" and "Assistant:" lines. Oldest turns are dropped when the context is full. Ctrl-C stops
-    an answer, at the prompt it leaves, as Ctrl-D does. Commands: /reset, /stats, /memory,
-    /quit.
+    The model's own chat template makes the prompt. A model without a template continues a script
+    of "User:" and "Assistant:" lines. The oldest turns are dropped when the context is full.
+    Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D leaves. Commands: /reset, /stats,
+    /memory, /quit.
     """
-    settings = opt.settings(
-        policy=policy,
-        slots=slots,
-        memory=memory,
-        memory_file=memory_file,
-        context=context,
-        host_memory=host_memory,
-        chunk=chunk,
-        scope=scope,
-        device=device,
-        streams=streams,
-        link_gbps=link_gbps,
-        cold=cold,
-        threads=threads,
-        horizon=horizon,
-        calibration=calibration,
-    )
-    sampling = opt.sampling(max_new_tokens, temperature, top_p, seed, stop)
-    found = opt.store(model, precision, store, attention)
-    settings = replace(settings, low=opt.low_store(model, low, found))
+    settings = prepare.settings(cache, device)
+    chosen = prepare.sampling(sampling)
+    found, settings = prepare.opened(model, settings)
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.live.runner import Runner
-    from moerun.serving.terminal import Sitting
+    from moerun.serving.terminal import TerminalChat
 
     with Runner(found, settings, report=say) as runner:
         tell_plan(runner)
         calm_collector()
-        if Sitting(runner, sampling, system).hold():
+        if TerminalChat(runner, chosen, system).hold():
             raise typer.Exit(console.INTERRUPTED)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from moepolicy import find_policy
+from moepolicy.completion import among
 from moepolicy.console import emit
+from moepolicy.options import formerly, taking
 from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 from rich.console import Console
 
-from moerun.commands import options as opt
+from moerun.commands import names, prepare
+from moerun.commands.options import (
+    CacheOptions,
+    DeviceOptions,
+    Machine,
+    ModelOptions,
+    Output,
+    SamplingOptions,
+)
 from moerun.policies import Refusals, refusal_notes, servable, with_refused
 from moerun.profiling.undisturbed import CALM
 
@@ -29,59 +38,39 @@ def fidelity(
     policies: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="POLICY...", help="Default: lru, lfu and lru-spec.", show_default=False
-        ),
-    ] = None,
-    model: opt.Model = "tiny",
-    slots: opt.Slots = None,
-    scope: opt.Scope = "layer",
-    precision: opt.Precision = "native",
-    attention: opt.Attention = "native",
-    store: opt.Store = None,
-    low: opt.Low = None,
-    device: opt.Device = "auto",
-    streams: opt.Streams = 1,
-    link_gbps: opt.LinkGbps = None,
-    cold: opt.Cold = False,
-    threads: opt.Threads = None,
-    calibration: opt.Calibration = None,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
-    max_new_tokens: opt.MaxNewTokens = 200,
-    repeats: Annotated[int, typer.Option(help="Live runs of each policy, in turns.")] = 5,
-    machine: Annotated[
-        Path | None,
-        typer.Option(
-            help="A profile of this machine from 'moerun profile' with the same options. "
-            "Default: measure one now.",
+            metavar="POLICY",
+            help="The policies to compare. Default: lru, lfu and lru-spec.",
             show_default=False,
+            autocompletion=among(names.policies),
         ),
     ] = None,
-    format: opt.Output = Format.table,
+    *,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
+    rounds: Annotated[
+        int,
+        typer.Option(help="Live runs of each policy, in turns."),
+        formerly("--repeats"),
+    ] = 5,
+    machine: Machine = None,
+    format: Output = Format.table,
+    model: ModelOptions,
+    cache: Annotated[CacheOptions, taking("slots", "scope", "calibration")],
+    device: Annotated[DeviceOptions, taking("device", "streams", "link_gbps", "direct", "threads")],
+    sampling: Annotated[SamplingOptions, taking("max_new_tokens", max_new_tokens=200)],
 ) -> None:
     """Compare what the simulator predicts with what this machine does.
 
     Each policy generates the same text live from a cold cache; the recorded trace is then
-    simulated with a profile of this machine. Needs the simulator (moesim) installed. Run it while
-    nothing else keeps the machine busy.
+    simulated on --machine, by default with a profile measured now. The simulator (moesim) must be
+    installed. Measure while nothing else keeps the machine busy.
     """
     refused: Refusals = {}
     asked = [find_policy(name) for name in policies or ("lru", "lfu", "lru-spec")]
-    specs = servable(asked, refused, low=low is not None)
-    settings = opt.settings(
-        policy=specs[0].label,
-        slots=slots,
-        scope=scope,
-        device=device,
-        streams=streams,
-        link_gbps=link_gbps,
-        cold=cold,
-        threads=threads,
-        calibration=calibration,
-    )
-    sampling = opt.sampling(max_new_tokens, 0.0, 1.0, 0)
-    opt.check_machine(machine)
-    found = opt.store(model, precision, store, attention)
-    settings = replace(settings, low=opt.low_store(model, low, found))
+    specs = servable(asked, refused, low=model.low is not None)
+    settings = prepare.settings(cache, device, policy=specs[0].label)
+    chosen = prepare.sampling(sampling)
+    prepare.check_machine(machine)
+    found, settings = prepare.opened(model, settings)
     from moerun.profiling.fidelity import compare
 
     with Console(stderr=True).status("preparing") as status:
@@ -90,8 +79,8 @@ def fidelity(
             specs,
             settings,
             prompt,
-            sampling,
-            repeats=repeats,
+            chosen,
+            repeats=rounds,
             machine=machine,
             report=status.update,
             refused=refused,

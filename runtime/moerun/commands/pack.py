@@ -7,38 +7,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from moepolicy.completion import among
 from moepolicy.console import emit
+from moepolicy.options import taking
 
 from moerun.amounts import decimal_bytes
-from moerun.commands import options as opt
+from moerun.commands import names, prepare
+from moerun.commands.options import ModelOptions
 
 if TYPE_CHECKING:
     from moerun.store.expert_store import ExpertStore
 
 
 def pack(
-    model: Annotated[
+    checkpoint: Annotated[
         str,
         typer.Argument(
-            help="tiny (bundled), a checkpoint's folder, or owner/name on the Hugging Face hub."
+            metavar="MODEL",
+            help="The checkpoint to pack: tiny (bundled), a folder, or owner/name on the Hugging "
+            "Face hub.",
+            autocompletion=among(names.models),
         ),
     ],
+    *,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    precision: opt.Precision = "native",
-    attention: opt.Attention = "native",
     dense_precision: Annotated[
         str | None,
         typer.Option(
-            help="Of everything but experts and quantised attention: native, fp32, fp16 or bf16. "
-            "Default: that of attention or experts where one of them is unquantised.",
+            help="Precision of everything but experts and quantised attention: native, fp32, fp16 "
+            "or bf16. Default: that of attention or experts where one of them is unquantised.",
             show_default=False,
+            autocompletion=among(names.plain_precisions),
         ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="What quantises: cpu, cuda, cuda:N. Default: a GPU where there is one.",
+            help="The device that quantises: cpu, cuda, cuda:N. Default: a GPU where there is one.",
             show_default=False,
+            autocompletion=among(names.devices),
         ),
     ] = None,
     workers: Annotated[
@@ -47,18 +54,18 @@ def pack(
     ] = None,
     revision: Annotated[
         str | None,
-        typer.Option(help="Of a model on the hub: branch, tag or commit.", show_default=False),
+        typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a finished store at --out.")
     ] = False,
+    model: Annotated[ModelOptions, taking("precision", "attention")],
 ) -> None:
     """Pack a checkpoint into a store that moerun reads one expert at a time.
 
-    Experts and attention are kept as they are or quantised (HQQ). Interrupted at any moment, the
-    same command goes on where it stopped. Stores of one checkpoint in one folder share (as hard
-    links) what they have in common: another precision of attention takes no second packing of
-    experts.
+    Experts and attention are kept as they are or quantised (HQQ). After an interruption at any
+    moment the same command goes on where it stopped. Stores of one checkpoint in one folder share
+    equal files as hard links: another precision of attention takes no second packing of experts.
     """
     from rich.console import Console
 
@@ -68,11 +75,11 @@ def pack(
     from moerun.store.find import stores_in
     from moerun.store.pack import pack as pack_store
 
-    opt.quiet_libraries()
-    checkpoint = resolve(model, revision=revision)
+    prepare.quiet_libraries()
+    folder = resolve(checkpoint, revision=revision)
     if device is not None:
         device = str(find_device(device))
-    name = checkpoint.resolve().name if Path(model).is_dir() else model
+    name = folder.resolve().name if Path(checkpoint).is_dir() else checkpoint
     console = Console(stderr=True)
 
     def report(text: str) -> None:
@@ -80,10 +87,10 @@ def pack(
 
     with pack_progress(console) as progress:
         store = pack_store(
-            checkpoint,
+            folder,
             out,
-            precision=precision,
-            attention=attention,
+            precision=model.precision,
+            attention=model.attention,
             dense_precision=dense_precision,
             name=name,
             revision=revision,

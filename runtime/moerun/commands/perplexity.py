@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from moepolicy import PolicyError, PolicySpec, find_policy
+from moepolicy.completion import among, listed
 from moepolicy.console import emit
+from moepolicy.options import taking
 from moepolicy.outputs import check_suffix
 from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
 from rich.console import Console
 
 from moerun.amounts import decimal_bytes
-from moerun.commands import options as opt
+from moerun.commands import names, prepare
+from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions, Output
 from moerun.errors import RunError
 from moerun.policies import Refusals, refusal_notes, require_some, servable, with_refused
 
@@ -39,19 +42,28 @@ def perplexity(
     text: Annotated[
         Path | None,
         typer.Argument(
+            metavar="TEXT",
             help="A UTF-8 text. Default: the part of Python's help topics that the bundled model "
             "was not trained on.",
             show_default=False,
         ),
     ] = None,
-    model: opt.Model = "tiny",
+    *,
     attention: Annotated[
         str | None,
-        typer.Option(help=f"Precisions of attention, {_LIST_HELP}", show_default=False),
+        typer.Option(
+            help=f"Precisions of attention, {_LIST_HELP}",
+            show_default=False,
+            autocompletion=listed(names.precisions),
+        ),
     ] = None,
     experts: Annotated[
         str | None,
-        typer.Option(help=f"Precisions of the experts, {_LIST_HELP}", show_default=False),
+        typer.Option(
+            help=f"Precisions of the experts, {_LIST_HELP}",
+            show_default=False,
+            autocompletion=listed(names.precisions),
+        ),
     ] = None,
     context: Annotated[
         int | None,
@@ -63,87 +75,75 @@ def perplexity(
     stride: Annotated[
         int | None,
         typer.Option(
-            help="Tokens from one window's begin to the next one's. Default: the context, so that "
-            "windows do not overlap, as papers on quantisation do; less gives each token more to "
-            "go by, and takes as much longer.",
+            help="Tokens between the beginnings of two windows. Default: the context, so that "
+            "windows do not overlap, as in papers on quantisation. A smaller stride gives each "
+            "token more context and takes as much longer.",
             show_default=False,
         ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Only the first so many of the text.", show_default=False),
+        typer.Option(help="Use only this many tokens of the text.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Keep the results in this file (JSON lines, .jsonl), and go on with what it "
-            "holds. Default: one in the user's cache.",
+            help="Keep the results in this file (JSON lines, .jsonl), and go on with the results "
+            "that it holds. Default: a file in the user's cache.",
             show_default=False,
         ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="How experts are kept and what becomes of misses; may be given several times, "
-            "each a row. Default: lru, which changes nothing.",
+            help="The policy that keeps experts and answers misses; may be given several times, "
+            "for one row each. Default: lru, which changes nothing.",
             show_default=False,
+            autocompletion=among(names.policies),
         ),
     ] = None,
-    low: opt.Low = None,
     by_token: Annotated[
         bool | None,
         typer.Option(
             "--by-token/--by-window",
-            help="Decode the scored tokens one at a time, as an answer is, or read windows whole, "
-            "as a prompt, which is much quicker. Policies that change what is computed mostly do "
-            "so for single tokens only. Default: by token where one of them is measured.",
+            help="Decode the scored tokens one at a time, like an answer, or read whole windows, "
+            "like a prompt, which is much quicker. Most policies that change what is computed do "
+            "so for single tokens only. Default: by token where such a policy is measured.",
             show_default=False,
         ),
     ] = None,
-    slots: opt.Slots = None,
-    memory: opt.Memory = None,
-    scope: opt.Scope = "layer",
-    calibration: opt.Calibration = None,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    format: opt.Output = Format.table,
+    format: Output = Format.table,
+    model: Annotated[ModelOptions, taking("model", "low")],
+    cache: Annotated[CacheOptions, taking("slots", "memory", "scope", "calibration")],
+    device: Annotated[DeviceOptions, taking("device", "threads")],
 ) -> None:
     """Measure perplexity and size over the bits of attention and of experts, and over policies.
 
-    Runs the model as it generates: offloaded, by the stock forward pass. Missing stores are packed
-    on the way and kept; stores share what they have in common. Killed or interrupted, the same
-    command goes on with the window it was at.
+    The model runs as it generates: offloaded, by the stock forward pass. Missing stores are packed
+    on the way and kept. After a kill or an interruption the same command goes on with the window
+    it was at.
 
-    Table 1 of the base paper has Mixtral-8x7B on WikiText-2 and C4. Its figures are shown, beside
-    and apart, for a model of that shape only; they compare with a measurement on the same text.
+    Table 1 of the base paper has Mixtral-8x7B on WikiText-2 and C4. The table prints its figures,
+    in columns of their own, for a model of that shape only. Compare them with a measurement on the
+    same text.
     """
     if out is not None:
         check_suffix(out, [".jsonl"])
     refused: Refusals = {}
     asked = [find_policy(name) for name in dict.fromkeys(policy or ("lru",))]
-    specs = servable(asked, refused, low=low is not None)
-    settings = opt.settings(
-        policy=specs[0].label,
-        slots=slots,
-        memory=memory,
-        scope=scope,
-        calibration=calibration,
-        device=device,
-        streams=1,
-        link_gbps=None,
-        threads=threads,
-    )
-    opt.quiet_libraries()
+    specs = servable(asked, refused, low=model.low is not None)
+    settings = prepare.settings(cache, device, policy=specs[0].label)
+    prepare.quiet_libraries()
     from moerun.perplexity.measure import Measurement
     from moerun.perplexity.results import Results
 
     if by_token is None:
         by_token = any(spec.policy.lossy for spec in specs)
-    pairs = _grid(model, attention, experts)
-    opt.check_low_name(low, [pair[1] for pair in pairs])
+    pairs = _grid(model.model, attention, experts)
+    prepare.check_low_name(model.low, [pair[1] for pair in pairs])
     content = held_out_text() if text is None else _read(text)
     measurement = Measurement(
-        model,
+        model.model,
         content,
         settings,
         context=context,
@@ -151,14 +151,14 @@ def perplexity(
         tokens=tokens,
         by_token=by_token,
     )
-    if (lower := opt.low_store(model, low, None)) is not None:
+    if (lower := prepare.low_store(model, None)) is not None:
         measurement.use_low(lower)
     points = [Point(*pair, spec) for pair in pairs for spec in specs]
     path = out or measurement.default_results()
     console = Console(stderr=True)
     with Results(path, measurement.identity) as results:
         try:
-            _measure(model, measurement, points, results, console, refused)
+            _measure(model.model, measurement, points, results, console, refused)
         except KeyboardInterrupt:
             _say(console, f"finished windows are kept in {path}: the same command goes on")
             raise
@@ -200,7 +200,7 @@ def _read(path: Path) -> str:
 def _grid(model: str, attention: str | None, experts: str | None) -> list[tuple[str, str]]:
     """The precisions asked for, attention by attention."""
     from moerun.format.precision import Precisions
-    from moerun.perplexity.measure import own_precisions
+    from moerun.perplexity.subject import own_precisions
 
     own = own_precisions(model)
     ours, theirs = own or (TABLE_1, TABLE_1)
@@ -272,7 +272,8 @@ def _measure(
         bar.advance(task)
 
     for number, point in enumerate(missing, start=1):
-        with opt.store(model, point.experts, None, point.attention) as store:
+        weights = ModelOptions(model=model, precision=point.experts, attention=point.attention)
+        with prepare.store(weights) as store:
             bar.update(task, description=f"{point}, windows")
             bar.start()
             try:

@@ -6,55 +6,45 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from moepolicy.apps import Force
+from moepolicy.options import formerly, taking
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from rich.console import Console
 
-from moerun.commands import options as opt
+from moerun.commands import prepare
+from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions
 
 
 def profile(
     out: Annotated[Path, typer.Option(help="The TOML file to write.")],
-    model: opt.Model = "tiny",
-    precision: opt.Precision = "native",
-    attention: opt.Attention = "native",
-    store: opt.Store = None,
-    slots: opt.Slots = None,
-    device: opt.Device = "auto",
-    streams: opt.Streams = 1,
-    link_gbps: opt.LinkGbps = None,
-    cold: opt.Cold = False,
-    threads: opt.Threads = None,
-    repeats: Annotated[
-        int, typer.Option(help="How often to measure; the profile holds the medians.")
+    *,
+    rounds: Annotated[
+        int,
+        typer.Option(help="How often everything is measured. The profile holds the medians."),
+        formerly("--repeats"),
     ] = 5,
     name: Annotated[
         str | None,
-        typer.Option(help="Of the profile. Default: the file's name.", show_default=False),
+        typer.Option(help="Name of the profile. Default: the file's name.", show_default=False),
     ] = None,
-    force: opt.Force = False,
+    force: Force = False,
+    model: Annotated[ModelOptions, taking("model", "precision", "attention", "store")],
+    cache: Annotated[CacheOptions, taking("slots")],
+    device: Annotated[DeviceOptions, taking("device", "streams", "link_gbps", "direct", "threads")],
 ) -> None:
     """Measure this machine with this model, for moesim.
 
-    Writes a machine profile: link rate and latency, and what tokens, layers and experts cost, also
-    experts computed on the CPU where they are kept. Run it while nothing else keeps the machine
-    busy.
+    The profile has the link's rate and latency and what tokens, layers and experts cost, on the
+    device and on the CPU. Measure while nothing else keeps the machine busy.
     """
     check_suffix(out, [".toml"])
     check_free(out, force=force)
-    settings = opt.settings(
-        policy="lru",
-        slots=slots,
-        device=device,
-        streams=streams,
-        link_gbps=link_gbps,
-        cold=cold,
-        threads=threads,
-    )
-    found = opt.store(model, precision, store, attention)
+    settings = prepare.settings(cache, device)
+    found = prepare.store(model)
     from moerun.profiling.profiler import measure
 
     with Console(stderr=True).status("preparing") as status:
-        measured = measure(found, settings, name or out.stem, repeats=repeats, report=status.update)
+        measured = measure(found, settings, name or out.stem, repeats=rounds, report=status.update)
     with written_whole(out) as partial:
         partial.write_text(measured.to_toml(), encoding="utf-8")
     link, cost = measured.link, measured.compute

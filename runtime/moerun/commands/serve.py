@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,48 +12,35 @@ from moepolicy import console
 from moepolicy.tables import Format
 from rich.console import Console
 
-from moerun.commands import options as opt
+from moerun.commands import prepare
+from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions, SamplingOptions
 from moerun.errors import RunError
 
 if TYPE_CHECKING:
     from moerun.live.runner import Runner
-    from moerun.serving.worker import Worker
+    from moerun.serving.worker import GenerationWorker
 
 
 def serve(
-    model: opt.Model = "tiny",
-    policy: opt.Policy = "lru",
-    slots: opt.Slots = None,
-    memory: opt.Memory = None,
-    memory_file: opt.MemoryFile = None,
-    context: opt.ContextTokens = None,
-    host_memory: opt.HostMemory = None,
-    scope: opt.Scope = "layer",
-    precision: opt.Precision = "native",
-    attention: opt.Attention = "native",
-    store: opt.Store = None,
-    low: opt.Low = None,
-    device: opt.Device = "auto",
-    streams: opt.Streams = 1,
-    chunk: opt.Chunk = None,
-    link_gbps: opt.LinkGbps = None,
-    cold: opt.Cold = False,
-    threads: opt.Threads = None,
-    horizon: opt.Horizon = None,
-    calibration: opt.Calibration = None,
+    *,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            help="The most that one answer may have. Default: what the context has room for.",
+            help="The most tokens of one answer. Default: what the context has room for.",
             show_default=False,
             min=1,
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of requests that do not say.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of requests that do not say.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Default for requests that do not set one.")
+    ] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Default for requests that do not set one.")] = 1.0,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="0: any that is free; stderr says which.", min=0, max=65535)
+        int,
+        typer.Option(
+            help="The port to listen on. 0: any free port; stderr says which.", min=0, max=65535
+        ),
     ] = 8000,
     queue: Annotated[
         int,
@@ -63,49 +49,36 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            help="What clients must send as 'Authorization: Bearer KEY'. On the command line "
-            "other users of the machine can read it: prefer the variable.",
+            help="The key that clients must send as 'Authorization: Bearer KEY'. Other users of "
+            "the machine can read a command line: prefer the variable.",
             envvar="MOERUN_API_KEY",
             show_default=False,
         ),
     ] = None,
     drain: Annotated[
         float,
-        typer.Option(help="Seconds that the answer in progress has left on a signal.", min=0),
+        typer.Option(help="Seconds that the answer in progress may go on after a signal.", min=0),
     ] = 5.0,
+    model: ModelOptions,
+    cache: CacheOptions,
+    device: DeviceOptions,
 ) -> None:
     """Serve a model over HTTP, one answer at a time, as OpenAI's clients expect it.
 
-    POST /v1/chat/completions and /v1/completions (streaming or not), GET /v1/models, /metrics (for
-    Prometheus) and /health. SIGTERM and Ctrl-C end it with the statistics.
+    Clients POST to /v1/chat/completions and /v1/completions (streaming or not), and GET
+    /v1/models, /metrics (for Prometheus) and /health. SIGTERM and Ctrl-C end the server, which
+    then prints the statistics.
     """
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
         raise typer.BadParameter("the API key must be of printable ASCII letters, and not empty")
     _need_packages()
-    settings = opt.settings(
-        policy=policy,
-        slots=slots,
-        memory=memory,
-        memory_file=memory_file,
-        context=context,
-        host_memory=host_memory,
-        chunk=chunk,
-        scope=scope,
-        device=device,
-        streams=streams,
-        link_gbps=link_gbps,
-        cold=cold,
-        threads=threads,
-        horizon=horizon,
-        calibration=calibration,
-    )
-    opt.sampling(1, temperature, top_p, 0)
+    settings = prepare.settings(cache, device)
+    prepare.sampling(SamplingOptions(max_new_tokens=1, temperature=temperature, top_p=top_p))
     from moerun.serving.protocol import Defaults
     from moerun.serving.server import Server, address_of, bind
 
     taken = bind(host, port)
-    found = opt.store(model, precision, store, attention)
-    settings = replace(settings, low=opt.low_store(model, low, found))
+    found, settings = prepare.opened(model, settings)
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.live.runner import Runner
@@ -144,7 +117,7 @@ def _loopback(host: str) -> bool:
     return ipaddress.ip_address(host.split("%", maxsplit=1)[0]).is_loopback
 
 
-def _statistics(runner: Runner, worker: Worker, interrupted: bool) -> None:
+def _statistics(runner: Runner, worker: GenerationWorker, interrupted: bool) -> None:
     from moerun.live.report import render, report_of
 
     report = report_of(runner, worker.work, interrupted=interrupted)

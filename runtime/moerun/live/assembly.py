@@ -30,15 +30,15 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     throttle = Throttle(rate) if rate else None
     slots = make_slots(form, settings, n_slots)
     if device.type == "cuda":
-        from moerun.links.cuda import CudaLanes
+        from moerun.links.cuda import CudaDevice
         from moerun.links.pinned import PinnedLink
 
         if settings.cold:
-            raise RunError(f"on {device} experts come from memory, not from disk: leave --cold")
+            raise RunError(f"on {device} experts come from memory, not from disk: leave --direct")
         return PinnedLink(
             make_tier(store, settings),
             slots,
-            CudaLanes(device),
+            CudaDevice(device),
             streams=settings.streams,
             throttle=throttle,
             chunk_bytes=settings.chunk_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from moerun.checkpoint.source import ModelSource
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RECORD_ALIGN, RecordLayout
 from moerun.format.precision import SCHEMES, Precisions
-from moerun.format.tensorfile import TensorEntry, bytes_of, header_of
+from moerun.format.tensorfile import TensorEntry, bytes_of, header_of, memory_of
 from moerun.store.index import (
     ATTENTION_FILE,
     AttentionRecords,
@@ -120,6 +121,11 @@ def _attention_of(model: ModelSource, precisions: Precisions) -> RecordFile:
         layout = shape.record(precisions.attention)
         records.append(Record(module, module, shape, layout, partial(model.read_attention, module)))
     return RecordFile(ATTENTION_FILE, precisions.attention, tuple(records))
+
+
+def crc32_of(record: torch.Tensor) -> int:
+    """The CRC-32 of a record's bytes, as the index has it."""
+    return zlib.crc32(memory_of(record))
 
 
 Checksums = Mapping[tuple[str, str], int]

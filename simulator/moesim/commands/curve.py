@@ -6,43 +6,45 @@ from typing import Annotated, Any
 
 import typer
 from moepolicy import policy_names
-from moepolicy.outputs import Output
+from moepolicy.completion import among
 from moepolicy.tables import Table, wrapped
 from moeroute import open_trace
+from moeroute.options import TraceName
 
 from moesim import __version__
-from moesim.commands.options import Force, ResultFile, ResultFormat
-from moesim.curves.hit_ratios import LIMIT, check_one_pass, hit_curve, shuffled
+from moesim.commands.options import Cold, OutputOptions, Scope
+from moesim.curves.hit_ratios import LIMIT, ONE_PASS, check_one_pass, hit_curve, shuffled
 from moesim.errors import UsageError
 from moesim.workload.loading import load_workload
+
+
+def _with_curves() -> list[str]:
+    return list(ONE_PASS)
 
 
 def curve(
     policies: Annotated[
         list[str],
-        typer.Argument(metavar="POLICY...", help="Any of lru, lfu, belady, belady-bypass."),
+        typer.Argument(
+            metavar="POLICY",
+            help="Policies to show: any of lru, lfu, belady, belady-bypass.",
+            autocompletion=among(_with_curves),
+        ),
     ],
-    trace: Annotated[
-        str, typer.Option(help="A trace file, or the name of a sample: tiny, mixtral-like.")
-    ] = "tiny",
-    scope: Annotated[
-        str, typer.Option(help="One cache a layer, or one for all: layer, global.")
-    ] = "layer",
-    cold: Annotated[
-        bool, typer.Option("--cold", help="Empty the caches with every sequence.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the shuffled copy of the trace.", min=0)] = 0,
-    format: ResultFormat = None,
-    out: ResultFile = None,
-    force: Force = False,
+    *,
+    trace: TraceName = "tiny",
+    scope: Scope = "layer",
+    cold: Cold = False,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffled copy of the trace.", min=0)] = 0,
+    output: OutputOptions,
 ) -> None:
     """Print the hit ratio of every cache size, from one pass over the trace.
 
-    Beside each stands the hit ratio on the same tokens in random order: what is above it is owed
-    to locality, not to some experts being popular. The limit is the highest hit ratio that a
-    policy without prefetching could have, knowing the future.
+    A second column has the hit ratio on the same tokens in random order: the difference comes
+    from locality, not from the popularity of some experts. The limit is the highest hit ratio
+    that a policy without prefetching can have, knowing the future.
     """
-    output = Output.checked(out, format, force=force)
+    destination = output.checked()
     opened = open_trace(trace)
     workload = load_workload(opened)
     mixed = shuffled(workload, seed)
@@ -74,7 +76,7 @@ def curve(
     ]
     when = ", cold at every sequence" if cold else ""
     title = f"Hit ratio in %, cache per {scope}{when}. {opened.title}; shuffled with seed {seed}."
-    output.deliver(rows, lambda: _table(rows, title))
+    destination.deliver(rows, lambda: _table(rows, title))
 
 
 def _refused(policies: list[str]) -> dict[str, str]:

@@ -2,28 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
-from moepolicy.outputs import FORMATS
+from moepolicy import policy_names
+from moepolicy.apps import Force
+from moepolicy.completion import among
+from moepolicy.outputs import FORMATS, Output
 from moepolicy.tables import Format
 
-ResultFile = Annotated[
-    Path | None,
-    typer.Option(
-        help=f"Write the results to this file; its suffix says how: {', '.join(FORMATS)} "
-        "(.txt: the table).",
+POLICY_HELP = (
+    "Policies to compare: a name (see 'moesim policies'), name:parameter=value,..., or "
+    "path/to/file.py:Class."
+)
+TOKENS_HELP = "Replay only this many tokens of the trace."
+
+
+def scopes() -> list[str]:
+    return ["layer", "global"]
+
+
+PolicyNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="POLICY",
+        help=POLICY_HELP,
         show_default=False,
+        autocompletion=among(policy_names),
     ),
 ]
-ResultFormat = Annotated[
-    Format | None,
+Scope = Annotated[
+    str,
     typer.Option(
-        help="How to print the results. Default: table, or what the suffix of --out says.",
-        show_default=False,
+        help="One cache a layer, or one for all layers: layer, global.",
+        autocompletion=among(scopes),
     ),
 ]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace a file that lies where one is to be written.")
+Tokens = Annotated[int | None, typer.Option(help=TOKENS_HELP, show_default=False)]
+Cold = Annotated[
+    bool,
+    typer.Option("--cold", help="Begin every sequence with empty caches and a policy made afresh."),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """How and where results are printed."""
+
+    panel: ClassVar[str] = "Output"
+
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="How to print the results. Default: table, or what the suffix of --out says.",
+            show_default=False,
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the results to this file. The suffix says the format: "
+            f"{', '.join(FORMATS)} (.txt: the table).",
+            show_default=False,
+        ),
+    ] = None
+    force: Force = False
+
+    def checked(self) -> Output:
+        """Where results go. Raises CommandError where they cannot go there."""
+        return Output.checked(self.out, self.format, force=self.force)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from moepolicy import policy_names
+from moepolicy.apps import Force
+from moepolicy.completion import among, listed
 from moepolicy.console import FAILED, INTERRUPTED, CommandError
+from moepolicy.options import formerly
 from moepolicy.outputs import Output, check_free
 from moepolicy.tables import Format
+from moeroute.models import ATTENTION
+from moeroute.options import SizeOptions, complete_precisions, complete_traces
 from moeroute.parquet import is_url
 from rich.console import Console
 from rich.progress import (
@@ -22,25 +29,29 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moesim.commands.options import Force
-from moesim.commands.sizes import Attention, DenseLayerBytes, DenseTokenBytes, Layers, Like
-from moesim.engines.choose import Engine
+from moesim.commands.options import Cold, scopes
+from moesim.engines.compilations import Engine
+from moesim.machine.profile import machine_names
 from moesim.sweep.grid import load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.loop import Watcher
 from moesim.sweep.results import read_finished, suffix_of
-from moesim.sweep.run import Report, Settings, run_sweep
+from moesim.sweep.run import SweepReport, SweepSettings, run_sweep
 from moesim.sweep.summary import best, table
 
 SHOWN_FAILURES = 10
 LOG_EVERY_S = 60.0  # where stderr is no terminal
 
 
+def precisions() -> list[str]:
+    return list(ATTENTION)
+
+
 def sweep(
     out: Annotated[
         str,
         typer.Option(
-            help="The result, one row a point: a file of which the suffix says the format "
-            "(.parquet, .csv, .json), or a URL polars can write Parquet to."
+            help="Where to write the result, one row a point: a file whose suffix says the format "
+            "(.parquet, .csv, .json), or a URL that polars can write Parquet to."
         ),
     ],
     policies: Annotated[
@@ -48,80 +59,113 @@ def sweep(
         typer.Argument(
             metavar="POLICY",
             help="Policies, as for compare. Every axis can also come from --grid; what is given "
-            "here takes its place.",
+            "on the command line takes its place.",
             show_default=False,
+            autocompletion=among(policy_names),
         ),
     ] = None,
+    *,
     grid: Annotated[
         Path | None,
         typer.Option(
             help="A TOML file with the axes: policies, traces, slots or memory, scopes, machines, "
-            "precisions or expert_bytes, engine, and tables [parameters.POLICY] of values."
+            "precisions or expert_bytes, engine, and tables [parameters.POLICY] of values.",
+            show_default=False,
         ),
     ] = None,
     trace: Annotated[
         list[str] | None,
-        typer.Option(help="A trace file, a sample's name, or a URL; may be repeated."),
+        typer.Option(
+            help="A trace file, a sample's name, or a URL. May be given several times.",
+            show_default=False,
+            autocompletion=complete_traces,
+        ),
     ] = None,
     slots: Annotated[
-        str | None, typer.Option(help="Experts cached per layer: 2,4,6. Default: quarters.")
+        str | None,
+        typer.Option(
+            help="Experts cached per layer: 2,4,6. Default: a quarter, half and three quarters of "
+            "a layer's experts.",
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Instead of --slots: budgets for slots and staging: 4GiB,8GiB."),
+        typer.Option(
+            help="Instead of --slots: budgets for slots and staging: 4GiB,8GiB.",
+            show_default=False,
+        ),
     ] = None,
-    scope: Annotated[str | None, typer.Option(help="layer, global or layer,global.")] = None,
-    machine: Annotated[
-        list[str] | None, typer.Option(help="Machines: t4,a100 or a profile; may be repeated.")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Expert sizes by precision: 2bit,fp16.")
-    ] = None,
-    expert_bytes: Annotated[
-        str | None, typer.Option(help="Instead of --precision: expert sizes in bytes.")
-    ] = None,
-    low_precision: Annotated[
+    scope: Annotated[
         str | None,
-        typer.Option(help="Of a second store, for policies that load some misses so: 2bit."),
+        typer.Option(
+            help="One cache a layer, one for all layers, or both in turn: layer, global or "
+            "layer,global.",
+            show_default=False,
+            autocompletion=listed(scopes),
+        ),
     ] = None,
-    like: Like = None,
-    layers: Layers = None,
-    attention: Attention = None,
-    dense_layer_bytes: DenseLayerBytes = None,
-    dense_token_bytes: DenseTokenBytes = None,
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The machines to simulate: names or profiles (TOML): t4,a100. May be given "
+            "several times.",
+            show_default=False,
+            autocompletion=listed(machine_names),
+        ),
+    ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="The trace in which policies count experts, as for compare.")
+        str | None,
+        typer.Option(
+            help="The trace in which policies that need counts count experts, as for compare.",
+            show_default=False,
+            autocompletion=complete_traces,
+        ),
     ] = None,
     param: Annotated[
         list[str] | None,
-        typer.Option(help="Values of a policy's parameter: lru-spec:n=1,2,3; may be repeated."),
+        typer.Option(
+            help="Values of a policy's parameter: lru-spec:n=1,2,3. May be given several times.",
+            show_default=False,
+        ),
     ] = None,
-    engine: Annotated[Engine | None, typer.Option(help="As for compare.")] = None,
-    cold: Annotated[
-        bool,
-        typer.Option("--cold", help="Empty caches and a fresh policy with every sequence."),
-    ] = False,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            help="simpy is the reference, replay the fast loop. The results are equal. "
+            "Default: auto.",
+            show_default=False,
+        ),
+    ] = None,
+    cold: Cold = False,
     limits: Annotated[
         bool | None,
         typer.Option(
             "--limits/--no-limits",
-            help="Columns of what no policy can beat, and of the gap from lru closed. "
-            "Default: yes; costs some passes for each cache size.",
+            help="Add columns of what no policy can beat, and of the gap from lru that a policy "
+            "closes; takes some passes for each cache size. Default: yes.",
             show_default=False,
         ),
     ] = None,
     on: Annotated[
         str,
         typer.Option(
-            help="local: processes here; ray: a Ray of its own here; ray://host:port: a cluster's "
-            "client server; host:port: the cluster this machine is a node of."
+            help="Where to run. local: processes on this machine. ray: a Ray of its own on this "
+            "machine. ray://host:port: a cluster's client server. host:port: the cluster that "
+            "this machine is a node of."
         ),
     ] = "local",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers at a time. Default: all cores.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Points that run at the same time. Default: one a core.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the points finished before, run the others.")
+        bool,
+        typer.Option("--resume", help="Keep the points that are finished, and run the others."),
     ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw an unfinished sweep's points away.")
@@ -129,18 +173,48 @@ def sweep(
     state: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for finished points until the end. Default: beside --out, or here if "
-            "that is a URL."
+            help="The folder for finished points until the sweep ends. Default: next to --out, or "
+            "the current folder where --out is a URL.",
+            show_default=False,
         ),
     ] = None,
     force: Force = False,
     format: Annotated[Format, typer.Option(help="How to print the best policies.")] = Format.table,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Precisions of the experts, which say their sizes: 2bit,fp16.",
+            show_default=False,
+            rich_help_panel=SizeOptions.panel,
+            autocompletion=listed(precisions),
+        ),
+    ] = None,
+    expert_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --precision: bytes of an expert, one number or several.",
+            show_default=False,
+            rich_help_panel=SizeOptions.panel,
+        ),
+    ] = None,
+    low: Annotated[
+        str | None,
+        typer.Option(
+            help="A second precision of the experts, for policies that load some misses at a "
+            "lower one: 2bit.",
+            show_default=False,
+            rich_help_panel=SizeOptions.panel,
+            autocompletion=complete_precisions,
+        ),
+        formerly("--low-precision"),
+    ] = None,
+    sizes: SizeOptions,
 ) -> None:
-    """Simulate every combination of policies, cache sizes, scopes, machines, precisions, traces
-    and policy parameters.
+    """Simulate every combination of policies, cache sizes and machines.
 
-    Finished points survive whatever happens: the same command with --resume goes on from them,
-    also with another grid. The result does not depend on the number of workers.
+    Scopes, precisions, traces and policy parameters are axes, too. Finished points survive
+    whatever happens: the same command with --resume goes on from them, also with another grid. The
+    result does not depend on the number of workers.
     """
     flags = {
         "policies": policies,
@@ -151,12 +225,8 @@ def sweep(
         "machines": [name for text in machine or [] for name in _split(text) or []],
         "precisions": _split(precision),
         "expert_bytes": _split(expert_bytes),
-        "low_precision": low_precision,
-        "like": like,
-        "layers": layers,
-        "attention": attention,
-        "dense_layer_bytes": dense_layer_bytes,
-        "dense_token_bytes": dense_token_bytes,
+        "low_precision": low,
+        **asdict(sizes),
         "calibration": calibration,
         "parameters": _parameters(param or []),
         "engine": engine,
@@ -168,7 +238,7 @@ def sweep(
     suffix_of(out)
     if not resume:
         _check_free(out, force=force)
-    settings = Settings(on, workers, resume, restart, state)
+    settings = SweepSettings(on, workers, resume, restart, state)
     began = time.monotonic()
     try:
         with _Show() as show:
@@ -232,7 +302,7 @@ class _Show:
             self._say(f"{done} of {total} points on {workers} workers{when}")
 
 
-def _conclude(report: Report, out: str, format: Format, took_s: float) -> None:
+def _conclude(report: SweepReport, out: str, format: Format, took_s: float) -> None:
     """The best policies on stdout; on stderr what failed, and what there is now."""
     say = partial(typer.echo, err=True)
     if report.failures:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from moepolicy import find_policy
-from moepolicy.outputs import Output
+from moepolicy import find_policy, policy_names
+from moepolicy.completion import among
 from moeroute import open_trace
+from moeroute.options import complete_traces
 
 from moesim import __version__
-from moesim.commands.options import Force, ResultFile, ResultFormat
+from moesim.commands.options import OutputOptions, Tokens
 from moesim.simulate import workload_for
 from moesim.table2.render import as_json, cells, text
 from moesim.table2.reproduce import find_reading, reproduce
@@ -24,32 +25,37 @@ def table2(
     policies: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="POLICY...",
-            help=f"Policies for this project's engine beside it. Default: {' '.join(OURS)}.",
+            metavar="POLICY",
+            help="Policies that this project's engine runs on the same cards. Default: "
+            f"{' '.join(OURS)}.",
             show_default=False,
+            autocompletion=among(policy_names),
         ),
     ] = None,
+    *,
     trace: Annotated[
-        str, typer.Option(help="A trace of Mixtral-8x7B with next-gate predictions.")
+        str,
+        typer.Option(
+            help="A trace of Mixtral-8x7B with next-gate predictions.",
+            autocompletion=complete_traces,
+        ),
     ] = TRACE,
-    tokens: Annotated[
-        int | None, typer.Option(help="Only the trace's first tokens.", show_default=False)
-    ] = None,
+    tokens: Tokens = None,
     reading: Annotated[
         str,
-        typer.Option(help="How the measured engines are understood; all are fitted and listed."),
+        typer.Option(
+            help="How the measured engines are understood. All readings are fitted and listed."
+        ),
     ] = "released",
-    format: ResultFormat = None,
-    out: ResultFile = None,
-    force: Force = False,
+    output: OutputOptions,
 ) -> None:
-    """Reproduce the base paper's Table 2: two constants a card, fitted on the 2-bit cells, and
-    the 3-bit cells predicted.
+    """Reproduce the base paper's Table 2.
 
-    Prints every cell as published and as simulated, the constants beside the data sheets', what
+    Two constants a card are fitted on the 2-bit cells; the 3-bit cells are predicted. The command
+    prints every cell as published and as simulated, the constants next to the data sheets', what
     stays unexplained, and what this project's engine would reach on the same cards.
     """
-    output = Output.checked(out, format, force=force)
+    destination = output.checked()
     find_reading(reading)
     specs = [find_policy(name) for name in policies or OURS]
     opened = open_trace(trace)
@@ -66,7 +72,7 @@ def table2(
         "tokens": workload.n_decoded,
         "moesim_version": __version__,
     }
-    output.deliver(
+    destination.deliver(
         cells(found, provenance),
         lambda: text(found, workload, title),
         provenance | as_json(found, workload),

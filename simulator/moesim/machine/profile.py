@@ -21,7 +21,7 @@ NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkProfile:
     """The way from where the experts are kept to where they are used.
 
     ``streams`` copies may be under way at once: their latencies overlap, their bytes share the
@@ -83,7 +83,7 @@ class Machine:
     name: str
     description: str
     source: str
-    link: Link
+    link: LinkProfile
     compute: Compute
     disk: Disk | None = None
     cpu: Cpu | None = None
@@ -169,7 +169,7 @@ def _machine(path: Path, table: dict[str, Any]) -> Machine:
         name=str(table.get("name", path.stem)),
         description=str(table.get("description", "")),
         source=source,
-        link=Link(**_numbers(path, "link", table, Link)),
+        link=LinkProfile(**_numbers(path, "link", table, LinkProfile)),
         compute=Compute(**_numbers(path, "compute", table, Compute)),
         disk=Disk(**_numbers(path, "disk", table, Disk)) if "disk" in table else None,
         cpu=Cpu(**_numbers(path, "cpu", table, Cpu)) if "cpu" in table else None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from moeroute.models import dense_sizes
 from moerun.bench.models import _cut
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import shared_experts_of, top_k_of, vocabulary_of
@@ -28,9 +27,6 @@ def test_a_nested_configuration_is_read_at_the_level_of_text() -> None:
     assert shared_experts_of(config) == 0
     assert context_limit(config) == 777
     assert vocabulary_of(config) == 1000
-    dense = {"model.language_model.embed_tokens.weight": 64_000, "lm_head.weight": 64_000}
-    layers = ["model.language_model.layers.0.mlp.experts"]
-    assert dense_sizes(dense, layers, vocabulary_of(config)).token_bytes == 64 + 64_000
     shared = small_config("qwen2_moe", shared_expert_intermediate_size=32)
     config.get_text_config = lambda **_: shared
     assert shared_experts_of(config) == 1

@@ -115,6 +115,29 @@ def test_the_prompt_may_come_from_a_file(moerun: Call, tmp_path: Path) -> None:
     assert texts[0] == texts[1] != ""
 
 
+def test_generate_is_what_options_without_a_command_are_for(moerun: Call) -> None:
+    options = ("--policy", "lru-spec", "--slots", "3", "--max-new-tokens", "6", "--prompt", PROMPT)
+    named, short = moerun("generate", *options), moerun(*options)
+    assert named.returncode == short.returncode == 0, named.stderr
+    assert named.stdout == short.stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--slots", "2", "policies"), "options stand before 'policies', which does not see them"),
+        (("generate", "Once"), "'Once' belongs to no option: give the prompt as --prompt TEXT"),
+        (("--prompt", "a", "b"), "'b' belongs to no option"),
+    ],
+)
+def test_words_that_no_option_takes_are_explained(
+    moerun: Call, arguments: tuple[str, ...], says: str
+) -> None:
+    done = moerun(*arguments)
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.split())
+
+
 def test_the_text_ends_before_a_stop_string(moerun: Call) -> None:
     arguments = ("--prompt", PROMPT, "--max-new-tokens", "30", "--format", "json")
     whole = json.loads(moerun(*arguments).stdout)
@@ -295,7 +318,7 @@ def test_no_space_for_the_pack_is_said_before_anything_is_written(
     moerun: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr("moerun.store.pack.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     line = error_line(moerun("--prompt", PROMPT))
     assert "0.00 GB free" in line
@@ -331,7 +354,7 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     from moesim.machine.profile import load_machine
 
     out = tmp_path / "here.toml"
-    done = moerun("profile", "--out", out, "--link-gbps", "0.5", "--repeats", "1")
+    done = moerun("profile", "--out", out, "--link-gbps", "0.5", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     machine = load_machine(str(out))
     assert (machine.name, machine.source) == ("here", "measured")
@@ -346,7 +369,7 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
 
 def test_fidelity_puts_live_beside_simulated(moerun: Call, tmp_path: Path) -> None:
     done = moerun(
-        *("fidelity", "lru", "lru-spec", "static", "--repeats", "1", "--max-new-tokens", "16"),
+        *("fidelity", "lru", "lru-spec", "static", "--rounds", "1", "--max-new-tokens", "16"),
         *("--link-gbps", "0.5", "--slots", "3", "--format", "json"),
     )
     assert done.returncode == 0, done.stderr
@@ -361,7 +384,13 @@ def test_fidelity_puts_live_beside_simulated(moerun: Call, tmp_path: Path) -> No
         assert row["simulated_tokens_per_s"] > 0
     total = spec["live_hits"] + spec["live_late"] + spec["live_misses"]
     assert total == pytest.approx(1)
-    refused = moerun("fidelity", "belady", "--repeats", "1")
+    named = moerun(
+        *("fidelity", "lru", "--rounds", "1", "--max-new-tokens", "4", "--machine", "t4"),
+        *("--slots", "3", "--format", "json"),
+    )
+    assert named.returncode == 0, named.stderr
+    assert json.loads(named.stdout)[0]["simulated_tokens_per_s"] > 0
+    refused = moerun("fidelity", "belady", "--rounds", "1")
     assert "needs the future" in error_line(refused)
 
 
@@ -390,7 +419,7 @@ def test_a_killed_first_run_leaves_a_cache_that_works(
 def test_help_needs_no_model_libraries(home: Path) -> None:
     program = (
         "import sys; from moerun.cli import app; "
-        "app(['--help'], standalone_mode=False); "
+        "app(['generate', '--help'], standalone_mode=False); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'polars')))"
     )
     done = subprocess.run(

@@ -80,6 +80,7 @@ def test_a_prediction_that_fails_takes_nothing_from_what_was_measured(tmp_path: 
     ("arguments", "message"),
     [
         (("fidelity", "lru", "--machine", "no.toml"), "no.toml is not there"),
+        (("fidelity", "lru", "--machine", "no/t4"), "no/t4 is not there"),
         (("profile", "--out", "no/a.toml"), "folder no does not exist"),
     ],
 )

@@ -21,7 +21,8 @@ from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.live import runner as runner_module
-from moerun.live.recording import EventLog, LiveRecording
+from moerun.live.passes import EventLog
+from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.policies import unserved
@@ -29,7 +30,7 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim import Workload, load_workload
-from moesim.machine.profile import Compute, Link, Machine
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.simulate import simulate
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
@@ -43,7 +44,9 @@ LOSSLESS = sorted(
     if not find_policy(name).policy.lossy and not unserved(find_policy(name))
 )
 N_EXPERTS = 8
-a_machine = Machine("m", "", "measured", Link(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5))
+a_machine = Machine(
+    "m", "", "measured", LinkProfile(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5)
+)
 few = settings(
     max_examples=12,
     deadline=None,

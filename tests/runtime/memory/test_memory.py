@@ -281,7 +281,8 @@ def test_a_recorded_run_with_changes_repeats_from_its_journal(
 ) -> None:
     from moepolicy import Context, ExpertCache
     from moeroute import open_trace
-    from moerun.live.recording import EventLog, LiveRecording
+    from moerun.live.passes import EventLog
+    from moerun.live.recording import LiveRecording
     from moesim.workload.loading import load_workload
 
     trace, journal = tmp_path / "t.parquet", tmp_path / "j.json"

@@ -124,7 +124,7 @@ def test_a_running_process_may_shrink_to_what_it_could_have_begun_with(
         runner.session.reset()
         runner.session.wait_compiled()
         assert not isinstance(runner.session.cache._calls, CompiledCalls)
-        assert runner.session.compiled is Compiling.NEVER
+        assert runner.session.compilation.done is Compiling.NEVER
     assert not (tmp_path / "none").exists()
 
 
@@ -135,10 +135,10 @@ def test_what_a_running_process_has_compiled_stays(stores: dict[str, ExpertStore
         runner.set_memory(1 << 30)
         runner.session.wait_compiled()
         assert isinstance(runner.session.cache._calls, CompiledCalls)
-        done = runner.session.compiled
+        done = runner.session.compilation.done
         assert done is not Compiling.NEVER
         runner.session.reset()
-        assert runner.session.compiled is done
+        assert runner.session.compilation.done is done
         with pytest.raises(RunError, match="code is loaded and stays"):
             runner.set_memory(60 * MIB)
         assert runner.plan.budget_bytes == 1 << 30

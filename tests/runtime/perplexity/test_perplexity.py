@@ -28,9 +28,10 @@ from moerun.commands.perplexity import _render, held_out_text
 from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.perplexity import measure as perplexity
-from moerun.perplexity.measure import Measurement, windows
+from moerun.perplexity.measure import Measurement
 from moerun.perplexity.results import Cell, Published, Results, Scored
 from moerun.perplexity.table1 import ROWS, published
+from moerun.perplexity.windows import nats, windows
 from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.commands import Call, caller
@@ -188,7 +189,7 @@ def test_a_killed_measurement_goes_on_with_the_window_it_was_at(
     cells = [json.loads(line) for line in out.read_text().splitlines()[1:]]
     assert [(c["attention"], c["experts"]) for c in cells] == [("native", "native")]
 
-    measured = Mock(side_effect=perplexity.nats)
+    measured = Mock(side_effect=nats)
     monkeypatch.setattr(perplexity, "nats", measured)
     code, printed, err = moerun(*arguments, "--out", out, "--format", "json")
     assert code == 0, err
@@ -216,7 +217,7 @@ def len_of(checkpoint: Path, text: Path) -> int:
 def test_an_interrupted_measurement_says_how_to_go_on(
     moerun: Call, tmp_path: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = perplexity.nats, [3]
+    real, left = nats, [3]
 
     def interrupted(*arguments: Any) -> float:
         left[0] -= 1

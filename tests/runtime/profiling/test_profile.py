@@ -245,11 +245,11 @@ def test_runs_beside_the_simulator_waited_as_long_as_the_most_disturbed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     totals = SimpleNamespace(requests=4, hits=1, late=1, misses=2, useless_prefetches=0)
-    run = SimpleNamespace(tokens_per_s=5.0, totals=totals)
+    run: Any = SimpleNamespace(tokens_per_s=5.0, totals=totals)
     turns = [
-        Measured((None, [run]), 0.1),
-        Measured((None, [run]), 0.4),
-        Measured((None, [run]), 0.0),
+        Measured(fidelity.LiveTurn(None, [run]), 0.1),
+        Measured(fidelity.LiveTurn(None, [run]), 0.4),
+        Measured(fidelity.LiveTurn(None, [run]), 0.0),
     ]
     simulated = {"slots": 2, "tokens_per_s": 6.0, **vars(totals)}
     monkeypatch.setattr(fidelity, "calmest", lambda *_: turns)

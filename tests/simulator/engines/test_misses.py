@@ -13,7 +13,7 @@ import pytest
 from moepolicy import Kind, find_policy
 from moeroute import open_trace
 from moesim import load_workload, simulate
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.errors import SimulationError
 from moesim.machine.profile import Cpu, Disk
 from support.machines import NS, machine
@@ -117,7 +117,7 @@ def test_the_command_says_what_a_policy_changed(engine: str) -> None:
             [*command, *arguments, *more], capture_output=True, text=True, timeout=120, check=False
         )
 
-    done = moesim("hobbit", "lru", "--low-precision", "2bit")
+    done = moesim("hobbit", "lru", "--low", "2bit")
     assert done.returncode == 0, done.stderr
     assert "40,960 at the lower precision" in done.stdout
     assert "hobbit, 3 slots: of the gates' weight" in done.stdout
@@ -131,5 +131,5 @@ def test_the_command_says_what_a_policy_changed(engine: str) -> None:
     refused = moesim("hobbit", "--low-expert-bytes", "300000")
     assert refused.returncode == 1
     assert "no fewer than the other's" in refused.stderr
-    both = moesim("hobbit", "--low-expert-bytes", "30", "--low-precision", "2bit")
+    both = moesim("hobbit", "--low-expert-bytes", "30", "--low", "2bit")
     assert both.returncode == 2

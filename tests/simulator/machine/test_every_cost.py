@@ -19,20 +19,22 @@ import pytest
 from moepolicy import Context, Policy, PolicySpec, find_policy
 from moepolicy.kinds import COMPUTE
 from moesim import Machine, Workload, simulate
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.errors import SimulationError
 from moesim.limits import min_time_ns
 from moesim.machine.costs import Sizes, costs_of
-from moesim.machine.profile import Compute, Cpu, Disk, Link
+from moesim.machine.profile import Compute, Cpu, Disk, LinkProfile
 from moesim.sizes import sizes_of
 from support.workloads import make_workload
 
 NS = 1e-9
-SECTIONS = {"link": Link, "compute": Compute, "disk": Disk, "cpu": Cpu}
+SECTIONS = {"link": LinkProfile, "compute": Compute, "disk": Disk, "cpu": Cpu}
 
-PLAIN = Machine("by hand", "", "published", Link(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS))
-LATENT = replace(PLAIN, link=Link(1e9, latency_s=4 * NS))
-WITH_DISK = replace(PLAIN, link=Link(1e9, streams=2), disk=Disk(1e9))
+PLAIN = Machine(
+    "by hand", "", "published", LinkProfile(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS)
+)
+LATENT = replace(PLAIN, link=LinkProfile(1e9, latency_s=4 * NS))
+WITH_DISK = replace(PLAIN, link=LinkProfile(1e9, streams=2), disk=Disk(1e9))
 WITH_CPU = replace(PLAIN, cpu=Cpu(1, expert_s=7 * NS))
 
 ONE_STEP = make_workload([(0, (0, 1))], 1, 4, foreseen=True)
@@ -83,7 +85,7 @@ CASES = [
     # Of two streams the latencies overlap: 5 | 9..19, 19..29 | 29..32
     Case("link.streams", 2, (36, 32), (36, 32), on=LATENT),
     # 2 bytes a ns: pieces of 3, 3, 3 and 1 bytes take 2, 2, 2 and 1 ns, an expert at once 5.
-    Case("link.chunk_bytes", 3, (18, 22), (18, 22), on=replace(PLAIN, link=Link(2e9))),
+    Case("link.chunk_bytes", 3, (18, 22), (18, 22), on=replace(PLAIN, link=LinkProfile(2e9))),
     # A wrong guess crosses 25..35. The demand of 33 waits for its end, or for its piece's: 33.
     # So expert 1 arrives at 45 or 43, and after it come 3 + 5 + 3. The limit: two copies for the
     # first token, 5 + 20 + 3, and the compute of the second, 16.
@@ -92,7 +94,7 @@ CASES = [
         2,
         (56, 54),
         (44, 44),
-        on=replace(PLAIN, link=Link(1e9, streams=2)),
+        on=replace(PLAIN, link=LinkProfile(1e9, streams=2)),
         workload=TWO_LAYERS,
         policy=find_policy("lru-spec:n=2"),
         slots=1,
@@ -239,6 +241,6 @@ def test_a_run_that_may_take_a_century_is_refused(field: str, times: int) -> Non
 def test_a_century_is_the_sum_of_all() -> None:
     """A copy's two latencies, of a quarter and a bit each, for two copies."""
     each_s = 0.26 * CENTURY_S
-    on = replace(PLAIN, link=Link(1e9, latency_s=each_s), disk=Disk(1e9, latency_s=each_s))
+    on = replace(PLAIN, link=LinkProfile(1e9, latency_s=each_s), disk=Disk(1e9, latency_s=each_s))
     with pytest.raises(SimulationError, match="100 years"):
         costs_of(ONE_STEP, on, sizes_of(ONE_STEP.meta, 10), predicting=False)

@@ -1,0 +1,69 @@
+"""The names that options take, for shells to complete; none of them needs torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from moepolicy import find_policy, policy_names
+from moeroute import sample_names
+from moeroute.models import ATTENTION, PLAIN, published
+
+from moerun.policies import unserved
+
+UNIFORM = "uniform"
+
+
+def policies() -> dict[str, str]:
+    """The policies that run live, with what they do."""
+    return {
+        name: summary for name, summary in policy_names().items() if not unserved(find_policy(name))
+    }
+
+
+def machines() -> list[str]:
+    """The machines that moesim knows by name; none where it is not installed.
+
+    The simulator is not imported: this package does not depend on it.
+    """
+    spec = find_spec("moesim")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return sorted(file.stem for folder in folders for file in Path(folder).glob("machines/*.toml"))
+
+
+def models() -> list[str]:
+    return ["tiny"]
+
+
+def shapes() -> list[str]:
+    """What `moerun bench --shape` knows by name."""
+    return ["tiny", *published()]
+
+
+def samples() -> list[str]:
+    return sample_names()
+
+
+def routings() -> list[str]:
+    """What `moerun bench --routing` knows by name."""
+    return [*sample_names(), UNIFORM]
+
+
+def precisions() -> list[str]:
+    return list(ATTENTION)
+
+
+def plain_precisions() -> list[str]:
+    return ["native", *PLAIN]
+
+
+def lower_precisions() -> list[str]:
+    return [name for name in ATTENTION if name not in ("native", "fp32")]
+
+
+def scopes() -> list[str]:
+    return ["layer", "global"]
+
+
+def devices() -> list[str]:
+    return ["auto", "cpu", "cuda"]
