@@ -21,9 +21,11 @@ import typer
 from moepolicy import Context, find_policy
 from moerun.bench.report import hardware
 from moerun.bench.routing import UNIFORM, Routing, load_routing
-from moerun.links import Done, LinkStatistics
+from moerun.links import Done, LinkStatistics, Variant
+from moerun.live.gates import SessionExperts
 from moerun.live.session import Session
 from moerun.memory.compiling import Compiling
+from moerun.offload.gate import GateOutput
 from moerun.versions import run_packages
 
 GOAL_US = {8: 15.0, 128: 60.0}
@@ -44,8 +46,16 @@ class InstantLink:
     def start(self, done: Done) -> None:
         self._done = done
 
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-        self._done(key, None)
+    def submit(
+        self,
+        key: int,
+        slot: int,
+        variant: Variant = Variant.FULL,
+        *,
+        demand: bool = True,
+        begin_s: float | None = None,
+    ) -> None:
+        self._done(key, None, time.perf_counter())
 
     def acquire(self, slot: int) -> None: ...
 
@@ -102,7 +112,7 @@ def measure(
     session = Session(context, spec, InstantLink, record_bytes=1, compiling=compiling)
     with session:
         if hits:
-            serve_all(session, experts)
+            serve_all(session, experts, spec.horizon)
         passes = gates(routing, predicts="predictions" in spec.requires)
         session.wait_compiled()
         serve(session, passes[:tokens])
@@ -111,11 +121,13 @@ def measure(
         return (time.process_time() - began_s) / (tokens * LAYERS) * 1e6
 
 
-def serve_all(session: Session, experts: int) -> None:
+def serve_all(session: Session, experts: int, horizon: int) -> None:
     """Bring every expert of every layer in."""
+    nothing = torch.full((horizon, 1, experts), torch.nan, dtype=torch.float16)
     for layer in range(LAYERS):
         for expert in range(experts):
-            for _ in session.serve(layer, torch.tensor([[expert]]), torch.ones(1, 1)):
+            ids, weights = torch.tensor([[expert]]), torch.ones(1, 1)
+            for _ in session.serve(layer, ids, weights, GateOutput(predicted=nothing)):
                 pass
 
 
@@ -139,10 +151,11 @@ def gates(routing: Routing, *, predicts: bool) -> list[list[tuple[Any, ...]]]:
 
 
 def serve(session: Session, passes: list[list[tuple[Any, ...]]]) -> None:
+    experts = SessionExperts(session)
     for layers in passes:
         for layer, (ids, weights, logits, predicted) in enumerate(layers):
-            session.note(layer, logits, predicted)
-            for _ in session.serve(layer, ids, weights):
+            experts.gate_ran(layer, GateOutput(logits, predicted))
+            for _ in experts.serve(layer, ids, weights):
                 pass
 
 

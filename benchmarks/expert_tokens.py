@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from moerun.bench.generated import RandomRecords
+from moerun.bench.random_weights import RandomRecords
 from moerun.bench.report import hardware
 from moerun.format.expert import ExpertShape
 from moerun.format.precision import SCHEMES

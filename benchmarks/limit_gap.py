@@ -16,7 +16,7 @@ from moepolicy import find_policy
 from moeroute import open_trace
 from moesim import load_machine, load_workload, simulate
 from moesim.limits import min_time_ns
-from moesim.sizes import expert_size, sizes_of
+from moesim.sizes import expert_size, quarters, sizes_of
 
 POLICIES = ("clairvoyant", "clairvoyant:margin=0", "belady-bypass", "belady", "lru")
 
@@ -34,7 +34,7 @@ def main() -> None:
     profile = load_machine(asked.machine)
     # What a policy foresees without speculative gates must not be charged for them.
     profile = replace(profile, compute=replace(profile.compute, prefetch_s=0.0))
-    slots_asked = asked.slots or [trace.meta.n_experts * n // 4 for n in (1, 2, 3)]
+    slots_asked = asked.slots or quarters(trace.meta.n_experts)
     ratios: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     print(f"{trace.title}, {workload.n_steps:,} steps, experts of {size:,} bytes, {profile.name}")
     print("scope  slots  GB/s  limit s ", *POLICIES, sep="  ")

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from moepolicy import find_policy
+from moerun.bench.decoding import MeasuredTimings, decode_forced
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config, shape_name
 from moerun.bench.ondisk import write_store
-from moerun.bench.routing import ForcedGates, Routing, load_routing
-from moerun.bench.run import Bench, Marked, Plan, decode_forced
+from moerun.bench.routing import ForcedGates, ForcedRouting, load_routing
+from moerun.bench.run import Bench
+from moerun.bench.schedule import BenchSchedule
 from moerun.checkpoint.families import empty_model, find_experts
 from moerun.format.tensorfile import memory_of
 from moerun.offload.load import rebuild_buffers
@@ -62,7 +64,7 @@ class Case:
             name += f", hidden size {self.hidden}"
         return GeneratedModel(config, name=name, precision=PRECISION, seed=0)
 
-    def load_routing(self, model: GeneratedModel) -> Routing:
+    def load_routing(self, model: GeneratedModel) -> ForcedRouting:
         index = model.index
         return load_routing(
             self.routing,
@@ -142,7 +144,7 @@ def stock_model(generated: GeneratedModel, config: Any, experts: str | None = No
     for _, module in find_experts(model):
         for name, _ in list(module.named_parameters(recurse=False)):
             setattr(module, name, None)
-    model.load_state_dict(dict(generated.dense()), strict=False, assign=True)
+    model.load_state_dict(dict(generated.dense.draw()), strict=False, assign=True)
     model.requires_grad_(False)
     model.tie_weights()
     rebuild_buffers(model, CPU)
@@ -162,8 +164,8 @@ class Stock:
 
     def run(self) -> tuple[float, list[int]]:
         """tokens/s of the measured tokens, and what was decoded."""
-        self.gates.start(None, predicts=False)
-        timings = Marked(self.case.warm_up, lambda: None)
+        self.gates.start(None)
+        timings = MeasuredTimings(self.case.warm_up)
         decode_forced(self.model, timings, self.case.forced_tokens)
         return self.case.tokens / timings.measured_s, timings.token_ids
 
@@ -207,14 +209,14 @@ class Ours:
         generated = case.model()
         spec = find_policy(policy)
         slots = generated.n_experts // 2
-        plan = Plan((spec,), case.tokens, case.warm_up, 1, released=False)
+        schedule = BenchSchedule((spec,), case.tokens, case.warm_up, 1, released=False)
         self._policy = spec
         self._case = case
         self._bench = Bench(
             generated,
             case.load_routing(generated),
             Settings(policy=spec, slots=slots),
-            plan,
+            schedule,
             folder=case.store,
             sums="eager",
         )

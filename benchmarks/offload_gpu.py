@@ -20,12 +20,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from moepolicy import find_policy
-from moerun.bench.fit import Room, refuse_too_big
+from moerun.bench.decoding import MeasuredTimings, decode_forced
+from moerun.bench.fit import BenchMemory, refuse_too_big
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config, shape_name
 from moerun.bench.report import hardware
-from moerun.bench.routing import ForcedGates, Routing, load_routing
-from moerun.bench.run import Bench, Marked, Plan, decode_forced
+from moerun.bench.routing import ForcedGates, ForcedRouting, load_routing
+from moerun.bench.run import Bench
+from moerun.bench.schedule import BenchSchedule
 from moerun.checkpoint.families import find_experts
 from moerun.commands.prepare import quiet_libraries
 from moerun.devices import find_device
@@ -53,7 +55,7 @@ def main(
     """Print tokens/s of each and how many times accelerate's."""
     quiet_libraries()
     on, spec = find_device(device), find_policy(policy)
-    plan = Plan((spec,), tokens, warm_up, rounds, released=False)
+    schedule = BenchSchedule((spec,), tokens, warm_up, rounds, released=False)
     config = find_config(shape, layers)
     config.dtype = torch.bfloat16
     name = shape_name(shape)
@@ -66,16 +68,16 @@ def main(
             layers=index.n_layers,
             experts=index.n_experts,
             top_k=index.top_k,
-            tokens=plan.forced_tokens,
+            tokens=schedule.forced_tokens,
         )
         benches = {}
         for each in precision or ("bf16", "4bit", "2bit"):
             generated = GeneratedModel(config, name=name, precision=each, seed=0)
             settings = Settings(policy=spec, slots=slots, device=on)
-            bench = stack.enter_context(Bench(generated, forced, settings, plan))
+            bench = stack.enter_context(Bench(generated, forced, settings, schedule))
             benches[f"{policy} {each}"] = bench
             rates[f"{policy} {each}"] = []
-        baseline = Accelerate(plain, shape, layers, forced, on, plan)
+        baseline = Accelerate(plain, shape, layers, forced, on, schedule)
         for number in range(rounds + 1):
             rates[ACCELERATE].append(baseline.run())
             for label, bench in benches.items():
@@ -117,15 +119,15 @@ class Accelerate:
         generated: GeneratedModel,
         shape: str,
         layers: int,
-        routing: Routing,
+        routing: ForcedRouting,
         device: torch.device,
-        plan: Plan,
+        schedule: BenchSchedule,
     ) -> None:
-        room = Room(
+        room = BenchMemory(
             generated.expert_bytes, generated.expert_bytes // 8, generated.index.dense_bytes
         )
         refuse_too_big(room, device, on_disk=False)
-        self._plan = plan
+        self._schedule = schedule
         # Of a fresh configuration: the generated model's says where its experts come from.
         self._model: Any = stock_model(generated, find_config(shape, layers))
         self._model = _dispatch(self._model, generated, device)
@@ -133,10 +135,10 @@ class Accelerate:
 
     def run(self) -> float:
         """tokens/s of the measured tokens."""
-        self._gates.start(None, predicts=False)
-        timings = Marked(self._plan.warm_up, lambda: None)
-        decode_forced(self._model, timings, self._plan.forced_tokens)
-        return self._plan.tokens / timings.measured_s
+        self._gates.start(None)
+        timings = MeasuredTimings(self._schedule.warm_up)
+        decode_forced(self._model, timings, self._schedule.forced_tokens)
+        return self._schedule.tokens / timings.measured_s
 
 
 def _dispatch(model: Any, generated: GeneratedModel, device: torch.device) -> Any:

@@ -27,12 +27,13 @@ from moepolicy import compiled, find_policy
 from moeroute import open_trace
 from moesim import Machine, Workload, load_machine, load_workload
 from moesim.engines import choose as engines
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.machine.costs import costs_of
 from moesim.sizes import sizes_of
 
 DEMAND_ONLY = ("lru", "lfu", "fifo", "random", "static", "belady", "belady-bypass")
 POLICIES = (*DEMAND_ONLY, "lru-spec")
+COMPILATIONS = Compilations(worth_compiling=0)
 
 
 def everything_on(machine: Machine) -> Machine:
@@ -62,6 +63,7 @@ def timed(workload: Workload, policy: str, machine: Machine, engine: Engine) -> 
             sizes_of(workload.meta, workload.meta.expert_bytes["2bit"]),
             predicting="predictions" in spec.requires,
         ),
+        compilations=COMPILATIONS,
         engine=engine,
     )
     return time.process_time() - began
@@ -169,7 +171,6 @@ def main(
 ) -> None:
     """Measure, print, and write the results with the machine's description."""
     workload = load_workload(open_trace("mixtral-like"), predictions=True)
-    engines.WORTH_COMPILING = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NUMBA_CACHE_DIR"] = folder
         rows = rates(workload, POLICIES, rounds)

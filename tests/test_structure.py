@@ -34,7 +34,7 @@ FLOORS = {
     ],
     "moerun": [
         {"errors", "versions"},
-        {"amounts", "format"},
+        {"amounts", "format", "simulation"},
         {"checkpoint", "devices", "kernels"},
         {"store"},
         {"links", "settings"},

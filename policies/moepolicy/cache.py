@@ -31,7 +31,7 @@ class Transfer(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One decision. ``other`` is what ``Kind`` says it is, or -1."""
+    """One decision of a step about a key. ``other`` is what ``Kind`` says it is, or -1."""
 
     kind: Kind
     step: int
@@ -214,9 +214,11 @@ class ExpertCache:
         return int(self.arrays.stand_ins[rank])
 
     def count(self, kind: Kind) -> int:
+        """How many decisions of this kind there were."""
         return int(self.arrays.counters[kind])
 
     def in_step(self) -> bool:
+        """Whether a step is in progress: begun and not ended."""
         return bool(self.arrays.n_demand[0])
 
     def queued(self) -> Kind | None:

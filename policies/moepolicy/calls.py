@@ -65,14 +65,14 @@ class Calls:
 
 
 # Entries of Mail.slip: the call and what it is about, then the rest of a step.
-CALL = 0
-ABOUT = 1  # the step's number, a key or slots; on return what the call gave
-LAYER = 2
-N_EXPERTS = 3  # that the step demands
-TOKENS = 4
-LINK_BACKLOG = 5
-N_LOGITS = 6
-HORIZON = 7
+SLIP_CALL = 0
+SLIP_ABOUT = 1  # the step's number, a key or slots; on return what the call gave
+SLIP_LAYER = 2
+SLIP_N_EXPERTS = 3  # that the step demands
+SLIP_TOKENS = 4
+SLIP_BACKLOG = 5
+SLIP_N_LOGITS = 6
+SLIP_HORIZON = 7
 SLIP_ENTRIES = 8
 
 BEGIN, START, FINISH = int(Call.BEGIN), int(Call.START), int(Call.FINISH)
@@ -95,28 +95,28 @@ def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, N
     slip = mail.slip
     while True:
         yield 0
-        call = slip[CALL]
+        call = slip[SLIP_CALL]
         if call == BEGIN:
-            n = slip[N_EXPERTS]
+            n = slip[SLIP_N_EXPERTS]
             step = Step(
-                slip[ABOUT],
-                slip[LAYER],
+                slip[SLIP_ABOUT],
+                slip[SLIP_LAYER],
                 mail.experts[:n],
                 mail.weights[:n],
-                mail.logits[: slip[N_LOGITS]],
-                mail.predicted[: slip[HORIZON]],
-                slip[TOKENS],
-                slip[LINK_BACKLOG],
+                mail.logits[: slip[SLIP_N_LOGITS]],
+                mail.predicted[: slip[SLIP_HORIZON]],
+                slip[SLIP_TOKENS],
+                slip[SLIP_BACKLOG],
             )
             begin(cache, policy, step, mail.outcome)
         elif call == START:
-            slip[ABOUT] = start(cache, policy)
+            slip[SLIP_ABOUT] = start(cache, policy)
         elif call == FINISH:
-            finish(cache, policy, slip[ABOUT])
+            finish(cache, policy, slip[SLIP_ABOUT])
         elif call == CONSUME:
-            consume(cache, slip[ABOUT])
+            consume(cache, slip[SLIP_ABOUT])
         elif call == RESIZE:
-            resize(cache, policy, slip[ABOUT])
+            resize(cache, policy, slip[SLIP_ABOUT])
         else:
             end(cache, policy)
 
@@ -164,22 +164,22 @@ class CompiledCalls(Calls):
         if horizon:
             mail.predicted[:horizon] = step.predicted[:horizon]
         slip = self._slip
-        slip[CALL] = BEGIN
-        slip[ABOUT] = step.number
-        slip[LAYER] = step.layer
-        slip[N_EXPERTS] = n
-        slip[TOKENS] = step.tokens
-        slip[LINK_BACKLOG] = self.cache.backlog.item()
-        slip[N_LOGITS] = n_logits
-        slip[HORIZON] = horizon
+        slip[SLIP_CALL] = BEGIN
+        slip[SLIP_ABOUT] = step.number
+        slip[SLIP_LAYER] = step.layer
+        slip[SLIP_N_EXPERTS] = n
+        slip[SLIP_TOKENS] = step.tokens
+        slip[SLIP_BACKLOG] = self.cache.backlog.item()
+        slip[SLIP_N_LOGITS] = n_logits
+        slip[SLIP_HORIZON] = horizon
         self._resume()
         outcome[:] = mail.outcome[:n]
 
     def start(self) -> int:
         slip = self._slip
-        slip[CALL] = START
+        slip[SLIP_CALL] = START
         self._resume()
-        return slip[ABOUT]
+        return slip[SLIP_ABOUT]
 
     def finish(self, key: int) -> None:
         self._call(FINISH, key)
@@ -195,8 +195,8 @@ class CompiledCalls(Calls):
 
     def _call(self, call: int, about: int) -> None:
         slip = self._slip
-        slip[CALL] = call
-        slip[ABOUT] = about
+        slip[SLIP_CALL] = call
+        slip[SLIP_ABOUT] = about
         self._resume()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from moepolicy.numba_internals import keep_in
 
 KEPT = 512  # files; a replay of one policy with one set of features is two
 
@@ -18,38 +19,7 @@ def is_kept(name: str) -> bool:
 def keep(dispatcher: Any, name: str) -> None:
     """Have numba's ``dispatcher`` look for its code on disk before it compiles it, and leave it
     there under ``name``. Where that cannot be read or written, code is compiled each time."""
-    from numba.core.caching import CompileResultCacheImpl, FunctionCache
-
-    class Locator:
-        def get_cache_path(self) -> str:
-            return str(_folder())
-
-        def ensure_cache_path(self) -> None:
-            _folder().mkdir(parents=True, exist_ok=True)
-
-        def get_source_stamp(self) -> str:
-            return name
-
-    class Impl(CompileResultCacheImpl):  # type: ignore[misc]
-        def __init__(self, py_func: Any) -> None:
-            self._lineno = py_func.__code__.co_firstlineno
-            self._locator = Locator()
-            self._filename_base = name
-
-    class Cache(FunctionCache):  # type: ignore[misc]
-        _impl_class = Impl
-
-        def load_overload(self, sig: Any, target_context: Any) -> Any:
-            with suppress(Exception):  # a damaged file: whatever unpickling it may raise
-                return super().load_overload(sig, target_context)
-            return None
-
-        def save_overload(self, sig: Any, data: Any) -> None:
-            with suppress(OSError):
-                super().save_overload(sig, data)
-                _drop_oldest()
-
-    dispatcher._cache = Cache(dispatcher.py_func)
+    keep_in(_folder, name, dispatcher, saved=_drop_oldest)
 
 
 def _folder() -> Path:

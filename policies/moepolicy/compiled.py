@@ -18,6 +18,7 @@ import numpy as np
 from moepolicy.codecache import is_kept, keep
 from moepolicy.fingerprint import fingerprint
 from moepolicy.inplace import Store, in_place, stores
+from moepolicy.numba_internals import NO_ALLOCATION, resolve_method, start_allocator
 from moepolicy.policy import HOOKS, Policy
 from moepolicy.reasons import needs_memory
 
@@ -25,7 +26,7 @@ PLAIN = (np.ndarray, np.generic, bool, int, float)
 
 # No reference counts: nothing is allocated in a replay, and counting costs 7 times more than the
 # work itself. A policy whose code makes arrays is compiled with them, the state machine never.
-OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+OPTIONS = {"nogil": True, "error_model": "numpy", NO_ALLOCATION: False}
 # Inlined throughout: the state is a tuple of many words, which calls would copy (5 times slower).
 INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
 
@@ -49,7 +50,7 @@ def compiled(
     if name not in _entries:
         assert isinstance(function, FunctionType)
         if _allocates(state):
-            _start_allocator()
+            start_allocator()
         _entries[name] = numba.njit(_twin(function, omit, False), **OPTIONS)
         keep(_entries[name], name)
     return _entries[name]  # type: ignore[no-any-return]
@@ -90,13 +91,6 @@ def classes_of(policy: Policy) -> set[type[Policy]]:
     return {type(policy)}.union(*map(classes_of, parts))
 
 
-def _start_allocator() -> None:
-    from numba.core.registry import cpu_target
-    from numba.core.runtime import rtsys
-
-    rtsys.initialize(cpu_target.target_context)
-
-
 def _file_name(function: Callable[..., Any], state: Any, omit: frozenset[FunctionType]) -> str:
     classes = _policy_classes(state)
     memory = "-memory" if _allocates(state) else ""
@@ -118,7 +112,7 @@ def _inner(function: FunctionType, omit: frozenset[FunctionType], allocating: bo
 
     key = function, omit, allocating
     if key not in _twins:
-        _twins[key] = numba.njit(_twin(*key), **(INNER | {"_nrt": allocating}))
+        _twins[key] = numba.njit(_twin(*key), **(INNER | {NO_ALLOCATION: allocating}))
     return _twins[key]
 
 
@@ -141,11 +135,11 @@ def _wide(value: Any) -> Any:
     return np.int64(value) if type(value) is int else value
 
 
-NOTHING = 0
+UNREACHED = 0
 
 
 def _never_reached(*_: Any) -> int:
-    return NOTHING
+    return UNREACHED
 
 
 assert isinstance(_never_reached, FunctionType)
@@ -228,13 +222,7 @@ def _state_class(cls: Any, fields: tuple[str, ...], allocating: bool) -> Any:
 
 @cache
 def _resolve_method(name: str) -> None:
-    """Teach numba that ``state.name(...)`` is the policy class's method of that name.
-
-    What numba's ``overload_method`` does, but that another class may have a field of the name.
-    """
-    from numba import types
-    from numba.core.typing.templates import infer_getattr, make_overload_method_template
-    from numba.extending import overload as overloaded
+    """Teach numba that ``state.name(...)`` is the policy class's method of that name."""
 
     def overload(state: Any, *args: Any) -> Any:  # noqa: ARG001  numba matches the arguments
         cls = getattr(state.instance_class, "policy_class", None)
@@ -247,12 +235,4 @@ def _resolve_method(name: str) -> None:
 
         return call
 
-    template: Any = make_overload_method_template(types.NamedTuple, name, overload, inline="never")
-    resolve = template._resolve
-
-    def of_this_class(self: Any, typ: Any, attr: str) -> Any:
-        return None if attr in typ.fields else resolve(self, typ, attr)
-
-    template._resolve = of_this_class
-    infer_getattr(template)
-    overloaded(overload)(overload)
+    resolve_method(name, overload)

@@ -10,7 +10,8 @@ from moepolicy.steps import Step
 
 
 class Composite(Policy):
-    """``eviction`` chooses victims, ``prefetcher`` names keys to fetch; both are told all."""
+    """Two policies as one: ``eviction`` chooses victims, ``prefetcher`` names keys to fetch ahead,
+    and both are told of everything."""
 
     def __init__(self, eviction: Policy, prefetcher: Policy) -> None:
         self.eviction = eviction

@@ -41,6 +41,11 @@ def _add_function(add: Add, function: FunctionType, seen: set[FunctionType]) -> 
         return
     seen.add(function)
     add(repr(function.__defaults__).encode())
+    for annotation in function.__annotations__.values():
+        # Compiled code finds a tuple's entries by their places.
+        kind = function.__globals__.get(annotation) if isinstance(annotation, str) else annotation
+        if isinstance(kind, type) and (fields := getattr(kind, "_fields", ())):
+            add(f"{kind.__module__}.{kind.__qualname__} {fields}".encode())
     for name in _add_code(add, function.__code__):
         value = function.__globals__.get(name)
         if isinstance(value, FunctionType):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from moepolicy.numba_internals import NEEDS_ALLOCATION
+
 # What numba puts around a cause: where it was in its own work, and what it tried in vain.
 _FRAME = re.compile(
     r"Failed in nopython mode pipeline|- Resolution failure|Rejected as|Overload (in|of) function"
@@ -15,7 +17,7 @@ _OURS = "_resolve_method.<locals>.overload"  # how compiled code comes to a poli
 
 def needs_memory(error: BaseException) -> bool:
     """Whether compiling failed because the code makes arrays, and was to do without."""
-    return "NRT required" in str(error)
+    return NEEDS_ALLOCATION in str(error)
 
 
 def why_not(error: BaseException, files: frozenset[str]) -> str:

@@ -116,7 +116,11 @@ class PolicySpec:
 
 
 def find_policy(spec: str) -> PolicySpec:
-    """Look a spec up. PolicyError lists what there is and the nearest name."""
+    """Look a spec up: ``name``, ``name:parameter=value,...`` or ``path/to/file.py:Class``.
+
+    Raises PolicyError where there is no such policy or file, with the nearest name, and
+    PolicyUsageError for a parameter that the policy does not have or take.
+    """
     name, _, rest = _split(spec)
     if name.endswith(".py"):
         raise PolicyUsageError(_which_class(Path(name)))

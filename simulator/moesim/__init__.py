@@ -2,12 +2,31 @@
 
     moesim.compare("trace.parquet", ["lru", "lru-spec", Mine], slots=[2, 4], machine="t4")
 
-gives a polars frame with a row a policy and cache size; `simulate` is one such run.
+gives a polars frame with a row for each policy and cache size. `simulate` is one such run:
+
+    workload = moesim.load_workload(moeroute.open_trace("tiny"))
+    result = moesim.simulate(workload, find_policy("lru"), moesim.load_machine("t4"), slots=4)
+    print(result.hit_ratio, result.tokens_per_s)      # a share of 1, and simulated tokens/s
+
+Sizes are bytes, times seconds (of a timeline: ns), rates bytes/s; slots are experts cached a layer.
+SimulationError says why something cannot be simulated, and UsageError, which is one, that a value
+is wrong for every trace and machine.
 """
 
 from moesim.comparison import compare
+from moesim.curves.hit_ratios import hit_curve
+from moesim.engines.clock import Segment
+from moesim.engines.compilations import Compilations, Engine
 from moesim.errors import SimulationError, UsageError
-from moesim.machine.profile import Machine, load_machine, machine_names
+from moesim.machine.profile import (
+    Compute,
+    Cpu,
+    Disk,
+    LinkProfile,
+    Machine,
+    load_machine,
+    machine_names,
+)
 from moesim.result import Result
 from moesim.simulate import simulate, workload_for
 from moesim.workload.loading import load_workload
@@ -16,12 +35,20 @@ from moesim.workload.steps import Workload
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compilations",
+    "Compute",
+    "Cpu",
+    "Disk",
+    "Engine",
+    "LinkProfile",
     "Machine",
     "Result",
+    "Segment",
     "SimulationError",
     "UsageError",
     "Workload",
     "compare",
+    "hit_curve",
     "load_machine",
     "load_workload",
     "machine_names",

@@ -13,25 +13,24 @@ from moeroute import Trace, open_trace
 from moeroute.schema import TraceMeta
 from moeroute.sizes import GivenSizes
 
-from moesim.engines.choose import Engine
 from moesim.engines.clock import Segment
+from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.errors import UsageError
 from moesim.gap import BASELINE
-from moesim.machine.profile import Machine, load_machine
+from moesim.machine.profile import DEFAULT_MACHINE, Machine, load_machine
 from moesim.machine.unknown import dense_label, expert_label
 from moesim.points import Points, same_figures
-from moesim.report import Compared, Refused, rows_of
+from moesim.report import Compared, RefusedPoint, rows_of
 from moesim.result import Result
 from moesim.simulate import check_calibration, simulate, workload_for
-from moesim.sizes import expert_size, low_expert_size
+from moesim.sizes import expert_size, low_expert_size, quarters
+from moesim.workload.loading import DEFAULT_TRACE
 
 if TYPE_CHECKING:
     import polars as pl
 
-TRACE, MACHINE = "tiny", "rtx3060"
-
 PolicyLike = str | type[Policy] | PolicySpec
-Point = tuple[int, PolicySpec]  # slots a layer, and the policy
+SizedPolicy = tuple[int, PolicySpec]  # slots a layer, and the policy
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,10 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """What came of it: a row a point, those refused with the reason; timelines if asked for."""
 
-    rows: list[Compared | Refused]
+    rows: list[Compared | RefusedPoint]
     timelines: list[tuple[str, list[Segment]]]
     title: str
     alike: list[str]  # of policies that cannot differ from another here
@@ -123,10 +122,12 @@ def run(
     policies: Sequence[PolicySpec],
     slots: Sequence[int],
     *,
+    compilations: Compilations,
     timeline: bool = False,
-    watch: Callable[[list[Point]], Iterable[Point]] = iter,
-) -> Comparison:
-    """Simulate every policy with every number of slots; ``watch`` sees the points go by.
+    watch: Callable[[list[SizedPolicy]], Iterable[SizedPolicy]] = iter,
+) -> PolicyComparison:
+    """Simulate every policy with every number of slots; ``watch`` sees the points go by, and
+    ``compilations`` decides what runs compiled.
 
     Raises what stopped them where none could run.
     """
@@ -148,6 +149,7 @@ def run(
         engine=setting.engine,
         cold=setting.cold,
         limits=setting.limits,
+        compilations=compilations,
     )
     timelines = []
     for count, spec in watch([(count, spec) for count in slots for spec in policies]):
@@ -158,7 +160,7 @@ def run(
     def baseline(count: int) -> Result:
         return one(find_policy(BASELINE), slots=count)
 
-    return Comparison(
+    return PolicyComparison(
         points.beside(baseline if setting.limits else None),
         timelines,
         setting.title(workload.n_decoded + workload.n_prompt),
@@ -167,11 +169,11 @@ def run(
 
 
 def compare(
-    trace: str | Path | Trace = TRACE,
+    trace: str | Path | Trace = DEFAULT_TRACE,
     policies: Sequence[PolicyLike] = ("lru", "lfu", "belady"),
     *,
     slots: int | Sequence[int] | None = None,
-    machine: str | Path | Machine = MACHINE,
+    machine: str | Path | Machine = DEFAULT_MACHINE,
     scope: str = "layer",
     precision: str | None = None,
     expert_bytes: int | None = None,
@@ -214,13 +216,13 @@ def compare(
         limits=limits,
     )
     sizes = quarters(setting.meta.n_experts) if slots is None else slots
-    found = run(setting, [_spec(p) for p in policies], [sizes] if isinstance(sizes, int) else sizes)
+    found = run(
+        setting,
+        [_spec(p) for p in policies],
+        [sizes] if isinstance(sizes, int) else sizes,
+        compilations=OF_THIS_PROCESS,
+    )
     return pl.DataFrame(rows_of(found.rows, setting.provenance), infer_schema_length=None)
-
-
-def quarters(n_experts: int) -> list[int]:
-    """A quarter, half and three quarters of a layer's experts: the default cache sizes."""
-    return sorted({max(1, n_experts * quarter // 4) for quarter in (1, 2, 3)})
 
 
 def _opened(trace: str | Path | Trace) -> Trace:

@@ -9,7 +9,7 @@ from moepolicy.console import WrongUsage
 from moeroute import Trace, TraceError
 
 from moesim.errors import SimulationError, UsageError
-from moesim.report import Compared, Refused, beside_baseline
+from moesim.report import Compared, RefusedPoint, beside_baseline
 from moesim.result import Result
 from moesim.simulate import check_needs
 
@@ -22,7 +22,7 @@ class Points:
     def __init__(self, trace: str, scope: str, machine: str) -> None:
         self._where = {"trace": trace, "scope": scope, "machine": machine}
         self._unfit: dict[str, Exception] = {}  # by a policy's label: the trace lacks what it needs
-        self._found: list[Result | Refused] = []
+        self._found: list[Result | RefusedPoint] = []
         self._errors: list[Exception] = []
 
     def admits(self, trace: Trace, policy: PolicySpec) -> bool:
@@ -44,11 +44,11 @@ class Points:
         except EXPECTED as error:
             self._errors.append(error)
             reason = " ".join(str(error).split())
-            self._found.append(Refused(policy.label, slots, **self._where, refused=reason))
+            self._found.append(RefusedPoint(policy.label, slots, **self._where, refused=reason))
             return False
         return True
 
-    def beside(self, baseline: Callable[[int], Result] | None) -> list[Compared | Refused]:
+    def beside(self, baseline: Callable[[int], Result] | None) -> list[Compared | RefusedPoint]:
         """All points in their order, each result with its gap to the limit where there is a
         ``baseline``. Raises what stopped them where none could run."""
         results = [found for found in self._found if isinstance(found, Result)]

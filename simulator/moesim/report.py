@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from moepolicy.counts import columns
 from moepolicy.tables import Table, wrapped
 
 from moesim.gap import BASELINE, Gap, gap_of
@@ -15,7 +16,7 @@ from moesim.result import Result
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedPoint:
     """A row of a policy that could not run on the trace, cache or machine, and why."""
 
     policy: str
@@ -27,7 +28,7 @@ class Refused:
 
     def row(self) -> dict[str, Any]:
         """The columns of a comparison, empty but for what was asked for and the reason."""
-        empty: dict[str, Any] = dict.fromkeys(each.name for each in fields(Result))
+        empty: dict[str, Any] = dict.fromkeys(columns(Result))
         return empty | Gap("", None, None).row() | asdict(self)
 
 
@@ -56,13 +57,13 @@ def beside_baseline(results: Sequence[Result], baseline: Callable[[int], Result]
 
 
 def rows_of(
-    results: Sequence[Compared | Refused], provenance: dict[str, Any]
+    results: Sequence[Compared | RefusedPoint], provenance: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The results for programs, each row with what it was made from."""
     return [one.row() | provenance for one in results]
 
 
-def table(results: Sequence[Compared | Refused], title: str, notes: Sequence[str] = ()) -> str:
+def table(results: Sequence[Compared | RefusedPoint], title: str, notes: Sequence[str] = ()) -> str:
     """For people: a group of rows for each number of slots, which ends with what no policy can
     beat, and what there is to say under them, ``notes`` last."""
     limited = any(one.gap is not None for one in results if isinstance(one, Compared))
@@ -83,8 +84,8 @@ def table(results: Sequence[Compared | Refused], title: str, notes: Sequence[str
     return f"{wrapped(title.splitlines())}\n{shown.render()}{under and chr(10)}{under}"
 
 
-def _cells(one: Compared | Refused) -> dict[str, str]:
-    if isinstance(one, Refused):
+def _cells(one: Compared | RefusedPoint) -> dict[str, str]:
+    if isinstance(one, RefusedPoint):
         return {"policy": one.policy, "slots": str(one.slots)}
     result = one.result
     cells = {
@@ -141,7 +142,7 @@ def _limits(results: Sequence[Result]) -> list[dict[str, str]]:
     ]
 
 
-def _notes(compared: Sequence[Compared | Refused], limited: bool) -> list[str]:
+def _notes(compared: Sequence[Compared | RefusedPoint], limited: bool) -> list[str]:
     results = [one.result for one in compared if isinstance(one, Compared)]
     notes = []
     if limited:
@@ -162,10 +163,10 @@ def _notes(compared: Sequence[Compared | Refused], limited: bool) -> list[str]:
         notes.append("* changes what the model computes" + ": no limit binds it" * limited)
         notes += [_change_note(result) for result in results if result.lossy]
     notes += size_notes(result.row() for result in results)
-    return notes + _refusals([one for one in compared if isinstance(one, Refused)])
+    return notes + _refusals([one for one in compared if isinstance(one, RefusedPoint)])
 
 
-def _refusals(refused: Sequence[Refused]) -> list[str]:
+def _refusals(refused: Sequence[RefusedPoint]) -> list[str]:
     """Why rows are empty: a line for each policy and reason."""
     sizes: dict[tuple[str, str], list[int]] = {}
     for one in refused:

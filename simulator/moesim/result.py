@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from moepolicy.counts import CountColumns, as_row
 
-@dataclass(frozen=True)
-class Result:
-    """One policy on one cache and machine. Counts are of experts, times simulated seconds.
+
+@dataclass(frozen=True, kw_only=True)
+class _ResultOf:
+    """What a result is of: the first columns of its row."""
+
+    policy: str
+    slots: int
+    scope: str
+    machine: str
+    trace: str
+    expert_bytes: int | None
+    low_expert_bytes: int
+    layer_bytes: int | None
+    token_bytes: int | None
+    dense_precision: str | None
+    time_is_lower_bound: bool | None
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(CountColumns, _ResultOf):
+    """One policy on one cache and machine. Times are simulated seconds, counts of experts
+    (see `CountColumns`).
 
     expert_bytes      None: unknown, and with it every time, None too
     layer_bytes       of a layer's dense weights; None: unknown
@@ -16,13 +37,8 @@ class Result:
     dense_precision   what those two count the weights as; None: the trace does not say
     time_is_lower_bound  whether the times leave out reading dense weights of unknown bytes, so
                       that times are at least, and tokens/s at most, what is said; None: no times
-    loads             experts copied over the link, prefetches included
     low_expert_bytes  of one in the second, lower-precision store; 0: there was none
-    low_loads         of those, the ones that brought the lower precision
-    cpu_experts       misses computed where the experts are kept, and not copied
-    *_share           of the gates' weights, what was left out, computed by another expert, or
-                      computed at the lower precision
-    hit_ratio         hits / requests; late hits, which were waited for, are not hits
+    bytes_loaded      over the link; None: the size of an expert is unknown
     tokens_per_s      decoded tokens over the time spent on them; of a trace that has none,
                       prompt tokens
     cold              whether caches started empty with every sequence
@@ -37,35 +53,7 @@ class Result:
     share_of_limit      tokens_per_s / limit_tokens_per_s
     """
 
-    policy: str
-    slots: int
-    scope: str
-    machine: str
-    trace: str
-    expert_bytes: int | None
-    low_expert_bytes: int
-    layer_bytes: int | None
-    token_bytes: int | None
-    dense_precision: str | None
-    time_is_lower_bound: bool | None
-    steps: int
-    requests: int
-    hits: int
-    late: int
-    misses: int
-    loads: int
-    bypasses: int
-    prefetches: int
-    useless_prefetches: int
-    cpu_experts: int
-    low_loads: int
-    substituted: int
-    skipped: int
-    skipped_share: float
-    substituted_share: float
-    low_share: float
     bytes_loaded: int | None
-    hit_ratio: float
     time_s: float | None
     stall_s: float | None
     link_busy_s: float | None
@@ -85,4 +73,5 @@ class Result:
         return self.tokens_per_s
 
     def row(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every column by name, in their order."""
+        return as_row(self)

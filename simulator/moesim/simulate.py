@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-from moepolicy import Kind, PolicySpec
+from moepolicy import Context, PolicySpec
 from moepolicy.cache import Journal, Observer
+from moepolicy.counts import Counts, counts_of
 from moepolicy.policy import overrides
-from moepolicy.state import (
-    ALL_MASS,
-    LOW_MASS,
-    MASS_ENTRIES,
-    SKIPPED_MASS,
-    SUBSTITUTED_MASS,
-    Cache,
-)
+from moepolicy.state import Cache
 from moeroute import Trace, TraceError
 from moeroute.schema import TraceMeta, prediction_column
-from numpy.typing import NDArray
 
-from moesim.engines.choose import Engine, run
-from moesim.engines.clock import Clock, Segment
+from moesim.engines.choose import run
+from moesim.engines.clock import Segment, SimulatedTime
+from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.engines.onepass import Decisions
 from moesim.errors import SimulationError
 from moesim.limits import Limits, limits_of
-from moesim.machine.costs import Sizes, costs_of
-from moesim.machine.profile import NS_PER_S, Link, Machine
+from moesim.machine.costs import Costs, Sizes, costs_of
+from moesim.machine.profile import NS_PER_S, LinkProfile, Machine
 from moesim.result import Result
 from moesim.sizes import _HOW_BIG, expert_size, sizes_of
 from moesim.workload.loading import load_workload
@@ -95,20 +89,112 @@ def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
         )
 
 
-def _untimed(
-    workload: Workload, policy: PolicySpec, machine: Machine, slots: int, scope: str
-) -> tuple[Machine, Sizes]:
-    """A machine and sizes that decisions can be found on where nobody knows how big an expert is.
+@dataclass(frozen=True)
+class Case:
+    """What is simulated: one policy's cache on a machine, with experts of a size or of none known.
 
-    Any will do for a policy that copies on demand alone. SimulationError for one that prefetches.
+    ``expert_bytes`` None: nobody knows how big an expert is, and there are counts but no times.
     """
-    if overrides(policy.build(workload.context(slots, scope)), "prefetch"):
-        raise SimulationError(
-            f"policy '{policy.label}' prefetches, and what comes in time depends on the bytes of "
-            f"an expert: {_HOW_BIG}"
+
+    workload: Workload
+    policy: PolicySpec
+    machine: Machine
+    slots: int  # a layer
+    scope: str
+    expert_bytes: int | None
+    low_bytes: int  # of an expert in a second store; 0: there is none
+    cold: bool
+
+    def check(self, *, journal: bool, timeline: bool) -> None:
+        """SimulationError where this cannot be simulated, or not be shown like that."""
+        if self.cold and journal:
+            raise SimulationError(
+                "a journal is of one cache, and a cold run has one for each sequence"
+            )
+        check_workers(self.machine, self.policy)
+        if "low" in self.policy.requires and not self.low_bytes:
+            raise SimulationError(
+                f"policy '{self.policy.label}' loads experts at a lower precision, and there is no "
+                "store of one: give --low or --low-expert-bytes"
+            )
+        if timeline and self.expert_bytes is None:
+            raise SimulationError(f"a timeline is of times: {_HOW_BIG}")
+
+    def parts(self) -> Iterator[Workload]:
+        """What is replayed from an empty cache each: the whole, or sequence by sequence."""
+        return self.workload.sequences() if self.cold else iter([self.workload])
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """The bytes that take time; None where there are no times."""
+        if self.expert_bytes is None:
+            return None
+        return sizes_of(self.workload.meta, self.expert_bytes, self.low_bytes)
+
+    def costs(self) -> Callable[[Workload], Costs]:
+        """What the steps of a part take. Where there are no times, any costs that decisions can be
+        found with; SimulationError where the policy's depend on them."""
+        sizes, machine = self.sizes, self.machine
+        if sizes is None:
+            sizes, machine = Sizes(1, 1, None, None), self._timeless_machine()
+        predicting = "predictions" in self.policy.requires
+        return lambda part: costs_of(part, machine, sizes, predicting=predicting)
+
+    def replayed(
+        self,
+        replay: Callable[[Workload, PolicySpec, Context, Costs], tuple[Cache, SimulatedTime]],
+        timeline: list[Segment] | None,
+    ) -> Replayed:
+        """Its parts one after the other; ``timeline`` is filled."""
+        found, costs = Replayed(SimulatedTime(segments=timeline)), self.costs()
+        for part in self.parts():
+            context = part.context(self.slots, self.scope)
+            # Counts are of a calibration trace or of the whole; the future is a sequence's own.
+            context = context._replace(counts=self.workload.counts)
+            found.follow(*replay(part, self.policy, context, costs(part)))
+        return found
+
+    def _timeless_machine(self) -> Machine:
+        """A machine for decisions that do not depend on how long a copy takes.
+
+        Any will do for a policy that copies on demand alone. SimulationError for a prefetcher.
+        """
+        context = self.workload.context(self.slots, self.scope)
+        if overrides(self.policy.build(context), "prefetch"):
+            raise SimulationError(
+                f"policy '{self.policy.label}' prefetches, and what comes in time depends on the "
+                f"bytes of an expert: {_HOW_BIG}"
+            )
+        link = LinkProfile(bytes_per_s=self.machine.link.bytes_per_s)
+        return replace(self.machine, link=link, disk=None)
+
+    def limits(self, buffers: int) -> Limits:
+        """What no policy can beat here with so many buffers for prefetched experts."""
+        return limits_of(
+            self.workload,
+            self.machine,
+            self.sizes,
+            self.slots,
+            self.scope,
+            buffers=buffers,
+            cold=self.cold,
         )
-    link = Link(bytes_per_s=machine.link.bytes_per_s)
-    return replace(machine, link=link, disk=None), Sizes(1, 1, None, None)
+
+
+@dataclass
+class Replayed:
+    """What came of a case's replay: counts, where the time went, buffers for prefetches."""
+
+    clock: SimulatedTime
+    counts: Counts = field(default_factory=Counts)
+    buffers: int = 0
+
+    def follow(self, cache: Cache, clock: SimulatedTime) -> None:
+        """Add the replay of the next part."""
+        self.counts += counts_of(cache)
+        self.clock.follow(clock)
+        staging = cache.prefetching and cache.stage_prefetches
+        self.buffers = cache.staging_buffers if staging else 0
 
 
 def simulate(
@@ -128,124 +214,83 @@ def simulate(
     cold: bool = False,
     limits: bool = True,
     decisions: Decisions | None = None,
+    compilations: Compilations | None = None,
 ) -> Result:
     """Replay ``workload`` under ``policy`` with ``slots`` a layer on ``machine``.
 
     ``low_bytes`` is the size of an expert in a second store, of lower precision; 0: there is none.
-    ``timeline`` is filled with what every lane did. ``cold``: every sequence begins with empty
+    ``timeline`` is filled with what every lane did, ns. ``cold``: every sequence begins with empty
     caches, a policy made afresh and an idle link. What is still on its way when a sequence ends
     lands between the two, which takes no time that is counted. ``limits=False`` leaves out what
     no policy can beat. ``decisions``, of the same policy and cache, are timed and not found anew.
-    Where nothing says how big an expert is, counts are found and times are None.
-    Raises SimulationError or PolicyError where the run is impossible.
+    ``compilations`` decides what runs compiled (None: what this process has learnt so far). Where
+    nothing says how big an expert is, counts are found and times are None. Raises SimulationError
+    or PolicyError where the run is impossible.
     """
-    if cold and journal is not None:
-        raise SimulationError("a journal is of one cache, and a cold run has one for each sequence")
-    check_workers(machine, policy)
-    if "low" in policy.requires and not low_bytes:
-        raise SimulationError(
-            f"policy '{policy.label}' loads experts at a lower precision, and there is no store of "
-            "one: give --low or --low-expert-bytes"
-        )
     size = expert_size(workload.meta, precision=precision, expert_bytes=expert_bytes)
-    timed = size is not None
-    if size is None:
-        if timeline is not None:
-            raise SimulationError(f"a timeline is of times: {_HOW_BIG}")
-        on, sizes = _untimed(workload, policy, machine, slots, scope)
+    case = Case(workload, policy, machine, slots, scope, size, low_bytes, cold)
+    case.check(journal=journal is not None, timeline=timeline is not None)
+    replay = partial(
+        run,
+        compilations=compilations or OF_THIS_PROCESS,
+        engine=engine,
+        observers=observers,
+        journal=journal,
+        timeline=timeline is not None,
+        n_steps=workload.n_steps,
+    )
+    if decisions is None:
+        found = case.replayed(replay, timeline)
     else:
-        on, sizes = machine, sizes_of(workload.meta, size, low_bytes)
+        found = Replayed(decisions.clock(case.costs()(workload)), decisions.counts)
+    return _result(case, found, case.limits(found.buffers) if limits else None)
 
-    def replayed(part: Workload) -> tuple[Cache, Clock]:
-        # Counts are what a calibration trace tells of the whole, the future what a sequence holds.
-        context = part.context(slots, scope)._replace(counts=workload.counts)
-        costs = costs_of(part, on, sizes, predicting="predictions" in policy.requires)
-        return run(
-            part,
-            policy,
-            context,
-            costs,
-            engine=engine,
-            observers=observers,
-            journal=journal,
-            timeline=timeline is not None,
-            n_steps=workload.n_steps,
-        )
 
-    clock, counts, buffers = Clock(segments=timeline), np.zeros(len(Kind), np.int64), 0
-    mass = np.zeros(MASS_ENTRIES)
-    parts = workload.sequences() if cold else iter([workload])
-    if decisions is not None:
-        predicting = "predictions" in policy.requires
-        clock = decisions.clock(costs_of(workload, on, sizes, predicting=predicting))
-        counts, parts = decisions.counts, iter(())
-    for part in parts:
-        cache, spent = replayed(part)
-        counts += cache.counters
-        mass[: len(cache.mass)] += cache.mass
-        clock.follow(spent)
-        buffers = cache.staging_buffers if cache.prefetching and cache.stage_prefetches else 0
-    count = counts.tolist()
-    hits, late, misses = count[Kind.HIT], count[Kind.LATE], count[Kind.MISS]
-    prefetches = count[Kind.SPECULATE]
-    loads = count[Kind.LOAD] + prefetches
-    if workload.n_decoded:
-        tokens, spent_ns = workload.n_decoded, clock.decode_ns
-    else:
-        tokens, spent_ns = workload.n_prompt, clock.prompt_ns
-    tokens_per_s = None
-    if timed:
-        tokens_per_s = tokens * NS_PER_S / spent_ns if spent_ns else float("inf")
-    limit = None
-    if limits:
-        known = sizes if timed else None
-        limit = limits_of(workload, machine, known, slots, scope, buffers=buffers, cold=cold)
+def _result(case: Case, found: Replayed, limit: Limits | None) -> Result:
+    """The row of a case."""
+    meta, counts, sizes = case.workload.meta, found.counts, case.sizes
+    tokens_per_s = None if sizes is None else _tokens_per_s(case.workload, found.clock)
+    moved = None
+    if case.expert_bytes is not None:
+        moved = counts.bytes_over_link(case.expert_bytes, case.low_bytes)
     return Result(
-        policy=policy.label,
-        slots=slots,
-        scope=scope,
-        machine=machine.name,
-        trace=workload.title,
-        expert_bytes=size,
-        low_expert_bytes=low_bytes,
-        layer_bytes=workload.meta.layer_bytes,
-        token_bytes=workload.meta.token_bytes,
-        dense_precision=workload.meta.dense_precision,
-        time_is_lower_bound=bool(sizes.uncharged(machine)) if timed else None,
-        steps=workload.n_steps,
-        requests=hits + late + misses,
-        hits=hits,
-        late=late,
-        misses=misses,
-        loads=loads,
-        bypasses=count[Kind.BYPASS],
-        prefetches=prefetches,
-        useless_prefetches=count[Kind.USELESS],
-        cpu_experts=count[Kind.COMPUTE],
-        low_loads=count[Kind.LOW],
-        substituted=count[Kind.SUBSTITUTE],
-        skipped=count[Kind.SKIP],
-        **_changed(mass),
-        bytes_loaded=size and (loads - count[Kind.LOW]) * size + count[Kind.LOW] * low_bytes,
-        hit_ratio=hits / (hits + late + misses),
-        time_s=clock.total_ns / NS_PER_S if timed else None,
-        stall_s=clock.stall_ns / NS_PER_S if timed else None,
-        link_busy_s=clock.link_busy_ns / NS_PER_S if timed else None,
+        policy=case.policy.label,
+        slots=case.slots,
+        scope=case.scope,
+        machine=case.machine.name,
+        trace=case.workload.title,
+        expert_bytes=case.expert_bytes,
+        low_expert_bytes=case.low_bytes,
+        layer_bytes=meta.layer_bytes,
+        token_bytes=meta.token_bytes,
+        dense_precision=meta.dense_precision,
+        time_is_lower_bound=None if sizes is None else bool(sizes.uncharged(case.machine)),
+        steps=case.workload.n_steps,
+        **counts.counted(),
+        bytes_loaded=moved,
+        **_seconds(None if sizes is None else found.clock),
         tokens_per_s=tokens_per_s,
-        cold=cold,
-        lossy=policy.policy.lossy,
+        cold=case.cold,
+        lossy=case.policy.policy.lossy,
         **_beside(limit, tokens_per_s),
     )
 
 
-def _changed(mass: NDArray[np.float64]) -> dict[str, Any]:
-    """Of the gates' weights, the shares that a policy's answers to misses changed."""
-    entries = {
-        "skipped_share": SKIPPED_MASS,
-        "substituted_share": SUBSTITUTED_MASS,
-        "low_share": LOW_MASS,
+def _tokens_per_s(workload: Workload, clock: SimulatedTime) -> float:
+    """Of decoded tokens, or of a prompt's where there are no others."""
+    tokens, spent_ns = workload.n_decoded, clock.decode_ns
+    if not tokens:
+        tokens, spent_ns = workload.n_prompt, clock.prompt_ns
+    return tokens * NS_PER_S / spent_ns if spent_ns else float("inf")
+
+
+def _seconds(clock: SimulatedTime | None) -> dict[str, Any]:
+    """The columns of a result that tell where the time went; None: there are no times."""
+    return {
+        "time_s": clock.total_ns / NS_PER_S if clock else None,
+        "stall_s": clock.stall_ns / NS_PER_S if clock else None,
+        "link_busy_s": clock.link_busy_ns / NS_PER_S if clock else None,
     }
-    return {name: float(mass[i] / (mass[ALL_MASS] or 1.0)) for name, i in entries.items()}
 
 
 def _beside(limit: Limits | None, tokens_per_s: float | None) -> dict[str, Any]:

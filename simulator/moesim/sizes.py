@@ -59,3 +59,9 @@ def sizes_of(meta: TraceMeta, expert_bytes: int, low_bytes: int = 0) -> Sizes:
     if params is None:
         params = expert_bytes // 2
     return Sizes(expert_bytes, params, meta.layer_bytes, meta.token_bytes, low_bytes)
+
+
+def quarters(n_experts: int) -> list[int]:
+    """A quarter, half and three quarters of a layer's experts: the default cache sizes, in slots
+    a layer."""
+    return sorted({max(1, n_experts * quarter // 4) for quarter in (1, 2, 3)})

@@ -19,12 +19,12 @@ from moerun.links import HostTier
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.offload.attention import PackedLinear
-from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import load_offloaded
 from moerun.profiling.profiler import measure
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
+from support.runs import ResidentProvider, generate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +58,7 @@ class Served:
         records: int | None = None,
         chunk_bytes: int = 0,
     ) -> None:
-        from moerun.links.cuda import CudaLanes
+        from moerun.links.cuda import CudaDevice
         from moerun.links.pinned import PinnedLink
 
         form = SlotForm(store.index.shape, store.index.precision, device)
@@ -67,10 +67,10 @@ class Served:
         n_bytes = None if records is None else records * store.record_bytes
         tier = HostTier(store, n_bytes, read_bytes=READ_BYTES)
         self.link = PinnedLink(
-            tier, slots_of, CudaLanes(device), streams=streams, chunk_bytes=chunk_bytes
+            tier, slots_of, CudaDevice(device), streams=streams, chunk_bytes=chunk_bytes
         )
         self.reports: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
-        self.link.start(lambda key, error: self.reports.put((key, error)))
+        self.link.start(lambda key, error, _ended_s: self.reports.put((key, error)))
 
     def wait(self) -> int:
         key, error = self.reports.get(timeout=PATIENCE_S)
@@ -204,7 +204,7 @@ def test_generation_on_a_slow_link_writes_the_same_text(
             find_policy("lru-spec"), slots=slots, device=device, link_bytes_per_s=rate
         )
         with Runner(store, chosen) as runner:
-            texts.append(runner.generate(PROSE, Sampling(max_new_tokens=24)))
+            texts.append(generate(runner, PROSE, Sampling(max_new_tokens=24)))
             assert runner.session.totals.bytes_loaded > 0
     assert texts[0] == texts[1] != ""
 
@@ -239,33 +239,33 @@ def test_a_run_keeps_to_its_budget_and_gives_back_what_a_smaller_one_takes_away(
     chosen = Settings(policy, memory_bytes=least + 6 * row, device=device, context_tokens=256)
     with Runner(store, chosen) as runner:
         assert runner.context.slots == 6
-        expected = runner.generate(PROSE, Sampling(max_new_tokens=100))
+        expected = generate(runner, PROSE, Sampling(max_new_tokens=100))
         assert 6 * row < runner.peak_bytes <= least + 6 * row
         before = torch.cuda.memory_allocated(device)
         runner.set_memory(least + row)
         assert before - torch.cuda.memory_allocated(device) >= 5 * row
-        assert runner.generate(PROSE, Sampling(max_new_tokens=100)) == expected
-        runner.set_slots(8)
-        assert runner.generate(PROSE, Sampling(max_new_tokens=100)) == expected
+        assert generate(runner, PROSE, Sampling(max_new_tokens=100)) == expected
+        runner.session.resize(8)
+        assert generate(runner, PROSE, Sampling(max_new_tokens=100)) == expected
 
 
 def test_the_budget_may_change_while_text_is_generated(
     store: ExpertStore, device: torch.device
 ) -> None:
     with Runner(store, Settings(find_policy("lru-spec"), slots=3, device=device)) as runner:
-        expected = runner.generate(PROSE, Sampling(max_new_tokens=60))
+        expected = generate(runner, PROSE, Sampling(max_new_tokens=60))
         done = threading.Event()
 
         def change() -> None:
             while not done.is_set():
                 for slots in (0, 8, 1, 5, 3):
-                    runner.set_slots(slots)
+                    runner.session.resize(slots)
                     time.sleep(0.003)
 
         thread = threading.Thread(target=change)
         thread.start()
         try:
-            assert runner.generate(PROSE, Sampling(max_new_tokens=60)) == expected
+            assert generate(runner, PROSE, Sampling(max_new_tokens=60)) == expected
         finally:
             done.set()
             thread.join()
@@ -303,7 +303,7 @@ def test_experts_come_from_disk_by_way_of_host_memory(
             chunk_bytes=chunk_bytes,
         )
         with Runner(store, chosen) as runner:
-            texts.append(runner.generate(PROSE, Sampling(max_new_tokens=24)))
+            texts.append(generate(runner, PROSE, Sampling(max_new_tokens=24)))
     assert texts[0] == texts[1] != ""
 
 
@@ -325,4 +325,4 @@ def test_packed_attention_computes_what_plain_dequantisation_does(
                 wanted = on_host(x).float()
                 assert (found.float() - wanted).norm() < 0.01 * wanted.norm(), name
     with Runner(packed, Settings(find_policy("lru-spec"), slots=2, device=device)) as runner:
-        assert runner.generate(PROSE, Sampling(max_new_tokens=8))
+        assert generate(runner, PROSE, Sampling(max_new_tokens=8))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moerun.bench.generated import RandomRecords
+from moerun.bench.random_weights import RandomRecords
 from moerun.format.bitplanes import dequantise
 from moerun.format.expert import ExpertShape
 from moerun.format.precision import SCHEMES

@@ -14,6 +14,7 @@ from moerun.live.sampling import Sampling
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
+from support.runs import generate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,7 +92,7 @@ def test_every_answer_is_served(
         host_bytes=host_records and host_records * stores["native"].record_bytes,
     )
     with Runner(stores["native"], chosen) as runner:
-        assert runner.generate(PROSE, Sampling(max_new_tokens=16))
+        assert generate(runner, PROSE, Sampling(max_new_tokens=16))
         runner.session.cache.check()
         totals = runner.session.totals
         assert totals.cpu_experts + totals.low_loads + totals.substituted + totals.skipped > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -116,10 +116,13 @@ def test_code_is_loaded_by_the_next_process(
     assert function.stats.cache_hits
 
 
-def test_a_damaged_file_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".nbc", ".nbi"])
+def test_a_damaged_file_is_compiled_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str
+) -> None:
     run_afresh(monkeypatch, tmp_path)
-    (code,) = tmp_path.glob("*.nbc")
-    code.write_bytes(code.read_bytes()[:100])
+    (file,) = tmp_path.glob(f"*{suffix}")
+    file.write_bytes(file.read_bytes()[:100])
     function, _ = run_afresh(monkeypatch, tmp_path)
     assert not function.stats.cache_hits
     function, _ = run_afresh(monkeypatch, tmp_path)
@@ -144,6 +147,35 @@ def test_any_change_of_the_code_changes_its_fingerprint() -> None:
     lru = find_policy("lru").policy
     assert isinstance(advance, FunctionType)
     assert with_globals() != fingerprint(advance, (lru,), frozenset())
+
+
+class Pair(NamedTuple):
+    one: int
+    other: int
+
+
+class Renamed(NamedTuple):
+    one: int
+    other: int
+
+
+class Exchanged(NamedTuple):
+    other: int
+    one: int
+
+
+def first_of(pair: Pair) -> int:
+    return pair.one
+
+
+def test_a_tuple_s_fields_are_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code finds them by their places, and whoever exchanges two changes no function."""
+    assert isinstance(first_of, FunctionType)
+    before = fingerprint(first_of, (), frozenset())
+    monkeypatch.setitem(globals(), "Pair", Exchanged)
+    assert fingerprint(first_of, (), frozenset()) != before
+    monkeypatch.setitem(globals(), "Pair", Renamed)
+    assert fingerprint(first_of, (), frozenset()) != before
 
 
 class Method(Policy):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from moepolicy import find_policy, policy_names
 from moesim.engines import choose
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.machine.costs import Sizes, costs_of
 from moesim.machine.profile import Cpu
 from support.machines import machine
@@ -42,7 +42,9 @@ def figures(workload: Any, name: str, scope: str, slots: int) -> Any:
     on = replace(machine(latency_s=3e-9), cpu=Cpu(workers=1))
     costs = costs_of(workload, on, Sizes(10, 5, 3, 2), predicting="predictions" in spec.requires)
     context = workload.context(slots, scope)
-    cache, clock = choose.run(workload, spec, context, costs, engine=Engine.replay)
+    cache, clock = choose.run(
+        workload, spec, context, costs, compilations=Compilations(), engine=Engine.replay
+    )
     return cache.counters.tolist(), clock.total_ns, clock.stall_ns
 
 

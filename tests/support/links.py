@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from moerun.errors import RunError
-from moerun.links import Done, LinkStatistics, Records, in_form
+from moerun.links import Done, LinkStatistics, Records, Variant, in_form
 from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
 
@@ -67,7 +67,7 @@ class ShuffledLink:
         self.slots = slots
         self._records = records
         self._random = random.Random(seed)
-        self._jobs: list[tuple[int, int, bool]] = []
+        self._jobs: list[tuple[int, int, Variant]] = []
         self._wake = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -76,9 +76,17 @@ class ShuffledLink:
         self._done = done
         self._thread.start()
 
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+    def submit(
+        self,
+        key: int,
+        slot: int,
+        variant: Variant = Variant.FULL,
+        *,
+        demand: bool = True,
+        begin_s: float | None = None,
+    ) -> None:
         with self._wake:
-            self._jobs.append((key, slot, low))
+            self._jobs.append((key, slot, variant))
             assert len(self._jobs) <= self.streams
             self._wake.notify()
 
@@ -108,12 +116,12 @@ class ShuffledLink:
                     return
             time.sleep(self._random.choice([0.0, 0.0, 1e-5, 2e-4]))
             with self._wake:
-                key, slot, low = self._jobs.pop(self._random.randrange(len(self._jobs)))
-            records = self._low if low and self._low else self._records
-            into = in_form(self.slots[slot], low)
+                key, slot, variant = self._jobs.pop(self._random.randrange(len(self._jobs)))
+            records = self._low if variant is Variant.LOW and self._low else self._records
+            into = in_form(self.slots[slot], variant)
             record = into.landing
             if record is None:
                 record = torch.empty(records.record_bytes, dtype=torch.uint8)
             records.read_into(key, record)
             into.arrive(record)
-            self._done(key, None)
+            self._done(key, None, time.perf_counter())

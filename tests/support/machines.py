@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from hypothesis import strategies as st
 from moesim import Machine
-from moesim.machine.profile import Compute, Cpu, Disk, Link
+from moesim.machine.profile import Compute, Cpu, Disk, LinkProfile
 
 NS = 1e-9
 
@@ -14,7 +14,7 @@ _short = st.sampled_from([0.0, 1 * NS, 2 * NS, 5 * NS, 10 * NS])
 _rate = st.sampled_from([1e9, 2e9, 5e9, 1e10])
 
 links = st.builds(
-    Link,
+    LinkProfile,
     bytes_per_s=_rate,
     latency_s=_short,
     streams=st.integers(1, 3),
@@ -66,6 +66,6 @@ full_machines = st.builds(
 def machine(**changes: float) -> Machine:
     """1 byte a ns over the link, 5 ns a layer, 3 ns an expert, and the changes asked for."""
     entries = {"bytes_per_s": 1e9, "layer_s": 5 * NS, "expert_s": 3 * NS} | changes
-    names = [field.name for field in fields(Link)]
+    names = [field.name for field in fields(LinkProfile)]
     link = {name: entries.pop(name) for name in names if name in entries}
-    return Machine("test", "", "published", Link(**link), Compute(**entries))  # type: ignore[arg-type]
+    return Machine("test", "", "published", LinkProfile(**link), Compute(**entries))  # type: ignore[arg-type]

@@ -10,13 +10,13 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from moerun.links import DualSlot, HostTier, Records, in_form
+from moerun.links import DualSlot, HostTier, Records, Variant, in_form
 from moerun.links.arena import Arena, device_memory
 from moerun.links.bus import Pieces
 from moerun.links.pinned import PinnedLink
 
-from support.lanes import PATIENCE_S, Span, ThreadLanes
 from support.links import MemoryRecords
+from support.thread_device import PATIENCE_S, Span, ThreadDevice
 
 CHUNK = 4096
 RECORD = 4 * CHUNK
@@ -85,26 +85,26 @@ class Rig:
         records: Records,
         *,
         n_bytes: int | None = None,
-        lanes: ThreadLanes | None = None,
+        device: ThreadDevice | None = None,
         low: Records | None = None,
         derives: bool = False,
         n_slots: int = 4,
         **options: Any,
     ) -> None:
-        self.lanes = lanes or ThreadLanes()
+        self.device = device or ThreadDevice()
         self.slots = Arena(partial(dual_slot, derives), n_slots)
         self.tier = HostTier(records, n_bytes, low, read_bytes=CHUNK)
-        self.link = PinnedLink(self.tier, self.slots, self.lanes, **options)
+        self.link = PinnedLink(self.tier, self.slots, self.device, **options)
         self.reports: Reports = SimpleQueue()
-        self.link.start(lambda key, error: self.reports.put((key, error)))
+        self.link.start(lambda key, error, _ended_s: self.reports.put((key, error)))
 
     def __enter__(self) -> Rig:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.link.close()
-        self.lanes.end()
-        assert self.lanes.pinned == []
+        self.device.end()
+        assert self.device.pinned == []
 
     def wait(self) -> int:
         key, error = self.reports.get(timeout=PATIENCE_S)
@@ -115,13 +115,13 @@ class Rig:
         """Have compute look whether a slot holds ``number``; what is returned waits and tells."""
         found: list[bool] = []
         self.link.acquire(slot)
-        form = in_form(self.slots[slot], number >= FIRST_LOW)
-        self.lanes.compute.run(lambda: found.append(form.holds(number)))
+        form = in_form(self.slots[slot], Variant(number >= FIRST_LOW))
+        self.device.compute.run(lambda: found.append(form.holds(number)))
         self.link.release(slot)
-        mark = self.lanes.compute.mark()
+        event = self.device.compute.record_event()
 
         def told() -> None:
-            mark.wait()
+            event.wait()
             assert found == [True]
 
         return told
@@ -129,7 +129,7 @@ class Rig:
     @property
     def queued(self) -> list[tuple[int, int]]:
         """The pieces queued so far: slot and number."""
-        return [self._piece(span) for span in list(self.lanes.queued)]
+        return [self._piece(span) for span in list(self.device.queued)]
 
     def _piece(self, span: Span) -> tuple[int, int]:
         for slot, memory in enumerate(self.slots):

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 
-from moerun.links import Done, Link, Throttle, in_form
+from moerun.links import Done, Link, Throttle, Variant, in_form
+from moerun.live.totals import Totals
 from moerun.offload.experts import Item, Served, served_in_order
+from moerun.store.expert_store import ExpertStore
+
+LINK_PROBE_S = 0.5  # what a measurement of the link aims at
 
 
 class LentLink:
@@ -36,15 +40,15 @@ class LentLink:
         """The link goes on: it is lent."""
         self._done = None
 
-    def _on_copied(self, key: int, error: Exception | None) -> None:
+    def _on_copied(self, key: int, error: Exception | None, ended_s: float) -> None:
         if self._done is not None:
-            self._done(key, error)
+            self._done(key, error, ended_s)
 
 
 def copy_all(link: LentLink, copies: Sequence[tuple[int, int]]) -> float:
     """Seconds that these copies (key, slot) take behind each other, as many at once as it can."""
     ended: SimpleQueue[Exception | None] = SimpleQueue()
-    link.start(lambda _key, error: ended.put(error))
+    link.start(lambda _key, error, _ended_s: ended.put(error))
     began_s = time.perf_counter()
     waiting = iter(copies)
     under_way = 0
@@ -55,6 +59,18 @@ def copy_all(link: LentLink, copies: Sequence[tuple[int, int]]) -> float:
             raise error
         under_way += _submit_next(link, waiting) - 1
     return time.perf_counter() - began_s
+
+
+def link_bytes_per_s(link: LentLink, store: ExpertStore, cap: float | None) -> float:
+    """The rate of copies that each begin as the one before ends; ``cap``, where there is one."""
+    n, n_keys = len(link.slots), store.n_keys
+    took_s = copy_all(link, [(key % n_keys, key) for key in range(n)])
+    if cap is not None:
+        return cap
+    copies = min(max(n, int(LINK_PROBE_S / took_s * n)), 4096)
+    if copies > n:
+        took_s = copy_all(link, [(key % n_keys, key % n) for key in range(copies)])
+    return copies * store.record_bytes / took_s
 
 
 def _submit_next(link: LentLink, waiting: Iterator[tuple[int, int]]) -> int:
@@ -80,7 +96,7 @@ class HitsOnly:
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
         def slot(expert: int) -> Any:
             at = (layer * self._n_experts + expert) % len(self._slots)
-            return in_form(self._slots[at], low=False) if self._computing else None
+            return in_form(self._slots[at], Variant.FULL) if self._computing else None
 
         return served_in_order(top_k_index, slot)
 
@@ -115,12 +131,22 @@ class ReleasedEngine:
         self._packed = torch.empty(record_bytes, dtype=torch.uint8, device=device)
         self._free = [list(range(i * slots, (i + 1) * slots)) for i in range(n_layers)]
         self._held: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(n_layers)]
+        self.restart_counts()
+
+    def restart_counts(self) -> None:
+        """Hits, misses and experts written back are counted from now on."""
         self.hits = self.misses = self.written_back = 0
 
     @property
     def bytes_moved(self) -> int:
         """Over the link, both ways."""
         return (self.misses + self.written_back) * self._record_bytes
+
+    @property
+    def totals(self) -> Totals:
+        """What a session would have counted."""
+        hits, misses = self.hits, self.misses
+        return Totals(requests=hits + misses, hits=hits, misses=misses, loads=misses)
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
         ids = top_k_index.cpu().numpy()
@@ -141,7 +167,7 @@ class ReleasedEngine:
 
     def _use(self, slot: int) -> Any:
         self._link.acquire(slot)
-        return in_form(self._link.slots[slot], low=False)
+        return in_form(self._link.slots[slot], Variant.FULL)
 
     def _bring(self, layer: int, expert: int) -> int:
         self.misses += 1
@@ -158,7 +184,7 @@ class ReleasedEngine:
     def _write_back(self, slot: int) -> None:
         began_s = time.perf_counter()
         # A slot that keeps another form than the record has none to send: as many bytes then.
-        landing = in_form(self._link.slots[slot], low=False).landing
+        landing = in_form(self._link.slots[slot], Variant.FULL).landing
         self._host.copy_(self._packed if landing is None else landing, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()

@@ -1,15 +1,9 @@
-"""Expert stores of random weights: records of the true layout and size, without a checkpoint.
-
-Codes, scales and zeros are drawn in the packed form itself, so that nothing is quantised. One
-record is drawn; every other is that one with each part turned by its own offset, which costs no
-more than copying it.
-"""
+"""Models of random weights, and expert stores of them without a checkpoint or a disk."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,87 +11,32 @@ from typing import Any
 import torch
 from moeroute.models import dense_sizes
 
+from moerun.bench.random_weights import (
+    RandomAttention,
+    RandomDense,
+    RandomRecords,
+    TensorShapes,
+    laid_out,
+)
 from moerun.checkpoint.families import (
     count_experts,
     empty_model,
     expert_shape,
-    find_attention,
     find_experts,
     shared_experts_of,
     top_k_of,
+    vocabulary_of,
 )
 from moerun.errors import RunError
-from moerun.format.bitplanes import SCALE_UNIT
-from moerun.format.expert import ExpertShape
-from moerun.format.layout import RECORD_ALIGN
-from moerun.format.precision import NATIVE, PLAIN, SCHEMES, Precisions, Scheme, scheme_of
-from moerun.format.tensorfile import bytes_of, header_of
+from moerun.format.precision import NATIVE, PLAIN, Precisions
 from moerun.offload.attention import install_attention
 from moerun.offload.experts import IMPLEMENTATION, register
 from moerun.offload.load import rebuild_buffers
-from moerun.store.expert_store import ExpertStore, Read
-from moerun.store.index import (
-    ATTENTION_FILE,
-    AttentionRecords,
-    LayerRecords,
-    LinearRecord,
-    StoreIndex,
-    experts_file,
-)
+from moerun.store.expert_store import ExpertStore
+from moerun.store.index import LayerRecords, StoreIndex, experts_file
+from moerun.store.progress import RecordProgress
+from moerun.store.reading import Pieces, Read
 from moerun.versions import store_packages
-
-WEIGHT_STD = 0.02
-_DRAWN = 1 << 20  # dense weights repeat a block of so many
-_ZERO_SPREAD = 0.4  # of a group's zero, in codes
-
-Progress = Callable[[int, int], None]
-
-
-class RandomRecords:
-    """Records of one layout by key; the same seed gives the same. Safe to share."""
-
-    def __init__(self, shape: ExpertShape, precision: str, seed: int) -> None:
-        self.layout = shape.record(precision)
-        self.record_bytes = self.layout.record_bytes
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.zeros(self.record_bytes, dtype=torch.uint8)
-        scheme = scheme_of(precision)
-        for name, part in self.layout.views(drawn).items():
-            _draw(name, part, scheme, generator)
-        self._parts = self.layout.views(drawn)
-
-    def write(self, key: int, buffer: torch.Tensor) -> None:
-        """Fill ``buffer``, uint8[record_bytes]."""
-        for name, to in self.layout.views(buffer).items():
-            source = self._parts[name].view(-1)
-            turn = key * 104729 % len(source)
-            flat = to.view(-1)
-            flat[: len(source) - turn] = source[turn:]
-            flat[len(source) - turn :] = source[:turn]
-
-
-def _draw(name: str, part: torch.Tensor, scheme: Scheme | None, generator: torch.Generator) -> None:
-    if part.is_floating_point() and name.rpartition(".")[2] == "ranges":
-        assert scheme is not None
-        part.copy_(_ranges(scheme)[:, None].expand_as(part))
-    elif part.is_floating_point():
-        part.view(-1).copy_(_normals(part.numel(), part.dtype, generator))
-    else:
-        part.random_(0, 256, generator=generator)
-
-
-def _ranges(scheme: Scheme) -> torch.Tensor:
-    """Step and least value of scales and zeros that give weights of WEIGHT_STD around 0."""
-    levels = 1 << scheme.bits
-    scale = WEIGHT_STD / math.sqrt((levels * levels - 1) / 12) * SCALE_UNIT
-    least_zero = (levels - 1 - _ZERO_SPREAD) / 2
-    return torch.tensor([scale / 2 / 255, 0.75 * scale, _ZERO_SPREAD / 255, least_zero])
-
-
-def _normals(n: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """WEIGHT_STD normals, a drawn block over and over."""
-    block = (torch.randn(min(n, _DRAWN), generator=generator) * WEIGHT_STD).to(dtype)
-    return block.repeat(-(-n // len(block)))[:n]
 
 
 class GeneratedModel:
@@ -128,36 +67,19 @@ class GeneratedModel:
         for _, module in found:
             for parameter, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, parameter, None)
-        self._projections: dict[str, RandomRecords] = {}
+        self.attention: RandomAttention | None = None
         if self.precisions.packs_attention:
-            self._projections = self._draw_attention()
-        self._dense = self._dense_tensors()
-        self.index = self._index(precision)
+            self.attention = RandomAttention(self._model, self.precisions.attention, seed)
+        self.dense = RandomDense(self._dense_tensors(), seed)
+        self.index = self._index()
 
     def at(self, precision: str) -> GeneratedModel:
         """The same model with its experts at another precision."""
         other = copy.copy(self)
         other.precisions = replace(self.precisions, expert=precision)
         other.records = RandomRecords(self.shape, precision, self.seed)
-        other.index = other._index(precision)
+        other.index = other._index()
         return other
-
-    def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of every weight that is neither an expert's nor packed attention's."""
-        return dict(self._dense)
-
-    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Those weights, on the CPU: norms 1, the others normal."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        for name, (dtype, shape) in self._dense.items():
-            if len(shape) == 1 and name.endswith("weight"):
-                yield name, torch.ones(shape, dtype=dtype)
-            else:
-                yield name, _normals(math.prod(shape), dtype, generator).view(shape)
-
-    def write_attention(self, module: str, buffer: torch.Tensor) -> None:
-        """Fill ``buffer``, uint8, with the record of a packed projection, by its module's name."""
-        self._projections[module].write(list(self._projections).index(module), buffer)
 
     def build(self, store: ExpertStore, device: torch.device) -> Any:
         """The model, ready to run but for its experts: dense weights and packed attention are
@@ -182,40 +104,30 @@ class GeneratedModel:
         """Of a layer's records, by their names in its file."""
         return {f"expert.{e}": self.records.record_bytes for e in range(self.n_experts)}
 
-    def _draw_attention(self) -> dict[str, RandomRecords]:
-        """By module; projections of one shape share what is drawn."""
-        precision = self.precisions.attention
-        drawn: dict[tuple[int, int], RandomRecords] = {}
-        found = {}
-        for name, linear in find_attention(self._model):
-            rows, columns = linear.weight.shape
-            SCHEMES[precision].check(name, columns)
-            if (rows, columns) not in drawn:
-                shape = ExpertShape.matrix(rows, columns)
-                drawn[rows, columns] = RandomRecords(shape, precision, self.seed)
-            found[name] = drawn[rows, columns]
-        return found
-
-    def _dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        packed = {f"{module}.weight" for module in self._projections}
+    def _dense_tensors(self) -> TensorShapes:
+        """All parameters but the experts' and packed attention's."""
+        packed = {f"{module}.weight" for module in self._packed_bytes()}
         return {
             name: (parameter.dtype, tuple(parameter.shape))
             for name, parameter in self._model.named_parameters()
             if name not in packed
         }
 
-    def _index(self, precision: str) -> StoreIndex:
-        dense = {name: bytes_of(dtype, shape) for name, (dtype, shape) in self._dense.items()}
-        packed = {name: records.record_bytes for name, records in self._projections.items()}
-        file_bytes, offsets = _laid_out(self.record_lengths())
-        sizes = dense_sizes(dense | packed, self._modules, self.config.vocab_size)
+    def _packed_bytes(self) -> dict[str, int]:
+        """Of attention's records, by module; empty where attention is not packed."""
+        return self.attention.record_bytes if self.attention else {}
+
+    def _index(self) -> StoreIndex:
+        dense = self.dense.n_bytes
+        vocabulary = vocabulary_of(self.config)
+        sizes = dense_sizes(dense | self._packed_bytes(), self._modules, vocabulary)
         return StoreIndex(
             model=self.name,
             revision=None,
             model_type=self.config.model_type,
             top_k=top_k_of(self.config),
             n_shared_experts=shared_experts_of(self.config),
-            precision=precision,
+            precision=self.precisions.expert,
             dense_precision=self.precisions.dense,
             dense_bytes=sum(dense.values()),
             dense_skew={},
@@ -223,26 +135,21 @@ class GeneratedModel:
             token_bytes=sizes.token_bytes,
             shape=self.shape,
             layout=self.records.layout,
-            layers=tuple(
-                LayerRecords(
-                    module, experts_file(i), file_bytes, tuple(offsets), (0,) * self.n_experts
-                )
-                for i, module in enumerate(self._modules)
-            ),
+            layers=self._layers(),
             source_digest=f"random weights, seed {self.seed}",
             source_bytes=0,
             packages=store_packages(),
-            attention=self._attention_records() if packed else None,
+            attention=self.attention.described() if self.attention else None,
         )
 
-    def _attention_records(self) -> AttentionRecords:
-        lengths = {name: records.record_bytes for name, records in self._projections.items()}
-        file_bytes, offsets = _laid_out(lengths)
-        linears = tuple(
-            LinearRecord(name, linear.out_features, linear.in_features, offset, crc32=0)
-            for (name, linear), offset in zip(find_attention(self._model), offsets, strict=True)
+    def _layers(self) -> tuple[LayerRecords, ...]:
+        """Where each layer's records lie, were they in a file; the checksums are not known."""
+        file_bytes, offsets = laid_out(self.record_lengths())
+        crc32 = (0,) * self.n_experts
+        return tuple(
+            LayerRecords(module, experts_file(i), file_bytes, tuple(offsets), crc32)
+            for i, module in enumerate(self._modules)
         )
-        return AttentionRecords(self.precisions.attention, ATTENTION_FILE, file_bytes, linears)
 
     @property
     def expert_bytes(self) -> int:
@@ -256,22 +163,12 @@ class GeneratedModel:
         return self.index.dense_bytes + (attention.file_bytes if attention else 0)
 
 
-def record_tensors(lengths: dict[str, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Records by name, as safetensors is told of them: their bytes."""
-    return {name: (torch.uint8, (n_bytes,)) for name, n_bytes in lengths.items()}
-
-
-def _laid_out(lengths: dict[str, int]) -> tuple[int, list[int]]:
-    """Bytes of a file of such records, and where each lies."""
-    header, entries = header_of(record_tensors(lengths), align=RECORD_ALIGN)
-    file_bytes = len(header) + sum(entry.nbytes for entry in entries.values())
-    return file_bytes, [entry.offset for entry in entries.values()]
-
-
 class GeneratedStore(ExpertStore):
     """A store that is nowhere on a disk: its records are drawn, or held in memory."""
 
-    def __init__(self, model: GeneratedModel, *, held: bool, progress: Progress | None = None):
+    def __init__(
+        self, model: GeneratedModel, *, held: bool, progress: RecordProgress | None = None
+    ):
         """``held``: draw every record now; else each time it is read, which is for a link that
         copies them all into memory of its own. Raises RunError where memory does not suffice."""
         super().__init__(Path(f"<random {model.index.model}>"), model.index)
@@ -294,11 +191,10 @@ class GeneratedStore(ExpertStore):
         key: int,
         buffer: torch.Tensor,
         *,
-        verify: bool | None = None,
         read: Read | None = None,
-        pieces: Callable[[int], Iterator[slice]] | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
-        """As a store does, from no file: there is nothing to verify or to ``read`` otherwise."""
+        """As a store does, but from no file: ``read`` is not called, no checksum compared."""
         if self._memory is None:
             self._records.write(key, buffer)
             return
@@ -306,13 +202,14 @@ class GeneratedStore(ExpertStore):
             buffer[piece].copy_(self._memory[key][piece])
 
     def read_attention(self, module: str, buffer: torch.Tensor) -> None:
-        self._model.write_attention(module, buffer)
+        assert self._model.attention is not None
+        self._model.attention.write(module, buffer)
 
     def config(self) -> Any:
         return self._model.config
 
-    def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return self._model.dense_tensors()
+    def dense_tensors(self) -> TensorShapes:
+        return dict(self._model.dense.tensors)
 
     def read_dense(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, tensor.to(device)) for name, tensor in self._model.dense())
+        return ((name, tensor.to(device)) for name, tensor in self._model.dense.draw())

@@ -1,25 +1,40 @@
-"""Generated models as expert stores on disk, for benches whose experts are to come from files."""
+"""Generated models as expert stores: in memory, or on disk where experts come from files."""
 
 from __future__ import annotations
 
 import shutil
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from moerun.bench.generated import GeneratedModel, Progress, record_tensors
+from moerun.bench.generated import GeneratedModel, GeneratedStore
+from moerun.bench.random_weights import RandomAttention, record_tensors
 from moerun.errors import RunError
 from moerun.format.layout import RECORD_ALIGN
-from moerun.format.tensorfile import TensorFileWriter, memory_of, write_tensors
+from moerun.format.tensorfile import TensorFileWriter, write_tensors
 from moerun.store.expert_store import ExpertStore
-from moerun.store.index import DENSE_FILE, INDEX_FILE, AttentionRecords, write_json
+from moerun.store.index import DENSE_FILE, INDEX_FILE, write_json
+from moerun.store.pack_plan import crc32_of
+from moerun.store.progress import RecordProgress
+
+
+def make_store(
+    model: GeneratedModel,
+    folder: Path | None,
+    device: torch.device,
+    progress: RecordProgress | None = None,
+) -> ExpertStore:
+    """The model as a store in ``folder``, or in memory for a link to ``device``."""
+    if folder is not None:
+        return write_store(model, folder, progress)
+    # A GPU's link copies all records into pinned memory of its own.
+    return GeneratedStore(model, held=device.type == "cpu", progress=progress)
 
 
 def write_store(
-    model: GeneratedModel, folder: Path, progress: Progress | None = None
+    model: GeneratedModel, folder: Path, progress: RecordProgress | None = None
 ) -> ExpertStore:
     """The model as a store on disk, the one that is there if it is of the same model and seed.
 
@@ -33,21 +48,20 @@ def write_store(
     partial_folder = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
-    layers = []
-    report = partial(_report, progress, model.index.n_layers * model.n_experts)
-    for layer, records in enumerate(model.index.layers):
-        crc32 = _write_layer(model, partial_folder / records.file, layer, report)
-        layers.append(crc32)
-    dense_crc32 = write_tensors(partial_folder / DENSE_FILE, model.dense_tensors(), model.dense())
-    model.config.save_pretrained(partial_folder)
     described = model.index.to_json()
-    described["dense"]["crc32"] = dense_crc32
-    if (attention := model.index.attention) is not None:
-        crc32 = _write_attention(model, attention, partial_folder / attention.file)
+    report = partial(_report, progress, model.index.n_layers * model.n_experts)
+    for layer, layer_described in enumerate(described["layers"]):
+        path = partial_folder / layer_described["file"]
+        layer_described["crc32"] = _write_layer(model, path, layer, report)
+    dense = model.dense
+    dense_path = partial_folder / DENSE_FILE
+    described["dense"]["crc32"] = write_tensors(dense_path, dense.tensors, dense.draw())
+    model.config.save_pretrained(partial_folder)
+    if model.attention is not None:
+        path = partial_folder / described["attention"]["file"]
+        crc32 = _write_attention(model.attention, path)
         for linear, checksum in zip(described["attention"]["linears"], crc32, strict=True):
             linear["crc32"] = checksum
-    for described_layer, crc32 in zip(described["layers"], layers, strict=True):
-        described_layer["crc32"] = list(crc32)
     write_json(partial_folder / INDEX_FILE, described)
     if folder.exists():
         folder.rmdir()
@@ -57,37 +71,39 @@ def write_store(
 
 def _write_layer(
     model: GeneratedModel, path: Path, layer: int, report: Callable[[int], None]
-) -> tuple[int, ...]:
-    crc32 = []
-    buffer = torch.empty(model.records.record_bytes, dtype=torch.uint8)
-    tensors = record_tensors(model.record_lengths())
-    with TensorFileWriter(path, tensors, align=RECORD_ALIGN) as writer:
-        for expert in range(model.n_experts):
-            key = layer * model.n_experts + expert
-            buffer.zero_()
-            model.records.write(key, buffer)
-            writer.write(f"expert.{expert}", buffer)
-            crc32.append(zlib.crc32(memory_of(buffer)))
-            report(key + 1)
-    return tuple(crc32)
+) -> list[int]:
+    """A layer's experts; their CRC-32."""
+
+    def draw(expert: int, _name: str, buffer: torch.Tensor) -> None:
+        key = layer * model.n_experts + expert
+        model.records.write(key, buffer)
+        report(key + 1)
+
+    return _write_records(path, model.record_lengths(), draw)
 
 
-def _write_attention(
-    model: GeneratedModel, attention: AttentionRecords, path: Path
-) -> tuple[int, ...]:
-    lengths = {r.module: attention.layout(r).record_bytes for r in attention.linears}
+def _write_attention(attention: RandomAttention, path: Path) -> list[int]:
+    def draw(_number: int, module: str, buffer: torch.Tensor) -> None:
+        attention.write(module, buffer)
+
+    return _write_records(path, attention.record_bytes, draw)
+
+
+def _write_records(
+    path: Path, lengths: dict[str, int], draw: Callable[[int, str, torch.Tensor], None]
+) -> list[int]:
+    """A file of records of such lengths, which ``draw`` fills by number and name; their CRC-32."""
     crc32 = []
-    tensors = record_tensors(lengths)
-    with TensorFileWriter(path, tensors, align=RECORD_ALIGN) as writer:
-        for module, n_bytes in lengths.items():
+    with TensorFileWriter(path, record_tensors(lengths), align=RECORD_ALIGN) as writer:
+        for number, (name, n_bytes) in enumerate(lengths.items()):
             buffer = torch.zeros(n_bytes, dtype=torch.uint8)
-            model.write_attention(module, buffer)
-            writer.write(module, buffer)
-            crc32.append(zlib.crc32(memory_of(buffer)))
-    return tuple(crc32)
+            draw(number, name, buffer)
+            writer.write(name, buffer)
+            crc32.append(crc32_of(buffer))
+    return crc32
 
 
-def _report(progress: Progress | None, of: int, done: int) -> None:
+def _report(progress: RecordProgress | None, of: int, done: int) -> None:
     if progress:
         progress(done, of)
 

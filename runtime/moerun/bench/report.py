@@ -63,33 +63,32 @@ class Row:
 
 
 def rows_of(bench: Bench, simulated: dict[str, float]) -> list[Row]:
-    lossy = {policy.label for policy in bench.plan.policies if policy.policy.lossy}
+    lossy = {policy.label for policy in bench.schedule.policies if policy.policy.lossy}
     return [
         _row(name, name in lossy, runs, bench, simulated.get(name))
-        for name, runs in bench.runs.items()
+        for name, runs in bench.results.runs.items()
     ]
 
 
 def _row(name: str, lossy: bool, runs: list[Timed], bench: Bench, simulated: float | None) -> Row:
-    tokens = bench.plan.tokens
+    tokens = bench.schedule.tokens
     middle = sorted(runs, key=lambda run: run.decode_s)[len(runs) // 2]
     totals = middle.totals
     rates = tuple(tokens / run.decode_s for run in runs)
     token_s = 1 / median(rates)
     moved = median(run.bytes_moved for run in runs) / tokens
-    link_s = moved / median(bench.link_rates) if bench.link_has_one_rate else None
+    link_s = moved / median(bench.results.link_rates) if bench.link_has_one_rate else None
     compute_s = _compute_s(bench, totals) / tokens
     bound_s = max(link_s or 0.0, compute_s)
-    wanted = max(totals.requests, 1)
     return Row(
         policy=RELEASED_LABEL if name == RELEASED else name,
         lossy=lossy,
         tokens_per_s=median(rates),
         spread=(max(rates) - min(rates)) / median(rates),
-        hit_ratio=totals.hits / wanted,
-        late_ratio=totals.late / wanted,
-        miss_ratio=totals.misses / wanted,
-        cpu_ratio=totals.cpu_experts / wanted,
+        hit_ratio=totals.hit_ratio,
+        late_ratio=totals.late_ratio,
+        miss_ratio=totals.miss_ratio,
+        cpu_ratio=totals.cpu_ratio,
         **totals.shares,
         useless_prefetches=totals.useless_prefetches,
         gb_per_token=moved / 1e9,
@@ -105,17 +104,18 @@ def _row(name: str, lossy: bool, runs: list[Timed], bench: Bench, simulated: flo
 
 def _compute_s(bench: Bench, totals: Totals) -> float:
     """The device's own compute of the measured tokens: of the experts, those it computed."""
-    all_s = median(run.decode_s for run in bench.compute)
-    spared = (totals.cpu_experts + totals.skipped) / max(totals.requests, 1)
+    all_s = median(run.decode_s for run in bench.results.compute)
+    spared = totals.ratio(totals.cpu_experts + totals.skipped)
     if not spared:
         return all_s
-    rest_s = min(median(run.decode_s for run in bench.without_experts), all_s)
+    rest_s = min(median(run.decode_s for run in bench.results.without_experts), all_s)
     return all_s - spared * (all_s - rest_s)
 
 
 def provenance(bench: Bench) -> dict[str, Any]:
     """What produced the rows."""
-    index, settings, plan = bench.generated.index, bench.settings, bench.plan
+    index, settings, schedule = bench.generated.index, bench.settings, bench.schedule
+    compute_s = median(run.decode_s for run in bench.results.compute)
     return {
         "kind": "measured, random weights, forced routing",
         "shape": index.model,
@@ -136,17 +136,17 @@ def provenance(bench: Bench) -> dict[str, Any]:
         "host_bytes": settings.host_bytes,
         "memory": bench.memory.to_json(),
         "memory_peak_bytes": bench.peak_bytes,
-        "compute_alone_s_per_token": median(run.decode_s for run in bench.compute) / plan.tokens,
+        "compute_alone_s_per_token": compute_s / schedule.tokens,
         "link_cap_bytes_per_s": settings.link_bytes_per_s,
-        "link_bytes_per_s": median(bench.link_rates) if bench.link_has_one_rate else None,
-        "tokens": plan.tokens,
-        "warm_up": plan.warm_up,
-        "rounds": plan.rounds,
+        "link_bytes_per_s": median(bench.results.link_rates) if bench.link_has_one_rate else None,
+        "tokens": schedule.tokens,
+        "warm_up": schedule.warm_up,
+        "rounds": schedule.rounds,
         "routing": bench.routing.source,
         "routing_sha256": bench.routing.sha256,
         "seed": bench.generated.seed,
         "hardware": hardware(settings.device),
-        "refused": dict(bench.refused),
+        "refused": dict(bench.results.refused),
         "python": platform.python_version(),
         "packages": run_packages(),
     }

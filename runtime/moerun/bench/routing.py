@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
-from moerun.live.session import Session
+from moerun.live.gates import SessionExperts
+from moerun.offload.gate import GateOutput
 from moerun.offload.gate_predictor import GatePredictor, find_routers
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 MIXTRAL = "mixtral-like"
 UNIFORM = "uniform"
-_SAMPLE_TOKENS, _SAMPLE_SEED = 2048, 0  # of the sample that moeroute.synthetic makes
+_SAMPLE_SEED = 0  # of the sample that moeroute.synthetic makes
 
 
 @dataclass(frozen=True)
-class Routing:
+class ForcedRouting:
     """Decoded tokens' routing, T tokens in the order they were decoded.
 
     ids [T, L, K], weights float32[T, L, K], logits float16[T, L, E], predicted
@@ -57,8 +58,8 @@ class Routing:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def cut(self, tokens: int, layers: int) -> Routing:
-        return Routing(
+    def cut(self, tokens: int, layers: int) -> ForcedRouting:
+        return ForcedRouting(
             self.source,
             self.ids[:tokens, :layers],
             self.weights[:tokens, :layers],
@@ -85,7 +86,9 @@ class Routing:
             raise
 
 
-def load_routing(source: str, *, layers: int, experts: int, top_k: int, tokens: int) -> Routing:
+def load_routing(
+    source: str, *, layers: int, experts: int, top_k: int, tokens: int
+) -> ForcedRouting:
     """``tokens`` decoded tokens of a trace (a file or a sample's name), or drawn: ``uniform``.
 
     A trace may have more layers than are asked for. Raises RunError or TraceError where it has
@@ -109,7 +112,7 @@ def load_routing(source: str, *, layers: int, experts: int, top_k: int, tokens: 
     return found.cut(tokens, layers)
 
 
-def _of_trace(source: str) -> Routing:
+def _of_trace(source: str) -> ForcedRouting:
     try:
         import polars  # noqa: F401
         from moeroute import open_trace
@@ -125,12 +128,12 @@ def _of_trace(source: str) -> Routing:
 
 def _mixtral_rows() -> Iterator[Rows]:
     """The rows of the sample: it is generated, and need not be read."""
-    from moeroute.synthetic import generate
+    from moeroute.synthetic import SAMPLE_TOKENS, generate
 
-    return generate(_SAMPLE_TOKENS, _SAMPLE_SEED)
+    return generate(SAMPLE_TOKENS, _SAMPLE_SEED)
 
 
-def _routing(source: str, batches: list[Rows]) -> Routing:
+def _routing(source: str, batches: list[Rows]) -> ForcedRouting:
     columns = [batch.columns() for batch in batches if len(batch)]
     rows = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     n_layers = int(rows["layer"].max()) + 1
@@ -144,7 +147,7 @@ def _routing(source: str, batches: list[Rows]) -> Routing:
 
     ahead = [column(name) for name in sorted(rows) if name.startswith("predicted")]
     logits = column("router_logits")
-    return Routing(
+    return ForcedRouting(
         source,
         column("experts").astype(np.int64),
         column("weights"),
@@ -162,7 +165,7 @@ def _whole_decode_tokens(rows: dict[str, NDArray[Any]], n_layers: int) -> NDArra
     return kept.ravel()
 
 
-def _uniform(tokens: int, layers: int, experts: int, top_k: int) -> Routing:
+def _uniform(tokens: int, layers: int, experts: int, top_k: int) -> ForcedRouting:
     """Gates without locality or likes: the worst case of every cache."""
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((tokens, layers, experts)).astype(np.float16)
@@ -171,7 +174,7 @@ def _uniform(tokens: int, layers: int, experts: int, top_k: int) -> Routing:
     ahead = logits.copy()  # a predictor that is always right
     ahead[:, 0] = np.nan
     weights = chosen / chosen.sum(axis=2, keepdims=True)
-    return Routing(UNIFORM, ids, weights.astype(np.float32), logits, ahead[None])
+    return ForcedRouting(UNIFORM, ids, weights.astype(np.float32), logits, ahead[None])
 
 
 class ForcedGates:
@@ -180,11 +183,11 @@ class ForcedGates:
     The gates, and a policy's predictors, still compute what they would: it costs what it costs.
     """
 
-    def __init__(self, model: Any, routing: Routing) -> None:
+    def __init__(self, model: Any, routing: ForcedRouting) -> None:
         """Raises RunError where the model's gates are not the routing's."""
         self.routing = routing
-        self.session: Session | None = None
-        self.horizon = 0  # how many layers ahead the session's policy reads predictions
+        self.experts: SessionExperts | None = None
+        self.horizon = 0  # how many layers ahead the policy reads predictions
         self._routers = find_routers(model)
         self._token = 0
         self._tensors: tuple[torch.Tensor, ...] = ()
@@ -195,10 +198,10 @@ class ForcedGates:
             for layer, router in enumerate(self._routers)
         ]
 
-    def start(self, session: Session | None, *, horizon: int = 0) -> None:
-        """The next pass is the routing's first token; ``session`` is told of the logits, and of
+    def start(self, experts: SessionExperts | None, *, horizon: int = 0) -> None:
+        """The next pass is the routing's first token; ``experts`` are told of the logits, and of
         ``horizon`` predictions."""
-        self.session, self.horizon, self._token = session, horizon, 0
+        self.experts, self.horizon, self._token = experts, horizon, 0
         if horizon and horizon not in self._predictors:
             self._predictors[horizon] = GatePredictor(self._model, horizon)
 
@@ -214,9 +217,9 @@ class ForcedGates:
         if self.horizon:
             self._predictors[self.horizon].predict(layer, arguments[0])
         token = slice(self._token, self._token + 1)
-        if self.session is not None:
+        if self.experts is not None:
             ahead = self._ahead[: self.horizon, token, layer] if self.horizon else None
-            self.session.note(layer, logits[token, layer], ahead)
+            self.experts.gate_ran(layer, GateOutput(logits[token, layer], ahead))
         if layer == len(self._routers) - 1:
             self._token += 1
         return logits[token, layer], weights[token, layer], ids[token, layer]
@@ -234,7 +237,7 @@ class ForcedGates:
         return logits, weights, ids
 
 
-def _by_predicting_layer(routing: Routing) -> torch.Tensor:
+def _by_predicting_layer(routing: ForcedRouting) -> torch.Tensor:
     """float16[h, T, L, E]: entry j at layer l is what layer l predicts of layer l + 1 + j."""
     ahead = np.full_like(routing.predicted, np.nan)
     for j, predicted in enumerate(routing.predicted):
@@ -242,7 +245,7 @@ def _by_predicting_layer(routing: Routing) -> torch.Tensor:
     return torch.from_numpy(ahead)
 
 
-def _meta(routing: Routing, index: StoreIndex) -> TraceMeta:
+def _meta(routing: ForcedRouting, index: StoreIndex) -> TraceMeta:
     from moeroute import TraceMeta
 
     _, layers, experts = routing.logits.shape
@@ -262,7 +265,7 @@ def _meta(routing: Routing, index: StoreIndex) -> TraceMeta:
     )
 
 
-def _rows(routing: Routing) -> Rows:
+def _rows(routing: ForcedRouting) -> Rows:
     from moeroute import DECODE, Rows
 
     tokens, layers, _ = routing.ids.shape

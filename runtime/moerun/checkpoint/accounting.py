@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from moerun.checkpoint.expert_accounts import ExpertAccounts, ShapesAlone
 from moerun.checkpoint.folder import INDEX, weight_map
-from moerun.checkpoint.mapping import Target, TensorMap
+from moerun.checkpoint.mapping import TensorMap
 from moerun.checkpoint.quantised import declared, find_format
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
@@ -31,6 +32,7 @@ class Accounts:
         self._checkpoint = checkpoint
         self._mapping = mapping
         self._path = checkpoint.path
+        self._shapes = ShapesAlone(checkpoint, mapping)
 
     def check(
         self, layers: Sequence[str] = (), params: Sequence[ExpertParam] = (), n_experts: int = 0
@@ -45,14 +47,15 @@ class Accounts:
         left_out = self._check_taken()
         self._check_missing()
         experts = {f"{layer}.{param.name}": param.shape for layer in layers for param in params}
+        accounts = ExpertAccounts(self._checkpoint, self._mapping, n_experts)
         for target in self._mapping.state:
             if target not in self._mapping.targets:
                 continue
             self._check_sources(target)
             if target in experts:
-                self._check_experts(target, experts[target], n_experts)
+                accounts.check(target, experts[target])
             else:
-                self._guarded(target, self._mapping.targets[target].names)
+                self._shapes.check(target, self._mapping.targets[target].names)
         return left_out
 
     def _check_taken(self) -> list[str]:
@@ -165,80 +168,6 @@ class Accounts:
                     "download it again"
                 )
 
-    def _check_experts(self, name: str, shape: tuple[int, ...], n_experts: int) -> None:
-        target = self._mapping.targets[name]
-        for pattern, names in target.sources.items():
-            if is_fused(target, names, n_experts):
-                self._check_fused(name, names[0], n_experts)
-            else:
-                self._check_numbers(name, pattern, names, n_experts)
-        if all(is_fused(target, names, n_experts) for names in target.sources.values()):
-            self._guarded(name, target.names)
-            return
-        parts: dict[str, Any] = {
-            p: self._empty(names[0])[None] for p, names in target.sources.items()
-        }
-        try:
-            made = tuple(self._mapping.convert(name, parts).squeeze(0).shape)
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise self._not_together([names[0] for names in target.sources.values()]) from error
-        if made != shape:
-            raise RunError(
-                f"{self._checkpoint.described(target.names[0])} makes {name} {made} an expert "
-                f"where the configuration says {shape}: config.json and weights do not belong "
-                "together"
-            )
-
-    def _check_fused(self, name: str, source: str, n_experts: int) -> None:
-        shape = self._checkpoint.entry(source).shape
-        if not shape or shape[0] != n_experts:
-            raise RunError(
-                f"{self._checkpoint.described(source)} has {shape[0] if shape else 'no'} experts "
-                f"for {name} where config.json says {n_experts}: config.json and weights do not "
-                "belong together"
-            )
-
-    def _check_numbers(self, name: str, pattern: str, names: list[str], n_experts: int) -> None:
-        """One tensor for each expert, numbered from 0, all of one shape."""
-        numbered = _numbered(names, pattern)
-        missing = [expert for expert in range(n_experts) if expert not in numbered]
-        if missing:
-            raise RunError(
-                f"{self._path} has {len(names)} of {n_experts} tensors {pattern!r} for {name}, "
-                f"none of expert {missing[0]}: download it again"
-            )
-        if len(names) != n_experts:
-            raise RunError(
-                f"{self._path} has {len(names)} tensors {pattern!r} for {name} where config.json "
-                f"says {n_experts} experts: config.json and weights do not belong together"
-            )
-        first = self._checkpoint.entry(names[0]).shape
-        for other in names:
-            if self._checkpoint.entry(other).shape != first:
-                raise RunError(
-                    f"{self._checkpoint.described(other)} has another shape than expert 0's, "
-                    f"{list(first)}: one of them is of another checkpoint; download it again"
-                )
-
-    def _guarded(self, name: str, sources: list[str]) -> None:
-        """Make a tensor of shapes alone, so that what does not fit is found before it is read."""
-        try:
-            self._mapping.make(name, self._empty)
-        except RunError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise self._not_together(sources) from error
-
-    def _empty(self, name: str) -> torch.Tensor:
-        entry = self._checkpoint.entry(name)
-        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-    def _not_together(self, sources: list[str]) -> RunError:
-        shapes = ", ".join(f"{n!r} {list(self._checkpoint.entry(n).shape)}" for n in sources[:3])
-        return RunError(
-            f"{self._path} has tensors that do not fit together ({shapes}): download it again"
-        )
-
 
 def check_tensors(path: Path, model: Any, config: Any) -> None:
     """Raises RunError when stock transformers would lose, misread or make up a tensor of `model`.
@@ -271,11 +200,6 @@ def told_by_stock(
     return {*info.unexpected_keys, *info.missing_keys}
 
 
-def is_fused(target: Target, names: list[str], n_experts: int) -> bool:
-    """Whether one tensor has all experts, by its first dimension."""
-    return len(names) == 1 and (n_experts > 1 or target.converter is None)
-
-
 def _is_next_token_layer(target: str, config: Any) -> bool:
     """Whether a tensor is of a layer past the last that predicts further tokens (MTP).
 
@@ -286,10 +210,3 @@ def _is_next_token_layer(target: str, config: Any) -> bool:
     if not isinstance(extra, int) or layer is None:
         return False
     return 0 <= int(layer[1]) - int(config.num_hidden_layers) < extra
-
-
-def _numbered(names: list[str], pattern: str) -> set[int]:
-    """The numbers of the experts, which stand where the pattern has its star."""
-    star = re.escape(pattern).replace(r"\*", r"(\d+)")
-    found = (re.search(star, name) for name in names)
-    return {int(match[1]) for match in found if match is not None}

@@ -198,6 +198,11 @@ def shared_experts_of(config: Any) -> int:
     return int(_first(config, _SHARED, 0))
 
 
+def vocabulary_of(config: Any) -> int:
+    """Tokens that the model knows: rows of its embedding."""
+    return int(config.get_text_config().vocab_size)
+
+
 def _first(config: Any, names: tuple[str, ...], default: int) -> Any:
     for name in names:
         value = getattr(config, name, None)

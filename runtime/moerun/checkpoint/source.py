@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moerun.checkpoint.accounting import PLAIN_FLOATS, Accounts, is_fused
+from moerun.checkpoint.accounting import PLAIN_FLOATS, Accounts
+from moerun.checkpoint.expert_accounts import is_fused
 from moerun.checkpoint.families import (
     attention_left_out,
     count_experts,

@@ -114,10 +114,12 @@ def bench(
     from moerun.bench.generated import GeneratedModel
     from moerun.bench.models import find_config, shape_name
     from moerun.bench.routing import load_routing
-    from moerun.bench.run import Bench, Plan, simulated_tokens_per_s
+    from moerun.bench.run import Bench
+    from moerun.bench.schedule import BenchSchedule
+    from moerun.bench.simulated import simulated_tokens_per_s
 
-    plan = Plan(specs, tokens, warm_up, rounds, baseline is Baseline.released)
-    plan.check(low=low is not None)
+    schedule = BenchSchedule(specs, tokens, warm_up, rounds, baseline is Baseline.released)
+    schedule.check(low=low is not None)
     prepare.check_machine(machine)
     config = find_config(shape, layers)
     generated = GeneratedModel(
@@ -133,9 +135,9 @@ def bench(
         layers=index.n_layers,
         experts=index.n_experts,
         top_k=index.top_k,
-        tokens=plan.forced_tokens,
+        tokens=schedule.forced_tokens,
     )
-    plan = plan.within(forced, refused)
+    schedule = schedule.within(forced, refused)
     console = Console(stderr=True)
 
     def tell(text: str) -> None:
@@ -143,9 +145,16 @@ def bench(
 
     with pack_progress(console) as progress:
         made = Bench(
-            generated, forced, settings, plan, low=low, folder=store, report=tell, progress=progress
+            generated,
+            forced,
+            settings,
+            schedule,
+            low=low,
+            folder=store,
+            report=tell,
+            progress=progress,
         )
-        made.refused.update(refused)
+        made.results.refused.update(refused)
     with made:
         with console.status("starting") as status:
             made.run(status.update)

@@ -36,10 +36,10 @@ def chat(
     from moerun.commands.run import say, tell_plan
     from moerun.devices import calm_collector
     from moerun.live.runner import Runner
-    from moerun.serving.terminal import Sitting
+    from moerun.serving.terminal import TerminalChat
 
     with Runner(found, settings, report=say) as runner:
         tell_plan(runner)
         calm_collector()
-        if Sitting(runner, chosen, system).hold():
+        if TerminalChat(runner, chosen, system).hold():
             raise typer.Exit(console.INTERRUPTED)

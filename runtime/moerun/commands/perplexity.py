@@ -200,7 +200,7 @@ def _read(path: Path) -> str:
 def _grid(model: str, attention: str | None, experts: str | None) -> list[tuple[str, str]]:
     """The precisions asked for, attention by attention."""
     from moerun.format.precision import Precisions
-    from moerun.perplexity.measure import own_precisions
+    from moerun.perplexity.subject import own_precisions
 
     own = own_precisions(model)
     ours, theirs = own or (TABLE_1, TABLE_1)

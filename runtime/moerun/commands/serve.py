@@ -18,7 +18,7 @@ from moerun.errors import RunError
 
 if TYPE_CHECKING:
     from moerun.live.runner import Runner
-    from moerun.serving.worker import Worker
+    from moerun.serving.worker import GenerationWorker
 
 
 def serve(
@@ -117,7 +117,7 @@ def _loopback(host: str) -> bool:
     return ipaddress.ip_address(host.split("%", maxsplit=1)[0]).is_loopback
 
 
-def _statistics(runner: Runner, worker: Worker, interrupted: bool) -> None:
+def _statistics(runner: Runner, worker: GenerationWorker, interrupted: bool) -> None:
     from moerun.live.report import render, report_of
 
     report = report_of(runner, worker.work, interrupted=interrupted)

@@ -1,4 +1,4 @@
-"""HQQ quantisation: hqq's `Quantizer` finds the numbers, `packing` lays them out."""
+"""HQQ quantisation: hqq's `Quantizer` finds the numbers, `bitplanes` lays them out."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ def scratch_bytes(rows: int, columns: int, scheme: Scheme) -> int:
 def multiply_blockwise(
     x: torch.Tensor, nibbles: torch.Tensor, terms: torch.Tensor, group: int
 ) -> torch.Tensor:
-    """x[T, K] in bfloat16 through nibbles, uint8[N * K / 2] in the order in which `packing` stores
-    them, with the scales and terms of `expand_scales`, bfloat16[passes, K / group / passes, N, 2]:
-    [T, N] in bfloat16. A weight is rounded to bfloat16 once.
+    """x[T, K] in bfloat16 through nibbles, uint8[N * K / 2] ordered as by `bitplanes`, with the
+    scales and terms of `expand_scales`, bfloat16[passes, K / group / passes, N, 2]: [T, N] in
+    bfloat16. A weight is rounded to bfloat16 once.
     """
     columns = x.shape[1]
     blocks = nibbles.view(torch.int64).view(-1, columns, ROWS // 16)

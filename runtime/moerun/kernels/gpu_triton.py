@@ -2,8 +2,12 @@
 # Triton compiles these functions; their arguments are pointers, numbers and tl.constexpr.
 """The Triton kernels behind `moerun.kernels.gpu`: one for a single token, one for many.
 
-Packed codes lie as `packing.pack_codes` leaves them: blocks of 64 rows, column by column, 32 bytes
-each, byte b holding row b in its low half and row b + 32 in its high one; below 4 bits in planes.
+Packed codes lie as `bitplanes.pack_codes` leaves them: blocks of 64 rows, column by column, 32
+bytes each, byte b holding row b in its low half and row b + 32 in its high one; below 4 bits in
+planes.
+
+The two kernels are long functions: what is cut out of one is compiled into it all the same, and
+takes the loop's state as arguments.
 """
 
 from __future__ import annotations

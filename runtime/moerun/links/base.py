@@ -1,22 +1,25 @@
-"""The protocol every link follows, what all links have, and the cap on their bandwidth."""
+"""The protocol that every link follows, and what all links have."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from moerun.errors import UsageError
 from moerun.format.layout import RECORD_ALIGN
-from moerun.links.arena import Arena, device_memory
+from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
+from moerun.links.slot import Destinations, DualSlot, Sizes, Slot, Variant
+from moerun.links.throttle import Throttle
 
-Done = Callable[[int, Exception | None], None]
-"""Told of each copy, by the link's own thread: the key, and what went wrong (None: it is there)."""
+Done = Callable[[int, Exception | None, float], None]
+"""Called for each copy, by a thread of the link, with three arguments: the key, what went wrong
+(None: the expert is there), and when the copy ended (time.perf_counter)."""
 
 
 @dataclass
@@ -44,30 +47,6 @@ class Records(Protocol):
         """
 
 
-class Slot(Protocol):
-    """Memory on the device that experts come and go in."""
-
-    landing: torch.Tensor | None
-    """Where a record is to land, uint8[record_bytes]; None when it must land elsewhere first."""
-
-    def arrive(self, record: torch.Tensor) -> None:
-        """Make the expert whose record is in ``record`` computable; work on the current stream."""
-
-
-class DualSlot(NamedTuple):
-    """Memory for an expert of either precision, one at a time, in the form of each."""
-
-    full: Slot
-    low: Slot
-
-
-def in_form(slot: Slot | DualSlot, low: bool) -> Slot:
-    """The slot as an expert of the one precision, or of the lower one, is computed from it."""
-    if isinstance(slot, DualSlot):
-        return slot.low if low else slot.full
-    return slot
-
-
 class Link(Protocol):
     """Copies expert records into numbered device slots, ``streams`` of them at a time.
 
@@ -85,8 +64,21 @@ class Link(Protocol):
     def start(self, done: Done) -> None:
         """Begin work; ``done`` is called from the link's threads. Once, before any ``submit``."""
 
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-        """Copy ``key``'s record, or that of the lower precision, into ``slot``. Returns at once."""
+    def submit(
+        self,
+        key: int,
+        slot: int,
+        variant: Variant = Variant.FULL,
+        *,
+        demand: bool = True,
+        begin_s: float | None = None,
+    ) -> None:
+        """Copy ``key``'s record of this variant into ``slot``. Returns at once.
+
+        ``begin_s`` is when the copy counts as begun (time.perf_counter; None: now). ``done`` passes
+        on when its copy ended, so that a copy asked for there follows without a gap, as on a bus
+        that has its next command queued.
+        """
 
     def want(self, key: int) -> None:
         """A prefetch under way turned out to be wanted now."""
@@ -107,27 +99,6 @@ class Link(Protocol):
         """End the threads, after the copies under way. Harmless when repeated."""
 
 
-@dataclass
-class Throttle:
-    """Makes copies take as long as a slower bus would: latency, then bytes at a bandwidth.
-
-    Latencies of several streams overlap, their bytes go one copy after the other. Every deadline
-    follows from the one before while copies queue, so late wake-ups do not add up.
-    """
-
-    bytes_per_s: float
-    latency_s: float = 0.0
-    _free_s: float = 0.0  # when the bus has carried everything promised so far
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def deadline_s(self, begin_s: float, n_bytes: int) -> float:
-        """When a copy that began at ``begin_s`` may be called done (time.perf_counter)."""
-        with self._lock:
-            flows_s = max(begin_s + self.latency_s, self._free_s)
-            self._free_s = flows_s + n_bytes / self.bytes_per_s
-            return self._free_s
-
-
 def check_ways(streams: int, chunk_bytes: int) -> None:
     """UsageError where no link could carry records so."""
     if not 1 <= streams <= 3:
@@ -137,48 +108,35 @@ def check_ways(streams: int, chunk_bytes: int) -> None:
 
 
 class SlotLink:
-    """The part that links share: slots, memory for what cannot land in them, how much travelled."""
+    """The part that links share: slots, streams, the cap, how much travelled."""
 
     def __init__(
         self,
         slots: Sequence[Slot | DualSlot],
+        sizes: Sizes,
         *,
-        record_bytes: int,
         streams: int,
         throttle: Throttle | None,
-        scratch_device: torch.device,
-        low_record_bytes: int = 0,
+        device: torch.device,
         chunk_bytes: int = 0,
     ) -> None:
-        """With ``chunk_bytes`` records travel in pieces. Raises RunError for streams or pieces out
-        of range."""
+        """``device`` is where records that cannot land in their slots lie first. With
+        ``chunk_bytes`` records travel in pieces. Raises RunError for streams or pieces out of
+        range."""
         check_ways(streams, chunk_bytes)
         self.slots = slots
         self.streams = streams
         self.statistics = LinkStatistics()
         self.chunked = chunk_bytes > 0
+        # Guesses that travel in pieces have streams of their own, so that demand finds one free.
+        self.n_streams = streams * (2 if self.chunked else 1)
         self._chunk_bytes = chunk_bytes
-        self._bytes = record_bytes, low_record_bytes
+        self._sizes = sizes
+        self._destinations = Destinations(slots, sizes, n_streams=self.n_streams, device=device)
         self._throttle = throttle
         self._done: Done | None = None
         self._closing = False
         self._lock = threading.RLock()
-        # For records that cannot land in their slots.
-        scratch_bytes = max(
-            self._bytes[low] if slots and in_form(slots[0], low).landing is None else 0
-            for low in (False, True)
-        )
-        # Guesses that travel in pieces have streams of their own, so that demand finds one free.
-        self._scratch = [
-            device_memory(max(scratch_bytes, 1), scratch_device)
-            for _ in range(streams * (2 if chunk_bytes else 1))
-        ]
-
-    def destination(self, stream: int, slot: int, low: bool) -> tuple[Slot, torch.Tensor]:
-        """The slot, and where a record for it is to land: there, or in the stream's own memory."""
-        into = in_form(self.slots[slot], low)
-        landing = into.landing
-        return into, self._scratch[stream][: self._bytes[low]] if landing is None else landing
 
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
         assert isinstance(self.slots, Arena), "these slots were made to stay"

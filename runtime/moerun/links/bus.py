@@ -1,7 +1,7 @@
 """Who may use the bus: one piece of one copy at a time, demanded copies before guesses.
 
-A running piece is not torn up, so a demand waits for one piece of a prefetch and never for all of
-it (ProMoE's chunks; the simulator's `SimulatedLink`).
+A running piece is not interrupted, so a demand waits for one piece of a prefetch and never for all
+of it (ProMoE's chunks; the simulator's `SimulatedLink`).
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from moerun.links.slot import Variant
+
 Pieces = Callable[[int], Iterator[slice]]
 """The pieces in which so many bytes are to be moved; asking for the next ends the one before."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A copy on its way; ``demand`` may turn true while it is."""
+    """A copy that was asked for; ``demand`` may turn true until it has ended."""
 
     key: int
     slot: int
-    low: bool  # at the lower precision
-    submitted_s: float  # time.perf_counter
+    variant: Variant
+    begin_s: float  # when it counts as begun, if a stream is free (time.perf_counter)
     number: int = 0  # jobs are numbered as they are submitted
     demand: bool = True
-    begin_s: float = 0.0  # when a stream took it up
 
 
-class Turns:
-    """Hands the bus from piece to piece."""
+class BusArbiter:
+    """Gives the bus to one job at a time, for one piece."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -39,7 +40,7 @@ class Turns:
     def n_waiting(self) -> int:
         return len(self._waiting)
 
-    def take(self, job: Job) -> None:
+    def acquire(self, job: Job) -> None:
         """Wait for the bus: first the demanded have it, then whoever was submitted first.
 
         A job that has it keeps it for its next piece, unless one that goes before it waits.
@@ -54,7 +55,7 @@ class Turns:
             self._waiting.remove(job)
             self._holder = job
 
-    def give(self, job: Job) -> None:
+    def release(self, job: Job) -> None:
         """Hand the bus on, if ``job`` has it."""
         with self._changed:
             if self._holder is job:
@@ -69,4 +70,5 @@ class Turns:
 
 
 def rank_of(job: Job) -> tuple[bool, int]:
+    """Orders jobs: the demanded first, then by number."""
     return not job.demand, job.number

@@ -10,11 +10,11 @@ import torch
 
 from moerun.amounts import format_bytes
 from moerun.errors import RunError
-from moerun.links.lanes import Mark
+from moerun.links.device import Event
 
 
-class CudaMark:
-    """An event."""
+class CudaEvent:
+    """An event of CUDA."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -26,8 +26,8 @@ class CudaMark:
             self.event.synchronize()
 
 
-class CudaLane:
-    """A stream."""
+class CudaStream:
+    """A stream of CUDA."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -40,32 +40,32 @@ class CudaLane:
         with _naming(self._stream.device), torch.cuda.stream(self._stream):
             work()
 
-    def mark(self) -> CudaMark:
+    def record_event(self) -> CudaEvent:
         with _naming(self._stream.device):
-            return CudaMark(self._stream)
+            return CudaEvent(self._stream)
 
-    def after(self, mark: Mark) -> None:
-        assert isinstance(mark, CudaMark)
-        self._stream.wait_event(mark.event)
+    def wait_event(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        self._stream.wait_event(event.event)
 
 
-class CudaLanes:
-    """The streams of one GPU."""
+class CudaDevice:
+    """One GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.torch_device = device
 
     @property
-    def compute(self) -> CudaLane:
-        return CudaLane(torch.cuda.current_stream(self.device))
+    def compute(self) -> CudaStream:
+        return CudaStream(torch.cuda.current_stream(self.torch_device))
 
-    def open(self) -> CudaLane:
-        return CudaLane(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+    def new_stream(self) -> CudaStream:
+        return CudaStream(torch.cuda.Stream(self.torch_device))  # type: ignore[no-untyped-call]
 
     def pin(self, memory: torch.Tensor) -> None:
         # Registered rather than allocated pinned: torch's pinned allocator rounds up to a power of
         # two, which for all experts of a model can be as much again.
-        with torch.cuda.device(self.device):  # or another one would be initialised for it
+        with torch.cuda.device(self.torch_device):  # or another one would be initialised for it
             status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         if status != 0:
             raise RunError(
@@ -75,14 +75,14 @@ class CudaLanes:
             )
 
     def unpin(self, memory: torch.Tensor) -> None:
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.torch_device):
             _runtime().cudaHostUnregister(memory.data_ptr())
 
     def trim(self) -> None:
         torch.cuda.empty_cache()  # or torch would keep it from other programs
 
-    def drain(self) -> None:
-        torch.cuda.synchronize(self.device)
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
-from moerun.links.base import DualSlot, Records, Slot, Throttle
-from moerun.links.bus import Job
+from moerun.links.base import Records
+from moerun.links.bus import Job, Pieces
 from moerun.links.direct import DirectRecords
 from moerun.links.host import HostTier
+from moerun.links.slot import DualSlot, Slot
 from moerun.links.threaded import ThreadedLink
+from moerun.links.throttle import Throttle
 
 
 class DiskLink(ThreadedLink):
@@ -33,17 +34,15 @@ class DiskLink(ThreadedLink):
     ) -> None:
         """``low``: the records of the lower precision; a host tier has its own."""
         self.tier = store if isinstance(store, HostTier) else None
-        low_bytes = low.record_bytes if low else self.tier.low_record_bytes if self.tier else 0
         super().__init__(
             slots,
-            record_bytes=store.record_bytes,
+            self.tier.sizes if self.tier else (store.record_bytes, low.record_bytes if low else 0),
             streams=streams,
             throttle=throttle,
-            scratch_device=torch.device("cpu"),
-            low_record_bytes=low_bytes,
+            device=torch.device("cpu"),
             chunk_bytes=chunk_bytes,
         )
-        self._stores = [store, *([low] if low else [])]
+        self._stores = [store, *([low] if low else [])]  # by variant
 
     def want(self, key: int) -> None:
         super().want(key)
@@ -62,11 +61,10 @@ class DiskLink(ThreadedLink):
             if isinstance(records, DirectRecords | HostTier):  # a store is its opener's
                 records.close()
 
-    def copy(self, stream: int, job: Job) -> None:
-        into, record = self.destination(stream, job.slot, job.low)
-        pieces = partial(self.pieces, job) if self.chunked else None
+    def copy(self, stream: int, job: Job, pieces: Pieces | None) -> None:
+        into = self._destinations.of(stream, job.slot, job.variant)
         if self.tier is not None:
-            self.tier.read_into(job.key, record, pieces=pieces, low=job.low, job=job)
+            self.tier.read_into(job.key, into.landing, pieces=pieces, variant=job.variant, job=job)
         else:
-            self._stores[job.low].read_into(job.key, record, pieces=pieces)
-        into.arrive(record)
+            self._stores[job.variant].read_into(job.key, into.landing, pieces=pieces)
+        into.arrive()

@@ -5,47 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 
 from moerun.amounts import format_bytes
-from moerun.devices import free_bytes
 from moerun.errors import RunError
-from moerun.format.layout import RECORD_ALIGN
-from moerun.links.arena import device_memory
 from moerun.links.base import Records
-from moerun.links.bus import Job, Pieces, Turns
-from moerun.links.direct import DirectRecords
-from moerun.links.two_sizes import Places
+from moerun.links.bus import Job, Pieces
+from moerun.links.host_memory import NOTHING_READ, Entry, Readable, RecordMemory
+from moerun.links.record_readers import READ_BYTES, RecordReaders
+from moerun.links.slot import Variant
 
-READ_BYTES = 8 << 20
-"""The pieces that records are read in: large enough for the disk to have many requests of one at
-once, small enough for the link to take up a record long before the last is there."""
-
-_READERS = 8  # threads at most: one for each copy that a link may have under way, and to spare
-
-Tell = Callable[[], None]
-
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """One record's place. ``holders`` counts copies under way from it, its read and its move."""
-
-    key: int
-    low: bool
-    n_bytes: int
-    place: int = -1  # none yet
-    readable: int = 0  # bytes from its start on; all of them once their checksum is verified
-    read_s: float = 0.0  # when the last of those came (time.perf_counter)
-    holders: int = 1
-    moving: bool = False
-    error: Exception | None = None
-    tells: list[Tell] = field(default_factory=list)
+Listener = Callable[[], None]
 
 
 class Hold:
@@ -54,12 +28,12 @@ class Hold:
     A context manager, which drops it.
     """
 
-    __slots__ = ("_entry", "_tell", "_tier")
+    __slots__ = ("_entry", "_listener", "_tier")
 
-    def __init__(self, tier: HostTier, entry: Entry, tell: Tell | None) -> None:
+    def __init__(self, tier: HostTier, entry: Entry, listener: Listener | None) -> None:
         self._tier = tier
         self._entry = entry
-        self._tell = tell
+        self._listener = listener
 
     def __enter__(self) -> Hold:
         return self
@@ -68,14 +42,9 @@ class Hold:
         self.drop()
 
     @property
-    def readable(self) -> int:
-        """How many bytes from its start on are there. All of them only when they are verified."""
-        return 0 if self._entry.moving else self._entry.readable
-
-    @property
-    def read_s(self) -> float:
-        """When the last of these came (time.perf_counter); 0.0 if they had always been there."""
-        return self._entry.read_s
+    def readable(self) -> Readable:
+        """How much of it is there, and since when."""
+        return NOTHING_READ if self._entry.moving else self._entry.readable
 
     @property
     def error(self) -> Exception | None:
@@ -85,7 +54,7 @@ class Hold:
     @property
     def record(self) -> torch.Tensor:
         """uint8[record_bytes], of which only what is ``readable`` may be looked at."""
-        return self._tier.memory_of(self._entry)
+        return self._tier.record_of(self._entry)
 
     def wait(self, n_bytes: int | None = None) -> torch.Tensor:
         """The record, once so many bytes are there (None: all). Raises what reading it raised."""
@@ -94,17 +63,18 @@ class Hold:
 
     def drop(self) -> None:
         """Once, when nothing copies from it any more."""
-        self._tier.drop(self._entry, self._tell)
+        self._tier.drop(self._entry, self._listener)
 
 
 class HostTier:
-    """The records used last, of both precisions, in host memory; others are read when asked for.
+    """The records used last, of both variants, in host memory; others are read when asked for.
 
     Least recently used goes first, by bytes, as in the simulator's host cache; the order is that
     in which copies begin. Safe to share between threads: what several want is read once, and a
-    record for which there is no place is read when a copy has ended. The disk reads one record at a
-    time, the demanded before the guessed (`Turns`): what is waited for has all of it, and the next
-    is begun while the last is still verified, or crossing to the device.
+    record for which there is no memory is read when a copy has ended.
+
+    `RecordMemory` says what lies where, `RecordReaders` read; which records are there, who holds
+    them and what is evicted is decided here.
     """
 
     def __init__(
@@ -117,87 +87,92 @@ class HostTier:
     ) -> None:
         """Memory of ``n_bytes`` (None: for all), not yet filled: one record's at least, and of all
         that are held at once. Raises RunError where there is not so much."""
-        self._stores = [records, *([low] if low else [])]
+        stores = [records, *([low] if low else [])]
         self.n_keys = records.n_keys
         self.record_bytes = records.record_bytes
-        self.low_record_bytes = low.record_bytes if low else 0
-        all_bytes = sum(store.n_keys * store.record_bytes for store in self._stores)
-        self.whole = n_bytes is None or n_bytes >= all_bytes
-        """Whether it has room for everything."""
-        self.hits = 0
-        self.reads = 0
-        self.memory = _memory(all_bytes if n_bytes is None else min(n_bytes, all_bytes))
-        assert len(self.memory) >= max(self.record_bytes, self.low_record_bytes)
-        usable = len(self.memory) if self.whole else len(self.memory) // RECORD_ALIGN * RECORD_ALIGN
-        self._places = Places(usable, (self.record_bytes, self.low_record_bytes))
-        self._entries: OrderedDict[tuple[int, bool], Entry] = OrderedDict()  # least recent first
-        self._seated: dict[tuple[bool, int], Entry] = {}  # by place
-        self._read_bytes = read_bytes
-        self._turns = Turns()
+        self.sizes = records.record_bytes, low.record_bytes if low else 0
+        """Bytes of a record by variant."""
+        all_bytes = sum(store.n_keys * store.record_bytes for store in stores)
+        self.whole = n_bytes is None or n_bytes >= all_bytes  # all records can be there
+        self.hits = self.reads = 0
+        n_bytes = all_bytes if n_bytes is None else min(n_bytes, all_bytes)
+        self._memory = RecordMemory(n_bytes, self.sizes, aligned=not self.whole)
+        self._entries: OrderedDict[tuple[int, Variant], Entry] = OrderedDict()  # least recent first
         self._changed = threading.Condition()
-        self._readers = ThreadPoolExecutor(_READERS, "reader")
+        self._readers = RecordReaders(stores, read_bytes)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of it, uint8[n_bytes]: what a device must pin."""
+        return self._memory.memory
 
     def fill(self) -> None:
         """Read everything, which there must be room for; raises RunError for damaged records."""
         assert self.whole
         with ThreadPoolExecutor(2) as pool:  # one is checked while the other is read
-            for low in range(len(self._stores)):
-                for _ in pool.map(partial(self._bring, low=bool(low)), range(self.n_keys)):
-                    pass
+            for variant in Variant:
+                if self.sizes[variant]:
+                    for _ in pool.map(partial(_bring, self, variant), range(self.n_keys)):
+                        pass
         self.hits = self.reads = 0
 
     def record(self, key: int) -> torch.Tensor:
         """The record of ``key``, uint8[record_bytes], not to be written to. All must be there."""
         assert self.whole, "not all records are there"
-        return self.memory_of(self._entries[key, False])
+        return self.record_of(self._entries[key, Variant.FULL])
 
     def hold(
-        self, key: int, low: bool = False, *, job: Job | None = None, tell: Tell | None = None
+        self,
+        key: int,
+        variant: Variant = Variant.FULL,
+        *,
+        job: Job | None = None,
+        listener: Listener | None = None,
     ) -> Hold:
         """The record, which stays where it is until it is dropped. Returns at once.
 
-        It is read, if it must be, as ``job`` is (None: as what is wanted); ``tell`` is called from
-        a reading thread whenever more of it is there, or it has failed. Reading's errors name
+        It is read, if it must be, as ``job`` is (None: as what is wanted); ``listener`` is called
+        from a reading thread whenever more of it is there, or it has failed. Reading's errors name
         expert and file.
         """
         with self._changed:
-            entry = self._entries.get((key, low))
+            entry = self._entries.get((key, variant))
             if entry is not None:
                 self.hits += 1
                 entry.holders += 1
-                self._entries.move_to_end((key, low))
+                self._entries.move_to_end((key, variant))
             else:
                 self.reads += 1
-                entry = Entry(key, low, self._stores[low].record_bytes)
-                self._entries[key, low] = entry
+                entry = Entry(key, variant, self.sizes[variant])
+                self._entries[key, variant] = entry
                 entry.holders += 1  # besides its read
-                self._readers.submit(self._read, entry, job or Job(key, -1, low, 0.0))
-            if tell is not None:
-                entry.tells.append(tell)
-        return Hold(self, entry, tell)
+                self._readers.run(partial(self._read, entry, job or Job(key, -1, variant, 0.0)))
+            if listener is not None:
+                entry.listeners.append(listener)
+        return Hold(self, entry, listener)
 
     def want(self, job: Job) -> None:
         """What was guessed is demanded from now on."""
-        self._turns.want(job)
+        self._readers.want(job)
 
     def wait(self, hold: Hold, n_bytes: int) -> None:
         """As ``Hold.wait``."""
         with self._changed:
-            while hold.readable < n_bytes:
+            while hold.readable.n_bytes < n_bytes:
                 if hold.error is not None:
                     raise hold.error
                 self._changed.wait()
 
-    def drop(self, entry: Entry, tell: Tell | None) -> None:
+    def drop(self, entry: Entry, listener: Listener | None) -> None:
         """As ``Hold.drop``."""
         with self._changed:
-            if tell is not None:
-                entry.tells.remove(tell)
+            if listener is not None:
+                entry.listeners.remove(listener)
             self._let_go(entry)
 
-    def memory_of(self, entry: Entry) -> torch.Tensor:
-        """Where an entry that has a place lies."""
-        return self.memory[self._places.at(entry.low, entry.place)]
+    def record_of(self, entry: Entry) -> torch.Tensor:
+        """As ``Hold.record``."""
+        return self._memory.view(entry)
 
     def read_into(
         self,
@@ -205,131 +180,96 @@ class HostTier:
         buffer: torch.Tensor,
         *,
         pieces: Pieces | None = None,
-        low: bool = False,
+        variant: Variant = Variant.FULL,
         job: Job | None = None,
     ) -> None:
         """Copy a record out, in ``pieces`` or as it is read. Raises what reading it raised."""
-        with self.hold(key, low, job=job) as held:
+        with self.hold(key, variant, job=job) as held:
             if pieces:
                 held.wait()  # or a piece would have the bus while it is waited for
-            for piece in (pieces or self._cut)(len(buffer)):
+            for piece in (pieces or self._readers.cut)(len(buffer)):
                 buffer[piece].copy_(held.wait(piece.stop)[piece])
 
     def close(self) -> None:
         """End the readers, and close what they read from if that is the tier's own. Harmless when
         repeated."""
-        self._readers.shutdown()
-        for store in self._stores:
-            if isinstance(store, DirectRecords):
-                store.close()
-
-    def _bring(self, key: int, low: bool) -> None:
-        with self.hold(key, low) as held:
-            held.wait()
-
-    def _cut(self, n_bytes: int) -> Iterator[slice]:
-        for at in range(0, n_bytes, self._read_bytes):
-            yield slice(at, min(at + self._read_bytes, n_bytes))
+        self._readers.close()
 
     def _read(self, entry: Entry, job: Job) -> None:
-        """Find the entry a place and read it there; by a reading thread."""
+        """Find room for an entry and read it; by a reading thread."""
         try:
-            self._seat(entry)
-            pieces = partial(self._pieces, entry, job)
-            self._stores[entry.low].read_into(entry.key, self.memory_of(entry), pieces=pieces)
+            self._find_room(entry)
+            self._readers.read(job, self.record_of(entry), partial(self._arrived, entry))
         except Exception as error:
-            self._turns.give(job)  # it may have failed in the middle of a piece
             with self._changed:
                 entry.error = error
-                del self._entries[entry.key, entry.low]
+                del self._entries[entry.key, entry.variant]
+                self._let_go(entry)
         else:
-            self._publish(entry, entry.n_bytes)
-        with self._changed:
-            self._let_go(entry)
-        self._tell(entry)
+            with self._changed:
+                entry.readable = Readable(entry.n_bytes, time.perf_counter())
+                self._let_go(entry)
+        self._notify(entry)
 
-    def _pieces(self, entry: Entry, job: Job, n_bytes: int) -> Iterator[slice]:
-        """The pieces to read it in, each while it has the disk. The last is published later."""
-        for piece in self._cut(n_bytes):
-            self._turns.take(job)
-            yield piece
-            if piece.stop < n_bytes:
-                self._publish(entry, piece.stop)
-                self._tell(entry)
-        self._turns.give(job)
-
-    def _publish(self, entry: Entry, readable: int) -> None:
+    def _arrived(self, entry: Entry, n_bytes: int) -> None:
         with self._changed:
-            entry.read_s = time.perf_counter()
-            entry.readable = readable
+            entry.readable = Readable(n_bytes, time.perf_counter())
             self._changed.notify_all()
+        self._notify(entry)
 
-    def _tell(self, entry: Entry) -> None:
+    def _notify(self, entry: Entry) -> None:
         """Tell who holds the entry. Not under the lock: they may go on to hold others."""
         with self._changed:
-            tells = list(entry.tells)
-        for tell in tells:
-            tell()
+            listeners = list(entry.listeners)
+        for listener in listeners:
+            listener()
 
     def _let_go(self, entry: Entry) -> None:
         """One holder less. The lock is held."""
         entry.holders -= 1
         if entry.error is not None and not entry.holders:  # nobody will find it any more
-            self._unseat(entry)
+            self._memory.remove(entry)
         self._changed.notify_all()
 
-    def _seat(self, entry: Entry) -> None:
-        """Find a place for a record, when copies have ended if there is none before."""
-        while entry.place < 0:
-            with self._changed:
-                move = self._make_room(entry)
-            if move is not None:
-                self._move(*move)
-
-    def _make_room(self, entry: Entry) -> tuple[Entry, int] | None:
-        """Come nearer to a place for ``entry``, or wait for it; whose record must move, and where.
+    def _find_room(self, entry: Entry) -> None:
+        """Give an entry memory, when copies have ended if there is none before.
 
         Nothing is evicted while moving would do, so that what stays depends on the bytes alone.
         """
-        places, other = self._places, not entry.low
-        if (place := places.take(entry.low)) is not None:
-            entry.place = place
-            self._seated[entry.low, place] = entry
-        elif (outermost := places.outermost(other)) is not None:
-            occupant = self._seated[other, outermost]
-            if not occupant.holders:
+        while True:
+            with self._changed:
+                if self._memory.place(entry):
+                    return
+                occupant = self._memory.in_the_way(entry.variant)
+                if occupant is None:
+                    if not self._evict():
+                        self._changed.wait()
+                    continue
+                if occupant.holders:
+                    self._changed.wait()
+                    continue
                 occupant.holders, occupant.moving = 1, True
-                hole = places.take(other)
-                assert hole is not None
-                return occupant, hole
-            self._changed.wait()
-        elif not self._evict():
-            self._changed.wait()
-        return None
+                move = self._memory.begin_move(occupant)
+            self._memory.copy(move)
+            with self._changed:
+                self._memory.end_move(move)
+                occupant.moving = False
+                self._let_go(occupant)
+            self._notify(occupant)  # who asked for it meanwhile has waited
 
     def _evict(self) -> bool:
+        """Drop the record used longest ago that nobody holds; False where all are held."""
         victim = next((entry for entry in self._entries.values() if not entry.holders), None)
         if victim is None:
             return False
-        del self._entries[victim.key, victim.low]
-        self._unseat(victim)
+        del self._entries[victim.key, victim.variant]
+        self._memory.remove(victim)
         return True
 
-    def _unseat(self, entry: Entry) -> None:
-        if entry.place >= 0:
-            del self._seated[entry.low, entry.place]
-            self._places.give_up(entry.low, entry.place)
 
-    def _move(self, entry: Entry, place: int) -> None:
-        """Bring a record that nobody holds to another place; who asks for it meanwhile waits."""
-        into = self.memory[self._places.at(entry.low, place)]
-        np.copyto(into.numpy(), self.memory_of(entry).numpy())  # lets other threads run
-        with self._changed:
-            self._unseat(entry)
-            entry.place, entry.moving = place, False
-            self._seated[entry.low, place] = entry
-            self._let_go(entry)
-        self._tell(entry)
+def _bring(tier: HostTier, variant: Variant, key: int) -> None:
+    with tier.hold(key, variant) as held:
+        held.wait()
 
 
 def host_tier(
@@ -346,17 +286,3 @@ def host_tier(
             f"{format_bytes(largest)}: give --host-memory {copies * largest} (bytes) or more"
         )
     return HostTier(records, host_bytes, low)
-
-
-def _memory(n_bytes: int) -> torch.Tensor:
-    free = free_bytes(torch.device("cpu"))
-    try:
-        if n_bytes > free:
-            raise MemoryError
-        return device_memory(n_bytes, torch.device("cpu"))
-    except (MemoryError, OSError) as error:
-        raise RunError(
-            f"the experts take {format_bytes(n_bytes)} of host memory, of which this machine has "
-            f"{format_bytes(free)} free: keep only some there (--host-memory), or choose a lower "
-            "precision"
-        ) from error

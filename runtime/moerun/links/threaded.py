@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from moerun.links.base import Done, SlotLink
-from moerun.links.bus import Job, Turns
+from moerun.links.bus import BusArbiter, Job, Pieces
+from moerun.links.slot import Variant
 
 
 class ThreadedLink(SlotLink):
@@ -20,16 +22,19 @@ class ThreadedLink(SlotLink):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As for a SlotLink."""
         super().__init__(*args, **kwargs)
-        self._turns = Turns()
+        self._bus = BusArbiter()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._guesses: SimpleQueue[Job | None] = SimpleQueue() if self.chunked else self._jobs
         self._submitted = 0
         self._travelling: dict[int, Job] = {}
         self._threads: list[threading.Thread] = []
-        self._ready = threading.Barrier(len(self._scratch) + 1)
+        self._ready = threading.Barrier(self.n_streams + 1)
 
-    def copy(self, stream: int, job: Job) -> None:
-        """Bring the record and make the slot computable; returns when it is, or raises."""
+    def copy(self, stream: int, job: Job, pieces: Pieces | None) -> None:
+        """Bring the record, in ``pieces`` if they are given, and make the slot computable.
+
+        Returns when it is, or raises.
+        """
         raise NotImplementedError
 
     def start(self, done: Done) -> None:
@@ -38,7 +43,7 @@ class ThreadedLink(SlotLink):
         self._threads = [
             # A daemon: a caller that dies without closing must not hang at exit.
             threading.Thread(target=self._work, args=(i,), name=f"link-{i}", daemon=True)
-            for i in range(len(self._scratch))
+            for i in range(self.n_streams)
         ]
         for thread in self._threads:
             thread.start()
@@ -46,28 +51,24 @@ class ThreadedLink(SlotLink):
         # Setting it in one thread makes it the default of all that are yet to come.
         torch.set_num_threads(compute_threads)
 
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+    def submit(
+        self,
+        key: int,
+        slot: int,
+        variant: Variant = Variant.FULL,
+        *,
+        demand: bool = True,
+        begin_s: float | None = None,
+    ) -> None:
         self._submitted += 1
-        job = Job(key, slot, low, time.perf_counter(), self._submitted, demand)
+        begin_s = time.perf_counter() if begin_s is None else begin_s
+        job = Job(key, slot, variant, begin_s, self._submitted, demand)
         self._travelling[key] = job
         (self._jobs if demand else self._guesses).put(job)
 
     def want(self, key: int) -> None:
         if (job := self._travelling.get(key)) is not None:
-            self._turns.want(job)
-
-    def pieces(self, job: Job, n_bytes: int) -> Iterator[slice]:
-        """The pieces of a record, each while it has the bus; all of it at once if not chunked."""
-        if not self.chunked:
-            yield slice(0, n_bytes)
-            return
-        for at in range(0, n_bytes, self._chunk_bytes):
-            end = min(at + self._chunk_bytes, n_bytes)
-            self._turns.take(job)
-            yield slice(at, end)
-            if self._throttle:
-                self.sleep_until(self._throttle.deadline_s(job.begin_s, end - at))
-        self._turns.give(job)
+            self._bus.want(job)
 
     def close(self) -> None:
         self._closing = True  # nobody waits for a capped copy any more
@@ -85,38 +86,43 @@ class ThreadedLink(SlotLink):
         torch.set_num_threads(1)
         torch.get_num_threads()
         self._ready.wait()
-        ended_s = reported_s = 0.0
         jobs = self._jobs if stream < self.streams else self._guesses
+        free_s = 0.0  # when the copy before ended: one that waited for it begins then
         while (job := jobs.get()) is not None:
-            # What is asked for while the copy before it is being reported follows without a gap,
-            # as on a bus that has its next command queued.
-            chained = job.submitted_s <= reported_s
-            job.begin_s = ended_s if chained else job.submitted_s
-            ended_s = self._carry(stream, job)
-            reported_s = time.perf_counter()
+            begin_s = max(job.begin_s, free_s)
+            error, free_s = self._carry(stream, job, begin_s)
+            self._report(job, error, begin_s, free_s)
 
-    def _travelled(self, job: Job) -> None:
+    def _carry(self, stream: int, job: Job, begin_s: float) -> tuple[Exception | None, float]:
+        """Copy, and wait for the cap; what went wrong, and when the copy ended."""
+        pieces = partial(self._pieces, job, begin_s) if self.chunked else None
+        try:
+            self.copy(stream, job, pieces)
+        except Exception as error:
+            self._bus.release(job)  # it may have failed in the middle of a piece
+            return error, time.perf_counter()
+        ended_s = time.perf_counter()
+        if self._throttle and not self.chunked:
+            deadline_s = self._throttle.deadline_s(begin_s, self._sizes[job.variant])
+            self.sleep_until(deadline_s)
+            ended_s = max(ended_s, deadline_s)
+        return None, ended_s
+
+    def _pieces(self, job: Job, begin_s: float, n_bytes: int) -> Iterator[slice]:
+        """The pieces of a record, each while it has the bus, for as long as the cap says."""
+        for at in range(0, n_bytes, self._chunk_bytes):
+            end = min(at + self._chunk_bytes, n_bytes)
+            self._bus.acquire(job)
+            yield slice(at, end)
+            if self._throttle:
+                self.sleep_until(self._throttle.deadline_s(begin_s, end - at))
+        self._bus.release(job)
+
+    def _report(self, job: Job, error: Exception | None, begin_s: float, ended_s: float) -> None:
+        assert self._done is not None
         # Who measures the link may have one record travel to two slots at once.
         if self._travelling.get(job.key) is job:
             del self._travelling[job.key]
-
-    def _carry(self, stream: int, job: Job) -> float:
-        """Copy, wait for the cap, report; returns when the copy ended."""
-        assert self._done is not None
-        n_bytes = self._bytes[job.low]
-        try:
-            self.copy(stream, job)
-        except Exception as error:
-            self._turns.give(job)  # it may have failed in the middle of a piece
-            self._travelled(job)
-            self._done(job.key, error)
-            return time.perf_counter()
-        self._travelled(job)
-        ended_s = time.perf_counter()
-        if self._throttle and not self.chunked:
-            deadline_s = self._throttle.deadline_s(job.begin_s, n_bytes)
-            self.sleep_until(deadline_s)
-            ended_s = max(ended_s, deadline_s)
-        self.count(n_bytes, ended_s - job.begin_s)
-        self._done(job.key, None)
-        return ended_s
+        if error is None:
+            self.count(self._sizes[job.variant], ended_s - begin_s)
+        self._done(job.key, error, ended_s)

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
+from moerun.links.slot import Sizes, Variant
 
-class Places:
-    """Numbered places of either size: the one size from the memory's start on, the other from its
-    end, all room that is left between them.
 
-    A place given up amid others of its size serves that size at once. Before the other size can
-    have the room, the outermost record (the one next to the middle) must move there.
+class TwoSizeAllocator:
+    """Numbered blocks, each for a record of one variant: full ones from the memory's start on, low
+    ones from its end, and between them what is free for either.
+
+    A block freed amid others of its variant serves that variant at once. Before the other can have
+    its bytes, the record in the outermost block (the one next to the middle) must move there.
     """
 
-    def __init__(self, n_bytes: int, sizes: tuple[int, int]) -> None:
-        """``sizes`` in bytes, by whether a record is one of the lower precision."""
+    def __init__(self, n_bytes: int, sizes: Sizes) -> None:
         self._n_bytes = n_bytes
         self._sizes = sizes
-        self._extent = [0, 0]  # places from the memory's edge to the middle, holes among them
-        self._holes: tuple[list[int], list[int]] = ([], [])
+        self._extent = [0, 0]  # blocks from the memory's edge to the middle, free ones among them
+        self._free: tuple[list[int], list[int]] = ([], [])  # amid others
 
-    def at(self, low: bool, place: int) -> slice:
-        """Where in memory a place is, in bytes."""
-        size = self._sizes[low]
-        begin = self._n_bytes - (place + 1) * size if low else place * size
+    def span(self, variant: Variant, block: int) -> slice:
+        """Where in memory a block is, in bytes."""
+        size = self._sizes[variant]
+        low = variant is Variant.LOW
+        begin = self._n_bytes - (block + 1) * size if low else block * size
         return slice(begin, begin + size)
 
-    def take(self, low: bool) -> int | None:
-        """A place, a hole if there is one; None where there is no room."""
-        if self._holes[low]:
-            return self._holes[low].pop()
+    def allocate(self, variant: Variant) -> int | None:
+        """A block, amid others if one is free there; None where there are not so many bytes."""
+        if self._free[variant]:
+            return self._free[variant].pop()
         used = sum(n * size for n, size in zip(self._extent, self._sizes, strict=True))
-        if self._n_bytes - used < self._sizes[low]:
+        if self._n_bytes - used < self._sizes[variant]:
             return None
-        self._extent[low] += 1
-        return self._extent[low] - 1
+        self._extent[variant] += 1
+        return self._extent[variant] - 1
 
-    def give_up(self, low: bool, place: int) -> None:
-        holes = self._holes[low]
-        holes.append(place)
-        while self._extent[low] - 1 in holes:
-            self._extent[low] -= 1
-            holes.remove(self._extent[low])
+    def free(self, variant: Variant, block: int) -> None:
+        """Once nothing of the record is needed."""
+        free = self._free[variant]
+        free.append(block)
+        while self._extent[variant] - 1 in free:
+            self._extent[variant] -= 1
+            free.remove(self._extent[variant])
 
-    def outermost(self, low: bool) -> int | None:
-        """The place whose record would have to move for the middle to grow; None without holes."""
-        return self._extent[low] - 1 if self._holes[low] else None
+    def outermost(self, variant: Variant) -> int | None:
+        """The block whose record must move for the middle to grow; None where nothing is free amid
+        the others, so that it could not."""
+        return self._extent[variant] - 1 if self._free[variant] else None

@@ -30,7 +30,7 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
     throttle = Throttle(rate) if rate else None
     slots = make_slots(form, settings, n_slots)
     if device.type == "cuda":
-        from moerun.links.cuda import CudaLanes
+        from moerun.links.cuda import CudaDevice
         from moerun.links.pinned import PinnedLink
 
         if settings.cold:
@@ -38,7 +38,7 @@ def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: i
         return PinnedLink(
             make_tier(store, settings),
             slots,
-            CudaLanes(device),
+            CudaDevice(device),
             streams=settings.streams,
             throttle=throttle,
             chunk_bytes=settings.chunk_bytes,

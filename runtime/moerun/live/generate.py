@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections.abc import Callable
@@ -65,7 +64,7 @@ class Work:
             answers=self.answers + other.answers,
             prompt_s=self.prompt_s + other.prompt_s,
             decode_s=self.decode_s + other.decode_s,
-            totals=Totals._make(map(operator.add, self.totals, other.totals)),
+            totals=self.totals + other.totals,
         )
 
     @property
@@ -82,7 +81,7 @@ class Work:
         return self.prompt_tokens / self.prompt_s if self.prompt_s else 0.0
 
 
-NO_WORK = Work(0, 0, 0, 0.0, 0.0, Totals._make([0] * len(Totals._fields)))
+NO_WORK = Work(0, 0, 0, 0.0, 0.0, Totals())
 
 Ending = Literal["stop", "length", "cancelled"]
 
@@ -156,20 +155,7 @@ class Generation:
 
     def run(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Generated:
         """Answer prompt_ids [1, tokens]. Raises RunError when the model cannot take them."""
-        sampling.check()
-        check_ids(self.model, prompt_ids)
-        room = check_length(self.model, prompt_ids.shape[1], self.context_tokens)
-        self._room = min(sampling.max_new_tokens, room)
-        self.prompt_tokens = prompt_ids.shape[1]
-        self._end_ids = sampling.ends(self.model, self._tokenizer)
-        config = sampling.config(self.model, self._room, self._end_ids)
-        self._text = TextStream(
-            self._tokenizer,
-            self._on_text,
-            sampling.stop_strings,
-            on_reasoning=self._on_reasoning,
-            parser=sampling.turn and sampling.turn.parser(self._tokenizer, prompt_ids),
-        )
+        config = self._prepare(prompt_ids, sampling)
         set_seed(sampling.seed)
         self.session.before_steps.append(self._look_up)
         try:
@@ -209,6 +195,23 @@ class Generation:
             reasoning=self._text.reasoning,
             ending=self._ending(ids),
         )
+
+    def _prepare(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Any:
+        """Note what ends the answer; returns transformers' configuration of it."""
+        sampling.check()
+        check_ids(self.model, prompt_ids)
+        room = check_length(self.model, prompt_ids.shape[1], self.context_tokens)
+        self._room = min(sampling.max_new_tokens, room)
+        self.prompt_tokens = prompt_ids.shape[1]
+        self._end_ids = sampling.ends(self.model, self._tokenizer)
+        self._text = TextStream(
+            self._tokenizer,
+            self._on_text,
+            sampling.stop_strings,
+            on_reasoning=self._on_reasoning,
+            parser=sampling.turn and sampling.turn.parser(self._tokenizer, prompt_ids),
+        )
+        return sampling.config(self.model, self._room, self._end_ids)
 
     def _take(self, token: int) -> bool:
         self._text.push(token)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from moepolicy import PolicySpec, find_policy
+from moepolicy import PolicySpec
 
-from moerun.amounts import parse_bytes
-from moerun.devices import find_device
-from moerun.errors import UsageError
 from moerun.format.precision import NATIVE, PRECISIONS
 from moerun.live.assembly import check_lower
+from moerun.live.options import budget_bytes, read_settings
 from moerun.live.runner import Runner
 from moerun.live.totals import Totals
-from moerun.memory.budget import parse_budget
-from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.find import find_store
 
@@ -50,7 +46,7 @@ class Offloaded:
 
         No token changes. Raises RunError, and changes nothing, where the budget cannot be kept.
         """
-        self._runner.set_memory(_budget(budget, self._runner.settings.device))
+        self._runner.set_memory(budget_bytes(budget, self._runner.settings.device))
 
     def close(self) -> None:
         """End the run: threads, hooks, slots. Closing twice does no harm."""
@@ -106,29 +102,24 @@ def load(
             print(model.tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
             print(model.totals.hit_ratio)
     """
-    if slots is not None and memory is not None:
-        raise UsageError("give slots or memory, not both")
-    spec = policy if isinstance(policy, PolicySpec) else find_policy(policy)
+    settings = read_settings(
+        policy=policy,
+        slots=slots,
+        memory=memory,
+        context=context,
+        scope=scope,
+        device=device,
+        host_memory=host_memory,
+        chunk=chunk,
+        streams=streams,
+        link_gbps=link_gbps,
+        calibration=calibration,
+    )
     found = model if isinstance(model, ExpertStore) else _store(model, precision, attention, store)
-    lower = None
     if low is not None:
         lower = low if isinstance(low, ExpertStore) else _lower_store(model, low)
         check_lower(found, lower)
-    on = find_device(device)
-    settings = Settings(
-        policy=spec,
-        slots=slots,
-        memory_bytes=None if memory is None else _budget(memory, on),
-        context_tokens=context,
-        scope=scope,
-        device=on,
-        streams=streams,
-        link_bytes_per_s=None if link_gbps is None else link_gbps * 1e9,
-        host_bytes=None if host_memory is None else _bytes(host_memory),
-        chunk_bytes=_bytes(chunk),
-        calibration=calibration,
-        low=lower,
-    )
+        settings = replace(settings, low=lower)
     return _offloaded(Runner(found, settings))
 
 
@@ -155,11 +146,3 @@ def _lower_store(model: str | Path | ExpertStore, low: str | Path) -> ExpertStor
     if str(low) in PRECISIONS and not isinstance(model, ExpertStore):
         return find_store(str(model), precision=str(low))
     return ExpertStore.open(low)
-
-
-def _budget(amount: str | int, device: torch.device) -> int:
-    return amount if isinstance(amount, int) else parse_budget(amount, device)
-
-
-def _bytes(amount: str | int) -> int:
-    return amount if isinstance(amount, int) else parse_bytes(amount)

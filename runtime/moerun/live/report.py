@@ -6,6 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moepolicy.counts import CountColumns, as_row
 from moepolicy.tables import Format, described, to_csv, to_json
 
 from moerun.versions import run_packages
@@ -16,13 +17,9 @@ if TYPE_CHECKING:
     from moerun.live.sampling import Sampling
 
 
-@dataclass(frozen=True)
-class Report:
-    """One live run; times are measured seconds, counts are of experts.
-
-    tokens_per_s is of decoding: tokens after the first over the time they took. The shares are of
-    the gates' weights: what was left out, computed by another expert or at the lower precision.
-    """
+@dataclass(frozen=True, kw_only=True)
+class _ReportOf:
+    """What a report is of: the first columns of its row."""
 
     policy: str
     slots: int
@@ -36,23 +33,17 @@ class Report:
     prompt_tokens: int
     new_tokens: int
     steps: int
-    requests: int
-    hits: int
-    late: int
-    misses: int
-    loads: int
-    bypasses: int
-    prefetches: int
-    useless_prefetches: int
-    cpu_experts: int
-    low_loads: int
-    substituted: int
-    skipped: int
-    skipped_share: float
-    substituted_share: float
-    low_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(CountColumns, _ReportOf):
+    """One live run; times are measured seconds, counts are of experts
+    (see `CountColumns`).
+
+    tokens_per_s is of decoding: tokens after the first over the time they took.
+    """
+
     bytes_loaded: int
-    hit_ratio: float
     time_s: float
     stall_s: float
     tokens_per_s: float
@@ -72,10 +63,6 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
     from moerun.devices import peak_device_bytes, peak_host_bytes
 
     settings, totals = runner.settings, generated.totals
-    # What the report shows of the masses are their shares.
-    counts: dict[str, Any] = {
-        name: n for name, n in totals._asdict().items() if not name.endswith("_mass")
-    } | totals.shares
     return Report(
         policy=settings.policy.label,
         slots=runner.context.slots,
@@ -88,8 +75,10 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
         link_bytes_per_s=settings.link_bytes_per_s,
         prompt_tokens=generated.prompt_tokens,
         new_tokens=generated.new_tokens,
-        **counts | {"stall_s": round(totals.stall_s, 6)},
-        hit_ratio=totals.hit_ratio,
+        steps=totals.steps,
+        **totals.counted(),
+        bytes_loaded=totals.bytes_loaded,
+        stall_s=round(totals.stall_s, 6),
         time_s=round(generated.prompt_s + generated.decode_s, 6),
         tokens_per_s=round(generated.tokens_per_s, 3),
         prompt_tokens_per_s=round(generated.prompt_tokens_per_s, 3),
@@ -120,7 +109,7 @@ def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -
     """The row in one format. JSON and CSV carry the text; a table comes after it."""
     if format is Format.table:
         return _table(report)
-    row = asdict(report)
+    row = as_row(report)
     if format is Format.json:
         return to_json({**row, "text": text, **made_by})
     return to_csv([{**row, "text": text}])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from moepolicy import Context
@@ -15,14 +12,16 @@ from moerun.devices import naming_lack_of_memory
 from moerun.kernels.slots import SlotForm
 from moerun.links import HostTier
 from moerun.live.assembly import check_low, make_aside, make_link
+from moerun.live.gates import GateHooks, SessionExperts
 from moerun.live.generate import Generation
 from moerun.live.prompt import context_tokens, encode
-from moerun.live.sampling import Sampling
 from moerun.live.session import Session
+from moerun.live.sizing import Sizing
 from moerun.memory.budget import BudgetWatch
-from moerun.memory.fit import plan_memory, require_free
+from moerun.memory.fit import plan_memory
 from moerun.memory.peak import Peak
-from moerun.offload.gate_predictor import GatePredictor, find_routers
+from moerun.memory.plan import MemoryPlan
+from moerun.offload.gate_predictor import GatePredictor
 from moerun.offload.load import load_offloaded
 from moerun.policies import plan_context, refuse_unservable
 from moerun.settings import Settings
@@ -48,12 +47,10 @@ class Runner:
         self.store = store
         self.settings = settings
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
-        self.plan = plan_memory(store, settings)
+        plan = plan_memory(store, settings)
         self._peak = Peak(store, settings.device)
-        self._sizing = threading.Lock()
-        self._hooks: list[Any] = []
         self.session = Session(
-            plan_context(store, settings, self.plan.slots),
+            plan_context(store, settings, plan.slots),
             settings.policy,
             partial(make_link, store, self.form, settings),
             record_bytes=store.record_bytes,
@@ -61,15 +58,18 @@ class Runner:
             make_aside=(
                 partial(make_aside, store, settings) if "cpu" in settings.policy.requires else None
             ),
-            compiling=self.plan.compiling,
+            compiling=plan.compiling,
         )
+        self._sizing = Sizing(self.session, plan, settings.device)
+        self.experts = SessionExperts(self.session)
+        """What the model takes its experts from."""
         try:
             with naming_lack_of_memory(settings.device, "loading the weights"):
-                self.model, self.tokenizer = load_offloaded(store, settings.device, self.session)
+                self.model, self.tokenizer = load_offloaded(store, settings.device, self.experts)
             self.predictor = (
                 GatePredictor(self.model, settings.predicts) if settings.predicts else None
             )
-            self._listen()
+            self._gates = GateHooks(self.model, self.experts, self.predictor)
             self._watch = self._watch_budget(report)
         except BaseException:
             self.session.close()
@@ -80,6 +80,11 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How memory is to be spent now."""
+        return self._sizing.plan
 
     @property
     def context(self) -> Context:
@@ -107,37 +112,17 @@ class Runner:
         """The most of the device's memory this run has held, as a budget counts it."""
         return self._peak.n_bytes
 
-    def set_slots(self, slots: int) -> None:
-        """Cache so many experts a layer from now on; any thread may say so, at any time.
+    def set_memory(self, budget_bytes: int) -> None:
+        """Have another budget from now on: the slots follow from it. Any thread may say so, at
+        any time.
 
         Nothing that is generated changes by it. What the step in progress uses stays until its
-        end. Raises PolicyError beyond a layer's experts, RunError where memory for more is not
-        there; all is then as it was.
-        """
-        with self._sizing:
-            self.session.resize(slots)
-            self.plan = replace(self.plan, slots=slots)
-
-    def set_memory(self, budget_bytes: int) -> None:
-        """Have another budget from now on (see ``set_slots``): the slots follow from it.
+        end.
 
         Raises RunError, changing nothing, for a budget too small for what is not slots or larger
         than the memory there is.
         """
-        with self._sizing:
-            on_host = self.settings.device.type == "cpu"
-            done = self.session.compiled
-            if on_host:
-                plan = self.plan.on_host_within(budget_bytes, done)
-            else:
-                plan = self.plan.within(budget_bytes)
-            more_bytes = plan.slots_bytes - self.plan.slots_bytes
-            require_free(more_bytes, budget_bytes, self.settings.device)
-            if on_host and self.session.allow_compiling(plan.compiling) is not done:
-                # It has begun meanwhile, and counts.
-                plan = self.plan.on_host_within(budget_bytes, self.session.compiled)
-            self.session.resize(plan.slots)
-            self.plan = plan
+        self._sizing.set_memory(budget_bytes)
 
     @property
     def arena_bytes(self) -> int:
@@ -162,15 +147,10 @@ class Runner:
             context_tokens=self.context_tokens,
         )
 
-    def generate(self, prompt: str, sampling: Sampling) -> str:
-        """The text that follows ``prompt``."""
-        return self.generation().run(self.encode(prompt), sampling).text
-
     def close(self) -> None:
         if self._watch:
             self._watch.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._gates.close()
         if self.predictor:
             self.predictor.close()
         self.session.close()
@@ -180,13 +160,3 @@ class Runner:
             return None
         device = self.settings.device
         return BudgetWatch(path, device, self.set_memory, report or (lambda _: None))
-
-    def _listen(self) -> None:
-        """Give the session what each layer's gate and the later layers' gates say."""
-        for layer, router in enumerate(find_routers(self.model)):
-            self._hooks.append(router.register_forward_hook(partial(self._on_gate, layer)))
-
-    def _on_gate(self, layer: int, _router: Any, arguments: Any, output: Any) -> None:
-        predictor = self.predictor
-        predicted = predictor.predict(layer, arguments[0]) if predictor else None
-        self.session.note(layer, output[0], predicted)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import AbstractContextManager
 from enum import Enum
+from typing import Any
 
 from moepolicy import ExpertCache, Policy
 from moepolicy.blame import files_of
 from moepolicy.compiled import NotCompilable
 from moepolicy.reasons import why_not
 
-PATIENCE_S = 20.0
+COMPILE_AFTER_S = 20.0
 """How long a run must last before a policy is compiled for it: compiling takes seconds, and most
 of the interpreter. Code that an earlier run left on disk is taken at once."""
 
@@ -28,7 +30,21 @@ class Compiling(Enum):
         return list(Compiling).index(self)
 
 
-_told: set[type[Policy]] = set()
+class Told:
+    """Which policies' owners have been told why their calls are not compiled: each once."""
+
+    def __init__(self) -> None:
+        self._policies: set[type[Policy]] = set()
+
+    def tell(self, policy: type[Policy], name: str, reason: str) -> None:
+        """Say on stderr that ``policy`` runs interpreted, unless that has been said."""
+        if policy not in self._policies:
+            self._policies.add(policy)
+            print(f"policy '{name}' runs interpreted: {reason}", file=sys.stderr)
+
+
+TOLD_IN_THIS_PROCESS = Told()
+"""For sessions that are given none of their own."""
 
 
 class CompileBeside:
@@ -37,12 +53,14 @@ class CompileBeside:
     def __init__(
         self,
         cache: ExpertCache,
-        lock: threading.Condition,
+        lock: AbstractContextManager[Any],
         horizon: int,
         allowed: Compiling = Compiling.ALWAYS,
+        told: Told = TOLD_IN_THIS_PROCESS,
     ) -> None:
         """``lock`` is held for every call of the cache; steps have ``horizon`` predictions at
-        most. ``allowed`` is KEPT or ALWAYS."""
+        most. ``allowed`` is KEPT or ALWAYS. ``told`` says why the policy is not compiled."""
+        self._told = told
         self._cache = cache
         self._lock = lock
         self._horizon = horizon
@@ -79,7 +97,7 @@ class CompileBeside:
             if not kept:
                 if self._allowed is Compiling.KEPT:
                     return
-                self._at_once.wait(PATIENCE_S)
+                self._at_once.wait(COMPILE_AFTER_S)
             with self._beginning:
                 if self._closing.is_set():
                     return
@@ -94,7 +112,62 @@ class CompileBeside:
 
     def _tell(self, reason: str) -> None:
         """Say once why a policy's calls are not compiled; they serve as they are."""
-        policy = type(self._cache.policy)
-        if policy not in _told:
-            _told.add(policy)
-            print(f"policy '{self._cache.name}' runs interpreted: {reason}", file=sys.stderr)
+        self._told.tell(type(self._cache.policy), self._cache.name, reason)
+
+
+class Compilation:
+    """Brings each cache of a session its compiled calls, as far as that is allowed."""
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        lock: AbstractContextManager[Any],
+        horizon: int,
+        allowed: Compiling,
+    ) -> None:
+        """The arguments are those of `CompileBeside`, but that ``allowed`` may be NEVER."""
+        self._cache = cache
+        self._lock = lock
+        self._horizon = horizon
+        self._allowed = allowed
+        self._before = Compiling.NEVER  # for earlier caches
+        self._beside = self._begin()
+
+    @property
+    def done(self) -> Compiling:
+        """What memory has been spent for, or is about to be, over all caches."""
+        begun = self._beside.taken if self._beside else Compiling.NEVER
+        return max(begun, self._before, key=lambda each: each.rank)
+
+    def allow(self, allowed: Compiling) -> Compiling:
+        """Do no more than ``allowed`` from now on. Returns what has been done, which stays."""
+        with self._lock:
+            if self._beside and self._beside.give_up() is Compiling.NEVER:
+                self._beside = None
+            done = self.done
+            self._allowed = max(allowed, done, key=lambda each: each.rank)
+            if self._beside is None:
+                self._beside = self._begin()
+            return done
+
+    def renew(self, cache: ExpertCache) -> CompileBeside | None:
+        """Begin again for ``cache``. Returns what worked for the one before, to be closed once
+        the lock, which is held now, is not."""
+        self._cache, self._before = cache, self.done
+        former, self._beside = self._beside, self._begin()
+        return former
+
+    def finish(self) -> None:
+        """Wait until the calls are compiled, where they can be and are to be."""
+        if self._beside:
+            self._beside.finish()
+
+    def close(self) -> None:
+        """See `CompileBeside.close`."""
+        if self._beside:
+            self._beside.close()
+
+    def _begin(self) -> CompileBeside | None:
+        if self._allowed is Compiling.NEVER:
+            return None
+        return CompileBeside(self._cache, self._lock, self._horizon, self._allowed)

@@ -27,6 +27,17 @@ class Gate(NamedTuple):
     predicted: NDArray[Any] | None = None
 
 
+class GateOutput(NamedTuple):
+    """What a layer's gate gives besides its choice, on its device; None where nobody asked.
+
+    logits     [tokens, n_experts]
+    predicted  float16[horizon, tokens, n_experts], as in `Gate`
+    """
+
+    logits: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
+
+
 GateObserver = Callable[[int, Gate], None]
 
 
@@ -37,7 +48,12 @@ def pool_rows(predicted: NDArray[Any]) -> NDArray[Any]:
     return np.stack([pool_logits(rows) for rows in predicted])
 
 
-def to_host(ids: torch.Tensor, weights: torch.Tensor, logits: Any, predicted: Any) -> Gate:
+def to_host(
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    logits: torch.Tensor | None,
+    predicted: torch.Tensor | None,
+) -> Gate:
     """A gate's choice as NumPy arrays, in one copy where it lies on another device.
 
     Logits and predictions become float16, what a trace stores, before anyone decides by them: a

@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
+from moerun.live.gates import SessionExperts
 from moerun.live.session import Session
 from moerun.offload.experts import Item, Served
 from moerun.profiling.link import LinkCost
@@ -70,7 +71,9 @@ class StepTimes:
 class Stopwatch:
     """Stands between the model and its session, and notes when each step and expert ran."""
 
-    def __init__(self, session: Session, device: torch.device) -> None:
+    def __init__(self, experts: SessionExperts, session: Session, device: torch.device) -> None:
+        """``experts`` are those of ``session``."""
+        self._experts = experts
         self._session = session
         self._device = device
         self._totals = session.totals
@@ -78,7 +81,7 @@ class Stopwatch:
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
         entered_s = self._now()
-        served = self._session.serve(layer, top_k_index, top_k_weights)
+        served = self._experts.serve(layer, top_k_index, top_k_weights)
         return Served(served.ids, self._timed(layer, served, entered_s))
 
     def _timed(self, layer: int, served: Served, entered_s: float) -> Generator[Item]:

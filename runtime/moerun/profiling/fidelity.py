@@ -1,21 +1,14 @@
-"""Live runs beside the simulator's predictions of them, from this machine's own profile.
-
-The simulator is asked as a user would ask it, by its command: this package does not depend on it.
-"""
+"""Live runs beside the simulator's predictions of them, from this machine's own profile."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from moepolicy import PolicyError, PolicySpec
@@ -28,9 +21,11 @@ from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.policies import CALIBRATION, Refusals, require_some, servable
 from moerun.profiling.profiler import Profiler, Turn
-from moerun.profiling.undisturbed import calmest
+from moerun.profiling.undisturbed import Measured, calmest
 from moerun.settings import Settings
+from moerun.simulation import simulated_row
 from moerun.store.expert_store import ExpertStore
+from moerun.store.progress import Notify, silent
 
 WARM_UP_TOKENS = 8
 
@@ -71,7 +66,7 @@ def compare(
     *,
     repeats: int = 5,
     machine: str | Path | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Notify | None = None,
     refused: Refusals | None = None,
 ) -> list[Comparison]:
     """Run each policy live ``repeats`` times, in turns, and simulate its recorded trace.
@@ -83,67 +78,102 @@ def compare(
     run.
     """
     refused = {} if refused is None else refused
-    tell = report or (lambda text: None)  # noqa: ARG005
+    tell = report or silent
     if repeats < 1:
         raise UsageError(f"rounds must be 1 or more, not {repeats}")
     policies = servable(policies, refused, low=settings.low is not None)
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:
-        folder = Path(name)
         profiler = None
         if machine is None:
             tokens = sampling.max_new_tokens
             profiler = Profiler(store, settings, prompt=prompt, decoded_tokens=tokens)
             stack.enter_context(profiler)
-        run = partial(_turn, store, policies, settings, prompt, sampling, folder, profiler, refused)
-        turns = calmest(run, repeats, lambda n: tell(f"measuring and running, turn {n}"))
+        runs = LiveRuns(store, settings, policies, prompt, sampling, Path(name), refused)
+        turns = calmest(
+            lambda: LiveTurn(profiler.turn() if profiler else None, runs.turn()),
+            repeats,
+            lambda n: tell(f"measuring and running, turn {n}"),
+        )
         if profiler:
-            machine = folder / "this-machine.toml"
-            measured = [turn.found[0] for turn in turns if turn.found[0]]
-            profile = profiler.result(machine.stem, measured)
-            machine.write_text(profile.to_toml(), encoding="utf-8")
+            machine = _write_profile(profiler, turns, Path(name))
         assert machine is not None
         tell("simulating")
-        waited = max(turn.waited for turn in turns)
-        rows = []
-        for i, policy in enumerate(policies):
-            live = [found for turn in turns if (found := turn.found[1][i]) is not None]
-            if policy.label in refused:
-                continue
-            chosen = replace(settings, policy=policy)
+        return _simulate_all(runs, turns, machine)
+
+
+class LiveTurn(NamedTuple):
+    """The machine as measured, if it was, and each policy's run; None for one that failed."""
+
+    measured: Turn | None
+    live: list[Generated | None]
+
+
+@dataclass(frozen=True)
+class LiveRuns:
+    """Policies that run live in turns; each one's trace is recorded once, in ``folder``.
+
+    A policy that fails joins ``refused`` and runs no more.
+    """
+
+    store: ExpertStore
+    settings: Settings
+    policies: Sequence[PolicySpec]
+    prompt: str
+    sampling: Sampling
+    folder: Path
+    refused: Refusals
+
+    def turn(self) -> list[Generated | None]:
+        """Each policy run once; None for one that fails. PolicyError where all fail."""
+        found: list[Generated | None] = []
+        for number, policy in enumerate(self.policies):
+            chosen, trace = self.chosen(policy), self.trace(number)
             try:
-                row = _simulated(store, chosen, machine, _trace(folder, i))
-            except RunError as error:
-                refused[policy.label] = str(error)
-                continue
-            rows.append(_comparison(policy, live, row, waited))
-        require_some(rows, refused)
-        return rows
+                if policy.label in self.refused:
+                    raise PolicyError(self.refused[policy.label])
+                found.append(run_live(self.store, chosen, self.prompt, self.sampling, trace))
+            except PolicyError as error:
+                self.refused[policy.label] = str(error)
+                found.append(None)
+        require_some([each for each in found if each is not None], self.refused)
+        return found
+
+    def chosen(self, policy: PolicySpec) -> Settings:
+        """The settings of a policy's run."""
+        return replace(self.settings, policy=policy)
+
+    def trace(self, number: int) -> Path:
+        """Where the trace of the policy with this number is recorded."""
+        return self.folder / f"{number}.parquet"
 
 
-def _turn(
-    store: ExpertStore,
-    policies: Sequence[PolicySpec],
-    settings: Settings,
-    prompt: str,
-    sampling: Sampling,
-    folder: Path,
-    profiler: Profiler | None,
-    refused: Refusals,
-) -> tuple[Turn | None, list[Generated | None]]:
-    """The machine measured once, and each policy run once; None for one that fails."""
-    measured = profiler.turn() if profiler else None
-    found: list[Generated | None] = []
-    for i, policy in enumerate(policies):
-        chosen = replace(settings, policy=policy)
+def _write_profile(profiler: Profiler, turns: Sequence[Measured[LiveTurn]], folder: Path) -> Path:
+    """The profile of this machine over all turns, as the simulator reads it."""
+    machine = folder / "this-machine.toml"
+    measured = [turn.found.measured for turn in turns if turn.found.measured]
+    profile = profiler.result(machine.stem, measured)
+    machine.write_text(profile.to_toml(), encoding="utf-8")
+    return machine
+
+
+def _simulate_all(
+    runs: LiveRuns, turns: Sequence[Measured[LiveTurn]], machine: str | Path
+) -> list[Comparison]:
+    """A row for each policy that ran and can be simulated. PolicyError where there is none."""
+    waited = max(turn.waited for turn in turns)
+    rows = []
+    for number, policy in enumerate(runs.policies):
+        if policy.label in runs.refused:
+            continue
+        live = [run for turn in turns if (run := turn.found.live[number]) is not None]
         try:
-            if policy.label in refused:
-                raise PolicyError(refused[policy.label])
-            found.append(run_live(store, chosen, prompt, sampling, _trace(folder, i)))
-        except PolicyError as error:
-            refused[policy.label] = str(error)
-            found.append(None)
-    require_some([each for each in found if each is not None], refused)
-    return measured, found
+            row = _simulated(runs.store, runs.chosen(policy), machine, runs.trace(number))
+        except RunError as error:
+            runs.refused[policy.label] = str(error)
+            continue
+        rows.append(_comparison(policy, live, row, waited))
+    require_some(rows, runs.refused)
+    return rows
 
 
 def _simulated(
@@ -152,19 +182,16 @@ def _simulated(
     """What the simulator makes of a run with these settings."""
     policy = settings.policy
     calibration = (settings.calibration or CALIBRATION) if "counts" in policy.requires else None
-    return simulate(
-        trace,
+    return simulated_row(
         policy.label,
-        store.n_experts // 2 if settings.slots is None else settings.slots,
-        settings.scope,
+        trace,
         machine,
+        slots=store.n_experts // 2 if settings.slots is None else settings.slots,
+        scope=settings.scope,
         low_bytes=settings.low.record_bytes if settings.low else None,
         calibration=calibration,
+        more=("--no-limits",),
     )
-
-
-def _trace(folder: Path, policy: int) -> Path:
-    return folder / f"{policy}.parquet"
 
 
 def run_live(
@@ -195,35 +222,6 @@ def _record(runner: Runner, ids: torch.Tensor, sampling: Sampling, trace: Path) 
         recording.discard()
         raise
     recording.finish()
-
-
-def simulate(
-    trace: Path,
-    policy: str,
-    slots: int,
-    scope: str,
-    machine: str | Path,
-    *,
-    low_bytes: int | None = None,
-    calibration: str | None = None,
-) -> dict[str, Any]:
-    """The row that `moesim compare` gives for one policy."""
-    command = [
-        *(sys.executable, "-c", "from moesim.cli import main; main()"),
-        *("compare", policy, "--trace", str(trace), "--slots", str(slots), "--scope", scope),
-        *("--machine", str(machine), "--format", "json", "--no-limits"),
-    ]
-    if low_bytes is not None:
-        command += ["--low-expert-bytes", str(low_bytes)]
-    if calibration is not None:
-        command += ["--calibration", calibration]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        why = last.removeprefix("error: ")
-        raise RunError(f"moesim could not simulate policy '{policy}': {why}")
-    row: dict[str, Any] = json.loads(done.stdout)[0]
-    return row
 
 
 def _comparison(

@@ -68,11 +68,11 @@ def _raw_rate(store: ExpertStore, settings: Settings) -> float:
     ended: SimpleQueue[Exception | None] = SimpleQueue()
     left = LINK_COPIES
 
-    def on_copied(key: int, error: Exception | None) -> None:
+    def on_copied(key: int, error: Exception | None, ended_s: float) -> None:
         nonlocal left
         left -= 1
         if error is None and left:
-            link.submit((key + 1) % store.n_keys, 0)
+            link.submit((key + 1) % store.n_keys, 0, begin_s=ended_s)
         else:
             ended.put(error)
 

@@ -9,7 +9,7 @@ constants add up to the time it took; the profile holds the medians over interle
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -21,11 +21,11 @@ from moepolicy import find_policy
 from moerun.checkpoint.families import find_experts
 from moerun.devices import calm_collector
 from moerun.errors import UsageError
+from moerun.live.gates import SessionExperts
 from moerun.live.generate import Generated
 from moerun.live.prompt import context_tokens
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.live.session import Session
 from moerun.offload.experts import attach
 from moerun.profiling.compute import ComputeCost, StepTimes, Stopwatch, costs
 from moerun.profiling.cpu import AsideBench, CpuCost
@@ -33,6 +33,7 @@ from moerun.profiling.link import LinkCost, measure_link
 from moerun.profiling.undisturbed import CALM, calmest
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
+from moerun.store.progress import Notify, silent
 
 DECODING_S = 2.0  # what one run aims at, where it is not told how long to decode
 DECODED_TOKENS = (16, 192)  # but not fewer or more
@@ -99,7 +100,7 @@ def measure(
     name: str,
     *,
     repeats: int = REPEATS,
-    report: Callable[[str], None] | None = None,
+    report: Notify | None = None,
 ) -> MachineProfile:
     """Profile ``store`` with the device, link and slots of ``settings``; takes some seconds.
 
@@ -108,7 +109,7 @@ def measure(
     """
     if repeats < 1:
         raise UsageError(f"rounds must be 1 or more, not {repeats}")
-    tell = report or (lambda text: None)  # noqa: ARG005
+    tell = report or silent
     with Profiler(store, settings) as profiler:
         turns = calmest(profiler.turn, repeats, lambda n: tell(f"measuring, turn {n}"))
         profile = profiler.result(name, [turn.found for turn in turns])
@@ -205,7 +206,7 @@ class _Bench:
     ) -> None:
         self.runner = Runner(store, settings)
         self.runner.session.wait_compiled()
-        self._watch = Stopwatch(self.runner.session, settings.device)
+        self._watch = Stopwatch(self.runner.experts, self.runner.session, settings.device)
         limit = context_tokens(self.runner.model) or (1 << 30)
         self.prompt = self.runner.encode(TEXT if prompt is None else prompt)
         if prompt is None:
@@ -223,7 +224,7 @@ class _Bench:
     def run(self) -> Watched:
         """A prompt and its decoding, unwatched and watched; the first, short one says how long
         the next may be."""
-        self._attach(self.runner.session)
+        self._attach(self.runner.experts)
         alone = self._generate()
         self._attach(self._watch)
         self._watch.steps.clear()
@@ -235,7 +236,7 @@ class _Bench:
         watching_s = (watched.decode_s - alone.decode_s) / steps
         return Watched(list(self._watch.steps), watching_s)
 
-    def _attach(self, provider: Session | Stopwatch) -> None:
+    def _attach(self, provider: SessionExperts | Stopwatch) -> None:
         attach([module for _, module in find_experts(self.runner.model)], provider)
 
     def _generate(self) -> Generated:

@@ -22,12 +22,14 @@ from moerun.errors import RunError
 from moerun.live.prompt import encode
 from moerun.live.runner import Runner
 from moerun.live.turn import turn_of
-from moerun.serving.answering import Talk
+from moerun.serving.answering import PendingAnswer
+from moerun.serving.answers import Answer
+from moerun.serving.api_error import ApiError
 from moerun.serving.chat import encode_chat, stops_of
 from moerun.serving.metrics import CONTENT_TYPE, Metrics
 from moerun.serving.middleware import Counted, Guarded
-from moerun.serving.protocol import Answer, ApiError, Ask, Defaults, parse
-from moerun.serving.worker import Done, Piece, Worker
+from moerun.serving.protocol import CompletionRequest, Defaults, parse
+from moerun.serving.worker import Completed, GenerationWorker, Piece
 
 BODY_BYTES = 16 << 20  # no prompt that a model can take is longer
 
@@ -41,7 +43,7 @@ class Service:
         index = runner.store.index
         self.model = index.model
         self.metrics = Metrics(index.model, runner.settings.policy.label)
-        self.worker = Worker(runner, queue, self.metrics.generated)
+        self.worker = GenerationWorker(runner, queue, self.metrics.generated)
         self._runner = runner
         self._defaults = defaults
         self._limit = runner.limit_tokens
@@ -82,50 +84,50 @@ class Service:
         return await self._answer("text", request)
 
     async def _answer(self, kind: Literal["chat", "text"], request: Request) -> Response:
-        ask = parse(kind, await _body(request), self.model, self._defaults)
+        asked = parse(kind, await _body(request), self.model, self._defaults)
         chat = kind == "chat"
         # A long prompt takes a while to encode, and others are being answered meanwhile.
         async with self._encoding:
-            ids = await asyncio.to_thread(self._encode, ask)
-        sampling = ask.sampling(
+            ids = await asyncio.to_thread(self._encode, asked)
+        sampling = asked.sampling(
             ids.shape[1],
             self._limit,
             self._defaults.most_tokens,
             self._stops if chat else (),
             self._turn if chat else None,
         )
-        answer = Answer(ask, self.model, int(time.time()))
-        headers = {"x-moerun-seed": str(ask.seed)}
-        talk = Talk(self.worker, ids, sampling, lead=chat)
+        answer = Answer(asked, self.model, int(time.time()))
+        headers = {"x-moerun-seed": str(asked.seed)}
+        pending = PendingAnswer(self.worker, ids, sampling, lead=chat)
         handed_on = False
         try:
-            first = await talk.first(request)
-            if not ask.stream:
-                text, generated = await talk.whole(first)
+            first = await pending.first(request)
+            if not asked.stream:
+                text, generated = await pending.whole(first)
                 return JSONResponse(answer.whole(text, generated), headers=headers)
             handed_on = True
-            return EventStream(talk, first, answer, headers)
+            return EventStream(pending, first, answer, headers)
         finally:
             if not handed_on:
-                talk.leave()
+                pending.leave()
 
-    def _encode(self, ask: Ask) -> torch.Tensor:
+    def _encode(self, asked: CompletionRequest) -> torch.Tensor:
         tokenizer, device = self._tokenizer, self._runner.settings.device
         try:
-            if ask.kind == "chat":
-                return encode_chat(tokenizer, ask.messages, device)
-            if isinstance(ask.prompt, str):
-                return encode(tokenizer, ask.prompt, device)
+            if asked.kind == "chat":
+                return encode_chat(tokenizer, asked.messages, device)
+            if isinstance(asked.prompt, str):
+                return encode(tokenizer, asked.prompt, device)
         except RunError as error:
             raise ApiError(400, str(error)) from error
         n_tokens = self._runner.model.get_input_embeddings().num_embeddings
-        if wrong := [token for token in ask.prompt if not 0 <= token < n_tokens]:
+        if wrong := [token for token in asked.prompt if not 0 <= token < n_tokens]:
             raise ApiError(
                 400,
                 f"there is no token {wrong[0]}: the model has 0 to {n_tokens - 1}",
                 param="prompt",
             )
-        return torch.tensor([ask.prompt], device=device)
+        return torch.tensor([asked.prompt], device=device)
 
     async def _models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -168,28 +170,36 @@ async def _body(request: Request) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """An answer on its way; when the client leaves, so does the talk."""
+    """An answer on its way; when the client leaves, its generation is cancelled."""
 
     def __init__(
-        self, talk: Talk, first: Piece | Done, answer: Answer, headers: dict[str, str]
+        self,
+        pending: PendingAnswer,
+        first: Piece | Completed,
+        answer: Answer,
+        headers: dict[str, str],
     ) -> None:
-        super().__init__(_sse(talk, first, answer), media_type="text/event-stream", headers=headers)
-        self._talk = talk
+        super().__init__(
+            _sse(pending, first, answer), media_type="text/event-stream", headers=headers
+        )
+        self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._talk.unwatch()  # the response itself listens for that
+        self._pending.unwatch()  # the response itself listens for that
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._talk.leave()
+            self._pending.leave()
 
 
-async def _sse(talk: Talk, first: Piece | Done, answer: Answer) -> AsyncIterator[str]:
+async def _sse(
+    pending: PendingAnswer, first: Piece | Completed, answer: Answer
+) -> AsyncIterator[str]:
     """The answer as server-sent events; an error in the middle is one of them."""
     try:
         if (opening := answer.first()) is not None:
             yield _data(opening)
-        async for event in talk.pieces(first):
+        async for event in pending.pieces(first):
             if isinstance(event, Piece):
                 yield _data(answer.piece(event.text, reasoning=event.reasoning))
             else:

@@ -13,7 +13,7 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from moerun.live.generate import Work
-from moerun.serving.worker import Worker
+from moerun.serving.worker import GenerationWorker
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 WAITS_S = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -59,6 +59,10 @@ class Metrics:
         self._useless = counter("useless_prefetches", "Experts prefetched and evicted unused.")
         self._bytes = counter("loaded_bytes", "Bytes of the experts copied.")
         self._stall_s = counter("stall_seconds", "Time that compute waited for experts.")
+        self._show_zeros()
+
+    def _show_zeros(self) -> None:
+        """Every sample is there from the start, or its rate is unknown until the second one."""
         for outcome in ("hit", "late", "miss"):
             self._experts.labels(outcome)
         for reason in ("demand", "prefetch"):
@@ -89,7 +93,7 @@ class Metrics:
         self._bytes.inc(totals.bytes_loaded)
         self._stall_s.inc(totals.stall_s)
 
-    def render(self, worker: Worker) -> bytes:
+    def render(self, worker: GenerationWorker) -> bytes:
         """The text now."""
         self._queue.set(worker.waiting)
         self._queue_limit.set(worker.waiting_limit)

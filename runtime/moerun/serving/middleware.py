@@ -8,8 +8,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moerun.serving.api_error import ApiError
 from moerun.serving.metrics import Metrics
-from moerun.serving.protocol import ApiError
 
 OPEN_PATHS = frozenset({"/health"})  # asked by what has no key: load balancers, containers
 

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from moerun.errors import RunError
-from moerun.serving.worker import Worker
+from moerun.serving.worker import GenerationWorker
 
 SLACK_S = 10.0  # for a cancelled answer's last layer, or token, and the goodbye to its client
 
@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: Any,
-        worker: Worker,
+        worker: GenerationWorker,
         *,
         drain_s: float,
         on_ready: Callable[[], None],

@@ -33,15 +33,15 @@ COMMANDS = {
 }
 
 
-class Sitting:
-    """One sitting: lines in, answers out, statistics at the end."""
+class TerminalChat:
+    """One conversation: lines in, answers out, statistics at the end."""
 
     def __init__(self, runner: Runner, sampling: Sampling, system: str | None) -> None:
         self._runner = runner
         stops = (*sampling.stop_strings, *stops_of(runner.tokenizer))
         turn = turn_of(runner.tokenizer)
         self._sampling = replace(sampling, stop_strings=stops, turn=turn)
-        self._talk = Conversation(runner.tokenizer, runner.settings.device, system)
+        self._conversation = Conversation(runner.tokenizer, runner.settings.device, system)
         self._limit = runner.limit_tokens
         self._work = NO_WORK
         self._asked = 0
@@ -98,7 +98,7 @@ class Sitting:
         if not line.startswith("/") or arguments:
             return False
         if line == "/reset":
-            self._talk.turns.clear()
+            self._conversation.turns.clear()
             self._asked = 0
             self._said_dropped = False
             self._note("the conversation is forgotten")
@@ -119,23 +119,23 @@ class Sitting:
 
     def _reply(self, line: str) -> None:
         """Answer; at a terminal an error ends the turn, not the conversation."""
-        self._talk.ask(line)
+        self._conversation.ask(line)
         try:
             prompt_ids = self._prompt()
             try:
-                self._talk.answer(self._answer(prompt_ids).text)
+                self._conversation.answer(self._answer(prompt_ids).text)
             except Exception:
                 self._runner.session.reset()
                 raise
         except (RunError, PolicyError, OSError) as error:
             if not self._terminal:
                 raise
-            del self._talk.turns[-1:]
+            del self._conversation.turns[-1:]
             self._err.print(f"error: {error}", style="red", markup=False)
 
     def _prompt(self) -> torch.Tensor:
         """The conversation as int64[1, tokens]; RunError where even its last turn is too long."""
-        prompt = self._talk.prompt(self._room())
+        prompt = self._conversation.prompt(self._room())
         check_length(self._runner.model, prompt.ids.shape[1], self._runner.context_tokens)
         if prompt.dropped and not self._said_dropped:
             self._said_dropped = True
@@ -145,14 +145,14 @@ class Sitting:
     def _answer(self, prompt_ids: torch.Tensor) -> Generated:
         seed = (self._sampling.seed + self._asked) % 2**32  # or each answer draws alike
         self._asked += 1
-        voices = Voices(self._err)
-        generation = self._runner.generation(Lead(voices.answer), voices.reasoning)
+        printer = AnswerPrinter(self._err)
+        generation = self._runner.generation(Lead(printer.answer), printer.reasoning)
         try:
             with _stopped_by_ctrl_c(generation):
                 generation.run(prompt_ids, replace(self._sampling, seed=seed))
         finally:
             generation.end_text()
-            voices.end()
+            printer.end()
             outcome = generation.outcome()
             self._work += outcome
         cut = ", stopped" if outcome.ending == "cancelled" else ""
@@ -191,7 +191,7 @@ def _stopped_by_ctrl_c(generation: Generation) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-class Voices:
+class AnswerPrinter:
     """An answer on stdout, and the reasoning before it on stderr, on lines of its own."""
 
     def __init__(self, err: Console) -> None:

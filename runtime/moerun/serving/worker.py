@@ -27,7 +27,7 @@ class Piece(NamedTuple):
     reasoning: bool = False
 
 
-class Done(NamedTuple):
+class Completed(NamedTuple):
     """The answer is complete, or as complete as it gets: see ``ending``."""
 
     generated: Generated
@@ -39,22 +39,25 @@ class Failed(NamedTuple):
     error: BaseException
 
 
-class Refused(NamedTuple):
+class NotBegun(NamedTuple):
     """It was never begun: the server is shutting down."""
 
 
-Event = Piece | Done | Failed | Refused
+AnswerEvent = Piece | Completed | Failed | NotBegun
 
 
 class QueueFull(Exception):
     """As many wait as may."""
 
 
-class Job:
-    """One prompt to be answered. ``tell`` is called from the worker's thread, Done or so last."""
+class GenerationJob:
+    """One prompt to be answered.
+
+    ``tell`` is called from the worker's thread; the last event that it gets is no Piece.
+    """
 
     def __init__(
-        self, prompt_ids: torch.Tensor, sampling: Sampling, tell: Callable[[Event], None]
+        self, prompt_ids: torch.Tensor, sampling: Sampling, tell: Callable[[AnswerEvent], None]
     ) -> None:
         self.prompt_ids = prompt_ids  # int64[1, tokens]
         self.sampling = sampling
@@ -62,7 +65,7 @@ class Job:
         self.generation: Generation | None = None
 
 
-class Worker:
+class GenerationWorker:
     """Answers jobs one after the other on a thread of its own, whatever goes wrong in one.
 
     ``observe`` is told, from that thread, of each job: the work done since the last call, and
@@ -80,8 +83,8 @@ class Worker:
         """All that has been done."""
         self._runner = runner
         self._observe = observe
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._waiting: deque[GenerationJob] = deque()
+        self._running: GenerationJob | None = None
         self._closing = False
         self._changed = threading.Condition()
         self._seen = runner.session.totals
@@ -102,11 +105,11 @@ class Worker:
     def accepting(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: GenerationJob) -> None:
         """Raises QueueFull when ``waiting_limit`` others wait already."""
         with self._changed:
             if self._closing:
-                job.tell(Refused())
+                job.tell(NotBegun())
                 return
             # One of them need not wait: the one that runs, or is about to.
             if len(self._waiting) + self.busy > self.waiting_limit:
@@ -114,7 +117,7 @@ class Worker:
             self._waiting.append(job)
             self._changed.notify_all()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: GenerationJob) -> None:
         """Nobody wants its answer any more. Harmless when it has ended."""
         with self._changed:
             if job in self._waiting:
@@ -127,7 +130,7 @@ class Worker:
         with self._changed:
             self._closing = True
             while self._waiting:
-                self._waiting.popleft().tell(Refused())
+                self._waiting.popleft().tell(NotBegun())
             self._changed.notify_all()
 
     def cancel_running(self) -> None:
@@ -150,7 +153,7 @@ class Worker:
             # Told last: whoever hears it may come again at once, and finds the worker free.
             job.tell(event)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> GenerationJob | None:
         with self._changed:
             while not self._waiting and not self._closing:
                 self._changed.wait()
@@ -164,7 +167,7 @@ class Worker:
             self._running = job
             return job
 
-    def _answer(self, job: Job) -> Done | Failed:
+    def _answer(self, job: GenerationJob) -> Completed | Failed:
         generation = job.generation
         assert generation is not None
         try:
@@ -176,7 +179,7 @@ class Worker:
             self._recover()
             return Failed(error)
         self._account(generation, generated.ending)
-        return Done(generated)
+        return Completed(generated)
 
     def _account(self, generation: Generation, ending: str) -> None:
         # Copies that ended between two jobs belong to neither; here they are counted.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,9 +14,8 @@ from moerun.errors import RunError
 from moerun.format.precision import NATIVE, Precisions
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import FORMAT_VERSION, INDEX_FILE
-from moerun.store.pack import Progress, pack
-
-Report = Callable[[str], None]
+from moerun.store.pack import pack
+from moerun.store.progress import Notify, RecordProgress
 
 
 def find_store(
@@ -25,10 +24,10 @@ def find_store(
     precision: str = NATIVE,
     attention: str = NATIVE,
     folder: Path | None = None,
-    report: Report | None = None,
-    progress: Progress | None = None,
+    report: Notify | None = None,
+    progress: RecordProgress | None = None,
 ) -> ExpertStore:
-    """The store of ``model`` (a store's folder, or what ``checkpoints.resolve`` takes).
+    """The store of ``model`` (a store's folder, or what ``hub.resolve`` takes).
 
     A checkpoint is packed into ``folder``, or into the user's cache, unless that is done already.
     What stores beside it have in the same form is shared with them.

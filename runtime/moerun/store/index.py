@@ -37,6 +37,25 @@ class LayerRecords:
     offsets: tuple[int, ...]
     crc32: tuple[int, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "module": self.module,
+            "file": self.file,
+            "bytes": self.file_bytes,
+            "offsets": list(self.offsets),
+            "crc32": list(self.crc32),
+        }
+
+    @classmethod
+    def from_json(cls, described: dict[str, Any], n_experts: int) -> LayerRecords:
+        """Raises KeyError, TypeError or ValueError when the description is not one of to_json, or
+        is not of so many experts."""
+        offsets = tuple(map(int, described["offsets"]))
+        crc32 = tuple(map(int, described["crc32"]))
+        if not len(offsets) == len(crc32) == n_experts:
+            raise ValueError("layers and experts do not match")
+        return cls(described["module"], described["file"], int(described["bytes"]), offsets, crc32)
+
 
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
@@ -159,16 +178,7 @@ class StoreIndex:
                 "params": self.shape.to_json(),
                 "record": self.layout.to_json(),
             },
-            "layers": [
-                {
-                    "module": layer.module,
-                    "file": layer.file,
-                    "bytes": layer.file_bytes,
-                    "offsets": list(layer.offsets),
-                    "crc32": list(layer.crc32),
-                }
-                for layer in self.layers
-            ],
+            "layers": [layer.to_json() for layer in self.layers],
             "packages": self.packages,
         }
 
@@ -178,20 +188,9 @@ class StoreIndex:
         model, dense, expert = described["model"], described["dense"], described["expert"]
         # Older stores have neither.
         attention, dense_crc32 = described.get("attention"), dense.get("crc32")
-        layers = tuple(
-            LayerRecords(
-                layer["module"],
-                layer["file"],
-                int(layer["bytes"]),
-                tuple(map(int, layer["offsets"])),
-                tuple(map(int, layer["crc32"])),
-            )
-            for layer in described["layers"]
-        )
-        if not layers or any(
-            len(layer.offsets) != int(model["experts"]) or len(layer.crc32) != len(layer.offsets)
-            for layer in layers
-        ):
+        n_experts = int(model["experts"])
+        layers = tuple(LayerRecords.from_json(each, n_experts) for each in described["layers"])
+        if not layers:
             raise ValueError("layers and experts do not match")
         return cls(
             model=model["name"],

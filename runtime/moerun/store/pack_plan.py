@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,12 +10,12 @@ from functools import partial
 import torch
 from moeroute.models import dense_sizes
 
-from moerun.checkpoint.families import shared_experts_of, top_k_of
+from moerun.checkpoint.families import shared_experts_of, top_k_of, vocabulary_of
 from moerun.checkpoint.source import ModelSource
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RECORD_ALIGN, RecordLayout
 from moerun.format.precision import SCHEMES, Precisions
-from moerun.format.tensorfile import TensorEntry, bytes_of, header_of
+from moerun.format.tensorfile import TensorEntry, bytes_of, header_of, memory_of
 from moerun.store.index import (
     ATTENTION_FILE,
     AttentionRecords,
@@ -122,6 +123,11 @@ def _attention_of(model: ModelSource, precisions: Precisions) -> RecordFile:
     return RecordFile(ATTENTION_FILE, precisions.attention, tuple(records))
 
 
+def crc32_of(record: torch.Tensor) -> int:
+    """The CRC-32 of a record's bytes, as the index has it."""
+    return zlib.crc32(memory_of(record))
+
+
 Checksums = Mapping[tuple[str, str], int]
 """The CRC-32 of each record written, by the names of file and record."""
 
@@ -142,7 +148,7 @@ def build_index(
     attention = plan.attention.records if plan.attention else ()
     packed = {record.name: record.layout.record_bytes for record in attention}
     config = model.config
-    sizes = dense_sizes(dense | packed, model.layers, config.vocab_size)
+    sizes = dense_sizes(dense | packed, model.layers, vocabulary_of(config))
     return StoreIndex(
         model=name,
         revision=revision,

@@ -16,19 +16,21 @@ from rich.console import Console
 from rich.progress import track
 
 from moesim.commands.options import Cold, OutputOptions, PolicyNames, Scope, Tokens
-from moesim.comparison import MACHINE, TRACE, Comparison, Point, Setting, quarters, run
-from moesim.engines.choose import Engine
+from moesim.comparison import PolicyComparison, Setting, SizedPolicy, run
+from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError
-from moesim.machine.profile import machine_names
+from moesim.machine.profile import DEFAULT_MACHINE, machine_names
 from moesim.machine.unknown import size_notes
 from moesim.report import Compared, rows_of, table
+from moesim.sizes import quarters
+from moesim.workload.loading import DEFAULT_TRACE
 
 
 def compare(
     policies: PolicyNames,
     *,
-    trace: TraceName = TRACE,
+    trace: TraceName = DEFAULT_TRACE,
     slots: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +47,7 @@ def compare(
             help="The machine to simulate: a name (see 'moesim machines') or a profile (TOML).",
             autocompletion=among(machine_names),
         ),
-    ] = MACHINE,
+    ] = DEFAULT_MACHINE,
     engine: Annotated[
         Engine,
         typer.Option(help="simpy is the reference, replay the fast loop. The results are equal."),
@@ -149,7 +151,14 @@ def compare(
             "--expert-bytes"
         )
     counts = _slots(slots, setting.meta.n_experts)
-    found = run(setting, specs, counts, timeline=timeline is not None, watch=_progress)
+    found = run(
+        setting,
+        specs,
+        counts,
+        compilations=Compilations(),
+        timeline=timeline is not None,
+        watch=_progress,
+    )
     if timeline is not None and setting.expert_bytes is not None:
         _write_timeline(timeline, found, setting, setting.expert_bytes)
     like = {} if sizes.like is None else {"sizes_like": sizes.like}
@@ -159,7 +168,9 @@ def compare(
     )
 
 
-def _write_timeline(path: Path, found: Comparison, setting: Setting, expert_bytes: int) -> None:
+def _write_timeline(
+    path: Path, found: PolicyComparison, setting: Setting, expert_bytes: int
+) -> None:
     ran = [one.result for one in found.rows if isinstance(one, Compared)]
     write_timeline(
         path,
@@ -171,7 +182,7 @@ def _write_timeline(path: Path, found: Comparison, setting: Setting, expert_byte
     )
 
 
-def _progress(points: list[Point]) -> Iterable[Point]:
+def _progress(points: list[SizedPolicy]) -> Iterable[SizedPolicy]:
     console = Console(stderr=True)
     return track(
         points, "simulating", console=console, transient=True, disable=not console.is_terminal

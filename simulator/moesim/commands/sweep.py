@@ -30,12 +30,12 @@ from rich.progress import (
 )
 
 from moesim.commands.options import Cold, scopes
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.machine.profile import machine_names
 from moesim.sweep.grid import load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.loop import Watcher
 from moesim.sweep.results import read_finished, suffix_of
-from moesim.sweep.run import Report, Settings, run_sweep
+from moesim.sweep.run import SweepReport, SweepSettings, run_sweep
 from moesim.sweep.summary import best, table
 
 SHOWN_FAILURES = 10
@@ -238,7 +238,7 @@ def sweep(
     suffix_of(out)
     if not resume:
         _check_free(out, force=force)
-    settings = Settings(on, workers, resume, restart, state)
+    settings = SweepSettings(on, workers, resume, restart, state)
     began = time.monotonic()
     try:
         with _Show() as show:
@@ -302,7 +302,7 @@ class _Show:
             self._say(f"{done} of {total} points on {workers} workers{when}")
 
 
-def _conclude(report: Report, out: str, format: Format, took_s: float) -> None:
+def _conclude(report: SweepReport, out: str, format: Format, took_s: float) -> None:
     """The best policies on stdout; on stderr what failed, and what there is now."""
     say = partial(typer.echo, err=True)
     if report.failures:

@@ -5,12 +5,9 @@ All give the same decisions and the same timeline, in integer nanoseconds.
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,30 +21,13 @@ from moepolicy.state import Cache, arrays_of, new_cache
 
 from moesim.engines import replay as twin
 from moesim.engines import replay_state
-from moesim.engines.clock import Clock
+from moesim.engines.clock import SimulatedTime
+from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.in_simpy import Simulation
 from moesim.machine.costs import Costs
-from moesim.workload.steps import Workload
-
-# Compiling takes seconds, loading what an earlier run compiled one; the interpreted loop does some
-# ten thousand steps in each. Code is used once so many of a policy's steps have been asked for.
-WORTH_COMPILING = 100_000
-WORTH_LOADING = 20_000
-CHUNK = 1 << 15  # steps whose predictions are in memory together
-PREFIX = 256  # steps on which compiled code is held against its interpreted self
+from moesim.workload.steps import CHUNK, Workload
 
 Look = Callable[[Cache, int, int], None]
-
-
-class Engine(StrEnum):
-    auto = "auto"
-    simpy = "simpy"
-    replay = "replay"
-
-
-_interpreted: dict[type[Policy], str] = {}  # policies that do not compile, and why
-_proven: set[tuple[Engine, type[Policy]]] = set()
-_asked: Counter[tuple[Engine, type[Policy]]] = Counter()
 
 
 def run(
@@ -56,6 +36,7 @@ def run(
     context: Context,
     costs: Costs,
     *,
+    compilations: Compilations,
     engine: Engine = Engine.auto,
     timeline: bool = False,
     observers: tuple[Observer, ...] = (),
@@ -63,23 +44,22 @@ def run(
     n_steps: int = 0,
     look: Look | None = None,
     n_events: int = 0,
-) -> tuple[Cache, Clock]:
+) -> tuple[Cache, SimulatedTime]:
     """Replay ``workload``; returns the cache as it ended and where the time went.
 
-    Observers and a journal need SimPy, which tells of every event; "auto" then chooses it.
-    ``n_steps`` says how many steps the policy will be asked for, where ``workload`` is not all of
-    them. The replay calls ``look`` after every stretch of at most CHUNK steps, whose events
-    (``n_events`` at most) the cache then holds.
+    ``compilations`` decides whether it runs compiled. Observers and a journal need SimPy, which
+    tells of every event; "auto" then chooses it. ``n_steps`` says how many steps the policy will
+    be asked for, where ``workload`` is not all of them. The replay calls ``look`` after every
+    stretch of at most CHUNK steps, whose events (``n_events`` at most) the cache then holds.
     """
     if engine is Engine.auto:
         engine = Engine.simpy if observers or journal is not None else Engine.replay
     kind = _Simulation if engine is Engine.simpy else _Replay
     workload = workload.shown_to(policy)
     job = kind(workload, policy, context, costs, timeline, observers, journal, look, n_events)
-    _asked[engine, policy.policy] += workload.n_steps
-    asked = max(n_steps, _asked[engine, policy.policy])
-    if _worth_compiling(job, asked) and _compiles(job):
-        return _run_compiled(job)
+    asked = max(n_steps, compilations.ask(engine, policy, workload.n_steps))
+    if compilations.pays(policy, asked, job.is_compiled) and _compiles(job, compilations):
+        return _run_compiled(job, compilations)
     return job.run(compile=False)
 
 
@@ -98,7 +78,7 @@ class _Job:
     n_events: int = 0
     engine: ClassVar[Engine]
 
-    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, SimulatedTime]:
         """The first ``n_steps`` steps (None: all of them).
 
         Interpreted it raises PolicyError where the policy fails. Compiled it raises whatever the
@@ -110,54 +90,42 @@ class _Job:
         raise NotImplementedError
 
 
-def _worth_compiling(job: _Job, asked: int) -> bool:
-    """Whether so many steps under its policy pay for code."""
-    if job.policy.policy in _interpreted:
-        return False
-    if asked >= WORTH_COMPILING:
-        return True
-    try:
-        return asked >= WORTH_LOADING and job.is_compiled()
-    except NotCompilable:
-        return False
-
-
-def _compiles(job: _Job) -> bool:
+def _compiles(job: _Job, compilations: Compilations) -> bool:
     """Whether a policy's class compiles and does the same compiled, on a prefix of the trace.
 
     Raises PolicyError where the policy fails interpreted, too: that is its author's mistake.
     """
-    policy = job.policy
-    if (job.engine, policy.policy) in _proven:
+    policy, prefix = job.policy, compilations.prefix
+    if (job.engine, policy.policy) in compilations.proven:
         return True
     trial = replace(job, timeline=False, observers=(), journal=None, look=None, n_events=0)
-    expected = _comparable(*trial.run(compile=False, n_steps=PREFIX))
+    expected = _comparable(*trial.run(compile=False, n_steps=prefix))
     reason = ""
     try:
         trial.is_compiled()  # and in which form
-        found = _comparable(*_compile_somehow(trial))
+        found = _comparable(*_compile_somehow(trial, prefix))
         same = all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
         reason = "" if same else "it decides differently when compiled"
     except Exception as error:  # numba's own, of many classes: the policy's code is beyond it
         reason = _reason(policy, error)
     if reason:
-        _run_interpreted(policy, reason)
+        compilations.interpret(policy, reason)
         return False
-    _proven.add((job.engine, policy.policy))
+    compilations.proven.add((job.engine, policy.policy))
     return True
 
 
-def _compile_somehow(trial: _Job) -> tuple[Cache, Clock]:
+def _compile_somehow(trial: _Job, n_steps: int) -> tuple[Cache, SimulatedTime]:
     """The prefix by compiled code that allocates nothing or, if need be, by code that does."""
     try:
-        return trial.run(compile=True, n_steps=PREFIX)
+        return trial.run(compile=True, n_steps=n_steps)
     except Exception as error:
         if not allow_memory(trial.policy.build(trial.context), error):
             raise
-    return trial.run(compile=True, n_steps=PREFIX)
+    return trial.run(compile=True, n_steps=n_steps)
 
 
-def _run_compiled(job: _Job) -> tuple[Cache, Clock]:
+def _run_compiled(job: _Job, compilations: Compilations) -> tuple[Cache, SimulatedTime]:
     """Run all of ``job`` compiled; where that fails, interpreted from the start.
 
     Compiled code cannot say where it failed. If the policy fails interpreted, too, that says it.
@@ -174,7 +142,7 @@ def _run_compiled(job: _Job) -> tuple[Cache, Clock]:
         for each in [*past, *([looked] if looked else [])]:
             each.again()
         found = job.run(compile=False)
-        _run_interpreted(job.policy, _reason(job.policy, error))
+        compilations.interpret(job.policy, _reason(job.policy, error))
         return found
 
 
@@ -202,16 +170,7 @@ def _reason(policy: PolicySpec, error: Exception) -> str:
     return why_not(cause, files_of(policy.policy))
 
 
-def _run_interpreted(policy: PolicySpec, reason: str) -> None:
-    """Run a policy's class interpreted from now on, and say why."""
-    _interpreted[policy.policy] = reason
-    print(
-        f"policy '{policy.name}' runs interpreted, some 100 times slower: {reason}",
-        file=sys.stderr,
-    )
-
-
-def _comparable(cache: Cache, clock: Clock) -> list[Any]:
+def _comparable(cache: Cache, clock: SimulatedTime) -> list[Any]:
     arrays = arrays_of(cache).values()
     return [*arrays, clock.total_ns, clock.stall_ns]
 
@@ -221,7 +180,7 @@ class _Simulation(_Job):
 
     engine = Engine.simpy
 
-    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, SimulatedTime]:
         cache = ExpertCache(
             self.context,
             self.policy.build(self.context),
@@ -246,7 +205,7 @@ class _Replay(_Job):
 
     engine = Engine.replay
 
-    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, Clock]:
+    def run(self, *, compile: bool, n_steps: int | None = None) -> tuple[Cache, SimulatedTime]:
         n_steps = self.workload.n_steps if n_steps is None else min(n_steps, self.workload.n_steps)
         policy, cache, clocks = self._parts(n_steps)
         costs = self.costs

@@ -33,7 +33,7 @@ class Segment(NamedTuple):
 
 
 @dataclass
-class Clock:
+class SimulatedTime:
     """Where the simulated time went, in ns, and what each lane did if that was asked for."""
 
     total_ns: int = 0
@@ -47,7 +47,7 @@ class Clock:
         if self.segments is not None:
             self.segments.append(Segment(*segment))
 
-    def follow(self, other: Clock) -> None:
+    def follow(self, other: SimulatedTime) -> None:
         """Let another run's time come after this one's; what it left under way is cut off."""
         if self.segments is not None:
             for segment in other.segments or ():

@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 
 import simpy
 from moepolicy import ExpertCache, Kind, Transfer
-from moepolicy.kinds import COMPUTE as ON_CPU
-from moepolicy.kinds import HIT, LATE, MISS, SUBSTITUTE
+from moepolicy.kinds import COMPUTE, HIT, LATE, MISS, SUBSTITUTE
 
-from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, Clock
+from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE, SimulatedTime
 from moesim.machine.costs import Costs
 from moesim.workload.steps import Workload
 
 # SimPy orders the events of one instant by priority.
-COMPLETION = 1
-COMPUTE = 10
-DISPATCH = 20
+AT_COMPLETION = 1
+AT_COMPUTE = 10
+AT_DISPATCH = 20
 
 
 Process = Generator[simpy.Event, None, None]
@@ -48,7 +47,7 @@ class At(simpy.Event):
 
 
 @dataclass(slots=True)
-class Copy:
+class SimulatedCopy:
     """An expert on its way, from the start of its copy to its arrival."""
 
     key: int
@@ -84,13 +83,15 @@ class SimulatedLink:
     as many streams for demand as for prefetch, and the bus goes to demand first.
     """
 
-    def __init__(self, env: Nanoseconds, costs: Costs, cache: ExpertCache, clock: Clock) -> None:
+    def __init__(
+        self, env: Nanoseconds, costs: Costs, cache: ExpertCache, clock: SimulatedTime
+    ) -> None:
         self.env = env
         self.costs = costs
         self.cache = cache
         self.clock = clock
         self.arrived: dict[int, None] = {}  # in order of arrival, of those not yet collected
-        self._copies: list[Copy] = []
+        self._copies: list[SimulatedCopy] = []
         self._host = Host(costs.host_bytes)
         self._bus_busy = False
         self._followed_at: dict[int, int] = {}  # by stream: when one ended that others waited for
@@ -105,7 +106,7 @@ class SimulatedLink:
             self.cache.queued() is not None or (self._copies and not self._bus_busy)
         ):
             self._dispatching = True
-            At(self.env, 0, DISPATCH).callbacks.append(self._dispatch)
+            At(self.env, 0, AT_DISPATCH).callbacks.append(self._dispatch)
 
     def want(self, key: int) -> None:
         """A guess under way turned out to be right: its bytes go with the demanded ones now."""
@@ -151,10 +152,10 @@ class SimulatedLink:
         pieces = n_pieces * (2 if costs.write_back and transfer.evicts else 1)
         self._started += 1
         self._copies.append(
-            Copy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
+            SimulatedCopy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
         )
         if ready_at > now:
-            At(self.env, ready_at - now, COMPLETION).callbacks.append(self.kick)
+            At(self.env, ready_at - now, AT_COMPLETION).callbacks.append(self.kick)
 
     def _grant_bus(self) -> None:
         """The next piece: of demand before prefetch, of what started first."""
@@ -173,9 +174,9 @@ class SimulatedLink:
         self._bus_busy = True
         self.clock.link_busy_ns += took
         self.clock.add(LINK_LANE, copy.stream, now, now + took, copy.key, int(copy.demand))
-        At(self.env, took, COMPLETION).callbacks.append(lambda _: self._piece_done(copy))
+        At(self.env, took, AT_COMPLETION).callbacks.append(lambda _: self._piece_done(copy))
 
-    def _piece_done(self, copy: Copy) -> None:
+    def _piece_done(self, copy: SimulatedCopy) -> None:
         self._bus_busy = False
         copy.pieces -= 1
         if copy.pieces == 0:
@@ -186,7 +187,7 @@ class SimulatedLink:
             self.arrived[copy.key] = None
             if self._waiting is not None:
                 waiting, self._waiting = self._waiting, None
-                self.env.schedule(waiting, COMPUTE)  # type: ignore[arg-type]
+                self.env.schedule(waiting, AT_COMPUTE)  # type: ignore[arg-type]
         self.kick()
 
 
@@ -208,12 +209,12 @@ class Simulation:
         self.cache = cache
         self.costs = costs
         self.env = Nanoseconds(initial_time=0)
-        self.clock = Clock(segments=[] if timeline else None)
+        self.clock = SimulatedTime(segments=[] if timeline else None)
         self.link = SimulatedLink(self.env, costs, cache, self.clock)
         self._detail = bool(workload.predicted) or workload.logits is not None
         self._expert_ns = costs.expert_ns.tolist(), costs.low_expert_ns.tolist()
 
-    def run(self) -> Clock:
+    def run(self) -> SimulatedTime:
         """Replay the steps; returns where the time went."""
         done = self.env.process(self._compute())
         self.env.run(until=done)
@@ -226,7 +227,7 @@ class Simulation:
         layers = self.workload.layer.tolist()
         for number in range(self.n_steps):
             began = self.env.now
-            yield At(self.env, gate_ns[number], COMPUTE)
+            yield At(self.env, gate_ns[number], AT_COMPUTE)
             self.clock.add(COMPUTE_LANE, 0, began, self.env.now, -1 - layers[number], 1)
             yield from self._expert_step(number)
             if decode[number]:
@@ -268,7 +269,7 @@ class Simulation:
             key = ready.pop(0)
             runs = stand_ins.get(key, key)
             took = self._expert_ns[cache.is_low(runs)][routed[key]]
-            yield At(self.env, waking_ns + took, COMPUTE)
+            yield At(self.env, waking_ns + took, AT_COMPUTE)
             self.clock.stall_ns += waking_ns
             self.clock.add(COMPUTE_LANE, 0, began + waking_ns, self.env.now, runs, 1)
             waking_ns = 0
@@ -276,7 +277,7 @@ class Simulation:
             link.kick()
         if joins_at > self.env.now:
             self.clock.stall_ns += joins_at - self.env.now
-            yield At(self.env, joins_at - self.env.now, COMPUTE)
+            yield At(self.env, joins_at - self.env.now, AT_COMPUTE)
         cache.end()
         link.kick()
 
@@ -285,7 +286,7 @@ class Simulation:
         free_at = [self.env.now] * self.costs.cpu_workers
         joins_at = 0
         for key, kind in outcome.items():
-            if kind == ON_CPU:
+            if kind == COMPUTE:
                 worker = free_at.index(min(free_at))
                 began = free_at[worker]
                 free_at[worker] += int(self.costs.cpu_ns[routed[key]])

@@ -12,20 +12,23 @@ from dataclasses import dataclass
 
 import numpy as np
 from moepolicy import NO_LOGITS, NO_PREDICTIONS, Context, Policy, PolicySpec, Step, machine
+from moepolicy.counts import Counts, counts_of
 from moepolicy.policy import overrides
 from moepolicy.state import Cache, new_cache
 from numpy.typing import NDArray
 
 from moesim.engines import replay as twin
-from moesim.engines.choose import CHUNK, run
-from moesim.engines.clock import Clock
-from moesim.engines.replay_state import Work, clock_of, new_clocks
+from moesim.engines.choose import run
+from moesim.engines.clock import SimulatedTime
+from moesim.engines.compilations import Compilations
+from moesim.engines.replay_state import ReplaySteps, clock_of, new_clocks
 from moesim.machine.costs import Costs
 from moesim.machine.profile import Machine
-from moesim.workload.steps import Workload
+from moesim.workload.steps import CHUNK, Workload
 
 # How a step came by an expert: two bits a rank, above the lowest, which says if a pass begins.
-# (HELD, 0: it was there.) `moesim.engines.onepass_kernel` finds them.
+# (HELD, 0: it was there.) `moesim.engines.onepass_kernel`
+# finds them.
 INTO_FREE = 1
 INTO_EMPTIED = 2
 BYPASSED = 3
@@ -34,16 +37,16 @@ WIDEST = 10  # experts a step: kinds are counted in a table with an entry for ea
 
 @dataclass(frozen=True)
 class Decisions:
-    """A run's counters, by Kind, and how many of its steps are of each kind of step."""
+    """What a run counted, and how many of its steps are of each kind of step."""
 
-    counts: NDArray[np.int64]
+    counts: Counts
     steps: dict[int, int]
     top_k: int
     staging: int
 
-    def clock(self, costs: Costs) -> Clock:
+    def clock(self, costs: Costs) -> SimulatedTime:
         """Where the time goes with these costs: a run's own clock, to the ns."""
-        total = Clock()
+        total = SimulatedTime()
         for kind, n in self.steps.items():
             spent = _time(kind, self.top_k, self.staging, costs)
             total.total_ns += n * spent.total_ns
@@ -69,7 +72,13 @@ def timeless(workload: Workload, policy: PolicySpec, on: Machine, slots: int, sc
 
 
 def decide(
-    workload: Workload, policy: PolicySpec, costs: Costs, slots: int, scope: str
+    workload: Workload,
+    policy: PolicySpec,
+    costs: Costs,
+    slots: int,
+    scope: str,
+    *,
+    compilations: Compilations,
 ) -> Decisions:
     """Replay ``workload``, which must be `timeless`; any ``costs`` of it will do."""
     from moesim.engines.onepass_kernel import count_kinds
@@ -87,10 +96,12 @@ def decide(
     context = workload.context(slots, scope)
     # A key is wanted, copied, bypassed and kept after all, and two others leave for it.
     room = 6 * top_k * min(CHUNK, workload.n_steps) + len(Step._fields)
-    cache, _ = run(workload, policy, context, costs, look=look, n_events=room)
+    cache, _ = run(
+        workload, policy, context, costs, compilations=compilations, look=look, n_events=room
+    )
     kinds = np.flatnonzero(table)
     return Decisions(
-        counts=cache.counters.copy(),
+        counts=counts_of(cache),
         steps=dict(zip(kinds.tolist(), table[kinds].tolist(), strict=True)),
         top_k=top_k,
         staging=cache.staging_buffers,
@@ -108,7 +119,7 @@ class _Scripted(Policy):
         return int(candidates[0]) if self.came[incoming] == INTO_EMPTIED else -1
 
 
-def _time(kind: int, top_k: int, staging: int, costs: Costs) -> Clock:
+def _time(kind: int, top_k: int, staging: int, costs: Costs) -> SimulatedTime:
     """The replay's clock after one step of a kind: keys 0 to top_k - 1 wanted, others cached that
     may go."""
     came = [kind >> (1 + 2 * rank) & 3 for rank in range(top_k)]
@@ -124,7 +135,7 @@ def _time(kind: int, top_k: int, staging: int, costs: Costs) -> Clock:
     begins = np.array([bool(kind & 1)])
     wanted = np.arange(top_k, dtype=np.int32)
     ones = np.ones(top_k, np.int32)
-    work = Work(
+    work = ReplaySteps(
         wanted,
         np.ones(top_k, np.float32),
         np.array([0, top_k]),

@@ -6,9 +6,8 @@ import numpy as np
 from moepolicy.kinds import BYPASS, EVICT, LOAD
 from numpy.typing import NDArray
 
+from moesim.engines.onepass import BYPASSED, INTO_EMPTIED, INTO_FREE
 from moesim.jit import jit
-
-INTO_FREE, INTO_EMPTIED, BYPASSED = 1, 2, 3  # as moesim.engines.onepass has them
 
 
 @jit

@@ -18,7 +18,7 @@ from moepolicy.steps import Step
 from numpy.typing import NDArray
 
 from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
-from moesim.engines.replay_state import NEVER, Clocks, Work, step_at
+from moesim.engines.replay_state import NEVER, Clocks, ReplaySteps, step_at
 from moesim.machine.costs import Costs
 
 DONE = -1  # an expert's outcome once it is computed
@@ -43,7 +43,7 @@ def unreachable(cache: Cache, costs: Costs, clocks: Clocks) -> frozenset[Any]:
 def replay(
     cache: Cache,
     policy: Any,
-    work: Work,
+    work: ReplaySteps,
     costs: Costs,
     clocks: Clocks,
     steps: tuple[int, int],

@@ -11,7 +11,7 @@ import numpy as np
 from moepolicy.steps import Step
 from numpy.typing import NDArray
 
-from moesim.engines.clock import Clock, Segment
+from moesim.engines.clock import Segment, SimulatedTime
 from moesim.machine.costs import Costs
 from moesim.workload.steps import Workload
 
@@ -55,7 +55,7 @@ class Clocks(NamedTuple):
     segments: NDArray[np.int64]  # [capacity, 6] the timeline; capacity 0: not kept
 
 
-class Work(NamedTuple):
+class ReplaySteps(NamedTuple):
     """The steps of a workload, as compiled code takes them."""
 
     keys: NDArray[np.int32]
@@ -101,8 +101,8 @@ def new_clocks(costs: Costs, n_keys: int, n_segments: int = 0) -> Clocks:
     )
 
 
-def work_of(workload: Workload) -> Work:
-    return Work(
+def work_of(workload: Workload) -> ReplaySteps:
+    return ReplaySteps(
         workload.keys,
         workload.weights,
         workload.offsets,
@@ -112,10 +112,10 @@ def work_of(workload: Workload) -> Work:
     )
 
 
-def clock_of(clocks: Clocks) -> Clock:
+def clock_of(clocks: Clocks) -> SimulatedTime:
     """Where the time went until now."""
     segments = clocks.segments[: clocks.n_segments[0]].tolist()
-    return Clock(
+    return SimulatedTime(
         total_ns=clocks.now.item(),
         decode_ns=clocks.decode_ns.item(),
         prompt_ns=clocks.prompt_ns.item(),
@@ -126,7 +126,7 @@ def clock_of(clocks: Clocks) -> Clock:
 
 
 def step_at(
-    work: Work,
+    work: ReplaySteps,
     number: int,
     row: int,
     logits: NDArray[np.float32],

@@ -20,10 +20,8 @@ from moepolicy.policy import Context
 from moepolicy.state import Cache, new_cache
 from numpy.typing import NDArray
 
-from moesim.engines.replay_state import Work, step_at, work_of
-from moesim.workload.steps import Workload
-
-CHUNK = 1 << 15  # steps whose predictions are in memory together
+from moesim.engines.replay_state import ReplaySteps, step_at, work_of
+from moesim.workload.steps import CHUNK, Workload
 
 
 def decisions(
@@ -64,7 +62,7 @@ def decisions(
 def decide(
     cache: Cache,
     policy: Any,
-    work: Work,
+    work: ReplaySteps,
     steps: tuple[int, int],
     logits: NDArray[np.float32],
     predicted: NDArray[np.float32],

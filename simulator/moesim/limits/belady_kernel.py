@@ -8,11 +8,10 @@ heap of steps, and beside it stands how many are due at each step.
 from __future__ import annotations
 
 import numpy as np
+from moepolicy import NO_USE
 from numpy.typing import NDArray
 
 from moesim.jit import jit
-
-NO_USE = np.iinfo(np.int64).max  # as moepolicy has it
 
 # What window_loads counts.
 LOADS = 0  # from an empty cache

@@ -29,7 +29,7 @@ REACH = 32
 FINE = (1, 8)  # units between the starts of windows that reach up to REACH times as far
 # Of longer traces only the doubling windows: the fine ones cost three times as much.
 FINE_UNITS = 1 << 17
-BLOCK = 1 << 18  # steps whose costs are in memory together
+BLOCK_STEPS = 1 << 18  # steps whose costs are in memory together
 
 Counts = NDArray[np.int64]
 
@@ -145,7 +145,7 @@ def _units(
     """What each unit (as many steps as layers) has to do, and the least time of its single
     steps together: of a prompt's step wider than the cache, say."""
     unit = workload.meta.n_layers
-    block = unit * max(1, BLOCK // unit)
+    block = unit * max(1, BLOCK_STEPS // unit)
     parts, sums = [], []
     for first in range(0, workload.n_steps, block):
         offsets = workload.offsets[first : first + block + 1]

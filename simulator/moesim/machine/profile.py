@@ -18,10 +18,11 @@ from moesim.errors import SimulationError, UsageError
 SHIPPED = Path(__file__).parents[1] / "machines"
 SOURCES = ("measured", "published")
 NS_PER_S = 1_000_000_000
+DEFAULT_MACHINE = "rtx3060"  # where a command or function is told of none
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkProfile:
     """The way from where the experts are kept to where they are used.
 
     ``streams`` copies may be under way at once: their latencies overlap, their bytes share the
@@ -78,12 +79,18 @@ class Compute:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine profile. ``source`` tells measured constants from published ones."""
+    """One machine profile: what copies, disk reads and compute take. Times are seconds, sizes
+    bytes, rates bytes/s.
+
+    source  "measured" or "published": where the constants are from
+    disk    a stage before the link; None: the experts are in host memory
+    cpu     None: no policy may compute on CPU workers
+    """
 
     name: str
     description: str
     source: str
-    link: Link
+    link: LinkProfile
     compute: Compute
     disk: Disk | None = None
     cpu: Cpu | None = None
@@ -139,6 +146,7 @@ def _ns(seconds: float) -> int:
 
 
 def machine_names() -> list[str]:
+    """The names of the profiles that ship with the simulator, for `load_machine`."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
@@ -169,7 +177,7 @@ def _machine(path: Path, table: dict[str, Any]) -> Machine:
         name=str(table.get("name", path.stem)),
         description=str(table.get("description", "")),
         source=source,
-        link=Link(**_numbers(path, "link", table, Link)),
+        link=LinkProfile(**_numbers(path, "link", table, LinkProfile)),
         compute=Compute(**_numbers(path, "compute", table, Compute)),
         disk=Disk(**_numbers(path, "disk", table, Disk)) if "disk" in table else None,
         cpu=Cpu(**_numbers(path, "cpu", table, Cpu)) if "cpu" in table else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from moesim.sweep.point import Point
+from moesim.sweep.point import SweepPoint
 from moesim.sweep.worker import Outcome
 
 HOPELESS = 3  # workers in a row that died before they could do anything
@@ -32,7 +32,7 @@ class Lost(NamedTuple):
     reason: str
 
 
-Event = Ready | Finished | Lost
+PoolEvent = Ready | Finished | Lost
 
 
 class Connected(NamedTuple):
@@ -54,10 +54,10 @@ class Pool(Protocol):
 
     def start(self) -> None: ...
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         """Hand numbered points to a worker that is ready or has finished its last."""
 
-    def events(self, timeout_s: float) -> list[Event]:
+    def events(self, timeout_s: float) -> list[PoolEvent]:
         """What has happened; empty after ``timeout_s``. Raises SimulationError when no worker
         can be had any more."""
 

@@ -36,19 +36,17 @@ from pathlib import Path
 from typing import Any
 
 from moepolicy import PolicySpec, find_policy
+from moepolicy.amounts import NoAmountError, parse_bytes
 from moepolicy.console import nearest
 from moeroute.sizes import GivenSizes
 
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.errors import SimulationError, UsageError
+from moesim.machine.profile import DEFAULT_MACHINE
+from moesim.workload.loading import DEFAULT_TRACE
 
 SCOPES = ("layer", "global")
 EXCLUSIVE = (("slots", "memory"), ("precisions", "expert_bytes"))
-UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{unit}": base**power
-    for unit, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
 Parameters = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
@@ -57,11 +55,11 @@ class Grid:
     """The axes of a sweep. ``parameters`` is policy -> parameter -> values."""
 
     policies: tuple[str, ...] = ()
-    traces: tuple[str, ...] = ("tiny",)
+    traces: tuple[str, ...] = (DEFAULT_TRACE,)
     slots: tuple[int, ...] = ()  # without slots and memory: quarters of a layer's experts
     memory: tuple[int, ...] = ()  # bytes
     scopes: tuple[str, ...] = ("layer",)
-    machines: tuple[str, ...] = ("rtx3060",)
+    machines: tuple[str, ...] = (DEFAULT_MACHINE,)
     precisions: tuple[str, ...] = ()  # without these and expert_bytes: a trace's own
     expert_bytes: tuple[int, ...] = ()
     low_precision: str | None = None
@@ -226,13 +224,10 @@ def _whole(name: str, value: Any) -> int:
 
 def _budget(name: str, value: Any) -> int:
     """Bytes from 9GiB, 500 MB, 1.5GiB or plain bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    units = {unit.lower(): size for unit, size in UNITS.items()}
-    if isinstance(value, bool) or not found or found[2].lower() not in units:
-        raise UsageError(
-            f"{name}: {value!r} is no amount of memory: write it as 9GiB, 500MB or bytes"
-        )
-    return int(float(found[1]) * units[found[2].lower()])
+    try:
+        return parse_bytes(str(value))
+    except NoAmountError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def _scope(name: str, value: Any) -> str:

@@ -21,7 +21,7 @@ from moesim.errors import SimulationError
 SYNC_S = 1.0  # at most so much work is lost to a power cut, and none to a kill
 
 
-class Journal:
+class SweepJournal:
     """The finished points of one sweep, in a folder that no other sweep may use meanwhile."""
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class Journal:
         self.finished = self._read()
         self._synced_at = time.monotonic()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> SweepJournal:
         return self
 
     def __exit__(

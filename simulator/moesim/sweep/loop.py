@@ -8,8 +8,8 @@ from typing import Any
 
 from moesim.gap import gap_of
 from moesim.sweep.events import Finished, Lost, Pool
-from moesim.sweep.journal import Journal
-from moesim.sweep.plan import Plan
+from moesim.sweep.journal import SweepJournal
+from moesim.sweep.plan import SweepPlan
 from moesim.sweep.schedule import Schedule
 from moesim.sweep.worker import Outcome
 
@@ -41,7 +41,9 @@ class _State:
 class Sweep:
     """One sweep over the points of ``plan`` that ``journal`` does not have yet."""
 
-    def __init__(self, plan: Plan, journal: Journal, watcher: Watcher | None = None) -> None:
+    def __init__(
+        self, plan: SweepPlan, journal: SweepJournal, watcher: Watcher | None = None
+    ) -> None:
         self.plan = plan
         self.journal = journal
         self.watcher = watcher or Watcher()

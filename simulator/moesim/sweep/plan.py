@@ -20,24 +20,24 @@ from moesim.errors import SimulationError, UsageError
 from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
 from moesim.simulate import check_calibration, check_needs, check_workers
-from moesim.sizes import expert_size, low_expert_size
+from moesim.sizes import expert_size, low_expert_size, quarters
 from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid
-from moesim.sweep.point import Calibration, Job, NamedPolicy, Point, Source
+from moesim.sweep.point import Calibration, NamedPolicy, SweepJob, SweepPoint, TraceSource
 
 SHOWN = 3  # reasons in one message
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """The points in the order of the result's rows, and what they share."""
 
     grid: Grid
-    job: Job
-    points: tuple[Point, ...]
+    job: SweepJob
+    points: tuple[SweepPoint, ...]
     all_parameters: tuple[dict[str, Any], ...]  # of each policy, defaults included
 
-    def name(self, point: Point) -> str:
+    def name(self, point: SweepPoint) -> str:
         """A point as messages name it."""
         job = self.job
         size = f"slots={point.slots}"
@@ -62,7 +62,7 @@ class Plan:
                 bases[_setting(point)] = point.key
         return {p.key: bases[_setting(p)] for p in self.points if _setting(p) in bases}
 
-    def labels(self, point: Point) -> dict[str, Any]:
+    def labels(self, point: SweepPoint) -> dict[str, Any]:
         """The columns that say what a row is of."""
         source = self.job.traces[point.trace]
         policy = self.job.policies[point.policy]
@@ -89,7 +89,7 @@ class Plan:
         }
 
 
-def make_plan(grid: Grid) -> Plan:
+def make_plan(grid: Grid) -> SweepPlan:
     """Lay ``grid`` out. Raises SimulationError, PolicyError or TraceError, also if no point of it
     can be simulated."""
     specs = grid.specs()
@@ -106,7 +106,7 @@ def make_plan(grid: Grid) -> Plan:
     asked = [point for point in points if not point.reference]
     if all(point.refused for point in asked):
         raise none_valid(len(asked), [point.refused or "" for point in asked])
-    job = Job(
+    job = SweepJob(
         traces=tuple(layout.sources),
         policies=tuple(layout.policies),
         machines=tuple(machines),
@@ -118,7 +118,7 @@ def make_plan(grid: Grid) -> Plan:
             Calibration(calibration.expert_counts(), calibration.digest) if calibration else None
         ),
     )
-    return Plan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
+    return SweepPlan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
 
 
 def none_valid(n_points: int, reasons: Iterable[str]) -> SimulationError:
@@ -155,7 +155,7 @@ class _Layout:
         self.calibration = calibration
         wanted = {need for spec in specs for need in spec.requires}
         self.sources = [
-            Source(
+            TraceSource(
                 *_sized(grid, trace),
                 path=name,
                 place=_place(name, trace),
@@ -167,10 +167,10 @@ class _Layout:
             for name, trace in zip(grid.traces, traces, strict=True)
         ]
 
-    def points(self, number: int) -> list[Point]:
+    def points(self, number: int) -> list[SweepPoint]:
         trace, grid = self.traces[number], self.grid
         sizes: list[tuple[int | None, int | None]] = [(None, budget) for budget in grid.memory]
-        sizes = sizes or [(slots, None) for slots in grid.slots or _quarters(trace.meta)]
+        sizes = sizes or [(slots, None) for slots in grid.slots or quarters(trace.meta.n_experts)]
         precisions: list[tuple[str | None, int | None]] = [(p, None) for p in grid.precisions]
         precisions = precisions or [(None, size) for size in grid.expert_bytes or [None]]
         axes = (grid.scopes, precisions, range(len(self.machines)), sizes, range(len(self.specs)))
@@ -189,7 +189,7 @@ class _Layout:
         slots: int | None,
         budget: int | None,
         policy: int,
-    ) -> Point:
+    ) -> SweepPoint:
         trace, spec = self.traces[number], self.specs[policy]
         source, size = self.sources[number], 0
         refused, meta = source.refused, source.meta
@@ -232,7 +232,7 @@ class _Layout:
             what |= {"calibration": calibration.digest}
         if refused:
             what |= {"precision": precision, "path": source.path}
-        return Point(
+        return SweepPoint(
             key=digest_of(what)[:32],
             trace=number,
             policy=policy,
@@ -256,7 +256,7 @@ def _sized(grid: Grid, trace: Trace) -> tuple[TraceMeta, str | None]:
         return trace.meta, str(error)
 
 
-def _setting(point: Point) -> tuple[Any, ...]:
+def _setting(point: SweepPoint) -> tuple[Any, ...]:
     """What two points share whose policies are compared."""
     size = point.slots, point.memory_bytes
     return point.trace, point.machine, point.scope, *size, point.expert_bytes, point.precision
@@ -290,7 +290,3 @@ def _all_parameters(spec: PolicySpec) -> dict[str, Any]:
         name: value if isinstance(value, int | float | str) else repr(value)
         for name, value in {**defaults, **spec.parameters}.items()
     }
-
-
-def _quarters(meta: TraceMeta) -> list[int]:
-    return sorted({max(1, meta.n_experts * quarter // 4) for quarter in (1, 2, 3)})

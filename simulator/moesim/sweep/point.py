@@ -13,7 +13,7 @@ from moesim.machine.profile import Machine
 
 
 @dataclass(frozen=True)
-class Source:
+class TraceSource:
     """A trace of the grid: its name there, where it is, what it must be, what is read of it.
 
     ``meta`` is its own with the sizes that the grid gives it, unless ``refused`` says why those
@@ -31,7 +31,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One simulation. ``trace``, ``policy`` and ``machine`` number the plan's.
 
     A cache has ``slots`` a layer or, where that is None, what ``memory_bytes`` holds. ``key``
@@ -78,13 +78,13 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """What every worker must know to run any point.
 
     ``timings`` is how many points differ only in what takes how long.
     """
 
-    traces: tuple[Source, ...]
+    traces: tuple[TraceSource, ...]
     policies: tuple[NamedPolicy, ...]
     machines: tuple[Machine, ...]
     engine: str

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import SimulationError
-from moesim.sweep.events import HOPELESS, Event, Finished, Lost, Ready
-from moesim.sweep.point import Job, Point
-from moesim.sweep.worker import Worker, one_thread
+from moesim.sweep.events import HOPELESS, Finished, Lost, PoolEvent, Ready
+from moesim.sweep.point import SweepJob, SweepPoint
+from moesim.sweep.worker import SweepWorker, one_thread
 
 STOP_S = 2.0
 
@@ -31,7 +31,7 @@ class _Process:
 class ProcessPool:
     """``n_workers`` processes, each computing on one thread."""
 
-    def __init__(self, job: Job, scratch: Path, n_workers: int) -> None:
+    def __init__(self, job: SweepJob, scratch: Path, n_workers: int) -> None:
         self.n_workers = n_workers
         self._job = job
         self._scratch = scratch
@@ -54,15 +54,15 @@ class ProcessPool:
         self._workers[self._next] = _Process(process, ours)
         self._next += 1
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         try:
             self._workers[worker].pipe.send(points)
         except OSError:
             return  # it has just died; the next events say so
 
-    def events(self, timeout_s: float) -> list[Event]:
+    def events(self, timeout_s: float) -> list[PoolEvent]:
         pipes = {held.pipe: worker for worker, held in self._workers.items()}
-        found: list[Event] = []
+        found: list[PoolEvent] = []
         for pipe in wait(list(pipes), timeout_s):
             assert isinstance(pipe, Connection)
             worker = pipes[pipe]
@@ -117,13 +117,13 @@ def _how(code: int | None) -> str:
     return f"ended with code {code}"
 
 
-def _work(pipe: Connection, job: Job, scratch: Path) -> None:
+def _work(pipe: Connection, job: SweepJob, scratch: Path) -> None:
     """A worker process: points in, outcomes out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep stops its workers itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     one_thread()
     _die_with_parent()
-    worker = Worker(job, scratch)
+    worker = SweepWorker(job, scratch)
     try:
         pipe.send(None)
         while True:

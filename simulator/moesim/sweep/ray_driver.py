@@ -22,8 +22,8 @@ from typing import Any
 
 from moesim.sweep.digests import code_digest
 from moesim.sweep.events import HOPELESS, Connected, Finished, Gone, Lost, Ready
-from moesim.sweep.point import Job, Point
-from moesim.sweep.worker import Outcome, Worker, one_thread
+from moesim.sweep.point import SweepJob, SweepPoint
+from moesim.sweep.worker import Outcome, SweepWorker, one_thread
 
 REACH_S = 5.0
 GONE_S = 15.0  # a cluster that cannot be reached for so long is given up
@@ -37,16 +37,16 @@ OBJECT_STORE_BYTES = 100 << 20  # hardly anything is kept there
 class NodeWorker:
     """A worker as an actor on some node. The workers of a node share its copy of a workload."""
 
-    def __init__(self, job: Job, token: str) -> None:
+    def __init__(self, job: SweepJob, token: str) -> None:
         one_thread()
         self.node = socket.gethostname()
-        self.worker = Worker(job, node_scratch(token), self.node)
+        self.worker = SweepWorker(job, node_scratch(token), self.node)
 
     def hello(self) -> tuple[str, str]:
         """The node's name, and which code of moesim it has."""
         return self.node, code_digest()
 
-    def run(self, point: Point) -> Outcome:
+    def run(self, point: SweepPoint) -> Outcome:
         return self.worker.run(point)
 
 
@@ -60,7 +60,7 @@ def clean(token: str) -> None:
 
 
 def drive(
-    pipe: Connection, address: str | None, job: Job, n_workers: int | None, log: Path
+    pipe: Connection, address: str | None, job: SweepJob, n_workers: int | None, log: Path
 ) -> None:
     """Serve the pool at the other end of ``pipe`` until it hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -129,7 +129,7 @@ class _Actor:
 
 
 class _Driver:
-    def __init__(self, pipe: Connection, job: Job) -> None:
+    def __init__(self, pipe: Connection, job: SweepJob) -> None:
         import ray
 
         self._ray = ray

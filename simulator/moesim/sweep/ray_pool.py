@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import SimulationError, UsageError
-from moesim.sweep.events import Connected, Event, Gone
-from moesim.sweep.point import Job, Point
+from moesim.sweep.events import Connected, Gone, PoolEvent
+from moesim.sweep.point import SweepJob, SweepPoint
 
 START_S = 120.0
-STOP_S = 30.0
+LEAVE_S = 30.0  # to leave the cluster tidy
 
 
 def ray_address(on: str) -> str | None:
@@ -44,7 +44,7 @@ class RayPool:
     ``log`` receives what Ray says.
     """
 
-    def __init__(self, job: Job, on: str, n_workers: int | None, log: Path) -> None:
+    def __init__(self, job: SweepJob, on: str, n_workers: int | None, log: Path) -> None:
         if importlib.util.find_spec("ray") is None:
             raise SimulationError(
                 f"--on {on} needs Ray, which is not installed: pip install 'moe-offload-lab[ray]'"
@@ -70,14 +70,14 @@ class RayPool:
         assert isinstance(first, Connected)
         self.n_workers = first.n_workers
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         try:
             self._pipe.send((worker, list(points)))
         except OSError:
             return  # the driver is gone; the next events say so
 
-    def events(self, timeout_s: float) -> list[Event]:
-        found: list[Event] = []
+    def events(self, timeout_s: float) -> list[PoolEvent]:
+        found: list[PoolEvent] = []
         while self._pipe.poll(0 if found else timeout_s):
             found.append(self._receive())
         return found
@@ -86,7 +86,7 @@ class RayPool:
         try:
             message = self._pipe.recv()
         except (EOFError, OSError):
-            self._process.join(STOP_S)
+            self._process.join(LEAVE_S)
             raise SimulationError(
                 f"{self._where} went away: its driver ended with code {self._process.exitcode}"
             ) from None
@@ -98,14 +98,14 @@ class RayPool:
         if self._process.pid is None:
             return
         self._pipe.close()  # which tells the driver to leave the cluster tidy
-        self._process.join(STOP_S)
+        self._process.join(LEAVE_S)
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
 
 
 def _drive(
-    pipe: Connection, address: str | None, job: Job, n_workers: int | None, log: Path
+    pipe: Connection, address: str | None, job: SweepJob, n_workers: int | None, log: Path
 ) -> None:
     from moesim.sweep.ray_driver import drive
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
+from moepolicy.counts import columns as row_columns
 from moepolicy.outputs import check_suffix, written_whole
 from moepolicy.tables import to_json
 from moeroute.parquet import is_url
@@ -17,7 +17,7 @@ from moeroute.parquet import is_url
 from moesim.errors import SimulationError
 from moesim.gap import Gap
 from moesim.result import Result
-from moesim.sweep.plan import Plan
+from moesim.sweep.plan import SweepPlan
 from moesim.sweep.worker import versions
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ def _schema() -> dict[str, pl.DataType]:
 
 def columns() -> dict[str, type]:
     """Name and type of every column. A result that may be missing has the type it has if not."""
-    found = dict(LABELS)
-    for name, kind in get_type_hints(Result).items():
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        found.setdefault(name, next(one for one in kinds if one is not type(None)))
+    found = LABELS | {n: kind for n, kind in row_columns(Result).items() if n not in LABELS}
     return found | dict.fromkeys(Gap("", None, None).row(), float)
 
 
@@ -84,7 +81,7 @@ def suffix_of(out: str) -> str:
     return check_suffix(out, SUFFIXES[:1] if is_url(out) else SUFFIXES)
 
 
-def write(frame: pl.DataFrame, plan: Plan, out: str) -> None:
+def write(frame: pl.DataFrame, plan: SweepPlan, out: str) -> None:
     """Write ``out`` whole or not at all. Raises SimulationError naming it."""
     suffix, metadata = suffix_of(out), {METADATA: json.dumps(asdict(plan.grid))}
     with _naming(out):

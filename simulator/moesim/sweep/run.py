@@ -14,7 +14,7 @@ from moeroute.parquet import is_url
 from moesim.errors import SimulationError
 from moesim.sweep.events import Pool
 from moesim.sweep.grid import Grid
-from moesim.sweep.journal import Journal
+from moesim.sweep.journal import SweepJournal
 from moesim.sweep.loop import Sweep, Watcher
 from moesim.sweep.plan import make_plan, none_valid
 from moesim.sweep.pool import ProcessPool
@@ -25,7 +25,7 @@ LOCAL = "local"
 
 
 @dataclass(frozen=True)
-class Settings:
+class SweepSettings:
     """How a sweep is run; none of it changes the result.
 
     on        "local", "ray", or a cluster's address
@@ -43,7 +43,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Report:
+class SweepReport:
     """What a sweep came to. ``rows`` are those written; ``failures`` names points and errors, the
     ``refused`` among them, whose policy cannot run on their trace."""
 
@@ -55,15 +55,15 @@ class Report:
 
 
 def run_sweep(
-    grid: Grid, out: str, settings: Settings | None = None, watcher: Watcher | None = None
-) -> Report:
+    grid: Grid, out: str, settings: SweepSettings | None = None, watcher: Watcher | None = None
+) -> SweepReport:
     """Simulate every point of ``grid`` and write them to ``out``, a file or URL polars can write.
 
     Points that fail are rows with their error. Raises SimulationError, PolicyError or TraceError
     where the sweep cannot be begun or finished; what was finished is kept then, and on a
     KeyboardInterrupt, and used by ``resume``.
     """
-    settings, watcher = settings or Settings(), watcher or Watcher()
+    settings, watcher = settings or SweepSettings(), watcher or Watcher()
     if settings.on != LOCAL:
         ray_address(settings.on)
     plan = make_plan(grid)
@@ -94,7 +94,7 @@ def run_sweep(
         if point.key in sweep.failed and not point.reference
     }
     refused = sum(bool(point.refused) and not point.reference for point in plan.points)
-    return Report(rows, failures, kept=kept, ran=todo, refused=refused)
+    return SweepReport(rows, failures, kept=kept, ran=todo, refused=refused)
 
 
 def _check_out(out: str) -> None:
@@ -113,9 +113,9 @@ def _beside(out: str) -> Path:
     return Path((out.rsplit("/", 1)[-1] if is_url(out) else out) + ".partial")
 
 
-def _journal(folder: Path, settings: Settings) -> Journal:
+def _journal(folder: Path, settings: SweepSettings) -> SweepJournal:
     """The journal to go on with. SimulationError where it is not said whether to."""
-    journal = Journal(folder)
+    journal = SweepJournal(folder)
     if journal.finished and not settings.resume:
         if not settings.restart:
             n = len(journal.finished)
@@ -137,7 +137,7 @@ def _kept(sweep: Sweep, watcher: Watcher) -> int:
     return len(found & sweep.plan.asked)
 
 
-def _pool(sweep: Sweep, settings: Settings) -> Pool:
+def _pool(sweep: Sweep, settings: SweepSettings) -> Pool:
     job, journal = sweep.plan.job, sweep.journal
     if settings.on != LOCAL:
         return RayPool(job, settings.on, settings.workers, journal.folder / "ray.log")

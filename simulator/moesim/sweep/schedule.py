@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
-from moesim.sweep.plan import Plan
+from moesim.sweep.plan import SweepPlan
 
 MOST_AT_ONCE = 16
 
@@ -16,7 +16,7 @@ Group = tuple[int, str]  # a trace, a policy's class
 class Schedule:
     """The points still to be run, by number, in groups that share a workload and compiled code."""
 
-    def __init__(self, plan: Plan, numbers: Iterable[int], n_workers: int) -> None:
+    def __init__(self, plan: SweepPlan, numbers: Iterable[int], n_workers: int) -> None:
         self._plan = plan
         self._n_workers = max(1, n_workers)
         self._groups: dict[Group, deque[int]] = {}

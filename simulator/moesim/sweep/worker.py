@@ -18,7 +18,7 @@ from moepolicy.versions import installed
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.onepass import Decisions, decide, timeless
 from moesim.errors import SimulationError
 from moesim.machine.costs import costs_of
@@ -26,7 +26,7 @@ from moesim.machine.profile import Machine
 from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.sweep.digests import code_digest
-from moesim.sweep.point import Job, NamedPolicy, Point, Source
+from moesim.sweep.point import NamedPolicy, SweepJob, SweepPoint, TraceSource
 from moesim.sweep.shared_workloads import shared_workload
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload
@@ -50,21 +50,22 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-class Worker:
+class SweepWorker:
     """Runs points one at a time. Holds one workload, and a class for every policy it has met.
 
     ``node`` is the name to complain of where a trace is not to be had.
     """
 
-    def __init__(self, job: Job, scratch: Path, node: str | None = None) -> None:
+    def __init__(self, job: SweepJob, scratch: Path, node: str | None = None) -> None:
         self.job = job
         self.scratch = scratch
         self.node = node
         self._held: tuple[int, Workload | str] | None = None
         self._decided: tuple[object, Decisions] | None = None
         self._classes: dict[str, PolicySpec] = {}
+        self._compilations = Compilations()
 
-    def run(self, point: Point) -> Outcome:
+    def run(self, point: SweepPoint) -> Outcome:
         """Simulate ``point``; whatever goes wrong with it becomes its error."""
         said = io.StringIO()
         try:
@@ -76,7 +77,7 @@ class Worker:
             return Outcome(None, f"{_where(error)}: {error!r}", _lines(said))
         return Outcome(row, None, _lines(said))
 
-    def _simulate(self, point: Point) -> dict[str, Any]:
+    def _simulate(self, point: SweepPoint) -> dict[str, Any]:
         workload = self._workload(point.trace)
         policy = self._policy(point.policy)
         slots = point.slots
@@ -96,11 +97,17 @@ class Worker:
             decisions=self._decisions(point, workload, policy, machine, slots),
             cold=self.job.cold,
             limits=self.job.limits,
+            compilations=self._compilations,
         )
         return result.row() | {"engine": self.job.engine} | versions()
 
     def _decisions(
-        self, point: Point, workload: Workload, policy: PolicySpec, machine: Machine, slots: int
+        self,
+        point: SweepPoint,
+        workload: Workload,
+        policy: PolicySpec,
+        machine: Machine,
+        slots: int,
     ) -> Decisions | None:
         """What the policy decides whatever the machine, if that is so and several are asked for;
         kept until a point asks for other decisions."""
@@ -118,7 +125,10 @@ class Worker:
         if self._decided is None or self._decided[0] != key:
             sizes = sizes_of(workload.meta, point.expert_bytes)
             costs = costs_of(workload, machine, sizes, predicting=False)
-            self._decided = key, decide(workload, policy, costs, slots, scope)
+            self._decided = (
+                key,
+                decide(workload, policy, costs, slots, scope, compilations=self._compilations),
+            )
         return self._decided[1]
 
     def _policy(self, number: int) -> PolicySpec:
@@ -138,7 +148,7 @@ class Worker:
             raise SimulationError(workload)
         return workload
 
-    def _load(self, source: Source) -> Workload | str:
+    def _load(self, source: TraceSource) -> Workload | str:
         name = f"{source.digest[:16]}-{source.predictions:d}{source.logits:d}"
         try:
             workload = shared_workload(self.scratch, name, lambda to: read_source(source, to))
@@ -174,7 +184,7 @@ def slots_in(
     return min(free // meta.n_layers, meta.n_experts)
 
 
-def read_source(source: Source, folder: Path) -> None:
+def read_source(source: TraceSource, folder: Path) -> None:
     """Load a trace into ``folder``.
 
     SimulationError if it is not the one that the sweep was planned with.

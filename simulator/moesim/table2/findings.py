@@ -8,7 +8,7 @@ import numpy as np
 
 from moesim.machine.profile import load_machine
 from moesim.table2.published import CARDS, FITTED, PREDICTED, Algorithm, Card, published
-from moesim.table2.reproduce import Account, Cell, Reproduction
+from moesim.table2.reproduce import Account, Reproduction, TableCell
 from moesim.workload.steps import Workload
 
 FAR = 0.10  # a predicted cell's error that is worth naming
@@ -66,7 +66,7 @@ def _without_a_model(found: Reproduction) -> list[str]:
     ]
 
 
-def _mean_error(cells: Sequence[Cell], algorithm: Algorithm) -> float:
+def _mean_error(cells: Sequence[TableCell], algorithm: Algorithm) -> float:
     return float(np.mean([cell.error for cell in cells if cell.algorithm is algorithm]))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.table2.published import Algorithm
-from moesim.table2.rows import Bench, Constants, Reading
+from moesim.table2.rows import Constants, Reading, RowSimulator
 
 LAYER_S = 0.01  # of the simulated curve; any would do
 # Copy time over layer time. Where guesses begin to outlast compute the curve bends: more points.
@@ -42,7 +42,7 @@ class Curve:
 class Curves:
     """The curves of one trace, each simulated when it is first asked for."""
 
-    def __init__(self, bench: Bench, expert_bytes: int) -> None:
+    def __init__(self, bench: RowSimulator, expert_bytes: int) -> None:
         self.bench = bench
         self.expert_bytes = expert_bytes
         self._known: dict[tuple[object, ...], Curve] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moepolicy import PolicySpec
 
+from moesim.engines.compilations import Compilations
 from moesim.limits import min_time_ns
 from moesim.machine.profile import NS_PER_S
 from moesim.simulate import simulate
@@ -41,10 +42,19 @@ def reach(
     policies: Sequence[PolicySpec],
     fits: dict[str, Fit],
     sizes: dict[str, int],
+    compilations: Compilations,
 ) -> list[Reach]:
     """Each card and precision under each policy, with the card's fitted constants."""
     return [
-        _reach(workload, policies, card, precision, fits[card.name].constants, sizes[precision])
+        _reach(
+            workload,
+            policies,
+            card,
+            precision,
+            fits[card.name].constants,
+            sizes[precision],
+            compilations,
+        )
         for precision in PRECISIONS
         for card in CARDS
     ]
@@ -57,11 +67,18 @@ def _reach(
     precision: str,
     constants: Constants,
     expert_bytes: int,
+    compilations: Compilations,
 ) -> Reach:
     machine = constants.machine(write_back=False)
     found = {
         policy.label: simulate(
-            workload, policy, machine, slots=card.slots, expert_bytes=expert_bytes, limits=False
+            workload,
+            policy,
+            machine,
+            slots=card.slots,
+            expert_bytes=expert_bytes,
+            limits=False,
+            compilations=compilations,
         ).speed
         for policy in policies
     }

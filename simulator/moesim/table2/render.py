@@ -11,7 +11,7 @@ from moepolicy.tables import Table, described, wrapped
 from moesim.table2.findings import reading_s, unexplained
 from moesim.table2.ours import Reach
 from moesim.table2.published import CARDS, FITTED, PRECISIONS, PREDICTED, Algorithm
-from moesim.table2.reproduce import Account, Cell, Reproduction
+from moesim.table2.reproduce import Account, Reproduction, TableCell
 from moesim.workload.steps import Workload
 
 
@@ -39,7 +39,7 @@ def as_json(found: Reproduction, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _cell(cell: Cell) -> dict[str, Any]:
+def _cell(cell: TableCell) -> dict[str, Any]:
     return {
         "gpu": cell.gpu,
         "precision": cell.precision,

@@ -13,6 +13,7 @@ import numpy as np
 from moepolicy import PolicySpec
 from moepolicy.console import nearest
 
+from moesim.engines.compilations import Compilations
 from moesim.errors import SimulationError, UsageError
 from moesim.table2.fit import Curves, Fit, fit
 from moesim.table2.ours import Reach, reach
@@ -26,7 +27,7 @@ from moesim.table2.published import (
     Card,
     published,
 )
-from moesim.table2.rows import READINGS, Bench, Constants, Reading, decoding
+from moesim.table2.rows import READINGS, Constants, Reading, RowSimulator, decoding
 from moesim.workload.steps import Workload
 
 GUESSES = (1, 2)  # experts fetched ahead: the paper says 1 or 2
@@ -36,7 +37,7 @@ Seconds = Callable[[Algorithm, Card, Constants, str], float]
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One cell: tokens/s as printed and as simulated.
 
     role  "fitted", "predicted", or "excluded" (predicted, but printed wrongly)
@@ -62,7 +63,7 @@ class Account:
     reading: Reading
     guesses: int
     fits: dict[str, Fit]
-    cells: list[Cell]
+    cells: list[TableCell]
 
     def errors(self, role: str) -> list[float]:
         return [abs(cell.error) for cell in self.cells if cell.role == role]
@@ -142,7 +143,8 @@ def reproduce(
     _check(workload)
     workload = decoding(workload)
     sizes = {name: workload.meta.expert_bytes[name] for name in PRECISIONS}
-    bench = Bench(workload)
+    compilations = Compilations()
+    bench = RowSimulator(workload, compilations)
     curves = Curves(bench, sizes[FITTED])
     others = [
         min((_by_curves(curves, other, n, sizes) for n in GUESSES), key=lambda a: a.misfit)
@@ -154,7 +156,7 @@ def reproduce(
         account=account,
         others=others,
         implied_loads={card.name: _implied_loads(curves, card) for card in CARDS},
-        reach=reach(workload, policies, account.fits, sizes),
+        reach=reach(workload, policies, account.fits, sizes, compilations),
         expert_bytes=sizes,
     )
 
@@ -193,7 +195,7 @@ def _by_curves(curves: Curves, reading: Reading, guesses: int, sizes: dict[str, 
     return Account(reading, guesses, fits, _cells(reading, fits, sizes, seconds_of))
 
 
-def _simulated(bench: Bench, account: Account, sizes: dict[str, int]) -> Account:
+def _simulated(bench: RowSimulator, account: Account, sizes: dict[str, int]) -> Account:
     """The same account with each cell simulated at the fitted constants themselves."""
 
     def seconds_of(algorithm: Algorithm, card: Card, constants: Constants, precision: str) -> float:
@@ -212,7 +214,7 @@ def _simulated(bench: Bench, account: Account, sizes: dict[str, int]) -> Account
 
 def _cells(
     reading: Reading, fits: dict[str, Fit], sizes: dict[str, int], seconds_of: Seconds
-) -> list[Cell]:
+) -> list[TableCell]:
     cells = []
     for precision in PRECISIONS:
         growth = sizes[precision] / sizes[FITTED] if reading.compute_by_bytes else 1.0
@@ -221,7 +223,7 @@ def _cells(
                 constants = fits[card.name].constants
                 constants = Constants(constants.link_bytes_per_s, constants.layer_s * growth)
                 cells.append(
-                    Cell(
+                    TableCell(
                         gpu=card.name,
                         precision=precision,
                         algorithm=algorithm,

@@ -25,7 +25,8 @@ import numpy as np
 from moepolicy import Context, Policy, PolicySpec, Step, find_policy
 from numpy.typing import NDArray
 
-from moesim.machine.profile import Compute, Link, Machine
+from moesim.engines.compilations import Compilations
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.simulate import simulate
 from moesim.table2.published import Algorithm
 from moesim.workload.steps import Workload
@@ -70,7 +71,7 @@ class Constants:
             name="table2",
             description="constants fitted on published rows",
             source="published",
-            link=Link(self.link_bytes_per_s, write_back=write_back),
+            link=LinkProfile(self.link_bytes_per_s, write_back=write_back),
             compute=Compute(layer_s=self.layer_s),
         )
 
@@ -123,13 +124,14 @@ def whole_layers(workload: Workload) -> Workload:
     )
 
 
-class Bench:
+class RowSimulator:
     """Runs rows of the table on one trace."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, compilations: Compilations) -> None:
         self.workload = workload
         self.few = workload.head(STEADY_TOKENS)
         self.layers = whole_layers(self.few)
+        self.compilations = compilations
 
     def seconds(
         self,
@@ -156,6 +158,12 @@ class Bench:
             if reading.streamed:
                 policy = PolicySpec("whole-layers", WholeLayers)
         result = simulate(
-            workload, policy, machine, slots=slots, expert_bytes=expert_bytes, limits=False
+            workload,
+            policy,
+            machine,
+            slots=slots,
+            expert_bytes=expert_bytes,
+            limits=False,
+            compilations=self.compilations,
         )
         return 1 / result.speed

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from moesim.errors import SimulationError
 from moesim.workload.steps import Workload, changes
 
-BLOCK = 1 << 18  # rows that are made into steps together
+BLOCK_ROWS = 1 << 18  # rows that are made into steps together
+DEFAULT_TRACE = "tiny"  # the sample that is replayed where a command or function is told of none
 SKELETON = "workload.pickle"  # written last: where it is, the arrays are whole
 
 Columns = dict[str, NDArray[Any]]
@@ -47,8 +48,8 @@ def load_workload(
     _read_steps(trace, keep)
     gates = [prediction_column(ahead + 1) for ahead in range(horizon)]
     for name in (["router_logits"] if logits else []) + gates:
-        for start in range(0, trace.n_rows, BLOCK):
-            keep.add(name, trace.arrays(name, start=start, stop=start + BLOCK)[name])
+        for start in range(0, trace.n_rows, BLOCK_ROWS):
+            keep.add(name, trace.arrays(name, start=start, stop=start + BLOCK_ROWS)[name])
     about = {"meta": trace.meta, "title": trace.title, "digest": trace.digest}
     workload = _assembled(about, keep.arrays(), tuple(keep.maps))
     if isinstance(keep, _Folder):
@@ -125,8 +126,8 @@ class _Folder:
                 os.pwrite(file.fileno(), found.tobytes(), block.start * found.itemsize)
                 workload.release()
         self._shapes["next_use"] = np.dtype(np.int64), workload.keys.shape
-        for start in range(0, workload.n_steps, BLOCK):
-            rows = workload.rows[max(0, start - 1) : start + BLOCK, 0]
+        for start in range(0, workload.n_steps, BLOCK_ROWS):
+            rows = workload.rows[max(0, start - 1) : start + BLOCK_ROWS, 0]
             changed = changes(rows)
             self.add("begins_pass", changed if start else np.append(True, changed))
             workload.release()
@@ -175,12 +176,12 @@ def _blocks(trace: Trace) -> Iterator[tuple[int, Columns]]:
     names += ["weights"] if trace.has("weights") else []
     left: Columns = {}
     first = 0
-    for start in range(0, trace.n_rows, BLOCK):
-        columns = trace.arrays(*names, start=start, stop=start + BLOCK)
+    for start in range(0, trace.n_rows, BLOCK_ROWS):
+        columns = trace.arrays(*names, start=start, stop=start + BLOCK_ROWS)
         if left:
             columns = {name: np.concatenate([left[name], columns[name]]) for name in names}
         n = len(columns["layer"])
-        cut = n if start + BLOCK >= trace.n_rows else _last_begin(columns)
+        cut = n if start + BLOCK_ROWS >= trace.n_rows else _last_begin(columns)
         left = {name: column[cut:] for name, column in columns.items()}
         if cut:
             yield first, {name: column[:cut] for name, column in columns.items()}

@@ -24,12 +24,13 @@ from moepolicy import (
     next_use,
     pool_logits,
 )
+from moepolicy.clairvoyant import BLOCK
 from moeroute.schema import TraceMeta
 from numpy.typing import NDArray
 
 from moesim.errors import UsageError
 
-BLOCK = 1 << 20  # steps or demands looked at together
+CHUNK = 1 << 15  # steps whose logits and predictions are in memory together
 
 
 @dataclass(frozen=True)

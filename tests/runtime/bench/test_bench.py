@@ -17,20 +17,24 @@ from moepolicy.speculation import LruSpec
 from moepolicy.steps import Step
 from moeroute import open_trace
 from moeroute.models import find_model
-from moerun.bench.generated import GeneratedModel, RandomRecords
+from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config
 from moerun.bench.ondisk import write_store
-from moerun.bench.routing import UNIFORM, Routing, load_routing
-from moerun.bench.run import RELEASED, Bench, Plan, simulated_tokens_per_s
+from moerun.bench.random_weights import RandomRecords
+from moerun.bench.routing import UNIFORM, ForcedRouting, load_routing
+from moerun.bench.run import RELEASED, Bench
+from moerun.bench.schedule import BenchSchedule
+from moerun.bench.simulated import simulated_tokens_per_s
 from moerun.checkpoint.families import count_experts, empty_model, find_experts
 from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.kernels.slots import SlotForm
 from moerun.settings import Settings
-from moesim.machine.profile import Compute, Link, Machine
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.result import Result
 from moesim.simulate import simulate
 from moesim.workload.loading import load_workload
+from support.stores import verify
 
 CPU = torch.device("cpu")
 WARM_UP, TOKENS, SLOTS, ROUNDS = 5, 12, 3, 2
@@ -40,16 +44,16 @@ def tiny_model(precision: str = "fp32", seed: int = 0) -> GeneratedModel:
     return GeneratedModel(find_config("tiny"), name="tiny", precision=precision, seed=seed)
 
 
-def tiny_routing(tokens: int = 1 + WARM_UP + TOKENS) -> Routing:
+def tiny_routing(tokens: int = 1 + WARM_UP + TOKENS) -> ForcedRouting:
     return load_routing("tiny", layers=8, experts=8, top_k=2, tokens=tokens)
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
     policies = tuple(find_policy(name) for name in ("lru", "lfu", "lru-spec"))
-    plan = Plan(policies, TOKENS, WARM_UP, ROUNDS, released=True)
+    schedule = BenchSchedule(policies, TOKENS, WARM_UP, ROUNDS, released=True)
     settings = Settings(policy=policies[0], slots=SLOTS)
-    with Bench(tiny_model(), tiny_routing(), settings, plan) as made:
+    with Bench(tiny_model(), tiny_routing(), settings, schedule) as made:
         made.run()
         yield made
 
@@ -59,15 +63,15 @@ def test_the_gates_decide_what_the_trace_says(bench: Bench, policy: str, tmp_pat
     path = tmp_path / "forced.parquet"
     bench.routing.write_trace(path, bench.generated.index)
     workload = load_workload(open_trace(path))
-    machine = Machine("any", "", "published", Link(1e9), Compute(layer_s=1e-3))
+    machine = Machine("any", "", "published", LinkProfile(1e9), Compute(layer_s=1e-3))
 
     def simulated(tokens: int) -> Result:
         some = workload.head(tokens)
         return simulate(some, find_policy(policy), machine, slots=SLOTS, expert_bytes=4096)
 
     warm, all_of_it = simulated(1 + WARM_UP), simulated(1 + WARM_UP + TOKENS)
-    assert len(bench.runs[policy]) == ROUNDS
-    for run in bench.runs[policy]:
+    assert len(bench.results.runs[policy]) == ROUNDS
+    for run in bench.results.runs[policy]:
         assert run.totals.requests == 2 * 8 * TOKENS
         assert run.totals.hits == all_of_it.hits - warm.hits
         assert run.totals.misses == all_of_it.misses - warm.misses
@@ -117,8 +121,8 @@ def test_the_released_engine_writes_back_what_it_evicts(bench: Bench) -> None:
                         evicted += measured
                     cache[expert] = None
     assert evicted > 0
-    assert len(bench.runs[RELEASED]) == ROUNDS
-    for run in bench.runs[RELEASED]:
+    assert len(bench.results.runs[RELEASED]) == ROUNDS
+    for run in bench.results.runs[RELEASED]:
         assert (run.totals.hits, run.totals.misses) == (hits, misses)
         assert run.bytes_moved == (misses + evicted) * bench.store.record_bytes
 
@@ -148,7 +152,7 @@ def test_random_records_compute_finite_numbers(precision: str) -> None:
 def test_a_store_on_disk_is_whole_and_found_again(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     store = write_store(tiny_model("4bit"), folder)
-    store.verify()
+    verify(store)
     assert store.index.precision == "4bit"
     store.close()
     written = (folder / "index.json").stat().st_mtime_ns
@@ -253,7 +257,7 @@ def test_numbers_out_of_range() -> None:
     with pytest.raises(RunError, match="no precision '5bit'"):
         tiny_model("5bit")
     with pytest.raises(RunError, match="rounds must be 1 or more, not 0"):
-        Plan((find_policy("lru"),), TOKENS, WARM_UP, 0, released=False).check()
+        BenchSchedule((find_policy("lru"),), TOKENS, WARM_UP, 0, released=False).check()
 
 
 def test_the_same_sample_without_polars(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,5 +280,5 @@ def test_the_simulator_is_asked_for_the_same_tokens(bench: Bench, tmp_path: Path
     assert sorted(predicted) == ["lfu", "lru", "lru-spec"]
     for policy in ("lru", "lfu"):
         # Behind so slow a link the bytes are the time.
-        moved = bench.runs[policy][0].bytes_moved
+        moved = bench.results.runs[policy][0].bytes_moved
         assert predicted[policy] == pytest.approx(TOKENS / (moved / 1e6 + TOKENS * 8e-6), rel=0.01)

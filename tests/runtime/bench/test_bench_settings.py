@@ -15,26 +15,27 @@ import pytest
 import torch
 from moepolicy import Kind, PolicyError, find_policy
 from moeroute import open_trace
-from moerun.bench import fit as room
-from moerun.bench import report
-from moerun.bench.fit import Room, refuse_too_big
+from moerun.bench import fit, report
+from moerun.bench.fit import BenchMemory, refuse_too_big
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config
 from moerun.bench.ondisk import write_store
 from moerun.bench.report import rows_of
 from moerun.bench.routing import load_routing
-from moerun.bench.run import RELEASED, Bench, Plan
+from moerun.bench.run import RELEASED, Bench
+from moerun.bench.schedule import BenchSchedule
 from moerun.errors import RunError
 from moerun.memory.compiling import Compiling
 from moerun.memory.fit import plan_memory
 from moerun.offload.attention import PackedLinear
 from moerun.settings import Settings
-from moesim.machine.profile import Compute, Cpu, Link, Machine
+from moesim.machine.profile import Compute, Cpu, LinkProfile, Machine
 from moesim.result import Result
 from moesim.simulate import simulate
 from moesim.workload.loading import load_workload
 from support.big_models import SIZES
 from support.commands import Call, caller
+from support.stores import verify
 
 CPU = torch.device("cpu")
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
@@ -54,7 +55,7 @@ def make_bench(*policies: str, **options: Any) -> Bench:
         ),
         load_routing("tiny", layers=8, experts=8, top_k=2, tokens=1 + WARM_UP + TOKENS),
         Settings(specs[0], **options),
-        Plan(specs, TOKENS, WARM_UP, 1, released),
+        BenchSchedule(specs, TOKENS, WARM_UP, 1, released),
         **own,
     )
     # Compiled or not, the decisions are the same, and compiling takes seconds.
@@ -69,10 +70,12 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
         bench.routing.write_trace(tmp_path / "t.parquet", bench.generated.index)
         rows = {row.policy: row for row in report.rows_of(bench, {})}
         sizes = bench.store.record_bytes, bench.low.record_bytes if bench.low else 0
-        compute_s = bench.compute[0].decode_s / TOKENS
-        rest_s = bench.without_experts[0].decode_s / TOKENS
+        compute_s = bench.results.compute[0].decode_s / TOKENS
+        rest_s = bench.results.without_experts[0].decode_s / TOKENS
     workload = load_workload(open_trace(tmp_path / "t.parquet"), logits=True)
-    machine = Machine("m", "", "published", Link(1e9), Compute(layer_s=1e-3), cpu=Cpu(1, 1e-4))
+    machine = Machine(
+        "m", "", "published", LinkProfile(1e9), Compute(layer_s=1e-3), cpu=Cpu(1, 1e-4)
+    )
 
     def simulated(policy: str, tokens: int) -> Result:
         some, spec = workload.head(tokens), find_policy(policy)
@@ -80,7 +83,7 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
         return simulate(some, spec, machine, limits=False, **options)
 
     for policy in policies:
-        (run,) = bench.runs[policy]
+        (run,) = bench.results.runs[policy]
         cold, all_of_it = (simulated(policy, 1 + n) for n in (WARM_UP, WARM_UP + TOKENS))
         for name in ("hits", "misses", "low_loads", "cpu_experts", "substituted", "skipped"):
             found, warm = getattr(all_of_it, name), getattr(cold, name)
@@ -88,7 +91,7 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
         full = run.totals.loads - run.totals.low_loads
         assert run.bytes_moved == full * sizes[0] + run.totals.low_loads * sizes[1]
         assert rows[policy].lossy
-    assert bench.runs["hobbit"][0].totals.low_loads > 0
+    assert bench.results.runs["hobbit"][0].totals.low_loads > 0
     assert rows["hobbit"].low_share > 0
     assert not rows["released (model of mixtral-offloading)"].lossy
     # Experts that the device has not computed are not in the bound.
@@ -105,7 +108,8 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
 def test_policies_that_count_experts_compute_on_the_cpu() -> None:
     with make_bench("fiddler", "static", slots=2) as bench:
         bench.run()
-        fiddler, static = bench.runs["fiddler"][0].totals, bench.runs["static"][0].totals
+        runs = bench.results.runs
+        fiddler, static = runs["fiddler"][0].totals, runs["static"][0].totals
     assert fiddler.cpu_experts > 0
     assert static.cpu_experts == 0
     # Static keeps the most used of this very routing.
@@ -122,7 +126,7 @@ def test_pieces_change_no_decision() -> None:
     for options in ({}, {"chunk_bytes": 4096, "streams": 2}):
         with make_bench("lru", slots=2, **options) as bench:
             bench.run()
-            runs.append(bench.runs["lru"][0])
+            runs.append(bench.results.runs["lru"][0])
             assert bench._link.chunked == bool(options)
     assert runs[0].totals._replace(stall_s=0) == runs[1].totals._replace(stall_s=0)
 
@@ -138,7 +142,7 @@ def test_attention_is_computed_packed_from_memory_and_from_files(tmp_path: Path)
             tokens.append((bench.last_ids, outputs.tolist()))
             planned.append(bench.memory.needs.weights_bytes)
             if folder:
-                bench.store.verify()
+                verify(bench.store)
     assert tokens[0] == tokens[1] == tokens[2]
     assert len(set(planned)) == 1
     with make_bench("lru", slots=2) as bench:
@@ -155,7 +159,7 @@ def test_the_lower_precision_lies_beside_the_other_on_disk(tmp_path: Path) -> No
             assert bench.low is not None
             assert bench.low.path == tmp_path / "store" / "low-2bit"
             assert bench.low.index.precision == "2bit"
-            assert bench.runs["hobbit"][0].totals.low_loads > 0
+            assert bench.results.runs["hobbit"][0].totals.low_loads > 0
             assert bench.memory.needs.host_tier_bytes == MIB
             (row,) = rows_of(bench, {})
             # Some records come from memory, some from disk: that has no one rate to be bound by.
@@ -172,7 +176,7 @@ def test_slots_are_those_that_moerun_would_plan(tmp_path: Path, options: dict[st
     with make_bench("lru", "static", memory_bytes=budget, **options) as bench:
         bench.run()
         assert bench.slots == 3
-        assert bench.runs["lru"][0].totals.hits > 0
+        assert bench.results.runs["lru"][0].totals.hits > 0
         model = bench.generated
         stores = [write_store(model, tmp_path / "store")]
         if options:
@@ -195,19 +199,19 @@ def test_slots_are_those_that_moerun_would_plan(tmp_path: Path, options: dict[st
 def test_what_cannot_run_is_refused_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Bench, "_make_store", None)  # not to be reached
+    monkeypatch.setattr(Bench, "_make", None)  # not to be reached
     with pytest.raises(PolicyError, match="'hobbit' loads experts at a lower precision"):
         make_bench("hobbit", slots=2)
     with pytest.raises(RunError, match="needs 1 slot a layer or more"):
         make_bench("lru", slots=0, released=True)
     with pytest.raises(RunError, match="slots must be 0 or more, not -1"):
         make_bench("lru", slots=-1)
-    monkeypatch.setattr(room, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(fit, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(RunError, match=r"free: give --layers|lower --precision"):
         make_bench("lru", slots=8)
 
 
-MIXTRAL = Room(
+MIXTRAL = BenchMemory(
     expert_bytes=17 * 10**9,
     slot_bytes=16 * 10**9,
     dense_bytes=32 * 10**8,
@@ -219,7 +223,7 @@ MIXTRAL = Room(
 
 def test_what_is_too_big_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 24 * 10**9
-    monkeypatch.setattr(room, "free_bytes", lambda _: free)
+    monkeypatch.setattr(fit, "free_bytes", lambda _: free)
     with pytest.raises(RunError) as caught:
         refuse_too_big(MIXTRAL, CPU, on_disk=False)
     said = str(caught.value)
@@ -240,7 +244,7 @@ def test_what_is_too_big_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_budget_has_as_many_slots_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda _: 24 * 10**9)
+    monkeypatch.setattr(fit, "free_bytes", lambda _: 24 * 10**9)
     budgeted = replace(MIXTRAL, all_slot_bytes=32 * 10**9)
     few = budgeted.of_layers(8)
     assert few.slot_bytes == 8 * 10**9  # for all of their experts
@@ -254,7 +258,7 @@ def test_a_budget_has_as_many_slots_as_it_can(monkeypatch: pytest.MonkeyPatch) -
 def test_a_gpu_and_its_host_are_asked_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     free = {"cpu": 64 * 10**9, "cuda": 16 * 10**9}
-    monkeypatch.setattr(room, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(fit, "free_bytes", lambda device: free[device.type])
     with pytest.raises(RunError, match=r"20\.77 GB of cuda:0 .*fewer --slots"):
         refuse_too_big(MIXTRAL, gpu, on_disk=False)
     free |= {"cpu": 8 * 10**9, "cuda": 24 * 10**9}

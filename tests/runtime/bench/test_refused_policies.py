@@ -12,7 +12,8 @@ from moerun.bench import report
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config
 from moerun.bench.routing import load_routing
-from moerun.bench.run import Bench, Plan
+from moerun.bench.run import Bench
+from moerun.bench.schedule import BenchSchedule
 from moerun.commands import fidelity as command
 from moerun.live.report import Format
 from moerun.policies import Refusals, servable
@@ -49,12 +50,12 @@ def test_a_bench_keeps_the_others_figures(late: str) -> None:
     refused: Refusals = {}
     ahead = late.replace("Late", "Ahead")
     asked = [find_policy(name) for name in (late, "lru", "belady", ahead, f"{ahead}:horizon=4")]
-    plan = Plan(servable(asked, refused), 4, 2, 2, released=False)
+    schedule = BenchSchedule(servable(asked, refused), 4, 2, 2, released=False)
     model = GeneratedModel(find_config("tiny"), name="tiny", precision="fp32", seed=0)
-    routing = load_routing("tiny", layers=8, experts=8, top_k=2, tokens=plan.forced_tokens)
-    plan = plan.within(routing, refused)
-    with Bench(model, routing, Settings(policy=plan.policies[0], slots=3), plan) as bench:
-        bench.refused.update(refused)
+    routing = load_routing("tiny", layers=8, experts=8, top_k=2, tokens=schedule.forced_tokens)
+    schedule = schedule.within(routing, refused)
+    with Bench(model, routing, Settings(policy=schedule.policies[0], slots=3), schedule) as bench:
+        bench.results.refused.update(refused)
         bench.run()
         rows = report.rows_of(bench, {})
         shown = report.render(rows, Format.table, report.provenance(bench))
@@ -66,16 +67,17 @@ def test_a_bench_keeps_the_others_figures(late: str) -> None:
     assert "needs the future of a recorded trace" in reasons["belady"]
     assert "reads predictions 4 layers ahead, and routing 'tiny'" in reasons[f"{ahead}:horizon=4"]
     assert "victim named a negative key" in reasons[late]
-    assert f"{late}: could not run: policy '{late}' failed: victim named" in shown
+    said = " ".join(shown.split())  # notes are wrapped, wherever the path's length has it
+    assert f"{late}: could not run: policy '{late}' failed: victim named" in said
     assert len({tuple(row) for row in told}) == 1
 
 
 def test_a_bench_of_which_nothing_is_left_fails(late: str) -> None:
-    plan = Plan((find_policy(late),), 4, 2, 1, released=False)
+    schedule = BenchSchedule((find_policy(late),), 4, 2, 1, released=False)
     model = GeneratedModel(find_config("tiny"), name="tiny", precision="fp32", seed=0)
-    routing = load_routing("tiny", layers=8, experts=8, top_k=2, tokens=plan.forced_tokens)
+    routing = load_routing("tiny", layers=8, experts=8, top_k=2, tokens=schedule.forced_tokens)
     with (
-        Bench(model, routing, Settings(policy=plan.policies[0], slots=3), plan) as bench,
+        Bench(model, routing, Settings(policy=schedule.policies[0], slots=3), schedule) as bench,
         pytest.raises(PolicyError, match="victim named a negative key that is not -1"),
     ):
         bench.run()
@@ -102,9 +104,10 @@ def test_a_fidelity_turn_leaves_out_what_fails(
     policies = [find_policy(name) for name in ("lru", "lfu")]
     refused: Refusals = {}
     store: Any = None
-    turn = (store, policies, Settings(policy=policies[0]), "", store, tmp_path, None, refused)
+    settings = Settings(policy=policies[0])
+    runs = fidelity.LiveRuns(store, settings, policies, "", store, tmp_path, refused)
     for _ in range(2):
-        assert fidelity._turn(*turn) == (None, ["a run", None])
+        assert runs.turn() == ["a run", None]
     assert (ran, refused) == (["lru", "lfu", "lru"], {"lfu": "lfu lost count"})
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from moerun.bench.models import _cut
 from moerun.checkpoint.context import context_limit
-from moerun.checkpoint.families import shared_experts_of, top_k_of
-from moerun.store.pack_plan import token_bytes
+from moerun.checkpoint.families import shared_experts_of, top_k_of, vocabulary_of
 from support.moe_models import small_config
 
 ROTARY = {"rope_theta": 10000.0, "rope_type": "yarn"}
@@ -27,8 +26,7 @@ def test_a_nested_configuration_is_read_at_the_level_of_text() -> None:
     assert top_k_of(config) == 5
     assert shared_experts_of(config) == 0
     assert context_limit(config) == 777
-    dense = {"model.language_model.embed_tokens.weight": 64_000, "lm_head.weight": 64_000}
-    assert token_bytes(dense, config) == 64 + 64_000
+    assert vocabulary_of(config) == 1000
     shared = small_config("qwen2_moe", shared_expert_intermediate_size=32)
     config.get_text_config = lambda **_: shared
     assert shared_experts_of(config) == 1

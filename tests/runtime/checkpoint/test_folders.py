@@ -14,12 +14,12 @@ from moerun.checkpoint.families import SUPPORTED, read_config
 from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
-from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import load_offloaded
 from moerun.store.find import find_store
 from moerun.store.pack import pack
 from safetensors.torch import load_file, save_file
 from support import checkpoints as made
+from support.runs import ResidentProvider
 
 
 @pytest.fixture

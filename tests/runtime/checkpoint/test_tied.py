@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import load_offloaded
 from moerun.store.pack import pack
 from support import checkpoints as made
+from support.runs import ResidentProvider
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe")

@@ -317,7 +317,7 @@ def test_no_space_for_the_pack_is_said_before_anything_is_written(
     moerun: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr("moerun.store.pack.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     line = error_line(moerun("--prompt", PROMPT))
     assert "0.00 GB free" in line

@@ -21,6 +21,7 @@ from moerun.profiling.profiler import MachineProfile
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
+from support.runs import generate
 
 MOERUN = (sys.executable, "-c", "from moerun.cli import main; main()")
 
@@ -39,7 +40,7 @@ def test_tokens_of_another_model_are_refused(tiny: ExpertStore) -> None:
         known = runner.model.get_input_embeddings().num_embeddings
         with pytest.raises(RunError, match=f"token {known}, and the model knows tokens below"):
             runner.generation().run(torch.tensor([[1, known]]), Sampling(max_new_tokens=2))
-        assert runner.generate("Once upon", Sampling(max_new_tokens=2))
+        assert generate(runner, "Once upon", Sampling(max_new_tokens=2))
 
 
 @pytest.mark.parametrize("command", [(), ("fidelity", "lru")])

@@ -18,7 +18,7 @@ from moerun.errors import RunError
 from moerun.links import DiskLink, HostTier, Throttle
 from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
-from moerun.live.recording import EventLog
+from moerun.live.passes import EventLog
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.live.session import Session
@@ -26,6 +26,7 @@ from moerun.settings import Settings
 from moerun.store.pack import pack
 from runtime.live.test_session import drive, random_passes, trace_of
 from support.links import MemoryRecords, MemorySlot
+from support.runs import generate
 
 CHUNK = 4096
 RECORD = 3 * CHUNK
@@ -75,7 +76,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 def gated() -> Iterator[tuple[LoggedRecords, DiskLink, Reports]]:
     records, reports = LoggedRecords(gate=1), Reports()
     link = DiskLink(records, [Slot() for _ in range(4)], streams=2, chunk_bytes=CHUNK)
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     yield records, link, reports
     link.close()
 
@@ -89,7 +90,7 @@ def test_a_demand_overtakes_a_prefetch_at_the_end_of_its_piece(gated: Gated) -> 
     assert records.reached.wait(PATIENCE_S)
     link.submit(2, 1, demand=False)
     link.submit(3, 2, demand=True)
-    wait_for(lambda: link._turns.n_waiting == 2)
+    wait_for(lambda: link._bus.n_waiting == 2)
     records.go_on.set()
     assert [reports.get(timeout=PATIENCE_S)[0] for _ in range(3)] == [3, 1, 2]
     # What was submitted first goes first among guesses.
@@ -101,7 +102,7 @@ def test_a_guess_that_turns_out_right_travels_as_demand(gated: Gated) -> None:
     link.submit(1, 0, demand=False)
     assert records.reached.wait(PATIENCE_S)
     link.submit(2, 1, demand=False)
-    wait_for(lambda: link._turns.n_waiting == 1)
+    wait_for(lambda: link._bus.n_waiting == 1)
     link.want(2)
     records.go_on.set()
     assert [reports.get(timeout=PATIENCE_S)[0] for _ in range(2)] == [2, 1]
@@ -131,7 +132,7 @@ def test_a_capped_link_takes_as_long_for_the_pieces_as_for_the_whole() -> None:
     records = LoggedRecords(gate=-1)
     throttle = Throttle(bytes_per_s=1e6)
     link = DiskLink(records, [Slot()], throttle=throttle, chunk_bytes=CHUNK)
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     for key in range(3):
         link.submit(key, 0)
         reports.get(timeout=PATIENCE_S)
@@ -185,7 +186,7 @@ def test_a_live_run_in_pieces_repeats_from_its_journal(
     ) as session:
         drive(session, passes)
         journal = session.cache.journal
-        assert session._guessed == set()
+        assert session._live._streams.guesses == set()
     assert journal is not None
     workload = trace_of(tmp_path / "live.parquet", passes, context, 2)
     cache = ExpertCache(context, policy.build(context), observers=[again])
@@ -202,5 +203,5 @@ def test_text_does_not_depend_on_how_experts_travel(tmp_path: Path) -> None:
             policy, slots=2, streams=2, host_bytes=host_bytes, chunk_bytes=chunk_bytes
         )
         with Runner(store, chosen) as runner:
-            texts.add(runner.generate("It was the best", Sampling(max_new_tokens=12)))
+            texts.add(generate(runner, "It was the best", Sampling(max_new_tokens=12)))
     assert len(texts) == 1

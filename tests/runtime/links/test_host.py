@@ -16,7 +16,7 @@ from moepolicy import find_policy
 from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.links import HostTier
+from moerun.links import HostTier, Variant
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
@@ -25,13 +25,15 @@ from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate_with
 from moesim.engines.clock import DISK_LANE, Segment
+from moesim.engines.compilations import Compilations
 from moesim.engines.in_simpy import Host
 from moesim.machine.costs import costs_of
-from moesim.machine.profile import Compute, Disk, Link, Machine
+from moesim.machine.profile import Compute, Disk, LinkProfile, Machine
 from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import RECORD_BYTES, MemoryRecords
+from support.runs import generate
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 PATIENCE_S = 30
@@ -46,8 +48,8 @@ def is_of(record: torch.Tensor, key: int) -> bool:
     return bool((record.view(torch.int32) == key).all())
 
 
-def bring(tier: HostTier, key: int, low: bool = False) -> None:
-    with tier.hold(key, low) as held:
+def bring(tier: HostTier, key: int, variant: Variant = Variant.FULL) -> None:
+    with tier.hold(key, variant) as held:
         held.wait()
 
 
@@ -84,14 +86,14 @@ def test_both_precisions_share_it_as_they_do_the_simulators(
     tier, host = HostTier(full, n_bytes, low, read_bytes=RECORD_BYTES), Host(n_bytes)
     for key, is_low in asked:
         reads, hits = tier.reads, tier.hits
-        with tier.hold(key, is_low) as held:
+        with tier.hold(key, Variant(is_low)) as held:
             assert is_of(held.wait(), key + 100 * is_low)
         bytes_of = sizes[is_low] * RECORD_BYTES
         assert (tier.hits - hits, tier.reads - reads) == (
             (1, 0) if host.has(key, is_low, bytes_of) else (0, 1)
         )
     for key, is_low in host.used:  # and it lies where it should, wherever it has moved
-        with tier.hold(key, is_low) as held:
+        with tier.hold(key, Variant(is_low)) as held:
             assert is_of(held.wait(), key + 100 * is_low)
 
 
@@ -112,8 +114,8 @@ def test_a_record_without_a_place_is_read_when_another_is_dropped() -> None:
     held = tier.hold(0)
     held.wait()
     told = threading.Event()
-    later = tier.hold(1, tell=told.set)
-    assert later.readable == 0
+    later = tier.hold(1, listener=told.set)
+    assert later.readable.n_bytes == 0
     assert is_of(held.wait(), 0)
     held.drop()
     assert told.wait(PATIENCE_S)
@@ -126,17 +128,17 @@ def test_a_record_moves_only_when_nobody_holds_it() -> None:
     full = MemoryRecords(4, record_bytes=2 * RECORD_BYTES)
     tier = HostTier(full, 4 * RECORD_BYTES, MemoryRecords(4, first=100))
     for key in range(4):
-        bring(tier, key, low=True)
-    held = tier.hold(3, low=True)  # the one next to the middle
+        bring(tier, key, Variant.LOW)
+    held = tier.hold(3, Variant.LOW)  # the one next to the middle
     wanted = tier.hold(0)  # for which 0 and 1 go, and 3 must move
-    bring(tier, 2, low=True)
-    assert wanted.readable == 0
+    bring(tier, 2, Variant.LOW)
+    assert wanted.readable.n_bytes == 0
     assert is_of(held.wait(), 103)
     held.drop()
     assert is_of(wanted.wait(), 0)
     wanted.drop()
     for key in (2, 3):
-        with tier.hold(key, low=True) as found:
+        with tier.hold(key, Variant.LOW) as found:
             assert is_of(found.wait(), 100 + key)
     assert (tier.hits, tier.reads) == (4, 5)
 
@@ -150,7 +152,7 @@ def test_threads_share_it_and_find_what_they_asked_for() -> None:
         choose = random.Random(seed)
         for _ in range(200):
             key, low = choose.randrange(12), choose.random() < 0.5
-            with tier.hold(key, low) as held:
+            with tier.hold(key, Variant(low)) as held:
                 if not is_of(held.wait(), key + 100 * low):
                     wrong.append(key)
 
@@ -179,7 +181,7 @@ def test_a_place_is_not_given_on_while_a_failed_read_of_it_is_still_held() -> No
     with pytest.raises(RunError):
         failed.wait()
     told = threading.Event()
-    later = tier.hold(1, tell=told.set)
+    later = tier.hold(1, listener=told.set)
     assert not told.wait(0.02)  # what has been queued of the first may still be crossing
     assert is_of(failed.record, 2)
     failed.drop()
@@ -190,18 +192,23 @@ def test_a_live_run_reads_from_disk_what_the_simulated_one_does(
     tiny: ExpertStore, tmp_path: Path
 ) -> None:
     with Runner(tiny, Settings(find_policy("lru"), slots=3)) as runner:
-        expected = runner.generate(PROSE, Sampling(max_new_tokens=12))
+        expected = generate(runner, PROSE, Sampling(max_new_tokens=12))
     host_bytes = 40 * tiny.record_bytes
     chosen = Settings(find_policy("lru"), slots=3, host_bytes=host_bytes)
     with Runner(tiny, chosen) as runner:
         recording = LiveRecording(runner, tmp_path / "t.parquet", None, seed=0)
         recording.recorder.begin_sequence()
-        assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == expected
+        assert generate(runner, PROSE, Sampling(max_new_tokens=12)) == expected
         recording.finish()
         assert runner.host_tier is not None
         reads, loads = runner.host_tier.reads, runner.session.totals.loads
     machine = Machine(
-        "m", "", "measured", Link(1e9), Compute(layer_s=1e-4), Disk(1e9, host_bytes=host_bytes)
+        "m",
+        "",
+        "measured",
+        LinkProfile(1e9),
+        Compute(layer_s=1e-4),
+        Disk(1e9, host_bytes=host_bytes),
     )
     segments: list[Segment] = []
     result = simulate(
@@ -225,14 +232,14 @@ def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
     with Runner(tiny, chosen) as runner:
         recording = LiveRecording(runner, tmp_path / "t.parquet", None, seed=0)
         recording.recorder.begin_sequence()
-        text = runner.generate(PROSE, Sampling(max_new_tokens=12))
+        text = generate(runner, PROSE, Sampling(max_new_tokens=12))
         recording.finish()
         assert runner.host_tier is not None
         reads, totals = runner.host_tier.reads, runner.session.totals
     with Runner(tiny, replace(chosen, host_bytes=None)) as runner:
-        assert runner.generate(PROSE, Sampling(max_new_tokens=12)) == text
+        assert generate(runner, PROSE, Sampling(max_new_tokens=12)) == text
     disk = Disk(1e9, host_bytes=20 * tiny.record_bytes)
-    machine = Machine("m", "", "measured", Link(1e9), Compute(layer_s=1e-4), disk)
+    machine = Machine("m", "", "measured", LinkProfile(1e9), Compute(layer_s=1e-4), disk)
     trace = open_trace(tmp_path / "t.parquet")
     workload = load_workload(trace, logits=True)
     sizes = sizes_of(trace.meta, tiny.record_bytes, low.record_bytes)
@@ -241,6 +248,7 @@ def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
         chosen.policy,
         runner.context,
         costs_of(workload, machine, sizes, predicting=False),
+        compilations=Compilations(),
         timeline=True,
     )
     simulated = sum(segment.lane == DISK_LANE for segment in clock.segments or ())
@@ -268,7 +276,7 @@ def test_a_disk_that_fails_while_text_is_generated_is_named(
 
         def generate() -> None:
             try:
-                runner.generate(PROSE, Sampling(max_new_tokens=60, stop=False))
+                generate(runner, PROSE, Sampling(max_new_tokens=60, stop=False))
             except RunError as error:
                 outcome.append(error)
 
@@ -290,9 +298,9 @@ def test_host_memory_for_less_than_the_copies_under_way_is_refused(tiny: ExpertS
 def test_host_memory_that_is_not_there_is_refused(
     tiny: ExpertStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moerun.links import host
+    from moerun.links import host_memory
 
-    monkeypatch.setattr(host, "free_bytes", lambda _: 10 * tiny.record_bytes)
+    monkeypatch.setattr(host_memory, "free_bytes", lambda _: 10 * tiny.record_bytes)
     chosen = Settings(find_policy("lru"), host_bytes=11 * tiny.record_bytes)
     with pytest.raises(RunError, match="of host memory, of which this machine has"):
         Runner(tiny, chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,7 +15,7 @@ import pytest
 import torch
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Throttle
+from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Throttle, Variant
 from moerun.links.arena import device_memory
 from moerun.links.bus import Pieces
 from moerun.store.pack import pack
@@ -74,7 +75,7 @@ def test_every_record_lands_in_the_slot_it_was_sent_to(tmp_path: Path, streams: 
     slots = [LandingSlot() for _ in range(N_KEYS)]
     reports: Reports = SimpleQueue()
     link = DiskLink(FileRecords(tmp_path / "records"), slots, streams=streams)
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     for key in range(N_KEYS):
         link.submit(key, N_KEYS - 1 - key)
     done = [reports.get(timeout=PATIENCE_S) for _ in range(N_KEYS)]
@@ -94,7 +95,7 @@ def test_a_record_that_must_be_derived_is_handed_over_from_scratch_memory(tmp_pa
     slots = [DerivingSlot(), DerivingSlot()]
     reports: Reports = SimpleQueue()
     link = DiskLink(FileRecords(tmp_path / "records"), slots)
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     for slot, key in enumerate((4, 9)):
         link.submit(key, slot)
     assert [reports.get(timeout=PATIENCE_S)[1] for _ in slots] == [None, None]
@@ -114,9 +115,9 @@ def test_a_record_of_either_precision_lands_in_its_own_form(
     reports: Reports = SimpleQueue()
     records = FileRecords(tmp_path / "full")
     link = DiskLink(records, slots, low=Smaller(tmp_path / "low"))
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     link.submit(3, 0)
-    link.submit(6, 1, low=True)
+    link.submit(6, 1, Variant.LOW)
     assert [reports.get(timeout=PATIENCE_S)[1] for _ in range(2)] == [None, None]
     link.close()
     assert [slot.total for slot in low] == [0, 4 * RECORD_BYTES // 2]  # it lies at half the way
@@ -128,7 +129,7 @@ def test_a_record_of_either_precision_lands_in_its_own_form(
 def test_a_failed_read_is_reported_and_the_link_goes_on(tmp_path: Path) -> None:
     reports: Reports = SimpleQueue()
     link = DiskLink(FileRecords(tmp_path / "records", short=1), [LandingSlot(), LandingSlot()])
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     link.submit(1, 0)
     key, error = reports.get(timeout=PATIENCE_S)
     assert key == 1
@@ -152,7 +153,7 @@ def test_the_links_threads_leave_the_cores_to_compute(tmp_path: Path) -> None:
         slot = ThreadCountingSlot()
         reports: Reports = SimpleQueue()
         link = DiskLink(FileRecords(tmp_path / "records"), [slot])
-        link.start(lambda key, error: reports.put((key, error)))
+        link.start(lambda key, error, _ended_s: reports.put((key, error)))
         link.submit(0, 0)
         reports.get(timeout=PATIENCE_S)
         link.close()
@@ -169,7 +170,7 @@ def test_the_links_threads_leave_the_cores_to_compute(tmp_path: Path) -> None:
 def test_closing_ends_the_threads_after_the_copies_under_way(tmp_path: Path) -> None:
     reports: Reports = SimpleQueue()
     link = DiskLink(FileRecords(tmp_path / "records"), [LandingSlot()], streams=2)
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     link.submit(3, 0)
     link.close()
     link.close()
@@ -209,13 +210,46 @@ def test_a_throttled_link_still_delivers(tmp_path: Path) -> None:
     reports: Reports = SimpleQueue()
     throttle = Throttle(bytes_per_s=4e6)
     link = DiskLink(FileRecords(tmp_path / "records"), slots, throttle=throttle)
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     for slot in range(4):
         link.submit(slot, slot)
     assert [reports.get(timeout=PATIENCE_S) for _ in slots] == [(key, None) for key in range(4)]
     link.close()
     # A capped copy occupies the link for no less than its bytes at the cap take.
     assert link.statistics.busy_s >= 0.999 * 4 * RECORD_BYTES / 4e6
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, RECORD_BYTES])
+@pytest.mark.parametrize("asked_s", [None, 0.0])
+def test_a_copy_asked_for_in_a_report_begins_where_the_one_before_ended(
+    tmp_path: Path, chunk_bytes: int, asked_s: float | None
+) -> None:
+    """However long the report takes; and no copy begins before its stream is free."""
+    begins_s: list[float] = []
+    ends_s: list[float] = []
+    over = threading.Event()
+
+    class Noted(Throttle):
+        def deadline_s(self, begin_s: float, n_bytes: int) -> float:
+            begins_s.append(begin_s)
+            return super().deadline_s(begin_s, n_bytes)
+
+    records, throttle = FileRecords(tmp_path / "records"), Noted(bytes_per_s=4e6)
+    link = DiskLink(records, [LandingSlot()], throttle=throttle, chunk_bytes=chunk_bytes)
+
+    def report(key: int, _error: Exception | None, ended_s: float) -> None:
+        ends_s.append(ended_s)
+        if key == 4:
+            over.set()
+            return
+        time.sleep(0.002)
+        link.submit(key + 1, 0, begin_s=ended_s if asked_s is None else asked_s)
+
+    link.start(report)
+    link.submit(0, 0)
+    assert over.wait(PATIENCE_S)
+    link.close()
+    assert begins_s[1:] == ends_s[:4]
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -299,11 +333,11 @@ class FakeCuda:
 
 
 def cuda_link(records: FileRecords, slots: list[LandingSlot], n_records: int = N_KEYS) -> Any:
-    from moerun.links.cuda import CudaLanes
+    from moerun.links.cuda import CudaDevice
     from moerun.links.pinned import PinnedLink
 
     tier = HostTier(records, n_records * RECORD_BYTES)
-    return PinnedLink(tier, slots, CudaLanes(torch.device("cpu")))
+    return PinnedLink(tier, slots, CudaDevice(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("n_records", [N_KEYS, 1])
@@ -315,7 +349,7 @@ def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
     reports: Reports = SimpleQueue()
     link = cuda_link(FileRecords(tmp_path / "records"), slots, n_records)
     assert cuda.registered == [n_records * RECORD_BYTES]
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     for key in (4, 9):
         link.submit(key, 0)
         assert reports.get(timeout=PATIENCE_S) == (key, None)
@@ -363,7 +397,7 @@ def test_an_error_of_cuda_is_one_line_that_says_what_was_under_way(
     cuda = FakeCuda(monkeypatch)
     reports: Reports = SimpleQueue()
     link = cuda_link(FileRecords(tmp_path / "records"), [LandingSlot()])
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     cuda.failure = RuntimeError("CUDA error: unspecified launch failure\nSearch for it")
     link.submit(4, 0)
     key, error = reports.get(timeout=PATIENCE_S)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moerun.links import Throttle
-from support.lanes import PATIENCE_S, ThreadLanes
+from moerun.links import Throttle, Variant
 from support.pinned import (
     CHUNK,
     FIRST_LOW,
@@ -22,6 +21,7 @@ from support.pinned import (
     low_records,
     wait_for,
 )
+from support.thread_device import PATIENCE_S, ThreadDevice
 
 
 @pytest.mark.parametrize("chunk_bytes", [0, CHUNK])
@@ -46,7 +46,7 @@ def test_a_slot_is_not_overwritten_before_its_last_reader_is_done(chunk_bytes: i
         rig.link.submit(3, 0)
         rig.wait()
         go_on = threading.Event()
-        rig.lanes.compute.run(lambda: _wait(go_on))
+        rig.device.compute.run(lambda: _wait(go_on))
         told = rig.check(0, 3)  # queued behind that
         rig.link.submit(5, 0)
         time.sleep(0.01)
@@ -58,38 +58,38 @@ def test_a_slot_is_not_overwritten_before_its_last_reader_is_done(chunk_bytes: i
 
 
 def test_a_reader_waits_for_exactly_its_expert() -> None:
-    with Rig(full_records(), lanes=ThreadLanes(hold_back=True), streams=2) as rig:
+    with Rig(full_records(), device=ThreadDevice(hold_back=True), streams=2) as rig:
         rig.link.submit(1, 0)
         rig.link.submit(2, 1)
         rig.link.acquire(0)
-        rig.lanes.compute.run(lambda: None)
-        mark = rig.lanes.compute.mark()
-        rig.lanes.allow(1)
+        rig.device.compute.run(lambda: None)
+        event = rig.device.compute.record_event()
+        rig.device.allow(1)
         key = rig.wait()
-        assert mark.reached.wait(PATIENCE_S) if key == 1 else not mark.reached.is_set()
-        rig.lanes.allow(1)
-        mark.wait()
+        assert event.reached.wait(PATIENCE_S) if key == 1 else not event.reached.is_set()
+        rig.device.allow(1)
+        event.wait()
         assert rig.wait() == 3 - key
 
 
 def test_the_next_piece_is_queued_while_one_crosses_and_no_more() -> None:
-    with Rig(full_records(), lanes=ThreadLanes(hold_back=True), chunk_bytes=CHUNK) as rig:
+    with Rig(full_records(), device=ThreadDevice(hold_back=True), chunk_bytes=CHUNK) as rig:
         rig.link.submit(1, 0)
         assert rig.queued == [(0, 0), (0, 1)]
-        rig.lanes.allow(1)
+        rig.device.allow(1)
         wait_for(lambda: len(rig.queued) == 3)
         assert rig.queued == [(0, 0), (0, 1), (0, 2)]
-        rig.lanes.allow(3)
+        rig.device.allow(3)
         assert rig.wait() == 1
         rig.check(0, 1)()
 
 
 def test_whole_records_follow_each_other_without_any_thread() -> None:
-    with Rig(full_records(), lanes=ThreadLanes(hold_back=True), streams=3) as rig:
+    with Rig(full_records(), device=ThreadDevice(hold_back=True), streams=3) as rig:
         for slot in range(3):
             rig.link.submit(slot, slot)
         assert rig.queued == [(0, 0), (1, 0), (2, 0)]
-        rig.lanes.allow(3)
+        rig.device.allow(3)
         assert sorted(rig.wait() for _ in range(3)) == [0, 1, 2]
 
 
@@ -97,10 +97,10 @@ def test_what_is_asked_for_in_a_report_is_queued_before_the_report_ends() -> Non
     rig = Rig(full_records(), streams=1)
     queued = []
 
-    def report(key: int, error: Exception | None) -> None:
+    def report(key: int, error: Exception | None, ended_s: float) -> None:
         if key < 4:
-            rig.link.submit(key + 1, 0)
-            queued.append(len(rig.lanes.queued))
+            rig.link.submit(key + 1, 0, begin_s=ended_s)
+            queued.append(len(rig.device.queued))
         rig.reports.put((key, error))
 
     rig.link._done = report
@@ -111,21 +111,21 @@ def test_what_is_asked_for_in_a_report_is_queued_before_the_report_ends() -> Non
 
 
 def test_a_demand_overtakes_a_prefetch_after_the_pieces_on_their_way() -> None:
-    with Rig(full_records(), lanes=ThreadLanes(hold_back=True), chunk_bytes=CHUNK) as rig:
+    with Rig(full_records(), device=ThreadDevice(hold_back=True), chunk_bytes=CHUNK) as rig:
         rig.link.submit(1, 0, demand=False)
         rig.link.submit(2, 1)
-        rig.lanes.allow(8)
+        rig.device.allow(8)
         assert sorted([rig.wait(), rig.wait()]) == [1, 2]
         assert rig.queued == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (0, 2), (0, 3)]
 
 
 def test_a_guess_that_turns_out_right_travels_as_demand() -> None:
-    lanes = ThreadLanes(hold_back=True)
-    with Rig(full_records(), lanes=lanes, chunk_bytes=CHUNK, streams=2) as rig:
+    device = ThreadDevice(hold_back=True)
+    with Rig(full_records(), device=device, chunk_bytes=CHUNK, streams=2) as rig:
         rig.link.submit(1, 0, demand=False)
         rig.link.submit(2, 1, demand=False)
         rig.link.want(2)
-        lanes.allow(8)
+        device.allow(8)
         assert sorted([rig.wait(), rig.wait()]) == [1, 2]
         assert rig.queued[2:6] == [(1, 0), (1, 1), (1, 2), (1, 3)]
 
@@ -154,11 +154,11 @@ def test_a_copy_asked_for_in_a_report_begins_where_the_one_before_ended() -> Non
 
     rig = Rig(full_records(), throttle=Noted(bytes_per_s=4e6))
 
-    def report(key: int, error: Exception | None) -> None:
+    def report(key: int, error: Exception | None, ended_s: float) -> None:
         busy.append(rig.link.statistics.busy_s)
         if key < 4:
             time.sleep(0.002)
-            rig.link.submit(key + 1, 0)
+            rig.link.submit(key + 1, 0, begin_s=ended_s)
         rig.reports.put((key, error))
 
     rig.link._done = report
@@ -186,14 +186,14 @@ def test_a_record_crosses_while_it_is_being_read(chunk_bytes: int) -> None:
 
 
 def test_the_next_record_is_read_while_the_one_before_crosses() -> None:
-    lanes = ThreadLanes(hold_back=True)
-    with Rig(full_records(), n_bytes=2 * RECORD, lanes=lanes, streams=2) as rig:
+    device = ThreadDevice(hold_back=True)
+    with Rig(full_records(), n_bytes=2 * RECORD, device=device, streams=2) as rig:
         rig.link.submit(1, 0)
         wait_for(lambda: rig.queued[-1:] == [(0, 3)])
         rig.link.submit(2, 1)
         wait_for(lambda: rig.queued[-1:] == [(1, 3)])
         assert rig.reports.empty()
-        lanes.allow(8)
+        device.allow(8)
         assert sorted([rig.wait(), rig.wait()]) == [1, 2]
 
 
@@ -204,7 +204,7 @@ def test_the_disk_serves_one_record_at_a_time_and_demand_first() -> None:
         wait_for(lambda: records.log == [(1, 0)])
         rig.link.submit(2, 1, demand=False)
         rig.link.submit(3, 2)
-        wait_for(lambda: rig.tier._turns.n_waiting == 2)
+        wait_for(lambda: rig.tier._readers._disk.n_waiting == 2)
         rig.link.want(2)
         records.allow(12)
         arrived = [rig.wait() for _ in range(3)]
@@ -222,7 +222,7 @@ def test_the_memory_of_a_slot_that_goes_stays_until_its_last_reader_is_done() ->
         rig.link.submit(1, 2)
         rig.wait()
         go_on = threading.Event()
-        rig.lanes.compute.run(lambda: _wait(go_on))
+        rig.device.compute.run(lambda: _wait(go_on))
         told = rig.check(2, 1)
         thread = threading.Thread(target=rig.link.resize, args=([2], []))
         thread.start()
@@ -232,7 +232,7 @@ def test_the_memory_of_a_slot_that_goes_stays_until_its_last_reader_is_done() ->
         thread.join(PATIENCE_S)
         told()
         assert rig.slots[2] is None
-        assert rig.lanes.trimmed == 1
+        assert rig.device.trimmed == 1
 
 
 @pytest.mark.parametrize("slot", [2, 4])
@@ -240,7 +240,7 @@ def test_a_new_slot_waits_for_what_its_memory_was_used_for_before(slot: int) -> 
     with Rig(full_records(), n_slots=3) as rig:
         rig.link.resize([2], [])
         go_on = threading.Event()
-        rig.lanes.compute.run(lambda: _wait(go_on))
+        rig.device.compute.run(lambda: _wait(go_on))
         rig.link.resize([], [slot])
         rig.link.submit(5, slot)
         time.sleep(0.01)
@@ -295,7 +295,7 @@ def test_whatever_is_asked_every_reader_finds_its_record(
     rig = Rig(
         full_records(),
         n_bytes=n_bytes,
-        lanes=ThreadLanes(seed),
+        device=ThreadDevice(seed),
         low=low_records(),
         derives=derives,
         streams=streams,
@@ -318,7 +318,7 @@ def test_whatever_is_asked_every_reader_finds_its_record(
                 if len(like) < streams and key not in under_way and slot not in busy:
                     under_way[key] = slot, key + FIRST_LOW * low, demand
                     holds.pop(slot, None)
-                    rig.link.submit(key, slot, low, demand=demand)
+                    rig.link.submit(key, slot, Variant(low), demand=demand)
             elif what == "read" and slot in holds:
                 readers.append(rig.check(slot, holds[slot]))
             elif what == "want":

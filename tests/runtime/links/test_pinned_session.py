@@ -16,12 +16,13 @@ from moerun.errors import RunError
 from moerun.links import HostTier, Throttle
 from moerun.links.arena import Arena
 from moerun.links.pinned import PinnedLink
-from moerun.live.recording import EventLog, Pass
+from moerun.live.passes import EventLog, Pass
 from moerun.live.session import Session
+from moerun.offload.gate import GateOutput
 from runtime.live.test_session import random_passes, trace_of
-from support.lanes import PATIENCE_S, ThreadLanes
 from support.links import MemoryRecords
 from support.pinned import CHUNK, FIRST_LOW, LOW, RECORD, Form, dual_slot
+from support.thread_device import PATIENCE_S, ThreadDevice
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
 
@@ -29,9 +30,9 @@ OWN = Path(__file__).parents[2] / "support" / "policies.py"
 class Compute:
     """Computes experts in the device's own time: looks whether each is what it should be."""
 
-    def __init__(self, session: Session, lanes: ThreadLanes) -> None:
+    def __init__(self, session: Session, device: ThreadDevice) -> None:
         self.session = session
-        self.lanes = lanes
+        self.device = device
         self.wrong: list[tuple[int, int]] = []
         self.computed = 0
         self.lowered = 0
@@ -45,18 +46,18 @@ class Compute:
             for layer, gate in enumerate(done.gates):
                 assert gate.logits is not None
                 predicted = None if gate.predicted is None else torch.from_numpy(gate.predicted)
-                session.note(layer, torch.from_numpy(gate.logits), predicted)
+                output = GateOutput(torch.from_numpy(gate.logits), predicted)
                 served = []
                 ids, weights = torch.from_numpy(gate.ids), torch.from_numpy(gate.weights)
-                for expert, form in session.serve(layer, ids, weights):
+                for expert, form in session.serve(layer, ids, weights, output):
                     key = layer * session.context.n_experts + expert
                     if form is not None:  # or it is skipped
-                        self.lanes.compute.run(partial(self._compute, key, form))
+                        self.device.compute.run(partial(self._compute, key, form))
                     served.append(expert)
                 assert sorted(served) == sorted(np.unique(gate.ids).tolist())
         session.settle()
         session.cache.check()
-        self.lanes.drain()
+        self.device.synchronize()
 
     def _compute(self, key: int, form: Form) -> None:
         low = len(form.memory) == LOW
@@ -96,13 +97,13 @@ def test_every_expert_is_computed_from_its_own_record(
     low = MemoryRecords(context.n_keys, record_bytes=LOW, first=FIRST_LOW)
     copies = streams * (2 if chunk_bytes else 1)
     n_bytes = None if records_held is None else (copies + records_held) * RECORD
-    lanes = ThreadLanes(seed)
+    device = ThreadDevice(seed)
 
     def make_link(n_slots: int) -> PinnedLink:
         return PinnedLink(
             HostTier(full, n_bytes, low, read_bytes=CHUNK),
             Arena(partial(dual_slot, derives), n_slots),
-            lanes,
+            device,
             streams=streams,
             chunk_bytes=chunk_bytes,
             throttle=Throttle(bytes_per_s=1e9) if capped else None,
@@ -111,12 +112,12 @@ def test_every_expert_is_computed_from_its_own_record(
     with Session(
         context, find_policy(policy), make_link, record_bytes=RECORD, low_record_bytes=LOW
     ) as session:
-        compute = Compute(session, lanes)
+        compute = Compute(session, device)
         compute.run(random_passes(seed, 3, 6, 2, 2, [5, 0, 0, 3, 0]), sizes)
         totals = session.totals
         assert session.link.statistics.copies == totals.loads
         assert session.link.statistics.bytes_copied == totals.bytes_loaded
-    lanes.end()
+    device.end()
     assert compute.wrong == []
     assert compute.computed == totals.requests - totals.skipped
     assert policy == "hobbit" or not compute.lowered
@@ -130,14 +131,14 @@ def test_an_error_ends_the_pass_and_a_reset_session_serves_again(
     context = Context(3, 6, 2, 1, "layer")
     broken = frozenset({9}) if fails == "disk" else frozenset()
     records = MemoryRecords(context.n_keys, broken, record_bytes=RECORD)
-    lanes = ThreadLanes(3, failing=frozenset({11}) if fails == "device" else frozenset())
+    device = ThreadDevice(3, failing=frozenset({11}) if fails == "device" else frozenset())
     passes = random_passes(5, 3, 6, 2, 2, [5, 0, 0, 3, 0])
     outcome: list[BaseException] = []
 
     def make_link(n_slots: int) -> PinnedLink:
         tier = HostTier(records, 8 * RECORD, read_bytes=CHUNK)
         slots = Arena(partial(dual_slot, False), n_slots)
-        return PinnedLink(tier, slots, lanes, streams=2, chunk_bytes=chunk_bytes)
+        return PinnedLink(tier, slots, device, streams=2, chunk_bytes=chunk_bytes)
 
     with Session(
         context, find_policy("lru-spec:n=2,staging=2"), make_link, record_bytes=RECORD
@@ -145,7 +146,7 @@ def test_an_error_ends_the_pass_and_a_reset_session_serves_again(
 
         def serve() -> None:
             try:
-                Compute(session, lanes).run(passes, [])
+                Compute(session, device).run(passes, [])
             except (RunError, RuntimeError) as error:
                 outcome.append(error)
 
@@ -158,9 +159,9 @@ def test_an_error_ends_the_pass_and_a_reset_session_serves_again(
         assert said in str(error)
         records.broken = frozenset()
         session.reset()
-        compute = Compute(session, lanes)
+        compute = Compute(session, device)
         compute.run(passes, [])
-    lanes.end()
+    device.end()
     assert compute.wrong == []
     assert compute.computed
 
@@ -189,7 +190,7 @@ def test_a_run_repeats_from_its_journal(
     context = Context(3, 6, 2, slots, "layer")
     passes = random_passes(seed, 3, 6, 2, 2, [5, 0, 0, 3, 0])
     records = MemoryRecords(context.n_keys, record_bytes=RECORD)
-    lanes = ThreadLanes(seed)
+    device = ThreadDevice(seed)
     n_bytes = None if records_held is None else (2 * streams + records_held) * RECORD
     chosen, live, again = find_policy(policy), EventLog(), EventLog()
 
@@ -197,7 +198,7 @@ def test_a_run_repeats_from_its_journal(
         return PinnedLink(
             HostTier(records, n_bytes, read_bytes=CHUNK),
             Arena(partial(dual_slot, False), n_slots),
-            lanes,
+            device,
             streams=streams,
             chunk_bytes=chunk_bytes,
         )
@@ -205,9 +206,9 @@ def test_a_run_repeats_from_its_journal(
     with Session(
         context, chosen, make_link, record_bytes=RECORD, journal=[], observers=[live]
     ) as session:
-        Compute(session, lanes).run(passes, [])
+        Compute(session, device).run(passes, [])
         journal = session.cache.journal
-    lanes.end()
+    device.end()
     assert journal is not None
     workload = trace_of(tmp_path / "live.parquet", passes, context, 2)
     cache = ExpertCache(context, chosen.build(context), observers=[again])

@@ -17,7 +17,6 @@ from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
 from moerun.links.pinned import PinnedLink
 from moerun.store.pack import pack
-from support.lanes import PATIENCE_S, ThreadLanes
 from support.links import MemoryRecords
 from support.pinned import (
     CHUNK,
@@ -29,6 +28,7 @@ from support.pinned import (
     dual_slot,
     full_records,
 )
+from support.thread_device import PATIENCE_S, ThreadDevice
 
 
 @pytest.mark.parametrize("chunk_bytes", [0, CHUNK])
@@ -85,12 +85,12 @@ def test_a_damaged_file_is_named_though_its_start_has_crossed(tmp_path: Path, da
             file.write(b"\x7f")
     else:
         os.truncate(where.path, where.offset + 8192)
-    lanes = ThreadLanes()
+    device = ThreadDevice()
     slots = [Form(torch.zeros(store.record_bytes, dtype=torch.uint8))]
     tier = HostTier(store, 2 * store.record_bytes, read_bytes=CHUNK)
-    link = PinnedLink(tier, slots, lanes)
+    link = PinnedLink(tier, slots, device)
     reports: Reports = SimpleQueue()
-    link.start(lambda key, error: reports.put((key, error)))
+    link.start(lambda key, error, _ended_s: reports.put((key, error)))
     link.submit(9, 0)
     key, error = reports.get(timeout=PATIENCE_S)
     assert (key, type(error)) == (9, RunError)
@@ -102,15 +102,15 @@ def test_a_damaged_file_is_named_though_its_start_has_crossed(tmp_path: Path, da
     store.read_into(0, expected)
     assert torch.equal(slots[0].memory, expected)
     link.close()
-    lanes.end()
+    device.end()
 
 
 @pytest.mark.parametrize(("chunk_bytes", "failing"), [(0, 1), (CHUNK, 4), (CHUNK, 6), (CHUNK, 7)])
 def test_a_copy_that_fails_is_reported_once_and_the_link_goes_on(
     chunk_bytes: int, failing: int
 ) -> None:
-    lanes = ThreadLanes(failing=frozenset({failing}))
-    with Rig(full_records(), lanes=lanes, chunk_bytes=chunk_bytes) as rig:
+    device = ThreadDevice(failing=frozenset({failing}))
+    with Rig(full_records(), device=device, chunk_bytes=chunk_bytes) as rig:
         for key, fails in ((1, False), (2, True), (3, False)):
             rig.link.submit(key, 0)
             found, error = rig.reports.get(timeout=PATIENCE_S)
@@ -130,7 +130,7 @@ def test_a_slot_that_cannot_take_its_record_is_reported_and_the_link_goes_on(
             raise RunError("copying an expert to cuda:0 failed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(rig.link._lanes[0], "copy", copy)
+            patch.setattr(rig.link._streams[0], "copy", copy)
             rig.link.submit(1, 0)
             key, error = rig.reports.get(timeout=PATIENCE_S)
             assert (key, str(error)) == (1, "copying an expert to cuda:0 failed")
@@ -140,30 +140,30 @@ def test_a_slot_that_cannot_take_its_record_is_reported_and_the_link_goes_on(
 
 
 def test_a_link_that_never_started_can_be_closed() -> None:
-    lanes = ThreadLanes()
-    link = PinnedLink(HostTier(full_records()), Arena(dual_slot, 1), lanes)
+    device = ThreadDevice()
+    link = PinnedLink(HostTier(full_records()), Arena(dual_slot, 1), device)
     link.close()
-    lanes.end()
-    assert lanes.pinned == []
+    device.end()
+    assert device.pinned == []
 
 
 def test_a_link_whose_device_is_lost_gives_up_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(_: object) -> None:
         raise RunError("the device is lost")
 
-    monkeypatch.setattr(ThreadLanes, "drain", lost)
+    monkeypatch.setattr(ThreadDevice, "synchronize", lost)
     rig = Rig(full_records(), n_bytes=2 * RECORD)
     with pytest.raises(RunError, match="lost"):
         rig.link.close()
-    assert rig.lanes.pinned == []
+    assert rig.device.pinned == []
     assert not [t.name for t in threading.enumerate() if t.name.startswith(("link", "reader"))]
-    rig.lanes.end()
-    monkeypatch.setattr(ThreadLanes, "open", lost)
-    lanes = ThreadLanes()
+    rig.device.end()
+    monkeypatch.setattr(ThreadDevice, "new_stream", lost)
+    device = ThreadDevice()
     with pytest.raises(RunError, match="lost"):
-        PinnedLink(HostTier(full_records()), Arena(dual_slot, 1), lanes)
-    lanes.end()
-    assert lanes.pinned == []
+        PinnedLink(HostTier(full_records()), Arena(dual_slot, 1), device)
+    device.end()
+    assert device.pinned == []
 
 
 @pytest.mark.parametrize("n_bytes", [None, 2 * RECORD])
@@ -173,25 +173,25 @@ def test_closing_ends_everything_after_the_copies_under_way(n_bytes: int | None)
     rig.link.submit(4, 1)
     rig.link.close()
     rig.link.close()
-    rig.lanes.end()
+    rig.device.end()
     assert sorted(rig.reports.get_nowait() for _ in range(2)) == [(3, None), (4, None)]
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith(("link", "reader"))]
-    assert rig.lanes.pinned == []
+    assert rig.device.pinned == []
 
 
 def test_a_capped_copy_is_not_waited_for_when_closing() -> None:
     rig = Rig(full_records(), throttle=Throttle(bytes_per_s=1.0))  # hours
     rig.link.submit(3, 0)
     rig.link.close()
-    rig.lanes.end()
+    rig.device.end()
     assert rig.reports.get_nowait() == (3, None)
 
 
 def test_memory_that_cannot_be_pinned_or_filled_is_given_back() -> None:
-    lanes = ThreadLanes()
+    device = ThreadDevice()
     tier = HostTier(full_records(broken=frozenset({5})))
     with pytest.raises(RunError, match="expert 5 in store"):
-        PinnedLink(tier, Arena(dual_slot, 1), lanes)
-    assert lanes.pinned == []
-    lanes.end()
+        PinnedLink(tier, Arena(dual_slot, 1), device)
+    assert device.pinned == []
+    device.end()

@@ -18,6 +18,7 @@ from moerun.memory.cache import held_bytes, shape_of
 from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.moe_models import FAMILIES, random_model
+from support.runs import generate
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -167,6 +168,6 @@ def test_what_a_checkpoint_prefers_does_not_change_the_text(tmp_path: Path) -> N
         own = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(own | preferred))
         with Runner(store, Settings(find_policy("lru"))) as runner:
-            texts.append(runner.generate(prompt, Sampling(max_new_tokens=12, stop=False)))
+            texts.append(generate(runner, prompt, Sampling(max_new_tokens=12, stop=False)))
     shutil.rmtree(store.path)
     assert texts[0] == texts[1]

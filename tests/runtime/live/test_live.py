@@ -21,7 +21,8 @@ from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.live import runner as runner_module
-from moerun.live.recording import EventLog, LiveRecording
+from moerun.live.passes import EventLog
+from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.policies import unserved
@@ -29,10 +30,11 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim import Workload, load_workload
-from moesim.machine.profile import Compute, Link, Machine
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.simulate import simulate
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
+from support.runs import generate
 from transformers import AutoModelForCausalLM
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
@@ -43,7 +45,9 @@ LOSSLESS = sorted(
     if not find_policy(name).policy.lossy and not unserved(find_policy(name))
 )
 N_EXPERTS = 8
-a_machine = Machine("m", "", "measured", Link(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5))
+a_machine = Machine(
+    "m", "", "measured", LinkProfile(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5)
+)
 few = settings(
     max_examples=12,
     deadline=None,
@@ -115,7 +119,7 @@ def test_generated_tokens_are_the_stock_models(tiny: ExpertStore, stock: Any) ->
 def test_sampling_repeats_with_its_seed(tiny: ExpertStore) -> None:
     with Runner(tiny, Settings(find_policy("lru"), slots=8)) as runner:
         texts = [
-            runner.generate(PROSE, Sampling(12, temperature=1.0, top_p=0.95, seed=seed))
+            generate(runner, PROSE, Sampling(12, temperature=1.0, top_p=0.95, seed=seed))
             for seed in (1, 1, 2)
         ]
     assert texts[0] == texts[1] != texts[2]
@@ -350,7 +354,7 @@ def test_quantised_experts_run_from_their_records(precision: str, tmp_path: Path
     texts = []
     for slots in (N_EXPERTS, 1):
         with Runner(store, Settings(find_policy("lru-spec"), slots=slots, streams=2)) as runner:
-            texts.append(runner.generate(PROSE, Sampling(max_new_tokens=8)))
+            texts.append(generate(runner, PROSE, Sampling(max_new_tokens=8)))
     assert texts[0] == texts[1]
 
 
@@ -365,17 +369,17 @@ def test_a_damaged_record_stops_the_run_and_names_it(tiny: ExpertStore, tmp_path
         Runner(damaged, Settings(find_policy("lru"), slots=2)) as runner,
         pytest.raises(RunError, match=rf"expert 5 of layer 0 .*{where.path.name}"),
     ):
-        runner.generate(PROSE + CODE, Sampling(max_new_tokens=50))
+        generate(runner, PROSE + CODE, Sampling(max_new_tokens=50))
 
 
 def test_a_closed_runner_frees_its_slots_at_once(tiny: ExpertStore) -> None:
     with Runner(tiny, Settings(find_policy("lru-spec"), slots=2)) as runner:
-        runner.generate(PROSE, Sampling(max_new_tokens=3))  # imports keep their first caller
+        generate(runner, PROSE, Sampling(max_new_tokens=3))  # imports keep their first caller
     gc.collect()
     gc.disable()
     try:
         runner = Runner(tiny, Settings(find_policy("lru-spec"), slots=2))
-        runner.generate(PROSE, Sampling(max_new_tokens=3))
+        generate(runner, PROSE, Sampling(max_new_tokens=3))
         slot = weakref.ref(runner.session.link.slots[0])
         runner.close()
         del runner

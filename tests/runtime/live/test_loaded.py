@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import moerun
 import pytest
@@ -72,6 +73,12 @@ def test_others_code_takes_it_for_a_model(
         ({"policy": "belady"}, PolicyError, "future"),
         ({"memory": "1MiB"}, moerun.RunError, "MiB"),
         ({"device": "tpu"}, moerun.UsageError, "unknown device"),
+        ({"scope": "node"}, moerun.UsageError, "unknown scope 'node'"),
+        ({"memory": "1GiB", "context": 1}, moerun.UsageError, "2 or more tokens, not 1"),
+        ({"slots": 2, "context": 64}, moerun.UsageError, "what memory plans for"),
+        ({"streams": 4}, moerun.UsageError, "streams must be 1, 2 or 3, not 4"),
+        ({"chunk": 1000}, moerun.UsageError, "a chunk must be a multiple"),
+        ({"link_gbps": 0.0}, moerun.UsageError, "link-gbps must be above 0"),
     ],
 )
 def test_what_cannot_run_is_refused(
@@ -79,6 +86,13 @@ def test_what_cannot_run_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         moerun.load(stores["native"], **options)  # type: ignore[arg-type]
+
+
+def test_a_policy_is_refused_before_a_checkpoint_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="future"):
+        moerun.load(tmp_path / "not-there", policy="belady")
+    with pytest.raises(moerun.RunError, match="not-there"):
+        moerun.load(tmp_path / "not-there", policy="lru")
 
 
 def test_the_package_is_imported_without_torch() -> None:

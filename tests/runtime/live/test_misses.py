@@ -17,29 +17,37 @@ from moepolicy import ExpertCache, Kind, PolicyError, find_policy, replay_journa
 from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
+from moerun.live import assembly
 from moerun.live import runner as runner_module
-from moerun.live.recording import EventLog, LiveRecording
+from moerun.live.passes import EventLog
+from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.live.session import Session
 from moerun.offload.cpu_experts import AsideExpert
-from moerun.offload.experts import ResidentProvider, Served
+from moerun.offload.experts import Served
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim.engines.choose import run as simulate
+from moesim.engines.compilations import Compilations
 from moesim.machine.costs import costs_of
-from moesim.machine.profile import Compute, Cpu, Link, Machine
+from moesim.machine.profile import Compute, Cpu, LinkProfile, Machine
 from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
+from support.runs import ResidentProvider, generate
 from transformers import AutoModelForCausalLM
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 a_machine = Machine(
-    "m", "", "measured", Link(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5), cpu=Cpu(1, 1e-4)
+    "m",
+    "",
+    "measured",
+    LinkProfile(1e8, 1e-5, 2),
+    Compute(1e-4, 1e-4, expert_s=1e-5),
+    cpu=Cpu(1, 1e-4),
 )
 
 
@@ -74,7 +82,7 @@ def shuffled(seed: int) -> Any:
     """Stands for make_link: copies under way, two at a time, end in random order."""
 
     def make(store: ExpertStore, form: Any, chosen: Settings, n_slots: int) -> ShuffledLink:
-        slots = runner_module.make_slots(form, chosen, n_slots)
+        slots = assembly.make_slots(form, chosen, n_slots)
         return ShuffledLink(store, slots, 2, seed, chosen.low)
 
     return patch.object(runner_module, "make_link", make)
@@ -114,6 +122,7 @@ def test_the_simulator_repeats_the_run_event_for_event(
         chosen.policy,
         context,
         costs_of(workload, a_machine, sizes, predicting=False),
+        compilations=Compilations(),
         observers=(log,),
     )
     assert [tuple(event) for event in log.events] == [tuple(e) for e in document["events"]]
@@ -147,13 +156,13 @@ def test_the_journal_repeats_a_run_that_also_prefetches(
 class Checked:
     """Stands between model and session, and holds what is served against the whole model."""
 
-    def __init__(self, session: Session, full: ResidentProvider, low: ResidentProvider) -> None:
-        self.session = session
+    def __init__(self, runner: Runner, full: ResidentProvider, low: ResidentProvider) -> None:
+        self.experts, self.session = runner.experts, runner.session
         self.full, self.low = full, low
         self.served: set[str] = set()
 
     def serve(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Served:
-        served = self.session.serve(layer, ids, weights)
+        served = self.experts.serve(layer, ids, weights)
         return Served(served.ids, self._checked(layer, served))
 
     def _checked(self, layer: int, served: Served) -> Iterator[Any]:
@@ -184,9 +193,7 @@ def test_every_slot_holds_what_it_is_said_to_hold(
 ) -> None:
     settings = Settings(find_policy(f"{OWN}:Anything:seed=4"), slots=3, low=stores["2bit"])
     with shuffled(3), Runner(stores[full], settings) as runner:
-        checked = Checked(
-            runner.session, ResidentProvider(stores[full]), ResidentProvider(stores["2bit"])
-        )
+        checked = Checked(runner, ResidentProvider(stores[full]), ResidentProvider(stores["2bit"]))
         for module in runner.model.modules():
             if hasattr(module, "offload"):
                 module.offload = replace(module.offload, provider=checked)
@@ -266,9 +273,9 @@ def test_a_record_that_cannot_be_computed_aside_is_named(
     chosen = Settings(always(Kind.COMPUTE), low=stores["2bit"])
     with Runner(ExpertStore.open(store.path), chosen) as runner:
         with pytest.raises(RunError, match=rf"expert 5 of layer 0 .*{where.path.name}"):
-            runner.generate(PROSE, Sampling(max_new_tokens=2))
+            generate(runner, PROSE, Sampling(max_new_tokens=2))
         with pytest.raises(RunError, match="expert 5 of layer 0"):
-            runner.generate(PROSE, Sampling(max_new_tokens=2))
+            generate(runner, PROSE, Sampling(max_new_tokens=2))
         runner.session.reset()
         ids = torch.tensor([[1]]), torch.ones(1, 1)
         assert [expert for expert, _ in runner.session.serve(0, *ids)] == [1]

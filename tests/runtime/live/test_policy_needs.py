@@ -12,8 +12,8 @@ import torch
 from moepolicy import Context, PolicyError, find_policy
 from moerun.links import DiskLink
 from moerun.live.session import Session
-from moerun.memory import compiling
 from moerun.memory.compiling import Compiling
+from moerun.offload.gate import GateOutput
 from moerun.settings import Settings
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot
 
@@ -57,8 +57,8 @@ def session(policy: str, how: Compiling = Compiling.NEVER) -> Session:
 
 def serve(live: Session, layer: int, ahead: int, ids: torch.Tensor = IDS) -> None:
     predicted = torch.zeros((ahead, 1, CONTEXT.n_experts), dtype=torch.float16) if ahead else None
-    live.note(layer, torch.zeros((1, CONTEXT.n_experts)), predicted)
-    list(live.serve(layer, ids, WEIGHTS))
+    output = GateOutput(torch.zeros((1, CONTEXT.n_experts)), predicted)
+    list(live.serve(layer, ids, WEIGHTS, output))
 
 
 def test_a_policy_is_given_as_many_predictions_as_it_declares(tmp_path: Path) -> None:
@@ -108,9 +108,8 @@ def test_a_wrong_answer_is_told_live_as_in_simulation(
 
 
 def test_a_policy_that_is_not_compiled_live_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compiling, "_told", set())
     spec = mine(tmp_path, **{"self.rows[step.number] = len(step.predicted)": "self.n += 1"})
     with session(spec, Compiling.ALWAYS) as live:
         live.wait_compiled()

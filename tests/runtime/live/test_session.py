@@ -16,12 +16,11 @@ from moepolicy import Context, Event, ExpertCache, Kind, PolicyError, find_polic
 from moeroute import TraceMeta, TraceWriter, open_trace
 from moerun.errors import RunError
 from moerun.links import DiskLink, Link
-from moerun.live.recording import EventLog, Pass, rows_of
+from moerun.live.passes import EventLog, Pass, rows_of
 from moerun.live.session import Session
-from moerun.offload.gate import Gate
+from moerun.offload.gate import Gate, GateOutput
 from moesim import Workload, load_workload
-from moesim.machine.profile import Compute, Machine
-from moesim.machine.profile import Link as SimulatedLink
+from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.simulate import simulate
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot, ShuffledLink
 
@@ -104,10 +103,10 @@ def drive(session: Session, passes: list[Pass]) -> None:
         for layer, gate in enumerate(done.gates):
             predicted = None if gate.predicted is None else torch.from_numpy(gate.predicted)
             assert gate.logits is not None
-            session.note(layer, torch.from_numpy(gate.logits), predicted)
+            output = GateOutput(torch.from_numpy(gate.logits), predicted)
             served = []
             ids, weights = torch.from_numpy(gate.ids), torch.from_numpy(gate.weights)
-            for expert, slot in session.serve(layer, ids, weights):
+            for expert, slot in session.serve(layer, ids, weights, output):
                 words = slot.landing.view(torch.int32)
                 assert bool((words == layer * n_experts + expert).all())
                 served.append(expert)
@@ -139,7 +138,7 @@ machines = st.builds(
     description=st.just(""),
     source=st.just("measured"),
     link=st.builds(
-        SimulatedLink,
+        LinkProfile,
         bytes_per_s=st.sampled_from([1e6, 1e8, 1e12]),
         latency_s=st.sampled_from([0.0, 1e-5]),
         streams=st.integers(1, 3),

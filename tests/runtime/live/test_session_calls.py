@@ -11,9 +11,10 @@ import pytest
 import torch
 from moepolicy import Context, Kind, Policy, PolicySpec, find_policy
 from moerun.errors import RunError
-from moerun.links import Done, LinkStatistics
-from moerun.live import session as session_module
+from moerun.links import Done, LinkStatistics, Variant
+from moerun.live import cache as cache_module
 from moerun.live.session import Session
+from moerun.offload.gate import GateOutput
 from support.links import RECORD_BYTES, MemorySlot
 
 
@@ -26,14 +27,24 @@ class ByHand:
         self.statistics = LinkStatistics()
         self.slots = [MemorySlot() for _ in range(n_slots)]
         self.asked: list[tuple[Any, ...]] = []
+        self.begins_s: list[float | None] = []
         self.memory = set(range(n_slots))
 
     def start(self, done: Done) -> None:
         self.done = done
 
-    def submit(self, key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
+    def submit(
+        self,
+        key: int,
+        slot: int,
+        variant: Variant = Variant.FULL,
+        *,
+        demand: bool = True,
+        begin_s: float | None = None,
+    ) -> None:
         assert slot in self.memory
         self.asked.append(("submit", key, demand))
+        self.begins_s.append(begin_s)
 
     def want(self, key: int) -> None:
         self.asked.append(("want", key))
@@ -56,8 +67,8 @@ class ByHand:
         """From now on copies of these keys (all of them where none is named) end as they begin."""
         submit = ByHand.submit
 
-        def submitted(key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-            submit(self, key, slot, low, demand=demand)
+        def submitted(key: int, slot: int, variant: Variant, **how: Any) -> None:
+            submit(self, key, slot, variant, **how)
             if not keys or key in keys:
                 self.end(key)
 
@@ -69,7 +80,7 @@ class ByHand:
 
     def end(self, *keys: int) -> None:
         for key in keys:
-            self.done(key, None)
+            self.done(key, None, 7.5)
 
 
 def made(
@@ -203,8 +214,8 @@ def test_no_more_copies_are_under_way_than_there_are_streams(streams: int) -> No
         # Nothing is here, so the first one is waited for: a full link ends its oldest copy.
         submit, under_way = link.submit, []
 
-        def submitted(key: int, slot: int, low: bool = False, *, demand: bool = True) -> None:
-            submit(key, slot, low, demand=demand)
+        def submitted(key: int, slot: int, variant: Variant, **how: Any) -> None:
+            submit(key, slot, variant, **how)
             under_way.append(key)
             assert len(under_way) <= streams
             if len(under_way) == streams or key == order[-1]:
@@ -225,21 +236,29 @@ def test_in_pieces_guesses_have_streams_of_their_own_and_are_wanted_when_late() 
     session, link = made("lru-spec:n=2,staging=4", layers=2, chunked=True)
     with session:
         ahead = torch.tensor([[[0.0, 0.0, 5.0, 9.0]]], dtype=torch.float16)
-        session.note(0, torch.zeros(1, 4), ahead)
+        output = GateOutput(torch.zeros(1, 4), ahead)
         link.end_at_once(0)
-        assert [e for e, _ in session.serve(0, *asks(0))] == [0]
+        assert [e for e, _ in session.serve(0, *asks(0), output)] == [0]
         # One guess on the one stream for guesses; the other waits for it, not for the demand.
         assert [a for a in link.take() if a[0] == "submit"] == [
             ("submit", 0, True),
             ("submit", 7, False),
         ]
-        session.note(1, torch.zeros(1, 4), torch.full((1, 1, 4), np.nan, dtype=torch.float16))
+        output = GateOutput(predicted=torch.full((1, 1, 4), np.nan, dtype=torch.float16))
         link.want = lambda key: (link.asked.append(("want", key)), link.end(key))[0]  # type: ignore[method-assign,assign]
         link.end_at_once(5)
-        assert [e for e, _ in session.serve(1, *asks(3, 1))] == [3, 1]
+        assert [e for e, _ in session.serve(1, *asks(3, 1), output)] == [3, 1]
         assert link.take()[:2] == [("want", 7), ("submit", 5, True)]
         assert session.totals.late == 1
         assert session.totals.useless_prefetches == 0
+
+
+def test_a_copy_that_another_made_room_for_begins_where_that_ended() -> None:
+    session, link = made(streams=1)
+    with session:
+        link.end_at_once()
+        assert [e for e, _ in session.serve(0, *asks(1, 2))] == [1, 2]
+        assert link.begins_s == [None, 7.5]
 
 
 def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +266,7 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     session, link = made(streams=2)
     now_s = iter([10.0, 13.5])
     clock = SimpleNamespace(perf_counter=lambda: next(now_s))
-    monkeypatch.setattr(session_module, "time", clock)
+    monkeypatch.setattr(cache_module, "time", clock)
     with session:
         link.end_at_once(2)
         items = iter(session.serve(0, *asks(1, 2)))
@@ -257,7 +276,7 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
         def wait() -> None:
             link.end(1)
 
-        monkeypatch.setattr(session.lock, "wait", wait)
+        monkeypatch.setattr(session._live.copy_ended, "wait", wait)
         assert next(items)[0] == 1
         assert session.totals.stall_s == 3.5
         assert next(items, None) is None
@@ -266,7 +285,7 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_nothing_is_copying_is_not_waited_for() -> None:
     session, _ = made()
     with session:
-        session._pump = lambda: None  # type: ignore[method-assign]
+        session._live._pump = lambda: None  # type: ignore[method-assign]
         with pytest.raises(RunError, match="an expert is waited for that nothing is copying"):
             list(session.serve(0, *asks(1)))
 

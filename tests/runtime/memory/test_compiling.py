@@ -11,7 +11,7 @@ from moepolicy import Context, ExpertCache, find_policy
 from moepolicy.calls import CompiledCalls
 from moerun.links import DiskLink
 from moerun.live.session import Session
-from moerun.memory.compiling import CompileBeside, Compiling
+from moerun.memory.compiling import CompileBeside, Compiling, Told
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot
 
 CONTEXT = Context(n_layers=3, n_experts=6, top_k=2, slots=3)
@@ -75,6 +75,26 @@ def test_a_policy_beyond_compiling_runs_interpreted(tmp_path: Path) -> None:
         live.wait_compiled()
         assert not isinstance(live.cache._calls, CompiledCalls)
         decode(live, 10, seed=0)
+
+
+def test_who_owns_what_was_told_hears_of_a_policy_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lively.py"
+    path.write_text(LIVELY)
+    spec = find_policy(f"{path}:Lively")
+    ours, theirs = Told(), Told()
+    for told in (ours, ours, theirs):
+        cache = ExpertCache(CONTEXT, spec.build(CONTEXT), name="lively")
+        CompileBeside(cache, threading.Condition(), 1, told=told).finish()
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        said
+        == [
+            "policy 'lively' runs interpreted: Lively.seen is a dict, neither an array nor a number"
+        ]
+        * 2
+    )
 
 
 def test_a_short_run_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

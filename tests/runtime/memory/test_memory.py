@@ -30,6 +30,7 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from support.big_models import big_store
+from support.runs import generate
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_the_slots_are_what_the_rest_leaves(tiny: ExpertStore) -> None:
         with Runner(tiny, chosen) as runner:
             assert runner.context.slots == slots
             assert runner.plan.total_bytes <= budget
-            assert runner.generate(PROSE, Sampling(max_new_tokens=2))
+            assert generate(runner, PROSE, Sampling(max_new_tokens=2))
 
 
 def test_packed_attention_is_planned_at_its_own_size(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works(
         Runner(tiny, budget(MIB))
     (least,) = re.findall(r"least that works is (\d+MiB)", str(caught.value))
     with Runner(tiny, budget(parse_bytes(least))) as runner:
-        assert runner.generate(PROSE, Sampling(max_new_tokens=2))
+        assert generate(runner, PROSE, Sampling(max_new_tokens=2))
     monkeypatch.setattr(runner_module, "load_offloaded", None)  # not to be reached
     with pytest.raises(RunError, match=f"least that works is {least}"):
         Runner(tiny, budget(parse_bytes(least) - MIB))
@@ -212,7 +213,7 @@ def test_the_budget_may_change_while_text_is_generated(
                     if slots % 2:
                         runner.set_memory(runner.plan.least_bytes + slots * row)
                     else:
-                        runner.set_slots(slots)
+                        runner.session.resize(slots)
                     changes.append(slots)
                     time.sleep(0.002)
 
@@ -240,12 +241,12 @@ def test_what_a_smaller_budget_takes_away_goes_back_to_the_system(big: ExpertSto
             list(runner.session.serve(layer, torch.arange(8)[:, None], torch.ones(8, 1)))
         slot = weakref.ref(runner.session.link.slots[0])
         full = resident_bytes()
-        runner.set_slots(1)
+        runner.session.resize(1)
         gc.collect()
         assert full - resident_bytes() > 0.9 * 7 * big.n_layers * big.record_bytes
-        runner.set_slots(0)
+        runner.session.resize(0)
         assert slot() is None
-        runner.set_slots(8)
+        runner.session.resize(8)
         assert resident_bytes() < full - 0.5 * 7 * big.n_layers * big.record_bytes
 
 
@@ -256,7 +257,7 @@ def test_a_change_that_cannot_be_leaves_all_as_it_was(
         with pytest.raises(RunError, match="least that works"):
             runner.set_memory(MIB)
         with pytest.raises(PolicyError, match="made for 8 slots a layer cannot have 9"):
-            runner.set_slots(9)
+            runner.session.resize(9)
         arena: Any = runner.session.link.slots
         make, made = arena._make_slot, []
 
@@ -268,11 +269,11 @@ def test_a_change_that_cannot_be_leaves_all_as_it_was(
 
         monkeypatch.setattr(arena, "_make_slot", until_full)
         with pytest.raises(RunError, match="does not have free"):
-            runner.set_slots(8)
+            runner.session.resize(8)
         assert (runner.context.slots, runner.plan.slots) == (2, 2)
         runner.session.cache.check()
         assert sum(slot is not None for slot in arena) == 2 * tiny.n_layers + 1
-        assert runner.generate(PROSE, Sampling(max_new_tokens=3))
+        assert generate(runner, PROSE, Sampling(max_new_tokens=3))
 
 
 def test_a_recorded_run_with_changes_repeats_from_its_journal(
@@ -280,7 +281,8 @@ def test_a_recorded_run_with_changes_repeats_from_its_journal(
 ) -> None:
     from moepolicy import Context, ExpertCache
     from moeroute import open_trace
-    from moerun.live.recording import EventLog, LiveRecording
+    from moerun.live.passes import EventLog
+    from moerun.live.recording import LiveRecording
     from moesim.workload.loading import load_workload
 
     trace, journal = tmp_path / "t.parquet", tmp_path / "j.json"
@@ -290,7 +292,7 @@ def test_a_recorded_run_with_changes_repeats_from_its_journal(
 
         def resize(layer: int, _gate: object) -> None:
             if layer % 3 == 1:
-                runner.set_slots(next(sizes))
+                runner.session.resize(next(sizes))
 
         runner.session.gate_observers.append(resize)
         recording.recorder.begin_sequence()
@@ -338,7 +340,7 @@ def test_a_file_changes_the_budget_of_a_running_process(tiny: ExpertStore, tmp_p
     assert "memory: 60.00 MiB from now on" in text
     assert "taken of 60.00 MiB" in text
     with Runner(tiny, Settings(find_policy("lru"), slots=4)) as runner:
-        expected = runner.generate(PROSE, Sampling(max_new_tokens=80))
+        expected = generate(runner, PROSE, Sampling(max_new_tokens=80))
     assert out.strip() == expected.strip()
 
 

@@ -22,6 +22,7 @@ from moerun.memory.plan import COMPILED_BYTES, MIB, MemoryPlan, Needs
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from support.big_models import big_store
+from support.runs import generate
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
@@ -41,7 +42,7 @@ def test_what_computes_beside_the_device_is_planned(
     plain = Settings(find_policy("lru"), slots=1, low=stores["2bit"])
     assert plan_memory(store, plain).needs.aside_bytes == 0
     with Runner(store, Settings(find_policy(ASIDE), slots=1, low=stores["2bit"])) as runner:
-        runner.generate(PROSE, Sampling(max_new_tokens=2))
+        generate(runner, PROSE, Sampling(max_new_tokens=2))
         assert runner.session.totals.cpu_experts > 0
         aside: Any = runner.session.aside
         held = aside._form.slot_bytes
@@ -124,7 +125,7 @@ def test_a_running_process_may_shrink_to_what_it_could_have_begun_with(
         runner.session.reset()
         runner.session.wait_compiled()
         assert not isinstance(runner.session.cache._calls, CompiledCalls)
-        assert runner.session.compiled is Compiling.NEVER
+        assert runner.session.compilation.done is Compiling.NEVER
     assert not (tmp_path / "none").exists()
 
 
@@ -135,10 +136,10 @@ def test_what_a_running_process_has_compiled_stays(stores: dict[str, ExpertStore
         runner.set_memory(1 << 30)
         runner.session.wait_compiled()
         assert isinstance(runner.session.cache._calls, CompiledCalls)
-        done = runner.session.compiled
+        done = runner.session.compilation.done
         assert done is not Compiling.NEVER
         runner.session.reset()
-        assert runner.session.compiled is done
+        assert runner.session.compilation.done is done
         with pytest.raises(RunError, match="code is loaded and stays"):
             runner.set_memory(60 * MIB)
         assert runner.plan.budget_bytes == 1 << 30
@@ -165,7 +166,7 @@ settings = Settings(find_policy(policy), memory_bytes=int(budget), context_token
                     low=ExpertStore.open(low))
 with Runner(store, settings) as runner:
     runner.session.wait_compiled()
-    runner.generate(prompt, Sampling(max_new_tokens=8, stop=False))
+    runner.generation().run(runner.encode(prompt), Sampling(max_new_tokens=8, stop=False))
     plan = runner.plan
     print(json.dumps({
         "compiling": plan.compiling.value, "peak": runner.peak_bytes, "planned": plan.total_bytes,

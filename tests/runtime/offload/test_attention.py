@@ -21,16 +21,18 @@ from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import SlotForm
 from moerun.live.runner import Runner
 from moerun.offload.attention import PackedLinear, packed_attention_bytes
-from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import dense_model, load_offloaded
 from moerun.perplexity.table1 import published
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.find import find_store
 from moerun.store.index import ATTENTION_FILE
-from moerun.store.pack import JOURNAL_FILE, pack
+from moerun.store.pack import pack
+from moerun.store.pack_folder import JOURNAL_FILE
 from safetensors.torch import load_file
 from support.moe_models import random_model, small_config
+from support.runs import ResidentProvider
+from support.stores import verify
 
 # bfloat16 has 8 bits of mantissa: the kernel's activations, scales and sums round to them.
 KERNEL_TOLERANCE = 0.01
@@ -210,7 +212,7 @@ def test_attention_and_experts_have_precisions_of_their_own(mixtral: Path, tmp_p
     store = pack(mixtral, tmp_path / "out", precision="2bit", attention="3bit")
     index = ExpertStore.open(store.path).index
     assert (index.precision, index.attention_precision) == ("2bit", "3bit")
-    store.verify()
+    verify(store)
     with Runner(store, Settings(find_policy("lru-spec"), slots=2)) as runner:
         assert torch.isfinite(logits_of(runner.model, IDS)).all()
 
@@ -264,7 +266,7 @@ def test_a_pack_killed_in_attention_is_taken_up(mixtral: Path, tmp_path: Path) -
     seen: list[int] = []
     resumed = pack(mixtral, out, attention="4bit", progress=lambda done, _: seen.append(done))
     assert 37 <= seen[0] < 48 == seen[-1]
-    resumed.verify()
+    verify(resumed)
     pack(mixtral, tmp_path / "fresh", attention="4bit", name=resumed.index.model)
     assert files_of(out) == files_of(tmp_path / "fresh")
 
@@ -279,7 +281,7 @@ def test_damaged_attention_names_its_module(mixtral: Path, tmp_path: Path) -> No
         file.write(bytes([byte ^ 1]))
     message = rf"{linear.module} is damaged \(its checksum differs\) in .*{ATTENTION_FILE}"
     with pytest.raises(RunError, match=message):
-        ExpertStore.open(store.path).verify()
+        verify(ExpertStore.open(store.path))
     with pytest.raises(RunError, match=message):
         Runner(ExpertStore.open(store.path), Settings(find_policy("lru")))
     os.truncate(store.path / ATTENTION_FILE, 5000)
@@ -321,11 +323,11 @@ def test_stores_that_differ_in_attention_share_their_experts(
     for layer in range(4):
         name = f"experts-{layer:05d}.safetensors"
         assert (plain.path / name).samefile(packed.path / name)
-    packed.verify()
+    verify(packed)
     alone = pack(mixtral, tmp_path / "alone", precision="2bit", attention="4bit", name="mixtral")
     assert files_of(packed.path) == files_of(alone.path)
     shutil.rmtree(plain.path)
-    packed.verify()
+    verify(packed)
     with pytest.raises(RunError, match=r"attention in .* is 4bit, not 3bit"):
         find_store(str(packed.path), attention="3bit")
 
@@ -338,7 +340,7 @@ def test_damage_is_not_shared(mixtral: Path, tmp_path: Path) -> None:
     told: list[str] = []
     again = pack(mixtral, tmp_path / "again", precision="2bit", reuse=[first], report=told.append)
     assert told == [f"3 of 4 files are those of {first.path}, and shared with it"]
-    again.verify()
+    verify(again)
 
 
 def test_files_of_other_precisions_are_not_shared(mixtral: Path, tmp_path: Path) -> None:
@@ -353,7 +355,7 @@ def test_files_of_other_precisions_are_not_shared(mixtral: Path, tmp_path: Path)
         progress=lambda done, _: seen.append(done),
     )
     assert seen[0] == 16  # attention's
-    mixed.verify()
+    verify(mixed)
     assert mixed.index.layers[0].crc32 != four.index.layers[0].crc32
 
 
@@ -393,6 +395,6 @@ def test_attention_of_mixtrals_true_shape_adds_nothing_to_the_peak(tmp_path: Pat
     assert after_attention_kib - after_experts_kib < 64 << 10
     assert after_attention_kib < 6 << 20
     store = ExpertStore.open(tmp_path / "store")
-    store.verify()
+    verify(store)
     bits = 8 * store.attention_bytes / store.index.attention.n_weights
     assert 4.2 < bits < 4.3

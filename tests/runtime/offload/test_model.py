@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from moerun.checkpoint.families import SUPPORTED, find_experts
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.offload.experts import SUMS, ResidentProvider, Served, Sums, attach
+from moerun.offload.experts import SUMS, Served, Sums, attach
 from moerun.offload.load import load_offloaded
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
+from support.runs import ResidentProvider
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -27,9 +27,10 @@ from moerun.commands.perplexity import _render, held_out_text
 from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.perplexity import measure as perplexity
-from moerun.perplexity.measure import Measurement, windows
+from moerun.perplexity.measure import Measurement
 from moerun.perplexity.results import Cell, Published, Results, Scored
 from moerun.perplexity.table1 import ROWS, published
+from moerun.perplexity.windows import windows
 from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.commands import Call, caller

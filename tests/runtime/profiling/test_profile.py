@@ -230,12 +230,13 @@ COMPARISON = Comparison("lru", 2, 10.0, 11.0, *(0.25,) * 8, live_runs=(9.0, 10.0
 def test_fidelity_says_that_it_was_disturbed(waited: float, told: bool) -> None:
     rows = [replace(COMPARISON, waited=waited)]
     note = "not to be relied on: other programs kept these runs waiting for 38 % of their time"
-    assert (note in _render(rows, Format.table)) == told
-    assert ("not to be relied on" in _render(rows, Format.table)) == told
-    assert json.loads(_render(rows, Format.json))[0]["waited"] == waited
-    assert _render(rows, Format.csv).splitlines()[1].split(",")[-2:] == [
+    assert (note in _render(rows, Format.table, {})) == told
+    assert ("not to be relied on" in _render(rows, Format.table, {})) == told
+    assert json.loads(_render(rows, Format.json, {}))[0]["waited"] == waited
+    assert _render(rows, Format.csv, {}).splitlines()[1].split(",")[-3:] == [
         str(waited),
         str(rows[0].error),
+        "",  # refused
     ]
 
 
@@ -245,9 +246,9 @@ def test_runs_beside_the_simulator_waited_as_long_as_the_most_disturbed(
     totals = SimpleNamespace(requests=4, hits=1, late=1, misses=2, useless_prefetches=0)
     run = SimpleNamespace(tokens_per_s=5.0, totals=totals)
     turns = [
-        Measured((None, [run]), 0.1),
-        Measured((None, [run]), 0.4),
-        Measured((None, [run]), 0.0),
+        Measured(fidelity.LiveTurn(None, [run]), 0.1),
+        Measured(fidelity.LiveTurn(None, [run]), 0.4),
+        Measured(fidelity.LiveTurn(None, [run]), 0.0),
     ]
     simulated = {"slots": 2, "tokens_per_s": 6.0, **vars(totals)}
     monkeypatch.setattr(fidelity, "calmest", lambda *_: turns)

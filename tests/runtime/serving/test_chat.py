@@ -25,7 +25,7 @@ from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.offload.load import load_tokenizer
 from moerun.serving.chat import Conversation, Lead, encode_chat, plain_text, stops_of
-from moerun.serving.terminal import Sitting
+from moerun.serving.terminal import TerminalChat
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
@@ -165,7 +165,7 @@ def held(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, *lines: str, tokens: int = 8, **options: Any
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Lines(*lines))
-    assert not Sitting(runner, Sampling(max_new_tokens=tokens, **options), None).hold()
+    assert not TerminalChat(runner, Sampling(max_new_tokens=tokens, **options), None).hold()
 
 
 def test_history_makes_later_answers(
@@ -233,7 +233,7 @@ def test_at_a_terminal_an_error_ends_the_turn_only(
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    assert not Sitting(runner, Sampling(max_new_tokens=3), None).hold()
+    assert not TerminalChat(runner, Sampling(max_new_tokens=3), None).hold()
     errors = capsys.readouterr().err
     assert "error: the prompt has" in errors
     assert "3 new" in errors

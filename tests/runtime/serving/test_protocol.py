@@ -6,14 +6,15 @@ import json
 from typing import Any, Literal
 
 import pytest
-from moerun.serving.protocol import ApiError, Ask, Defaults, parse
+from moerun.serving.api_error import ApiError
+from moerun.serving.protocol import CompletionRequest, Defaults, parse
 
 Kind = Literal["chat", "text"]
 DEFAULTS = Defaults(temperature=0.7, top_p=0.9)
 USER = {"role": "user", "content": "hi"}
 
 
-def parsed(kind: Kind = "chat", **fields: Any) -> Ask:
+def parsed(kind: Kind = "chat", **fields: Any) -> CompletionRequest:
     basis = {"messages": [USER]} if kind == "chat" else {"prompt": "hi"}
     return parse(kind, json.dumps({**basis, **fields}).encode(), "tiny", DEFAULTS)
 

@@ -15,7 +15,7 @@ from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.serving.app import Service
 from moerun.serving.protocol import Defaults
-from moerun.serving.terminal import Sitting
+from moerun.serving.terminal import TerminalChat
 from moerun.settings import Settings
 from support.chat_templates import scripted, spelled, styled_store
 
@@ -106,14 +106,14 @@ def test_a_chat_has_the_answer_on_stdout_and_reasoning_on_stderr(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Lines("Who goes there?"))
     with scripted(runner.model, spelled(runner.tokenizer, WRITES)):
-        assert not Sitting(runner, Sampling(max_new_tokens=90), None).hold()
+        assert not TerminalChat(runner, Sampling(max_new_tokens=90), None).hold()
     said, errors = capsys.readouterr()
     assert said == "Tis I.\n"
     assert errors.startswith("(reasoning: Who asks?)\n")
     with scripted(runner.model, spelled(runner.tokenizer, WRITES)):
         monkeypatch.setattr(sys, "stdin", Lines("Who goes there?"))
         cut = len(spelled(runner.tokenizer, WRITES.partition("?")[0]))
-        Sitting(runner, Sampling(max_new_tokens=cut), None).hold()
+        TerminalChat(runner, Sampling(max_new_tokens=cut), None).hold()
     said, errors = capsys.readouterr()
     assert said == "\n"
     assert errors.startswith(f"(reasoning: Who asks)\n({cut} tokens, ")

@@ -14,7 +14,16 @@ from moerun.checkpoint.hub import resolve
 from moerun.live.generate import Work
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.serving.worker import Done, Event, Failed, Job, Piece, QueueFull, Refused, Worker
+from moerun.serving.worker import (
+    AnswerEvent,
+    Completed,
+    Failed,
+    GenerationJob,
+    GenerationWorker,
+    NotBegun,
+    Piece,
+    QueueFull,
+)
 from moerun.settings import Settings
 from moerun.store.pack import pack
 
@@ -38,11 +47,11 @@ class Asked:
     """A job of four tokens and what it is told."""
 
     def __init__(self, runner: Runner) -> None:
-        self.events: SimpleQueue[Event] = SimpleQueue()
+        self.events: SimpleQueue[AnswerEvent] = SimpleQueue()
         ids = runner.encode("It was the best of times")
-        self.job = Job(ids, Sampling(max_new_tokens=4), self.events.put)
+        self.job = GenerationJob(ids, Sampling(max_new_tokens=4), self.events.put)
 
-    def last(self) -> Event:
+    def last(self) -> AnswerEvent:
         while isinstance(event := self.events.get(timeout=PATIENCE_S), Piece):
             pass
         return event
@@ -73,7 +82,7 @@ class Gates:
 
 @pytest.mark.parametrize("limit", [0, 2])
 def test_no_more_wait_than_may(runner: Runner, limit: int) -> None:
-    worker = Worker(runner, limit, nobody)
+    worker = GenerationWorker(runner, limit, nobody)
     with Gates(runner) as gates:
         accepted = [Asked(runner) for _ in range(1 + limit)]
         for asked in accepted:  # the first of them even before the thread has looked
@@ -84,7 +93,7 @@ def test_no_more_wait_than_may(runner: Runner, limit: int) -> None:
         with pytest.raises(QueueFull):
             worker.submit(Asked(runner).job)
         gates.go.set()
-        assert all(isinstance(asked.last(), Done) for asked in accepted)
+        assert all(isinstance(asked.last(), Completed) for asked in accepted)
     worker.close()
 
 
@@ -94,7 +103,7 @@ def test_a_job_that_nobody_waits_for_is_not_begun(runner: Runner) -> None:
     def note(work: Work, ending: str) -> None:
         endings.append(ending)
 
-    worker = Worker(runner, 2, note)
+    worker = GenerationWorker(runner, 2, note)
     worker.start()
     with Gates(runner) as gates:
         running, left, stays = (Asked(runner) for _ in range(3))
@@ -106,9 +115,9 @@ def test_a_job_that_nobody_waits_for_is_not_begun(runner: Runner) -> None:
         assert worker.waiting == 1
         gates.go.set()
         stopped = running.last()
-        assert isinstance(stopped, Done)
+        assert isinstance(stopped, Completed)
         assert (stopped.generated.ending, stopped.generated.new_tokens) == ("cancelled", 0)
-        assert isinstance(stays.last(), Done)
+        assert isinstance(stays.last(), Completed)
     worker.close()
     assert endings == ["cancelled", "length"]
     assert left.events.empty()
@@ -118,7 +127,7 @@ def test_a_job_that_nobody_waits_for_is_not_begun(runner: Runner) -> None:
 def test_it_outlives_whatever_a_generation_raises(
     runner: Runner, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = Worker(runner, 0, nobody)
+    worker = GenerationWorker(runner, 0, nobody)
     worker.start()
     with Gates(runner) as gates:
         gates.error = error
@@ -133,14 +142,14 @@ def test_it_outlives_whatever_a_generation_raises(
     after = Asked(runner)
     worker.submit(after.job)
     done = after.last()
-    assert isinstance(done, Done)
+    assert isinstance(done, Completed)
     assert done.generated.new_tokens == 4
     assert worker.work.new_tokens == 4
     worker.close()
 
 
 def test_after_draining_everyone_is_refused(runner: Runner) -> None:
-    worker = Worker(runner, 1, nobody)
+    worker = GenerationWorker(runner, 1, nobody)
     worker.start()
     with Gates(runner) as gates:
         running, waiting, late = (Asked(runner) for _ in range(3))
@@ -151,8 +160,8 @@ def test_after_draining_everyone_is_refused(runner: Runner) -> None:
         worker.drain()
         worker.submit(late.job)
         assert not worker.accepting
-        assert isinstance(waiting.last(), Refused)
-        assert isinstance(late.last(), Refused)
+        assert isinstance(waiting.last(), NotBegun)
+        assert isinstance(late.last(), NotBegun)
         gates.go.set()
-        assert isinstance(running.last(), Done)
+        assert isinstance(running.last(), Completed)
     worker.close()

@@ -17,8 +17,10 @@ from moerun.checkpoint.source import ModelSource
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
 from moerun.store.expert_store import ExpertStore
-from moerun.store.pack import JOURNAL_FILE, pack
+from moerun.store.pack import pack
+from moerun.store.pack_folder import JOURNAL_FILE
 from safetensors.torch import load_file, save_file
+from support.stores import verify
 from transformers import (
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
@@ -141,7 +143,7 @@ def test_a_killed_pack_is_no_store_and_is_taken_up(tmp_path: Path) -> None:
     resumed = pack(TINY, out, precision="4bit", progress=lambda done, _: seen.append(done))
     assert seen[0] >= finished - 1  # the line being written may be lost
     assert not partial.exists()
-    resumed.verify()
+    verify(resumed)
     pack(TINY, tmp_path / "fresh", precision="4bit", name=resumed.index.model)
     assert files_of(out) == files_of(tmp_path / "fresh")
 
@@ -163,7 +165,7 @@ def test_a_record_that_the_disk_lost_is_packed_again(tmp_path: Path) -> None:
     with (tmp_path / "out.partial" / "experts-00000.safetensors").open("r+b") as file:
         file.seek(3 * 200_000)
         file.write(b"\0" * 50_000)
-    pack(TINY, out).verify()
+    verify(pack(TINY, out))
 
 
 class StoppedError(Exception):
@@ -205,7 +207,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
         pack(TINY, out)
     assert files_of(out) == {"thesis.tex": b"important"}
     (out / "thesis.tex").unlink()
-    pack(TINY, out).verify()
+    verify(pack(TINY, out))
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(
@@ -238,7 +240,7 @@ def test_a_disk_that_fills_up_leaves_no_store_but_what_was_done(
         ExpertStore.open(tmp_path / "out.partial")
     monkeypatch.undo()
     seen: list[int] = []
-    pack(TINY, tmp_path / "out", progress=lambda done, _: seen.append(done)).verify()
+    verify(pack(TINY, tmp_path / "out", progress=lambda done, _: seen.append(done)))
     assert seen[0] > 10
 
 
@@ -337,6 +339,8 @@ def test_weights_that_cannot_be_quantised_name_the_expert(checkpoint: Path, tmp_
     rewrite(checkpoint, lambda tensors: tensors[name][0].fill_(float("nan")))
     with pytest.raises(RunError, match=r"down_proj of expert 2 of layer 1: .*not finite"):
         pack(checkpoint, tmp_path / "out", precision="4bit")
+    assert not list(tmp_path.glob("out*"))
+    pack(checkpoint, tmp_path / "out", precision="bf16").close()
 
 
 def test_unknown_precisions_list_what_there_is(tmp_path: Path) -> None:
@@ -408,4 +412,4 @@ def test_an_interrupted_pack_can_be_taken_up(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
     assert not (tmp_path / "out").exists()
-    pack(TINY, tmp_path / "out", precision="4bit").verify()
+    verify(pack(TINY, tmp_path / "out", precision="4bit"))

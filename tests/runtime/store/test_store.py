@@ -19,12 +19,13 @@ from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RecordLayout
 from moerun.format.tensorfile import TensorFile, memory_of
-from moerun.offload.experts import ResidentProvider
 from moerun.offload.load import load_offloaded
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import read_index
 from moerun.store.pack import pack
 from safetensors import safe_open
+from support.runs import ResidentProvider
+from support.stores import verify
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_a_flipped_byte_of_a_dense_tensor_names_it(copied: Path, which: int, at:
     with pytest.raises(RunError, match=message):
         load(copied)
     with ExpertStore.open(copied) as store, pytest.raises(RunError, match=message):
-        store.verify()
+        verify(store)
 
 
 @settings(max_examples=300, deadline=None)
@@ -209,10 +210,10 @@ def test_a_flipped_byte_is_found_when_the_record_is_first_read(copied: Path) -> 
     with pytest.raises(RunError, match=r"expert 5 of layer 2 .*experts-00002\.safetensors"):
         store.read_into(key, buffer)
     with pytest.raises(RunError, match="expert 5 of layer 2"):
-        store.verify()
+        verify(store)
 
 
-def test_a_record_is_checked_again_only_when_asked(copied: Path) -> None:
+def test_a_record_is_checked_once_by_each_store_that_is_opened(copied: Path) -> None:
     store = ExpertStore.open(copied)
     buffer = torch.empty(store.record_bytes, dtype=torch.uint8)
     store.read_into(0, buffer)
@@ -223,7 +224,7 @@ def test_a_record_is_checked_again_only_when_asked(copied: Path) -> None:
     store.read_into(0, buffer)
     assert zlib.crc32(memory_of(buffer)) != store.index.layers[0].crc32[0]
     with pytest.raises(RunError, match="checksum"):
-        store.read_into(0, buffer, verify=True)
+        ExpertStore.open(copied).read_into(0, buffer)
 
 
 def test_a_file_cut_off_is_refused_at_opening_and_named_at_reading(copied: Path) -> None:

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from moepolicy import Context, PolicySpec, find_policy
 from moepolicy.policy import Policy
 from moesim import Machine, simulate
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
 from moesim.limits import min_time_ns
-from moesim.machine.profile import Compute, Link
+from moesim.machine.profile import Compute, LinkProfile
 from moesim.sizes import sizes_of
-from moesim.sweep import Grid, Settings, run_sweep
+from moesim.sweep import Grid, SweepSettings, run_sweep
 from support.machines import machine, machines
 from support.traces import random_trace
 from support.workloads import make_workload
@@ -114,7 +114,11 @@ def test_speculative_gates_are_charged_to_those_who_ask_for_them(
     gates = Compute(layer_s=5 * NS, expert_s=3 * NS, prefetch_s=1000 * NS)
     times = {
         (spec.name, cost.prefetch_s): simulate(
-            workload, spec, Machine("m", "", "published", Link(1e9), cost), slots=2, engine=engine
+            workload,
+            spec,
+            Machine("m", "", "published", LinkProfile(1e9), cost),
+            slots=2,
+            engine=engine,
         ).time_s
         for spec in (PolicySpec("ahead", Ahead), PolicySpec("gated", Gated), find_policy("lru"))
         for cost in (compute, gates)
@@ -171,7 +175,7 @@ def test_a_sweep_has_the_same_columns_as_a_comparison(tmp_path: Path) -> None:
 
     def swept(name: str, *policies: str, **more: Any) -> pl.DataFrame:
         report = run_sweep(
-            Grid(policies, **axes, **more), str(tmp_path / name), Settings(workers=2)
+            Grid(policies, **axes, **more), str(tmp_path / name), SweepSettings(workers=2)
         )
         assert not report.failures
         return pl.read_parquet(tmp_path / name)
@@ -199,10 +203,10 @@ def test_a_sweep_has_the_same_columns_as_a_comparison(tmp_path: Path) -> None:
     assert cold["hits"].to_list() == one["hits"].to_list()  # the trace is of one sequence
     # What is finished is not measured anew, and what is new is.
     out = str(tmp_path / "one.parquet")
-    again = run_sweep(Grid(("belady",), **axes), out, Settings(resume=True))
+    again = run_sweep(Grid(("belady",), **axes), out, SweepSettings(resume=True))
     assert (again.ran, again.kept) == (0, 4)
     assert pl.read_parquet(out).equals(one)
-    more = run_sweep(Grid(("belady", "lfu"), **axes), out, Settings(resume=True))
+    more = run_sweep(Grid(("belady", "lfu"), **axes), out, SweepSettings(resume=True))
     assert (more.ran, more.kept) == (4, 4)
     assert (
         pl.read_parquet(out)["gap_closed_time"].null_count()

@@ -11,7 +11,7 @@ from moepolicy import PolicyError, find_policy
 from moeroute import open_trace
 from moesim import load_workload
 from moesim.engines import choose as engines
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.machine.costs import Sizes, costs_of
 from support.machines import machine
 
@@ -24,12 +24,6 @@ def workload() -> Any:
     return load_workload(open_trace("tiny"), predictions=True).head(120)
 
 
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_interpreted", {})
-    monkeypatch.setattr(engines, "_proven", set())
-
-
 def policy(tmp_path: Path, code: str) -> Any:
     path = tmp_path / "mine.py"
     path.write_text(code)
@@ -39,35 +33,33 @@ def policy(tmp_path: Path, code: str) -> Any:
 def run(workload: Any, spec: Any, engine: Engine = Engine.replay, **more: Any) -> Any:
     costs = costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False)
     context = workload.context(4, "layer")
-    cache, clock = engines.run(workload, spec, context, costs, engine=engine, **more)
-    return cache.board[engines.N_EVENTS + 1 :].tolist(), clock.total_ns
+    known = more.pop("known", None) or Compilations()
+    cache, clock = engines.run(
+        workload, spec, context, costs, compilations=known, engine=engine, **more
+    )
+    return cache.counters.tolist(), clock.total_ns
 
 
-def told(workload: Any, spec: Any, engine: Engine) -> str:
+def told(workload: Any, spec: Any, engine: Engine, known: Compilations | None = None) -> str:
     with pytest.raises(PolicyError) as caught:
-        run(workload, spec, engine)
+        run(workload, spec, engine, known=known)
     return str(caught.value)
 
 
-def both_ways(
-    workload: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, Any, dict[Any, str]]:
-    """Interpreted, then compiled where that can be; and why it could not."""
-    interpreted = run(workload, spec)
-    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
-    return interpreted, run(workload, spec), engines._interpreted
+def both_ways(workload: Any, spec: Any) -> tuple[Any, Any, Compilations]:
+    """Interpreted, then compiled where that can be; and what was learnt of that."""
+    known = Compilations(worth_compiling=0)
+    return run(workload, spec), run(workload, spec, known=known), known
 
 
-def test_the_readme_s_policy_is_compiled_as_it_stands(
-    tmp_path: Path, workload: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readme_s_policy_is_compiled_as_it_stands(tmp_path: Path, workload: Any) -> None:
     block = README.read_text().split("    # mine.py\n")[1].split("    moesim compare")[0]
     code = re.sub("^    ", "", block, flags=re.MULTILINE)
     spec = policy(tmp_path, code.replace("half_life=1000", "half_life=50"))
-    interpreted, compiled, why_not = both_ways(workload, spec, monkeypatch)
+    interpreted, compiled, known = both_ways(workload, spec)
     assert compiled == interpreted
-    assert why_not == {}
-    assert (Engine.replay, spec.policy) in engines._proven
+    assert known.interpreted == {}
+    assert (Engine.replay, spec.policy) in known.proven
 
 
 BEYOND = [
@@ -84,7 +76,6 @@ BEYOND = [
 def test_what_does_not_compile_runs_interpreted_and_says_why(
     tmp_path: Path,
     workload: Any,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     line: str,
     reason: str,
@@ -96,9 +87,9 @@ def test_what_does_not_compile_runs_interpreted_and_says_why(
         f"    def on_hit(self, key, now):\n        {line}\n"
         "    def victim(self, layer, incoming, candidates):\n        return candidates[0]\n",
     )
-    interpreted, found, why_not = both_ways(workload, spec, monkeypatch)
+    interpreted, found, known = both_ways(workload, spec)
     assert found == interpreted
-    assert re.search(reason, why_not[spec.policy])
+    assert re.search(reason, known.interpreted[spec.policy])
     (said,) = capsys.readouterr().err.splitlines()
     assert re.search(f"runs interpreted, some 100 times slower: {reason}", said)
 
@@ -110,9 +101,8 @@ def test_an_error_of_compiled_code_alone_is_no_error_of_the_run(
         tmp_path, STATE + "    def victim(self, layer, incoming, candidates):\n"
         "        return candidates[0]\n"
     )  # fmt: skip
-    expected = run(workload, spec)
-    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
-    assert run(workload, spec) == expected
+    expected, compiled, known = both_ways(workload, spec)
+    assert compiled == expected
     real = engines._Replay.run
 
     def fails_compiled(self: Any, *, compile: bool, n_steps: int | None = None) -> Any:
@@ -123,10 +113,16 @@ def test_an_error_of_compiled_code_alone_is_no_error_of_the_run(
 
     monkeypatch.setattr(engines._Replay, "run", fails_compiled)
     looked: list[tuple[int, int]] = []
-    again = run(workload, spec, look=lambda _, *steps: looked.append(steps), n_events=1 << 16)
+    again = run(
+        workload,
+        spec,
+        known=known,
+        look=lambda _, *steps: looked.append(steps),
+        n_events=1 << 16,
+    )
     assert again == expected
     assert looked == [(0, workload.n_steps)]  # once, though it ran twice
-    assert "a failure of the compiler's" in engines._interpreted[spec.policy]
+    assert "a failure of the compiler's" in known.interpreted[spec.policy]
 
 
 LATE = "        self.n[0] += 1\n        return {answer} if self.n[0] > 100 else candidates[0]\n"
@@ -141,7 +137,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("answer", "says"), WRONG)
 def test_a_wrong_answer_is_told_alike_by_every_engine(
-    tmp_path: Path, workload: Any, monkeypatch: pytest.MonkeyPatch, answer: str, says: str
+    tmp_path: Path, workload: Any, answer: str, says: str
 ) -> None:
     spec = policy(
         tmp_path,
@@ -153,11 +149,10 @@ def test_a_wrong_answer_is_told_alike_by_every_engine(
     assert re.search(r"step \d+, .*mine\.py:\d+\)$", interpreted)
     assert told(workload, spec, Engine.simpy) == interpreted
     if answer == "-7":  # compiling takes seconds
-        monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
-        monkeypatch.setattr(engines, "PREFIX", 8)  # before it goes wrong
-        assert told(workload, spec, Engine.replay) == interpreted
-        assert told(workload, spec, Engine.simpy) == interpreted
-        assert len(engines._proven) == 2  # it was compiled code that failed
+        known = Compilations(worth_compiling=0, prefix=8)  # before it goes wrong
+        assert told(workload, spec, Engine.replay, known) == interpreted
+        assert told(workload, spec, Engine.simpy, known) == interpreted
+        assert len(known.proven) == 2  # it was compiled code that failed
 
 
 HOOKS = [

@@ -13,7 +13,7 @@ from moepolicy.state import arrays_of
 from moeroute import open_trace
 from moesim import load_workload
 from moesim.engines import choose as engines
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeless import decisions
 from moesim.machine.costs import Sizes, costs_of
 from support.machines import machine
@@ -42,6 +42,7 @@ def test_without_prefetching_they_are_the_replay_s(
         spec,
         context,
         costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+        compilations=Compilations(),
         engine=Engine.replay,
     )
     alone = decisions(workload, spec, context, compile=False)

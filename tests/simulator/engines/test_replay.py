@@ -15,7 +15,7 @@ from moepolicy.state import arrays_of
 from moeroute import open_trace
 from moesim import Machine, load_workload
 from moesim.engines import choose as engines
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Compilations, Engine
 from moesim.machine.costs import Sizes, costs_of
 from support.machines import full_machines, machine, machines
 from support.traces import traces, write_trace
@@ -26,13 +26,22 @@ POLICIES = [*policy_names(), "lru-spec:n=1,staging=1", f"{OWN}:SlotSpec", *CHOOS
 SIZES = Sizes(10, 5, 3, 2, low_bytes=4)
 
 
-def outcome(workload: Any, policy: str, on: Machine, slots: int, scope: str, engine: str) -> Any:
+def outcome(
+    workload: Any,
+    policy: str,
+    on: Machine,
+    slots: int,
+    scope: str,
+    engine: str,
+    known: Compilations | None = None,
+) -> Any:
     """Everything a run ends with: counters, cache, times, timeline."""
     cache, clock = engines.run(
         workload,
         find_policy(policy),
         workload.context(slots, scope),
         costs_of(workload, on, SIZES, predicting="predictions" in find_policy(policy).requires),
+        compilations=known or Compilations(),
         engine=Engine(engine),
         timeline=True,
     )
@@ -92,21 +101,19 @@ def test_compiling_changes_nothing(
 ) -> None:
     workload, slots = load(tmp_path_factory.mktemp("t"), case)
     interpreted = outcome(workload, policy, on, slots, scope, "replay")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "WORTH_COMPILING", 0)
-        assert outcome(workload, policy, on, slots, scope, "replay") == interpreted
-    assert find_policy(policy).policy not in engines._interpreted
+    known = Compilations(worth_compiling=0)
+    assert outcome(workload, policy, on, slots, scope, "replay", known) == interpreted
+    assert not known.interpreted
 
 
-def test_a_policy_is_compiled_once_it_pays_and_decides_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_policy_is_compiled_once_it_pays_and_decides_the_same() -> None:
     workload = load_workload(open_trace("tiny")).head(200)
     on = machine(latency_s=3e-9)
-    interpreted = outcome(workload, "lru", on, 3, "layer", "replay")
-    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
-    assert outcome(workload, "lru", on, 3, "layer", "replay") == interpreted
-    assert (Engine.replay, find_policy("lru").policy) in engines._proven
+    known = Compilations(worth_compiling=2 * workload.n_steps)
+    interpreted = outcome(workload, "lru", on, 3, "layer", "replay", known)
+    assert not known.proven
+    assert outcome(workload, "lru", on, 3, "layer", "replay", known) == interpreted
+    assert known.proven == {(Engine.replay, find_policy("lru").policy)}
 
 
 def test_every_built_in_policy_is_compilable() -> None:
@@ -116,7 +123,7 @@ def test_every_built_in_policy_is_compilable() -> None:
 
 
 def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text(
@@ -136,18 +143,19 @@ def test_a_policy_that_does_not_compile_runs_interpreted_and_says_so_once(
     with pytest.raises(NotCompilable):
         compiled_policy(spec.build(workload.context(2, "layer")))
 
-    def run(policy: Any) -> Any:
+    def run(policy: Any, known: Compilations) -> Any:
         cache, clock = engines.run(
             workload,
             policy,
             workload.context(2, "layer"),
             costs_of(workload, machine(), Sizes(10, 5, 0, 0), predicting=False),
+            compilations=known,
         )
         return cache.counters.tolist(), clock.total_ns
 
-    expected = run(find_policy("fifo"))
-    monkeypatch.setattr(engines, "WORTH_COMPILING", 0)
-    assert run(spec) == run(spec) == expected
+    expected = run(find_policy("fifo"), Compilations())
+    known = Compilations(worth_compiling=0)
+    assert run(spec, known) == run(spec, known) == expected
     assert capsys.readouterr().err.count("runs interpreted") == 1
 
 

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from moesim import Machine, Workload
 from moesim.limits import min_time_ns
 from moesim.limits import time as limit
-from moesim.machine.profile import Compute, Cpu, Disk, Link
+from moesim.machine.profile import Compute, Cpu, Disk, LinkProfile
 from moesim.sizes import sizes_of
 from support.workloads import make_workload
 
 NS = 1e-9
 # Copies of 10 ns, layers of 5, experts of 3.
-PLAIN = Machine("by hand", "", "published", Link(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS))
+PLAIN = Machine(
+    "by hand", "", "published", LinkProfile(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS)
+)
 WITH_DISK = replace(PLAIN, disk=Disk(0.5e9))  # and reads of 20
 
 
@@ -53,11 +55,11 @@ def test_latencies_come_in_rounds_of_as_many_as_there_are_streams() -> None:
     40; three streams two rounds of 40, and the bytes alone take 30 + 50."""
     workload = make_workload([(0, (0, 1, 2, 3, 4))], 1, 5)
     for streams, link_ns in ((1, 200), (2, 120), (3, 80)):
-        on = replace(PLAIN, link=Link(1e9, 30 * NS, streams))
+        on = replace(PLAIN, link=LinkProfile(1e9, 30 * NS, streams))
         assert least_ns(workload, on) == 5 + link_ns + 3
     # In pieces, guesses have as many streams again: two rounds of four, three of two.
     for streams, link_ns in ((1, 120), (2, 80)):
-        on = replace(PLAIN, link=Link(1e9, 30 * NS, streams, chunk_bytes=5))
+        on = replace(PLAIN, link=LinkProfile(1e9, 30 * NS, streams, chunk_bytes=5))
         assert least_ns(workload, on) == 5 + link_ns + 3
 
 
@@ -106,7 +108,7 @@ def test_blocks_change_nothing(
     on = replace(WITH_DISK, disk=Disk(0.5e9, host_bytes=20))
     expected = least_ns(make_workload(steps, n_layers, 4), on, slots)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limit, "BLOCK", block)
+        patch.setattr(limit, "BLOCK_STEPS", block)
         assert least_ns(make_workload(steps, n_layers, 4), on, slots) == expected
 
 

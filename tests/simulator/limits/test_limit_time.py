@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moepolicy import find_policy
 from moesim import Machine, Workload, simulate
 from moesim.limits import min_time_ns
-from moesim.machine.profile import Compute, Cpu, Disk, Link
+from moesim.machine.profile import Compute, Cpu, Disk, LinkProfile
 from moesim.sizes import sizes_of
 from support.schedules import Tiny, quickest
 from support.workloads import make_workload
@@ -38,7 +38,7 @@ tiny_machines = st.builds(
 
 
 def machine_of(tiny: Tiny) -> Machine:
-    link = Link(1e9, tiny.latency_ns * NS, tiny.streams)
+    link = LinkProfile(1e9, tiny.latency_ns * NS, tiny.streams)
     return Machine(
         "tiny",
         "",
@@ -105,7 +105,7 @@ machines = st.builds(
     description=st.just(""),
     source=st.just("published"),
     link=st.builds(
-        Link,
+        LinkProfile,
         bytes_per_s=st.sampled_from([1e9, 5e9]),
         latency_s=times,
         streams=st.integers(1, 3),
@@ -153,7 +153,9 @@ def test_guesses_in_staging_go_beyond_the_slots() -> None:
     in use, a right guess travels meanwhile, and only each token's first layer takes as long.
     """
     workload = make_workload([(i % 3, (0,)) for i in range(9)], 3, 4, foreseen=True)
-    machine = Machine("hand", "", "published", Link(1e9), Compute(layer_s=5 * NS, expert_s=5 * NS))
+    machine = Machine(
+        "hand", "", "published", LinkProfile(1e9), Compute(layer_s=5 * NS, expert_s=5 * NS)
+    )
     assert limit(workload, machine, 10, 0, "layer") == 9 * 20
     assert time_of("lru", workload, machine, 10, 0, "layer") == 9 * 20
     found = time_of("lru-spec:n=1,staging=2", workload, machine, 10, 0, "layer")

@@ -10,25 +10,31 @@ limit, take 5 | copies 5..15, 15..25 | the last expert 25..28.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from contextlib import nullcontext
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import pytest
 from moepolicy import Context, Policy, PolicySpec, find_policy
 from moepolicy.kinds import COMPUTE
 from moesim import Machine, Workload, simulate
-from moesim.engines.choose import Engine
+from moesim.engines.compilations import Engine
+from moesim.errors import SimulationError
 from moesim.limits import min_time_ns
-from moesim.machine.profile import Compute, Cpu, Disk, Link
+from moesim.machine.costs import Sizes, costs_of
+from moesim.machine.profile import Compute, Cpu, Disk, LinkProfile
 from moesim.sizes import sizes_of
 from support.workloads import make_workload
 
 NS = 1e-9
-SECTIONS = {"link": Link, "compute": Compute, "disk": Disk, "cpu": Cpu}
+SECTIONS = {"link": LinkProfile, "compute": Compute, "disk": Disk, "cpu": Cpu}
 
-PLAIN = Machine("by hand", "", "published", Link(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS))
-LATENT = replace(PLAIN, link=Link(1e9, latency_s=4 * NS))
-WITH_DISK = replace(PLAIN, link=Link(1e9, streams=2), disk=Disk(1e9))
+PLAIN = Machine(
+    "by hand", "", "published", LinkProfile(1e9), Compute(layer_s=5 * NS, expert_s=3 * NS)
+)
+LATENT = replace(PLAIN, link=LinkProfile(1e9, latency_s=4 * NS))
+WITH_DISK = replace(PLAIN, link=LinkProfile(1e9, streams=2), disk=Disk(1e9))
 WITH_CPU = replace(PLAIN, cpu=Cpu(1, expert_s=7 * NS))
 
 ONE_STEP = make_workload([(0, (0, 1))], 1, 4, foreseen=True)
@@ -79,7 +85,7 @@ CASES = [
     # Of two streams the latencies overlap: 5 | 9..19, 19..29 | 29..32
     Case("link.streams", 2, (36, 32), (36, 32), on=LATENT),
     # 2 bytes a ns: pieces of 3, 3, 3 and 1 bytes take 2, 2, 2 and 1 ns, an expert at once 5.
-    Case("link.chunk_bytes", 3, (18, 22), (18, 22), on=replace(PLAIN, link=Link(2e9))),
+    Case("link.chunk_bytes", 3, (18, 22), (18, 22), on=replace(PLAIN, link=LinkProfile(2e9))),
     # A wrong guess crosses 25..35. The demand of 33 waits for its end, or for its piece's: 33.
     # So expert 1 arrives at 45 or 43, and after it come 3 + 5 + 3. The limit: two copies for the
     # first token, 5 + 20 + 3, and the compute of the second, 16.
@@ -88,7 +94,7 @@ CASES = [
         2,
         (56, 54),
         (44, 44),
-        on=replace(PLAIN, link=Link(1e9, streams=2)),
+        on=replace(PLAIN, link=LinkProfile(1e9, streams=2)),
         workload=TWO_LAYERS,
         policy=find_policy("lru-spec:n=2"),
         slots=1,
@@ -193,3 +199,47 @@ def test_a_disk_is_charged_where_there_was_none(engine: Engine) -> None:
     without = replace(WITH_DISK, disk=None)
     assert (time_ns(case, without, engine), limit_ns(case, without)) == (28, 28)
     assert (time_ns(case, WITH_DISK, engine), limit_ns(case, WITH_DISK)) == (38, 38)
+
+
+def test_what_a_profile_leaves_out_costs_nothing() -> None:
+    for cls in SECTIONS.values():
+        for field in fields(cls):
+            if field.default is not MISSING:
+                free = 1 if field.name == "streams" else 0
+                assert field.default == (math.inf if field.name.endswith("_per_s") else free)
+    assert Sizes(10, 5, 0, 0).low_bytes == 0
+
+
+CENTURY_S = 100 * 365 * 24 * 3600
+
+
+@pytest.mark.parametrize(
+    ("field", "times"),
+    [
+        ("link.latency_s", 2),  # of two copies
+        ("link.bytes_per_s", 4),  # and of their victims' ways back
+        ("disk.latency_s", 2),
+        ("compute.arrival_s", 2),
+        ("compute.expert_s", 2),
+        ("cpu.expert_s", 2),
+        ("compute.layer_s", 1),
+        ("compute.token_s", 1),
+    ],
+)
+def test_a_run_that_may_take_a_century_is_refused(field: str, times: int) -> None:
+    """Were everything in the step to come one after the other: 64 bits hold 292 years."""
+    on = replace(PLAIN, disk=Disk(1e9), cpu=Cpu(1))
+    for share, refused in ((0.99, False), (1.01, True)):
+        each_s = share * CENTURY_S / times
+        slow = changed(on, field, 10 / each_s if field.endswith("_per_s") else each_s)
+        sizes = sizes_of(ONE_STEP.meta, 10)
+        with pytest.raises(SimulationError, match="100 years") if refused else nullcontext():
+            costs_of(ONE_STEP, slow, sizes, predicting=False)
+
+
+def test_a_century_is_the_sum_of_all() -> None:
+    """A copy's two latencies, of a quarter and a bit each, for two copies."""
+    each_s = 0.26 * CENTURY_S
+    on = replace(PLAIN, link=LinkProfile(1e9, latency_s=each_s), disk=Disk(1e9, latency_s=each_s))
+    with pytest.raises(SimulationError, match="100 years"):
+        costs_of(ONE_STEP, on, sizes_of(ONE_STEP.meta, 10), predicting=False)

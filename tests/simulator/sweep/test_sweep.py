@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 from moeroute import open_trace
 from moesim import SimulationError, load_machine, simulate, workload_for
-from moesim.sweep import Grid, Settings, run_sweep
+from moesim.sweep import Grid, SweepSettings, run_sweep
 from moesim.sweep.loop import Watcher
 from polars.testing import assert_frame_equal
 from support.object_store import object_store
@@ -44,7 +44,7 @@ def sweep(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[
 
 
 def swept(grid: Grid, out: Path, **settings: Any) -> pl.DataFrame:
-    run_sweep(grid, str(out), Settings(**settings))
+    run_sweep(grid, str(out), SweepSettings(**settings))
     return pl.read_parquet(out)
 
 
@@ -244,22 +244,22 @@ def test_an_interrupted_sweep_says_what_it_keeps(tmp_path: Path, trace: str) -> 
 def test_what_a_policy_says_is_passed_on_once(tmp_path: Path, trace: str) -> None:
     said: list[str] = []
     grid = Grid((policy("Talking"),), (trace,), (1, 2, 3))
-    run_sweep(grid, str(tmp_path / "r.parquet"), Settings(workers=2), Watcher(say=said.append))
+    run_sweep(grid, str(tmp_path / "r.parquet"), SweepSettings(workers=2), Watcher(say=said.append))
     assert said == ["policy 'talking' has been made"]
 
 
 def test_a_trace_that_changes_meanwhile_is_noticed(tmp_path: Path, trace: str) -> None:
     from moesim.sweep.plan import make_plan
-    from moesim.sweep.worker import Worker
+    from moesim.sweep.worker import SweepWorker
 
     plan = make_plan(Grid(("lru",), (trace,), (1, 2)))
     random_trace(Path(trace), seed=7)
-    worker = Worker(plan.job, tmp_path / "scratch", "node-3")
+    worker = SweepWorker(plan.job, tmp_path / "scratch", "node-3")
     for point in plan.points:
         error = str(worker.run(point).error)
         assert error.startswith(f"on node node-3: {trace} is not the trace the sweep began with")
     Path(trace).unlink()
-    error = str(Worker(plan.job, tmp_path / "scratch", "node-3").run(plan.points[0]).error)
+    error = str(SweepWorker(plan.job, tmp_path / "scratch", "node-3").run(plan.points[0]).error)
     assert error == f"on node node-3: {trace}: there is no such trace"
 
 
@@ -267,24 +267,24 @@ def test_a_trace_is_found_from_another_folder(
     tmp_path: Path, trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moesim.sweep.plan import make_plan
-    from moesim.sweep.worker import Worker
+    from moesim.sweep.worker import SweepWorker
 
     monkeypatch.chdir(tmp_path)
     plan = make_plan(Grid(("lru",), (Path(trace).name,), (1,)))
     assert plan.labels(plan.points[0])["trace_path"] == Path(trace).name
     monkeypatch.chdir("/")
-    assert Worker(plan.job, tmp_path / "scratch").run(plan.points[0]).error is None
+    assert SweepWorker(plan.job, tmp_path / "scratch").run(plan.points[0]).error is None
 
 
 def test_a_policy_file_travels_with_the_job(tmp_path: Path, trace: str) -> None:
     from moesim.sweep.plan import make_plan
-    from moesim.sweep.worker import Worker
+    from moesim.sweep.worker import SweepWorker
 
     file = tmp_path / "mine.py"
     file.write_text(POLICIES.read_text())
     plan = make_plan(Grid((f"{file}:First",), (trace,), (1,)))
     file.unlink()  # as on another node
-    outcome = Worker(plan.job, tmp_path / "scratch").run(plan.points[0])
+    outcome = SweepWorker(plan.job, tmp_path / "scratch").run(plan.points[0])
     assert outcome.error is None
     assert outcome.row is not None
     assert outcome.row["policy"] == f"{file}:First"

@@ -13,22 +13,22 @@ import pytest
 from moepolicy.tables import to_csv, to_json
 from moesim import SimulationError
 from moesim.result import Result
-from moesim.sweep.events import Event, Finished, Lost, Ready
+from moesim.sweep.events import Finished, Lost, PoolEvent, Ready
 from moesim.sweep.grid import Grid
-from moesim.sweep.journal import Journal
+from moesim.sweep.journal import SweepJournal
 from moesim.sweep.loop import Sweep, Watcher
-from moesim.sweep.plan import Plan, make_plan
-from moesim.sweep.point import Point
+from moesim.sweep.plan import SweepPlan, make_plan
+from moesim.sweep.point import SweepPoint
 from moesim.sweep.results import METADATA, read_finished, table, write
 from moesim.sweep.schedule import Schedule
 from moesim.sweep.summary import best
 from moesim.sweep.summary import table as table_of_best
-from moesim.sweep.worker import Outcome, Worker
+from moesim.sweep.worker import Outcome, SweepWorker
 from support.traces import random_trace
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path) -> SweepPlan:
     traces = tuple(str(random_trace(tmp_path / f"{seed}.parquet", seed=seed)) for seed in (0, 1))
     policies = ("lru", "lfu", "random:seed=1", "random:seed=2")
     return make_plan(Grid(policies, traces, (1, 2, 3), limits=False))
@@ -37,19 +37,19 @@ def plan(tmp_path: Path) -> Plan:
 class Scripted:
     """A pool without processes. ``deaths`` says at which points a worker dies, how often."""
 
-    def __init__(self, plan: Plan, n_workers: int = 2, deaths: dict[int, int] | None = None):
+    def __init__(self, plan: SweepPlan, n_workers: int = 2, deaths: dict[int, int] | None = None):
         self.n_workers = n_workers
-        self.worker = Worker(plan.job, Path("/nonexistent"))
+        self.worker = SweepWorker(plan.job, Path("/nonexistent"))
         self.deaths = deaths or {}
         self.given: list[list[int]] = []
         self.stopped = False
-        self._events: list[Event] = []
+        self._events: list[PoolEvent] = []
         self._n = n_workers
 
     def start(self) -> None:
         self._events += [Ready(worker) for worker in range(self.n_workers)]
 
-    def give(self, worker: int, points: Sequence[tuple[int, Point]]) -> None:
+    def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         self.given.append([number for number, _ in points])
         for number, _ in points:
             if self.deaths.get(number, 0) > 0:
@@ -60,7 +60,7 @@ class Scripted:
             row = {"slots": 1, "policy": "x", "number": number}
             self._events.append(Finished(worker, number, Outcome(row)))
 
-    def events(self, timeout_s: float) -> list[Event]:
+    def events(self, timeout_s: float) -> list[PoolEvent]:
         events, self._events = self._events, []
         assert events, "the sweep waits for nothing"
         return events
@@ -75,42 +75,42 @@ class Scripted:
 
 def test_a_journal_keeps_what_was_added_and_drops_a_torn_line(tmp_path: Path) -> None:
     folder = tmp_path / "j"
-    with Journal(folder) as journal:
+    with SweepJournal(folder) as journal:
         journal.add("a", {"x": 0.1, "y": float("inf")})
         journal.add("b", {"x": 2})
     file = folder / "points.jsonl"
     with file.open("ab") as end:
         end.write(b'["c", {"x": ')  # killed while it wrote
-    with Journal(folder) as journal:
+    with SweepJournal(folder) as journal:
         assert journal.finished == {"a": {"x": 0.1, "y": float("inf")}, "b": {"x": 2}}
         journal.add("d", {"x": 4})
-    with Journal(folder) as journal:
+    with SweepJournal(folder) as journal:
         assert list(journal.finished) == ["a", "b", "d"]
 
 
 def test_a_damaged_line_costs_one_point(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j") as journal:
+    with SweepJournal(tmp_path / "j") as journal:
         for key in "abc":
             journal.add(key, {"x": key})
     file = tmp_path / "j" / "points.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     lines[1] = bytes(len(lines[1]) - 1) + b"\n"
     file.write_bytes(b"".join(lines))
-    with Journal(tmp_path / "j") as journal:
+    with SweepJournal(tmp_path / "j") as journal:
         assert list(journal.finished) == ["a", "c"]
 
 
 def test_a_journal_is_one_sweep_s(tmp_path: Path) -> None:
     with (
-        Journal(tmp_path / "j"),
+        SweepJournal(tmp_path / "j"),
         pytest.raises(SimulationError, match=r"j is in use by another sweep"),
     ):
-        Journal(tmp_path / "j")
-    Journal(tmp_path / "j").remove()
+        SweepJournal(tmp_path / "j")
+    SweepJournal(tmp_path / "j").remove()
     assert not (tmp_path / "j").exists()
 
 
-def test_workers_keep_to_a_trace_and_a_policy_s_class(plan: Plan) -> None:
+def test_workers_keep_to_a_trace_and_a_policy_s_class(plan: SweepPlan) -> None:
     schedule = Schedule(plan, range(len(plan.points)), 2)
     taken: dict[int, list[int]] = {0: [], 1: []}
     turn = 0
@@ -125,7 +125,7 @@ def test_workers_keep_to_a_trace_and_a_policy_s_class(plan: Plan) -> None:
     assert sum(one[0] != other[0] for one, other in changes) <= 1
 
 
-def test_an_idle_worker_takes_over_what_others_have_left(plan: Plan) -> None:
+def test_an_idle_worker_takes_over_what_others_have_left(plan: SweepPlan) -> None:
     schedule = Schedule(plan, range(len(plan.points)), 2)
     schedule.take(0)
     seen: list[int] = []
@@ -135,7 +135,7 @@ def test_an_idle_worker_takes_over_what_others_have_left(plan: Plan) -> None:
     assert len(schedule) == 0
 
 
-def test_batches_shrink_towards_the_end(plan: Plan) -> None:
+def test_batches_shrink_towards_the_end(plan: SweepPlan) -> None:
     schedule = Schedule(plan, range(len(plan.points)), 1)
     sizes = []
     while numbers := schedule.take(0):
@@ -145,10 +145,10 @@ def test_batches_shrink_towards_the_end(plan: Plan) -> None:
 
 
 def test_every_point_is_run_once_and_rows_are_in_the_grid_s_order(
-    tmp_path: Path, plan: Plan
+    tmp_path: Path, plan: SweepPlan
 ) -> None:
     pool = Scripted(plan)
-    with Journal(tmp_path / "j") as journal:
+    with SweepJournal(tmp_path / "j") as journal:
         sweep = Sweep(plan, journal)
         sweep.run(pool)
         rows = sweep.rows()
@@ -159,10 +159,10 @@ def test_every_point_is_run_once_and_rows_are_in_the_grid_s_order(
     assert pool.stopped
 
 
-def test_a_dead_worker_s_points_go_to_another(tmp_path: Path, plan: Plan) -> None:
+def test_a_dead_worker_s_points_go_to_another(tmp_path: Path, plan: SweepPlan) -> None:
     said: list[str] = []
     pool = Scripted(plan, deaths={5: 1})
-    with Journal(tmp_path / "j") as journal:
+    with SweepJournal(tmp_path / "j") as journal:
         sweep = Sweep(plan, journal, Watcher(say=said.append))
         sweep.run(pool)
     assert not sweep.failed
@@ -174,10 +174,10 @@ def test_a_dead_worker_s_points_go_to_another(tmp_path: Path, plan: Plan) -> Non
 
 
 def test_a_point_that_kills_twice_has_failed_and_the_others_are_done(
-    tmp_path: Path, plan: Plan
+    tmp_path: Path, plan: SweepPlan
 ) -> None:
     pool = Scripted(plan, deaths={5: 9})
-    with Journal(tmp_path / "j") as journal:
+    with SweepJournal(tmp_path / "j") as journal:
         sweep = Sweep(plan, journal)
         sweep.run(pool)
         rows = sweep.rows()
@@ -187,10 +187,10 @@ def test_a_point_that_kills_twice_has_failed_and_the_others_are_done(
 
 
 def test_finished_points_are_not_run_again_whatever_else_the_grid_has(
-    tmp_path: Path, plan: Plan
+    tmp_path: Path, plan: SweepPlan
 ) -> None:
     done = {point.key: {"number": -1} for point in plan.points[::2]}
-    with Journal(tmp_path / "j") as journal:
+    with SweepJournal(tmp_path / "j") as journal:
         for key, row in done.items():
             journal.add(key, row)
         sweep = Sweep(plan, journal)
@@ -208,7 +208,7 @@ def test_points_that_come_to_the_same_are_run_once(tmp_path: Path) -> None:
     trace = str(random_trace(tmp_path / "t.parquet"))
     plan = make_plan(Grid(("lru",), (trace,), (1,), machines=tuple(names), limits=False))
     pool = Scripted(plan)
-    with Journal(tmp_path / "j") as journal:
+    with SweepJournal(tmp_path / "j") as journal:
         sweep = Sweep(plan, journal)
         sweep.run(pool)
         rows = sweep.rows()
@@ -216,12 +216,12 @@ def test_points_that_come_to_the_same_are_run_once(tmp_path: Path) -> None:
     assert [row["machine"] for row in rows] == ["one", "other"]
 
 
-def test_the_result_has_the_same_columns_whatever_happened(tmp_path: Path, plan: Plan) -> None:
-    with Journal(tmp_path / "j") as journal:
+def test_the_result_has_the_same_columns_whatever_happened(tmp_path: Path, plan: SweepPlan) -> None:
+    with SweepJournal(tmp_path / "j") as journal:
         sweep = Sweep(plan, journal)
         sweep.failed = {point.key: "no luck" for point in plan.points}
         failed = table(sweep.rows())
-    worker = Worker(plan.job, tmp_path / "scratch")
+    worker = SweepWorker(plan.job, tmp_path / "scratch")
     outcome = worker.run(plan.points[0])
     assert outcome.row is not None
     ok = table([outcome.row | plan.labels(plan.points[0]) | {"status": "ok"}])

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 from moesim import SimulationError
-from moesim.sweep import Grid, Settings, run_sweep
+from moesim.sweep import Grid, SweepSettings, run_sweep
 from moesim.sweep.ray_pool import ray_address
 from polars.testing import assert_frame_equal
 from support.traces import random_trace
@@ -81,7 +81,7 @@ def wait_for_points(out: Path, n: int) -> None:
 
 
 def locally(grid: Grid, out: Path) -> pl.DataFrame:
-    run_sweep(grid, str(out), Settings(workers=2))
+    run_sweep(grid, str(out), SweepSettings(workers=2))
     return pl.read_parquet(out)
 
 
@@ -148,7 +148,7 @@ def test_a_node_that_dies_is_survived_and_a_cluster_that_goes_away_is_told(
     assert "Traceback" not in said
     assert not two.exists()
 
-    run_sweep(grid, str(two), Settings(resume=True))  # what is left, on this machine
+    run_sweep(grid, str(two), SweepSettings(resume=True))  # what is left, on this machine
     assert_frame_equal(pl.read_parquet(two), expected)
 
 
@@ -206,5 +206,5 @@ def test_without_ray_the_extra_to_install_is_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SimulationError, match=r"needs Ray, .*pip install 'moe-offload-lab\[ray\]'"):
-        run_sweep(Grid(("lru",), (trace,)), str(tmp_path / "r.parquet"), Settings(on="ray"))
+        run_sweep(Grid(("lru",), (trace,)), str(tmp_path / "r.parquet"), SweepSettings(on="ray"))
     assert not (tmp_path / "r.parquet.partial").exists()

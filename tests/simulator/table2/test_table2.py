@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from moeroute import open_trace
 from moesim import Workload, load_workload
+from moesim.engines.compilations import Compilations
 from moesim.table2.fit import Curve, Curves, fit
 from moesim.table2.published import CARDS, FITTED, PRECISIONS, Algorithm
-from moesim.table2.rows import READINGS, Bench, Constants, Reading, decoding
+from moesim.table2.rows import READINGS, Constants, Reading, RowSimulator, decoding
 from support.traces import write_trace
 
 LAYERS, EXPERTS, TOP_K = 32, 8, 2
@@ -35,13 +36,13 @@ def workload() -> Workload:
 
 @pytest.fixture(scope="module")
 def curves(workload: Workload) -> Curves:
-    return Curves(Bench(workload), SIZE)
+    return Curves(RowSimulator(workload, Compilations()), SIZE)
 
 
 def seconds(
     workload: Workload, algorithm: Algorithm, reading: Reading, constants: Constants = CONSTANTS
 ) -> float:
-    return Bench(workload).seconds(
+    return RowSimulator(workload, Compilations()).seconds(
         algorithm, reading, constants, slots=4, guesses=1, expert_bytes=SIZE
     )
 

@@ -42,7 +42,7 @@ def arrays(loaded: Workload) -> dict[str, np.ndarray]:
 def test_blocks_change_nothing(trace: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = arrays(load_workload(open_trace(trace)))
     monkeypatch.setattr(workload, "BLOCK", block)
-    monkeypatch.setattr(loading, "BLOCK", block)
+    monkeypatch.setattr(loading, "BLOCK_ROWS", block)
     monkeypatch.setattr(clairvoyant, "BLOCK", block)
     found = arrays(load_workload(open_trace(trace)))
     assert_same(found, expected)
@@ -60,8 +60,9 @@ def test_a_workload_in_files_is_the_same_and_stays_so(
     trace: Path, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = load_workload(open_trace(trace))
-    for module in (workload, loading, clairvoyant):
-        monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(workload, "BLOCK", block)
+    monkeypatch.setattr(loading, "BLOCK_ROWS", block)
+    monkeypatch.setattr(clairvoyant, "BLOCK", block)
     folder = tmp_path / "w"
     folder.mkdir()
     load_workload(open_trace(trace), folder=folder)

@@ -16,11 +16,11 @@ from moeroute.schema import TraceError
 from moeroute.sizes import NO_SIZES, GivenSizes
 from moeroute.trace import Trace, is_trace
 
-__all__ = ["FORMATS", "Format", "import_bigmoe_csv", "import_foreign", "import_npz"]
+__all__ = ["FORMATS", "ForeignFormat", "import_bigmoe_csv", "import_foreign", "import_npz"]
 
 
 @dataclass(frozen=True)
-class Format:
+class ForeignFormat:
     """A format that can be imported."""
 
     name: str
@@ -30,8 +30,10 @@ class Format:
 
 
 FORMATS = (
-    Format("routing .npz (arrays ids, seq, pos, phase)", npz.detect, npz.read),
-    Format(f"BigMoeOnEdge route CSV (first line {bigmoe.TITLE!r})", bigmoe.detect, bigmoe.read),
+    ForeignFormat("routing .npz (arrays ids, seq, pos, phase)", npz.detect, npz.read),
+    ForeignFormat(
+        f"BigMoeOnEdge route CSV (first line {bigmoe.TITLE!r})", bigmoe.detect, bigmoe.read
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""A device on the CPU whose lanes really work by themselves: a thread each, with delays."""
+"""A device on the CPU whose streams really work by themselves: a thread each, with delays."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
-from moerun.links.lanes import Mark
+from moerun.links.device import Event
 
 PATIENCE_S = 30.0
 DELAYS_S = (0.0, 0.0, 0.0, 1e-5, 1e-4, 5e-4)
 
 
-class ThreadMark:
+class ThreadEvent:
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.failure: Exception | None = None
@@ -27,39 +27,39 @@ class ThreadMark:
             raise self.failure
 
 
-class ThreadLane:
-    """Work fails at the mark behind it, as a device's does."""
+class ThreadStream:
+    """Work fails at the event behind it, as a device's does."""
 
-    def __init__(self, lanes: ThreadLanes, seed: int) -> None:
-        self._lanes = lanes
+    def __init__(self, device: ThreadDevice, seed: int) -> None:
+        self._device = device
         self._random = random.Random(seed)
         self._failure: Exception | None = None
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="lane", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="stream", daemon=True)
         self.thread.start()
 
     def copy(self, into: torch.Tensor, record: torch.Tensor) -> None:
-        assert self._lanes.is_pinned(record)
-        number = len(self._lanes.queued)
-        self._lanes.queued.append(Span.of(into))
-        self._queue.put(lambda: self._lanes.move(number, into, record))
+        assert self._device.is_pinned(record)
+        number = len(self._device.queued)
+        self._device.queued.append(Span.of(into))
+        self._queue.put(lambda: self._device.move(number, into, record))
 
     def run(self, work: Callable[[], None]) -> None:
         self._queue.put(work)
 
-    def mark(self) -> ThreadMark:
-        mark = ThreadMark()
+    def record_event(self) -> ThreadEvent:
+        event = ThreadEvent()
 
         def reach() -> None:
-            mark.failure, self._failure = self._failure, None
-            mark.reached.set()
+            event.failure, self._failure = self._failure, None
+            event.reached.set()
 
         self._queue.put(reach)
-        return mark
+        return event
 
-    def after(self, mark: Mark) -> None:
-        assert isinstance(mark, ThreadMark)
-        reached = mark.reached
+    def wait_event(self, event: Event) -> None:
+        assert isinstance(event, ThreadEvent)
+        reached = event.reached
         self._queue.put(lambda: None if reached.wait(PATIENCE_S) else _stuck())
 
     def end(self) -> None:
@@ -86,7 +86,7 @@ class Span(NamedTuple):
         return cls(memory.data_ptr(), memory.nbytes)
 
 
-class ThreadLanes:
+class ThreadDevice:
     """``queued`` is where each copy went, in the order in which they were queued.
 
     With ``hold_back`` copies move only as ``allow`` lets them; those of ``failing`` (numbers in
@@ -96,20 +96,20 @@ class ThreadLanes:
     def __init__(
         self, seed: int = 0, *, hold_back: bool = False, failing: frozenset[int] = frozenset()
     ) -> None:
-        self.device = torch.device("cpu")
+        self.torch_device = torch.device("cpu")
         self.queued: list[Span] = []
         self.pinned: list[Span] = []
         self.trimmed = 0
         self._failing = failing
         self._allowed = threading.Semaphore(0) if hold_back else None
         self._seed = seed
-        self._opened = [ThreadLane(self, seed)]
+        self._opened = [ThreadStream(self, seed)]
         self.compute = self._opened[0]
 
-    def open(self) -> ThreadLane:
-        lane = ThreadLane(self, self._seed + len(self._opened))
-        self._opened.append(lane)
-        return lane
+    def new_stream(self) -> ThreadStream:
+        stream = ThreadStream(self, self._seed + len(self._opened))
+        self._opened.append(stream)
+        return stream
 
     def allow(self, copies: int) -> None:
         assert self._allowed is not None
@@ -135,14 +135,14 @@ class ThreadLanes:
     def trim(self) -> None:
         self.trimmed += 1
 
-    def drain(self) -> None:
-        for lane in self._opened:
-            lane.mark().wait()
+    def synchronize(self) -> None:
+        for stream in self._opened:
+            stream.record_event().wait()
 
     def end(self) -> None:
-        for lane in self._opened:
-            lane.end()
+        for stream in self._opened:
+            stream.end()
 
 
 def _stuck() -> None:
-    raise AssertionError("a lane waits for a mark that is never reached")
+    raise AssertionError("a stream waits for an event that is never reached")

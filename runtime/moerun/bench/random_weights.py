@@ -1,0 +1,147 @@
+"""Random weights of true sizes: records of experts and of attention, and dense weights.
+
+Codes, scales and zeros are drawn in the packed form itself, so that nothing is quantised. One
+record is drawn; every other is that one with each part turned by its own offset, which costs no
+more than copying it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from moerun.checkpoint.families import find_attention
+from moerun.format.bitplanes import SCALE_UNIT
+from moerun.format.expert import ExpertShape
+from moerun.format.layout import RECORD_ALIGN
+from moerun.format.precision import SCHEMES, Scheme, scheme_of
+from moerun.format.tensorfile import bytes_of, header_of
+from moerun.store.index import ATTENTION_FILE, AttentionRecords, LinearRecord
+
+WEIGHT_STD = 0.02
+_DRAWN = 1 << 20  # dense weights repeat a block of so many
+_ZERO_SPREAD = 0.4  # of a group's zero, in codes
+
+TensorShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of tensors by name."""
+
+
+class RandomRecords:
+    """Records of one layout by key; the same seed gives the same. Safe to share."""
+
+    def __init__(self, shape: ExpertShape, precision: str, seed: int) -> None:
+        self.layout = shape.record(precision)
+        self.record_bytes = self.layout.record_bytes
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.zeros(self.record_bytes, dtype=torch.uint8)
+        scheme = scheme_of(precision)
+        for name, part in self.layout.views(drawn).items():
+            _draw(name, part, scheme, generator)
+        self._parts = self.layout.views(drawn)
+
+    def write(self, key: int, buffer: torch.Tensor) -> None:
+        """Fill ``buffer``, uint8[record_bytes]."""
+        for name, to in self.layout.views(buffer).items():
+            source = self._parts[name].view(-1)
+            turn = key * 104729 % len(source)
+            flat = to.view(-1)
+            flat[: len(source) - turn] = source[turn:]
+            flat[len(source) - turn :] = source[:turn]
+
+
+class RandomAttention:
+    """The projections of a model's attention, packed: a record a module."""
+
+    def __init__(self, model: Any, precision: str, seed: int) -> None:
+        """Projections of one shape share what is drawn. Raises RunError where the precision does
+        not fit a projection."""
+        self._precision = precision
+        self._linears = find_attention(model)
+        drawn: dict[tuple[int, int], RandomRecords] = {}
+        self._records: dict[str, RandomRecords] = {}
+        for name, linear in self._linears:
+            rows, columns = linear.weight.shape
+            SCHEMES[precision].check(name, columns)
+            if (rows, columns) not in drawn:
+                shape = ExpertShape.matrix(rows, columns)
+                drawn[rows, columns] = RandomRecords(shape, precision, seed)
+            self._records[name] = drawn[rows, columns]
+
+    @property
+    def record_bytes(self) -> dict[str, int]:
+        """By module."""
+        return {name: records.record_bytes for name, records in self._records.items()}
+
+    def write(self, module: str, buffer: torch.Tensor) -> None:
+        """Fill ``buffer``, uint8, with the record of a projection, by its module's name."""
+        self._records[module].write(list(self._records).index(module), buffer)
+
+    def described(self) -> AttentionRecords:
+        """What an index says of them, the checksums aside."""
+        file_bytes, offsets = laid_out(self.record_bytes)
+        linears = tuple(
+            LinearRecord(name, linear.out_features, linear.in_features, offset, crc32=0)
+            for (name, linear), offset in zip(self._linears, offsets, strict=True)
+        )
+        return AttentionRecords(self._precision, ATTENTION_FILE, file_bytes, linears)
+
+
+class RandomDense:
+    """Weights that are neither an expert's nor packed attention's: norms 1, the others normal."""
+
+    def __init__(self, tensors: TensorShapes, seed: int) -> None:
+        self.tensors = tensors
+        self._seed = seed
+
+    @property
+    def n_bytes(self) -> dict[str, int]:
+        """By name."""
+        return {name: bytes_of(dtype, shape) for name, (dtype, shape) in self.tensors.items()}
+
+    def draw(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each by name, on the CPU."""
+        generator = torch.Generator().manual_seed(self._seed + 1)
+        for name, (dtype, shape) in self.tensors.items():
+            if len(shape) == 1 and name.endswith("weight"):
+                yield name, torch.ones(shape, dtype=dtype)
+            else:
+                yield name, _normals(math.prod(shape), dtype, generator).view(shape)
+
+
+def record_tensors(lengths: dict[str, int]) -> TensorShapes:
+    """Records by name, as safetensors is told of them: their bytes."""
+    return {name: (torch.uint8, (n_bytes,)) for name, n_bytes in lengths.items()}
+
+
+def laid_out(lengths: dict[str, int]) -> tuple[int, list[int]]:
+    """Bytes of a file of records of such lengths, and where each lies."""
+    header, entries = header_of(record_tensors(lengths), align=RECORD_ALIGN)
+    file_bytes = len(header) + sum(entry.nbytes for entry in entries.values())
+    return file_bytes, [entry.offset for entry in entries.values()]
+
+
+def _draw(name: str, part: torch.Tensor, scheme: Scheme | None, generator: torch.Generator) -> None:
+    if part.is_floating_point() and name.rpartition(".")[2] == "ranges":
+        assert scheme is not None
+        part.copy_(_ranges(scheme)[:, None].expand_as(part))
+    elif part.is_floating_point():
+        part.view(-1).copy_(_normals(part.numel(), part.dtype, generator))
+    else:
+        part.random_(0, 256, generator=generator)
+
+
+def _ranges(scheme: Scheme) -> torch.Tensor:
+    """Step and least value of scales and zeros that give weights of WEIGHT_STD around 0."""
+    levels = 1 << scheme.bits
+    scale = WEIGHT_STD / math.sqrt((levels * levels - 1) / 12) * SCALE_UNIT
+    least_zero = (levels - 1 - _ZERO_SPREAD) / 2
+    return torch.tensor([scale / 2 / 255, 0.75 * scale, _ZERO_SPREAD / 255, least_zero])
+
+
+def _normals(n: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """WEIGHT_STD normals, a drawn block over and over."""
+    block = (torch.randn(min(n, _DRAWN), generator=generator) * WEIGHT_STD).to(dtype)
+    return block.repeat(-(-n // len(block)))[:n]

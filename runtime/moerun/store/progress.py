@@ -1,0 +1,15 @@
+"""Whom long work on a store tells how far it is, and what to know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Notify = Callable[[str], None]
+"""Told one sentence."""
+
+RecordProgress = Callable[[int, int], None]
+"""Told of records done and records in all."""
+
+
+def silent(*_: object) -> None:
+    """Told whatever it is told, says nothing."""
