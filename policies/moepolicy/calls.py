@@ -49,18 +49,23 @@ class Calls:
         begin(self.cache, self.policy, step, outcome)
 
     def start(self) -> int:
+        """Take the next copy from the queues, demands first; returns its key, or -1."""
         return start(self.cache, self.policy)
 
     def finish(self, key: int) -> None:
+        """Note that the copy of ``key`` has arrived."""
         finish(self.cache, self.policy, key)
 
     def consume(self, key: int) -> None:
+        """Note that compute has used ``key``."""
         consume(self.cache, key)
 
     def end(self) -> None:
+        """End the sequence: what is queued and was only guessed is dropped."""
         end(self.cache, self.policy)
 
     def resize(self, slots: int) -> None:
+        """Give each layer (or the whole cache) ``slots`` slots."""
         resize(self.cache, self.policy, slots)
 
 
@@ -154,6 +159,7 @@ class CompiledCalls(Calls):
         self._resume()
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
+        """Copy the step into the mail, run the compiled call, copy the outcome of each key out."""
         mail = self._mail
         n = len(step.experts)
         mail.experts[:n] = step.experts
@@ -176,21 +182,26 @@ class CompiledCalls(Calls):
         outcome[:] = mail.outcome[:n]
 
     def start(self) -> int:
+        """Resume the compiled code for the next copy; returns its key, or -1."""
         slip = self._slip
         slip[SLIP_CALL] = START
         self._resume()
         return slip[SLIP_ABOUT]
 
     def finish(self, key: int) -> None:
+        """Resume the compiled code for an arrival of ``key``."""
         self._call(FINISH, key)
 
     def consume(self, key: int) -> None:
+        """Resume the compiled code for a use of ``key``."""
         self._call(CONSUME, key)
 
     def end(self) -> None:
+        """Resume the compiled code for the end of a sequence."""
         self._call(END, -1)
 
     def resize(self, slots: int) -> None:
+        """Resume the compiled code for a change to ``slots`` slots."""
         self._call(RESIZE, slots)
 
     def _call(self, call: int, about: int) -> None:

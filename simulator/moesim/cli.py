@@ -38,4 +38,5 @@ add_command(app, list_machines, "machines")
 
 
 def main() -> None:
+    """Run `moesim` with the arguments of this process."""
     console.run(app, errors=(PolicyError, SimulationError, TraceError))

@@ -40,9 +40,11 @@ class Compared(NamedTuple):
 
     @property
     def slots(self) -> int:
+        """Slots of the result, a layer or in all by its scope."""
         return self.result.slots
 
     def row(self) -> dict[str, Any]:
+        """The result as a row for programs, with its share of the gap."""
         gap = self.gap or Gap(self.result.policy, None, None)
         return self.result.row() | gap.row() | {"refused": None}
 

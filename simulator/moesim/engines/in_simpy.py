@@ -32,6 +32,7 @@ class Nanoseconds(simpy.Environment):
 
     @property
     def now(self) -> int:
+        """Simulated time in nanoseconds."""
         return int(self._now)
 
 

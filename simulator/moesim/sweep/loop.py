@@ -73,6 +73,7 @@ class Sweep:
 
     @property
     def n_left(self) -> int:
+        """Number of points that are not finished."""
         return len(self._todo)
 
     @property

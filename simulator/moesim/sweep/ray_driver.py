@@ -47,6 +47,7 @@ class NodeWorker:
         return self.node, code_digest()
 
     def run(self, point: SweepPoint) -> Outcome:
+        """Compute a point on the node of this actor."""
         return self.worker.run(point)
 
 
@@ -56,6 +57,7 @@ def node_scratch(token: str) -> Path:
 
 
 def clean(token: str) -> None:
+    """Delete the workloads that a sweep left on this node."""
     shutil.rmtree(node_scratch(token), ignore_errors=True)
 
 

@@ -66,9 +66,11 @@ class Account:
     cells: list[TableCell]
 
     def errors(self, role: str) -> list[float]:
+        """Relative errors, without their sign, of the fitted or of the predicted cells."""
         return [abs(cell.error) for cell in self.cells if cell.role == role]
 
     def median_error(self, role: str) -> float:
+        """Median of the relative errors of the fitted or of the predicted cells."""
         return float(np.median(self.errors(role)))
 
     def median_slowdown_error(self) -> float:
