@@ -57,15 +57,15 @@ class Calls:
         finish(self.cache, self.policy, key)
 
     def consume(self, key: int) -> None:
-        """Note that compute has used ``key``."""
+        """Note that the step's compute has finished with ``key``."""
         consume(self.cache, key)
 
     def end(self) -> None:
-        """End the sequence: what is queued and was only guessed is dropped."""
+        """End the step: its pins drop, and bypassed experts leave their buffers."""
         end(self.cache, self.policy)
 
     def resize(self, slots: int) -> None:
-        """Give each layer (or the whole cache) ``slots`` slots."""
+        """Give the cache ``slots`` slots a layer, as soon as what it loses can go."""
         resize(self.cache, self.policy, slots)
 
 
@@ -193,15 +193,15 @@ class CompiledCalls(Calls):
         self._call(FINISH, key)
 
     def consume(self, key: int) -> None:
-        """Resume the compiled code for a use of ``key``."""
+        """Resume the compiled code for the end of compute with ``key``."""
         self._call(CONSUME, key)
 
     def end(self) -> None:
-        """Resume the compiled code for the end of a sequence."""
+        """Resume the compiled code for the end of a step."""
         self._call(END, -1)
 
     def resize(self, slots: int) -> None:
-        """Resume the compiled code for a change to ``slots`` slots."""
+        """Resume the compiled code for a change to ``slots`` slots a layer."""
         self._call(RESIZE, slots)
 
     def _call(self, call: int, about: int) -> None:
