@@ -33,7 +33,7 @@ class Offloaded:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that lies beside the weights; None where there is none."""
+        """The tokenizer in the folder of the weights; None where the folder has none."""
         return self._runner.tokenizer
 
     @property

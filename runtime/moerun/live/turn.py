@@ -72,7 +72,7 @@ def model_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def hidden_ids(tokenizer: Any) -> frozenset[int]:
-    """The special tokens: what is decoded without them is what a reader sees."""
+    """Ids of the special tokens, which are left out of the text that a reader sees."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {token for token, entry in added.items() if entry.special}
     return frozenset(special | set(getattr(tokenizer, "all_special_ids", ())))

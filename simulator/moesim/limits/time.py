@@ -43,7 +43,7 @@ class _Work(NamedTuple):
     longest_ns: Counts  # of the stretch's experts
 
     def merged(self, n: int) -> _Work:
-        """Stretches of ``n`` of these each."""
+        """The work of stretches that join ``n`` of these stretches each."""
         at = np.arange(0, len(self.requests), n)
         return _Work(
             np.add.reduceat(self.compute_ns, at),

@@ -95,7 +95,7 @@ def _reach(reach: Reach) -> dict[str, Any]:
 
 
 def text(found: Reproduction, workload: Workload, title: str) -> str:
-    """Everything for people."""
+    """The whole report as text for people."""
     account = found.account
     fitted, predicted = (account.median_error(role) for role in ("fitted", "predicted"))
     readings = {other.reading.name: other.reading.summary for other in found.others}
