@@ -93,7 +93,7 @@ def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
 class Case:
     """What is simulated: one policy's cache on a machine, with experts of a size or of none known.
 
-    ``expert_bytes`` None: nobody knows how big an expert is, and there are counts but no times.
+    ``expert_bytes`` None: the size of an expert is unknown; there are counts but no times.
     """
 
     workload: Workload

@@ -32,7 +32,7 @@ _SPLIT = re.compile(r"""split\(\s*['"]([^'"]+)['"]\s*\)""")
 class Turn:
     """An answer of a chat.
 
-    end_ids            tokens that end it, beside those that end any text of the model
+    end_ids            tokens that end it, besides those that end any text of the model
     response_template  transformers' description of its channels; None: it has but one
     prefill            what the template has written of the answer already; None: it is in the
                        prompt, where the response template's anchor finds it

@@ -1,4 +1,4 @@
-"""Compiled calls for a live cache: made beside it by a thread, taken into use between two calls."""
+"""Compiled calls for a live cache: made by a thread, and taken into use between two calls."""
 
 from __future__ import annotations
 

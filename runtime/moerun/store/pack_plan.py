@@ -81,7 +81,7 @@ class PackPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of disk that the pack takes, index and journal included."""
+        """Bytes of disk that the pack takes, index and tokenizer included."""
         return sum(file.entries()[0] for file in self.files) + self.dense_bytes + _SPARE_BYTES
 
 
