@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -79,9 +80,9 @@ def measure(
     for count in tokens:
         x = torch.randn(count, k, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
         calls: dict[str, Callable[[], object]] = {
-            "kernel": lambda x=x: one_way(None, x),
-            "blockwise": lambda x=x: one_way(1, x),
-            "bf16": lambda x=x: F.linear(x, plain),
+            "kernel": partial(one_way, None, x),
+            "blockwise": partial(one_way, 1, x),
+            "bf16": partial(F.linear, x, plain),
         }
         took: dict[str, list[float]] = {way: [] for way in WAYS}
         for measured in range(rounds + 1):

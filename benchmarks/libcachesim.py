@@ -194,8 +194,7 @@ class TheirProcess:
 
 def serve() -> None:
     """The other process: run each line [cache, trace, slots], print its miss ratio and time."""
-    import libcachesim
-
+    libcachesim = importlib.import_module("libcachesim")  # by name: this file is called the same
     for line in sys.stdin:
         name, path, slots = json.loads(line)
         reader = libcachesim.TraceReader(

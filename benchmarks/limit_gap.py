@@ -9,8 +9,10 @@ end the worst and the median. Everything is simulated, on a machine profile with
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from moepolicy import find_policy
 from moeroute import open_trace
@@ -53,6 +55,7 @@ def main() -> None:
                         scope=scope,
                         expert_bytes=size,
                     )
+                    assert result.time_s is not None
                     ratios[policy].append(result.time_s / limit_s)
                     row.append(f"{result.time_s / limit_s:{len(policy)}.3f}")
                 print(f"{scope:6} {slots:5}  {gbps:4g}  {limit_s:8.2f}", *row, sep="  ", flush=True)
@@ -71,7 +74,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _numbers(kind: type) -> object:
+def _numbers(kind: type) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
 
 

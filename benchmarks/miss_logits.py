@@ -75,7 +75,7 @@ def line(name: str, found: torch.Tensor, stock: torch.Tensor, totals: Totals) ->
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--slots", type=int, default=4)
     asked.add_argument("--tokens", type=int, default=200, help="of the text, at most")
     options = asked.parse_args()

@@ -158,7 +158,7 @@ def write_shard(path: Path, shard: Tensors, random_layers: int) -> int:
             else:
                 continue
             file.seek(entries[name].offset)
-            file.write(memoryview(as_bytes(values.to(DTYPE)).numpy()))
+            file.write(as_bytes(values.to(DTYPE)).numpy().data)
         data_bytes = sum(entry.nbytes for entry in entries.values())
         file.truncate(len(header) + data_bytes)
     return data_bytes

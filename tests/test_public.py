@@ -140,6 +140,7 @@ def test_a_run_is_watched_and_its_curve_is_what_it_counts() -> None:
     )
     assert isinstance(result, moesim.Result)
     assert sum(event.kind is moepolicy.Kind.HIT for event in seen) == result.hits
+    assert result.time_s is not None
     assert max(segment.ends for segment in segments) == round(result.time_s * 1e9)
     assert moesim.hit_curve(workload, "lru", "layer")[4] == pytest.approx(result.hit_ratio)
 

@@ -48,6 +48,7 @@ class Hobbit(Policy):
         self.now = np.zeros(2, np.int64)  # the pass, counted from 1, and its layer
 
     def on_step(self, step: Step) -> None:
+        """Count each expert's use, and whether its rank asked for full precision."""
         if self.now[0] == 0 or step.layer <= self.now[1]:
             self.now[0] += 1
         self.now[1] = step.layer
@@ -69,15 +70,18 @@ class Hobbit(Policy):
         return before / total if total > 0 else 0.0
 
     def on_miss(self, step: Step, rank: int) -> int:
+        """LOAD, LOW or SKIP by the share of the weights before the expert."""
         share = self.share_before(step, rank)
         if share <= self.high:
             return LOAD
         return LOW if share <= self.low else SKIP
 
     def precision(self, step: Step, rank: int) -> int:
+        """LOAD where the share of the weights before the expert is up to ``high``, else LOW."""
         return LOAD if self.share_before(step, rank) <= self.high else LOW
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate with the lowest score."""
         best = candidates[0]
         least = self.score(layer, best)
         for i in range(1, len(candidates)):
@@ -119,6 +123,7 @@ class AdapmoeSkip(Lru):
         self.least = math.sqrt(0.005 / sensitivity)
 
     def on_miss(self, step: Step, rank: int) -> int:
+        """SKIP a decoded token's expert of little weight, its first excepted; LOAD the others."""
         if rank == 0 or step.tokens > 1:
             return LOAD
         total = 0.0
@@ -145,9 +150,11 @@ class EmoeSubstitute(Lru):
         self.slots = min(context.slots, context.n_experts)
 
     def on_miss(self, step: Step, rank: int) -> int:
+        """LOAD a prompt's experts; a decoded token's have a SUBSTITUTE."""
         return LOAD if step.tokens > 1 else SUBSTITUTE
 
     def substitute(self, step: Step, rank: int, candidates: NDArray[np.int32]) -> int:
+        """The likeliest candidate that the step does not want; -1 while there are free slots."""
         if len(candidates) < self.slots:
             return -1
         best = -1

@@ -35,6 +35,7 @@ class Command(TyperCommand):
     old_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def make_parser(self, ctx: Any) -> Any:
+        """The parser, which takes old names as well, that no help shows."""
         parser = super().make_parser(ctx)
         for param in self.params:
             for old in self.old_names.get(str(param.name), ()):
@@ -44,6 +45,7 @@ class Command(TyperCommand):
         return parser
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options by section."""
         _write_sections(self.get_params(ctx), ctx, formatter)
 
 
@@ -54,6 +56,7 @@ class Group(TyperGroup):
     program: ClassVar[tuple[str, str, Sequence[str]]] = ("", "", ())  # what --version tells
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse ``args``; an option that is not the group's is the default command's."""
         if self.default is not None and args and args[0].startswith("-"):
             own = {name for param in self.get_params(ctx) for name in param.opts}
             if args[0].partition("=")[0] not in own:
@@ -61,6 +64,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """What completes ``incomplete``: the default command's options too."""
         offered = super().shell_complete(ctx, incomplete)
         if self.default is not None and incomplete.startswith("-"):
             own = {item.value for item in offered}
@@ -69,6 +73,7 @@ class Group(TyperGroup):
         return offered
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options by section, then the commands."""
         _write_sections(self.get_params(ctx), ctx, formatter)
         commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
         _write_section("Commands", [(n, _first_sentence(each)) for n, each in commands], formatter)

@@ -82,11 +82,13 @@ class Belady(Policy):
         self.due = np.full(context.n_layers * context.n_experts, NO_USE, np.int64)
 
     def on_step(self, step: Step) -> None:
+        """Learn when the step's experts are used next."""
         first = self.offsets[step.number]
         for rank in range(len(step.experts)):
             self.due[step.experts[rank]] = self.next_use[first + rank]
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate whose next use is farthest."""
         return highest(self.due, candidates)
 
 
@@ -109,6 +111,7 @@ class BeladyBypass(Policy):
         self.now = np.zeros(2, np.int64)  # the step in progress, and how many it wants
 
     def on_step(self, step: Step) -> None:
+        """Learn when the step's experts are used next."""
         self.foresee(step)
 
     def foresee(self, step: Step) -> None:
@@ -122,12 +125,15 @@ class BeladyBypass(Policy):
             self.due[key] = self.next_use[first + rank]
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Note that the key is on the device."""
         self.held[key] = True
 
     def on_evict(self, key: int) -> None:
+        """Note that the key has left the device."""
         self.held[key] = False
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate whose next use is farthest; -1 where another expert is to go."""
         return self.displaced(incoming, candidates)
 
     def displaced(self, incoming: int, candidates: NDArray[np.int32]) -> int:
@@ -142,6 +148,7 @@ class BeladyBypass(Policy):
         return farthest
 
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate whose next use is farthest; -1 where that of ``key`` is as far."""
         farthest = highest(self.due, candidates)
         return farthest if self.due[key] < self.due[farthest] else -1
 
@@ -187,6 +194,7 @@ class Clairvoyant(BeladyBypass):
         self.offered = np.zeros(n_domains, np.int64)  # how many were named
 
     def on_step(self, step: Step) -> None:
+        """Learn when the step's experts are used next, and which of them were due first."""
         self.foresee(step)
         for rank in range(len(step.experts)):
             key = step.experts[rank]
@@ -195,6 +203,7 @@ class Clairvoyant(BeladyBypass):
                 self.soonest[key // self.width] = UNKNOWN
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Count the key as held, and a prefetch as started."""
         domain = key // self.width
         self.held[key] = True
         self.n_held[domain] += 1
@@ -204,12 +213,15 @@ class Clairvoyant(BeladyBypass):
             self.soonest[domain] = UNKNOWN
 
     def on_evict(self, key: int) -> None:
+        """Count the key as gone, and look anew for the missing key that is due first."""
         domain = key // self.width
         self.held[key] = False
         self.n_held[domain] -= 1
         self.soonest[domain] = UNKNOWN
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """For a demand the victim of Belady with bypass; for a prefetch the candidate needed
+        latest, or -1."""
         if self.wanted_at[incoming] == self.now[0]:
             return self.displaced(incoming, candidates)
         due = self.due[incoming]
@@ -241,6 +253,7 @@ class Clairvoyant(BeladyBypass):
         return before >= self.slots
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
+        """Name the missing keys that are due first: cheap ones, or one that costs a load."""
         # As many as the link will take before it is asked again, if it goes on like this.
         room = min(self.started[0] + 2, len(keys))
         self.started[0] = 0

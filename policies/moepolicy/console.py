@@ -66,7 +66,7 @@ def _to_stdout(write: Callable[[], object]) -> None:
 
 
 def print_anything() -> None:
-    """Let stdout and stderr print every text: what their encoding lacks is written as \\xe9.
+    r"""Let stdout and stderr print every text: what their encoding lacks is written as \xe9.
 
     Names, models and prompts are in any language, whatever PYTHONIOENCODING and the locale say.
     """

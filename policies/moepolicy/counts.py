@@ -64,14 +64,17 @@ class CountColumns:
 
     @property
     def late_ratio(self) -> float:
+        """Late hits of all requests; 0 without requests."""
         return self.ratio(self.late)
 
     @property
     def miss_ratio(self) -> float:
+        """Misses of all requests; 0 without requests."""
         return self.ratio(self.misses)
 
     @property
     def cpu_ratio(self) -> float:
+        """Requests computed on the CPU, of all requests; 0 without requests."""
         return self.ratio(self.cpu_experts)
 
     def ratio(self, count: int) -> float:

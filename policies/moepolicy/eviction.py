@@ -20,12 +20,15 @@ class Lru(Policy):
         self.used = np.zeros(context.n_layers * context.n_experts, np.int64)
 
     def on_hit(self, key: int, now: int) -> None:
+        """Note the time of the use."""
         self.used[key] = now
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Note the time of the load, a guess or not, as a use."""
         self.used[key] = now
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate whose last use is longest ago."""
         return lowest(self.used, candidates)
 
 
@@ -38,9 +41,11 @@ class Fifo(Policy):
         self.loaded = np.zeros(context.n_layers * context.n_experts, np.int64)
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Note the time of the load."""
         self.loaded[key] = now
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate whose load is longest ago."""
         return lowest(self.loaded, candidates)
 
 
@@ -53,13 +58,16 @@ class Lfu(Policy):
         self.uses = np.zeros(context.n_layers * context.n_experts, np.int64)
 
     def on_hit(self, key: int, now: int) -> None:
+        """Count the use."""
         self.uses[key] += 1
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Count the use that the load is for; a guess is none."""
         if not speculative:
             self.uses[key] += 1
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate with the fewest uses; of equals the lowest key."""
         return lowest(self.uses, candidates)
 
 
@@ -74,6 +82,7 @@ class Random(Policy):
         self.state = np.array([(seed * 16807 + 1043618065) % 2_147_483_646 + 1], np.int64)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """A candidate drawn by the seed."""
         # Park and Miller's generator: no product overflows int64, compiled or interpreted.
         self.state[0] = self.state[0] * 48271 % 2_147_483_647
         return int(candidates[self.state[0] % len(candidates)])
@@ -97,15 +106,18 @@ class Fiddler(Policy):
         self.tokens = tokens
 
     def on_resize(self, slots: int) -> None:
+        """Keep as many of each layer's most used experts as it has ``slots``."""
         for key in range(len(self.keep)):
             self.keep[key] = self.rank[key] < slots
 
     def on_miss(self, step: Step, rank: int) -> int:
+        """LOAD what is to be kept, and any expert in a larger batch; COMPUTE the others."""
         if self.keep[step.experts[rank]] or step.tokens > self.tokens:
             return LOAD
         return COMPUTE
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The first candidate that is not to be kept, if ``incoming`` is; else -1."""
         if self.keep[incoming]:
             for i in range(len(candidates)):
                 if not self.keep[candidates[i]]:
@@ -124,6 +136,7 @@ class Static(Policy):
         self.uses = context.counts.astype(np.int64).ravel()
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate with the fewest counted uses; -1 if ``incoming`` has no more."""
         least = lowest(self.uses, candidates)
         # Strictly more: among equals the first that came stays, and nothing is exchanged in vain.
         return least if self.uses[incoming] > self.uses[least] else -1

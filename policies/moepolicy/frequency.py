@@ -32,18 +32,22 @@ class LfuAging(Policy):
         self.age = np.zeros(n_domains, np.int64)
 
     def on_hit(self, key: int, now: int) -> None:
+        """Count the use."""
         self.count(key, 1, now)
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Count from 0 again, beginning with the use that the load is for; a guess is none."""
         self.uses[key] = 0
         self.count(key, 0 if speculative else 1, now)
 
     def count(self, key: int, uses: int, now: int) -> None:
+        """Add ``uses`` to the count of ``key`` and renew its worth and its time of use."""
         self.uses[key] += uses
         self.worth[key] = self.uses[key] + self.age[key // self.width]
         self.used[key] = now
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate of least worth; of equals the one that reached it first."""
         least = first_of(self.worth, self.used, candidates)
         if self.aging:
             self.age[least // self.width] = self.worth[least]
@@ -65,18 +69,22 @@ class Lfru(Policy):
         self.now = np.zeros(1, np.int64)
 
     def on_step(self, step: Step) -> None:
+        """Note the step's number, the time that rates are by."""
         self.now[0] = step.number
 
     def on_hit(self, key: int, now: int) -> None:
+        """Count the use and note its step."""
         self.uses[key] += 1
         self.used[key] = self.now[0]
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Note the step, and count the use that the load is for; a guess is none."""
         if not speculative:
             self.uses[key] += 1
         self.used[key] = self.now[0]
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate with the lowest rate of uses; of equals the lowest key."""
         best = candidates[0]
         for i in range(1, len(candidates)):
             key = candidates[i]
@@ -104,23 +112,28 @@ class LeastStale(Policy):
 
     @classmethod
     def same_as(cls, context: Context) -> Same | None:
+        """FIFO in a cache per layer."""
         if (same := super().same_as(context)) is None and context.scope == "layer":
             same = Same("fifo", "a pass comes to a layer once, and all that may go there is stale")
         return same
 
     def on_step(self, step: Step) -> None:
+        """A new pass begins where the layers start over."""
         if step.layer <= self.passes[1]:
             self.passes[0] += 1
         self.passes[1] = step.layer
 
     def on_hit(self, key: int, now: int) -> None:
+        """Note that this pass touched the key."""
         self.touched[key] = self.passes[0]
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Note that this pass touched the key, and the time of the load."""
         self.touched[key] = self.passes[0]
         self.loaded[key] = now
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate loaded first of those that this pass has not touched, else of all."""
         best = candidates[0]
         for i in range(1, len(candidates)):
             key = candidates[i]
@@ -156,17 +169,21 @@ class ClassLru(Policy):
         self.passes = np.zeros(2, np.int64)  # the pass in progress, and its latest layer
 
     def on_step(self, step: Step) -> None:
+        """A new pass begins where the layers start over."""
         if step.layer <= self.passes[1]:
             self.passes[0] += 1
         self.passes[1] = step.layer
 
     def on_hit(self, key: int, now: int) -> None:
+        """Count the use."""
         self.use(key, ONE, now)
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Count the use that the load is for; a guess is none."""
         self.use(key, 0 if speculative else ONE, now)
 
     def use(self, key: int, worth: int, now: int) -> None:
+        """Add ``worth``, ONE for a use, to the decayed count of ``key`` at time ``now``."""
         self.count[key] = self.decayed(key) + worth
         self.counted[key] = self.passes[0]
         self.used[key] = now
@@ -178,6 +195,7 @@ class ClassLru(Policy):
         return int(count >> min(age // self.half_life, 62))
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The least recently used candidate of the lowest class."""
         best, lowest_class = -1, 64
         for i in range(len(candidates)):
             key = candidates[i]

@@ -127,10 +127,10 @@ class Output:
 
     @classmethod
     def checked(cls, out: Path | None, format: Format | None, *, force: bool) -> Output:
-        """What --out, --format and --force ask for. Raises CommandError before any work is done:
+        """What --out, --format and --force ask for.
 
-        where the suffix is unknown or contradicts ``format``, the folder is not there, or a file
-        lies at ``out`` that may not be replaced.
+        Raises CommandError, before any work is done, where the suffix is unknown or contradicts
+        ``format``, the folder is not there, or a file lies at ``out`` that may not be replaced.
         """
         if out is None:
             return cls(format or Format.table, None)

@@ -25,6 +25,7 @@ class Slru(Queues):
         self.n_protected = int(self.capacity * protected)
 
     def on_hit(self, key: int, now: int) -> None:
+        """Move the key to the end of the protected segment; its oldest may go back on probation."""
         probation, protected = self.head(key, 0), self.head(key, 1)
         again = not self.guessed[key]
         self.guessed[key] = False
@@ -36,13 +37,16 @@ class Slru(Queues):
             self.append(oldest, probation)
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Put the key at the end of probation."""
         self.guessed[key] = speculative
         self.enter(key, self.head(key, 0), now)
 
     def on_evict(self, key: int) -> None:
+        """Take the key out of its segment."""
         self.leave(key)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The oldest candidate on probation, else the oldest protected one."""
         every = self.all_may_go(incoming, 2, candidates)
         key = self.oldest_of(self.head(incoming, 0), every, candidates)
         return key if key >= 0 else self.oldest_of(self.head(incoming, 1), every, candidates)
@@ -60,6 +64,7 @@ class FirstLoads(Queues):
         self.recalled = np.full(1, NONE)  # a ghost for which room is being made
 
     def on_evict(self, key: int) -> None:
+        """Take the key out of its list; one of first loads, unless a guess, becomes a ghost."""
         ghosts = self.head(key, 2)
         remember = self.at[key] == self.head(key, 0) and not self.guessed[key]
         self.leave(key)
@@ -88,6 +93,7 @@ class TwoQ(FirstLoads):
         self.n_first = int(self.capacity * first)
 
     def on_hit(self, key: int, now: int) -> None:
+        """Move a key of the main list to its end. First loads stay in the order of loads."""
         self.guessed[key] = False
         main = self.head(key, 1)
         if self.at[key] == main:
@@ -95,12 +101,15 @@ class TwoQ(FirstLoads):
             self.enter(key, main, now)
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Put a ghost at the end of the main list, any other key at the end of first loads."""
         self.recall(key)
         self.guessed[key] = speculative
         self.enter(key, self.head(key, int(self.recalled[0] == key)), now)
         self.recalled[0] = NONE
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The oldest candidate of first loads while they are over their share, else of the main
+        list."""
         self.recall(incoming)
         every = self.all_may_go(incoming, 2, candidates)
         first, main = self.head(incoming, 0), self.head(incoming, 1)
@@ -129,11 +138,14 @@ class S3Fifo(FirstLoads):
         self.full = np.zeros(len(self.links), np.bool_)  # at its head
 
     def on_hit(self, key: int, now: int) -> None:
+        """Count the use. The first use of a guess is its load."""
         if not self.guessed[key]:
             self.uses[key] += 1
         self.guessed[key] = False
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Put a ghost, or what the small queue has no room for, in the main queue; else in the
+        small one."""
         self.recall(key)
         small = self.head(key, 0)
         to_main = self.recalled[0] == key or (
@@ -145,6 +157,7 @@ class S3Fifo(FirstLoads):
         self.enter(key, self.head(key, int(to_main)), now)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """A candidate of the main queue while that is over its share, else of the small one."""
         self.recall(incoming)
         every = self.all_may_go(incoming, 2, candidates)
         small, main = self.head(incoming, 0), self.head(incoming, 1)
@@ -205,12 +218,14 @@ class Arc(Queues):
         self.was = np.full(1, NOWHERE)
 
     def on_hit(self, key: int, now: int) -> None:
+        """Move the key to the end of the list of those used again; a guess is used once by then."""
         again = not self.guessed[key] or self.at[key] == self.head(key, AGAIN)
         self.guessed[key] = False
         self.leave(key)
         self.enter(key, self.head(key, AGAIN if again else ONCE), now)
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Put a ghost in the list of those used again, any other key in that of those used once."""
         self.recall(key)
         self.guessed[key] = speculative
         self.enter(key, self.head(key, AGAIN if self.recalled[0] == key else ONCE), now)
@@ -222,12 +237,14 @@ class Arc(Queues):
         self.trim(again_ghosts, max(2 * self.capacity - others, 0))
 
     def on_evict(self, key: int) -> None:
+        """Take the key out of its list and, unless a guess, remember it among the list's ghosts."""
         ghosts = ONCE_GHOSTS if self.at[key] == self.head(key, ONCE) else AGAIN_GHOSTS
         self.leave(key)
         if not self.guessed[key]:
             self.append(key, self.head(key, ghosts))
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The oldest candidate used once while these exceed the target, else one used again."""
         self.recall(incoming)
         every = self.all_may_go(incoming, 2, candidates)
         once, again = self.head(incoming, ONCE), self.head(incoming, AGAIN)

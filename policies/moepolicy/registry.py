@@ -73,6 +73,7 @@ class PolicySpec:
 
     @property
     def requires(self) -> frozenset[str]:
+        """What the policy needs of its context and its steps, by name."""
         return self.policy.requires
 
     @property

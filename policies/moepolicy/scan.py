@@ -20,18 +20,22 @@ class Clock(Queues):
         self.used = np.zeros(self.n_keys, np.bool_)  # since its load or its last turn
 
     def on_hit(self, key: int, now: int) -> None:
+        """Mark the key as used. The first use of a guess is its load."""
         self.used[key] = not self.guessed[key]
         self.guessed[key] = False
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Put the key at the end of the queue, unused."""
         self.used[key] = False
         self.guessed[key] = speculative
         self.enter(key, self.head(key, 0), now)
 
     def on_evict(self, key: int) -> None:
+        """Take the key out of the queue."""
         self.leave(key)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The first unused candidate in the queue; those before it go to the queue's end."""
         head = self.head(incoming, 0)
         every = self.all_may_go(incoming, 1, candidates)
         key = self.links[head, NEWER]
@@ -60,21 +64,25 @@ class Sieve(Queues):
         self.hand = np.arange(len(self.links))
 
     def on_hit(self, key: int, now: int) -> None:
+        """Mark the key as used. The first use of a guess is its load."""
         self.used[key] = not self.guessed[key]
         self.guessed[key] = False
 
     def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Put the key at the end of the queue, unused."""
         self.used[key] = False
         self.guessed[key] = speculative
         self.enter(key, self.head(key, 0), now)
 
     def on_evict(self, key: int) -> None:
+        """Take the key out of the queue; a hand that rests on it moves on."""
         head = self.head(key, 0)
         if self.hand[head] == key:
             self.hand[head] = self.links[key, NEWER]
         self.leave(key)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The first unused candidate from the hand on, which makes those before it unused."""
         head = self.head(incoming, 0)
         every = self.all_may_go(incoming, 1, candidates)
         key = self.hand[head]

@@ -24,6 +24,7 @@ class NextGate(Policy):
         self.n_experts = context.n_experts
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
+        """The next layer's ``n`` likeliest experts; none where its gate has not been predicted."""
         predicted = step.predicted
         if predicted.shape[0] == 0 or np.isnan(predicted[0, 0]):
             return 0

@@ -38,6 +38,7 @@ class Source:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of all documents, as UTF-8."""
         return sum(len(document.encode()) for document in self.documents)
 
     def split(self) -> tuple[list[str], str]:

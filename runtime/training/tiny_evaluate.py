@@ -127,6 +127,7 @@ def recall_line(trace: Trace) -> str:
 
 
 def listed(values: Iterable[float]) -> str:
+    """The values with two decimals, on one line."""
     return " ".join(f"{value:.2f}" for value in values)
 
 

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -198,7 +199,12 @@ def test_a_sweep_is_in_the_format_of_its_suffix_and_resumes_from_it(
     out = tmp_path / f"s.{suffix}"
     sweep = ("moesim", "sweep", "--machine", "t4", "--slots", "2,4", "--workers", "1")
     run(*sweep, "lru", "--out", out)
-    read = {"parquet": pl.read_parquet, "csv": pl.read_csv, "json": pl.read_json}[suffix]
+    readers: dict[str, Callable[[Path], pl.DataFrame]] = {
+        "parquet": pl.read_parquet,
+        "csv": pl.read_csv,
+        "json": pl.read_json,
+    }
+    read = readers[suffix]
     assert read(out)["slots"].to_list() == [2, 4]
     before = out.read_bytes()
     _, told = run(*sweep, "lru", "--out", out, code=1)
@@ -262,7 +268,7 @@ def test_generated_text_is_printed_on_a_stdout_of_another_encoding(
     monkeypatch.setattr(sys, "stdout", stream)
     console.print_anything()
     console.emit("déjà vu")
-    assert stream.buffer.getvalue() == b"d\\xe9j\\xe0 vu"  # type: ignore[attr-defined]
+    assert stream.buffer.getvalue() == b"d\\xe9j\\xe0 vu"
 
 
 def test_a_prompt_is_read_as_utf_8_whatever_stdin_says() -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import moerun.cli
 import moesim.cli
@@ -217,7 +217,7 @@ def test_every_command_of_the_readme_is_run() -> None:
     assert set(commands()) == set(RUNS)
 
 
-def cases() -> list[object]:
+def cases() -> list[Any]:
     shown = []
     for command, run in RUNS.items():
         if run is SERVED or command.startswith("make "):

@@ -121,7 +121,7 @@ def test_a_slot_is_not_overwritten_before_its_last_kernel_has_read_it(
     served.link.acquire(0)
     kept = torch.empty(store.record_bytes, dtype=torch.uint8, device=device)
     with torch.cuda.device(device):
-        torch.cuda._sleep(SPIN_CYCLES)  # the read below is queued behind this
+        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]  # the read below is queued behind this
         kept.copy_(served.arena[0, : store.record_bytes])
     served.link.release(0)
     served.link.submit(11, 0)
@@ -156,7 +156,7 @@ def test_demand_overtakes_a_prefetch_in_pieces(store: ExpertStore, device: torch
     """Queued behind a slot that is still being read, so that both are there before either goes."""
     served = Served(store, device, 2, streams=1, chunk_bytes=4096)
     with torch.cuda.device(device):
-        torch.cuda._sleep(SPIN_CYCLES)
+        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
     served.link.release(0)
     served.link.release(1)
     served.link.submit(1, 0, demand=False)

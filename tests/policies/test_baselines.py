@@ -19,7 +19,8 @@ def loops_and_favourites(n: int) -> list[int]:
 
     Its own generator: NumPy's may change from one version to the next.
     """
-    state, keys = 1, []
+    state = 1
+    keys: list[int] = []
     while len(keys) < n:
         state = state * 48271 % 2_147_483_647
         start, width = state % N_KEYS, 2 + state // N_KEYS % 30

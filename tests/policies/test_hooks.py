@@ -58,7 +58,7 @@ def serve(cache: ExpertCache, step: Step) -> None:
     cache.begin(step)
     while copy := cache.start():
         cache.finish(copy.key)
-        if cache.arrays.keys[copy.key, 1]:
+        if cache.arrays.pinned[copy.key]:
             cache.consume(copy.key)
     for key in step.experts.tolist():
         cache.consume(key)
@@ -122,7 +122,7 @@ def test_the_backlog_is_of_copies_queued_and_under_way() -> None:
     cache.end()
     cache.begin(steps[1])  # a guess under way, one queued
     assert policy.take()[-2:] == [("step", 1, 2), ("hit", 5, 6)]
-    assert np.flatnonzero(cache.arrays.keys[:, 0]).tolist() == [0, 5]  # the other was disproved
+    assert np.flatnonzero(cache.arrays.status).tolist() == [0, 5]  # the other was disproved
 
 
 def test_a_driver_is_told_what_would_start_and_what_did() -> None:

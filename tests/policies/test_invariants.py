@@ -7,30 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from moepolicy import Context, ExpertCache, Policy, find_policy
-from moepolicy.state import (
-    ABSENT,
-    BACKLOG,
-    DEMAND,
-    EXCESS,
-    FIRST,
-    HELD,
-    IS_LOW,
-    LAST,
-    LIMIT,
-    N_DEMAND,
-    N_FREE,
-    PINNED,
-    PLACE,
-    PREFETCH,
-    PREVIOUS,
-    QUEUE,
-    RESIDENT,
-    STAGED,
-    STAND_INS,
-    STATUS,
-    Cache,
-    check,
-)
+from moepolicy.state import ABSENT, DEMAND, PREFETCH, RESIDENT, Cache, check
 from support.clock import make_steps
 
 
@@ -80,13 +57,11 @@ def busy(resizable: bool = True) -> Cache:
 
 
 def set_key(key: int, **columns: int) -> Callable[[Cache], None]:
-    names = {"status": STATUS, "pinned": PINNED, "staged": STAGED, "place": PLACE}
-    names |= {"queue": QUEUE, "previous": PREVIOUS, "is_low": IS_LOW}
-
     def change(cache: Cache) -> None:
         for name, value in columns.items():
-            assert cache.keys[key, names[name]] != value
-            cache.keys[key, names[name]] = value
+            column = getattr(cache, name)
+            assert column[key] != value
+            column[key] = value
 
     return change
 
@@ -99,49 +74,50 @@ def add(array: str, *at: int, by: int = 1) -> Callable[[Cache], None]:
 
 
 def swap_held(cache: Cache) -> None:
-    row = cache.domains[0, HELD : HELD + 2]
+    row = cache.held[0, :2]
     row[:] = row[::-1].copy()
 
 
 def hold_foreign(cache: Cache) -> None:
     """Layer 0 holds layer 1's key, and the other way round."""
-    cache.domains[0, HELD + 1], cache.domains[1, HELD] = 6, 1
+    cache.held[0, 1], cache.held[1, 0] = 6, 1
 
 
+STAGING = -1  # the last of the areas
 BROKEN = [
     (set_key(0, place=-1), "a key on the device without a slot"),
     (set_key(2, place=7), "a key on the device without a slot"),
-    (add("domains", 1, N_FREE, by=-1), "slots lost"),
-    (add("domains", 1, N_FREE), "a slot beyond the limit is kept free"),
+    (add("n_free", 1, by=-1), "slots lost"),
+    (add("n_free", 1), "a slot beyond the limit is kept free"),
     (swap_held, "residents out of order"),
     (set_key(0, staged=1), "a staged key holds a cache slot"),
     (hold_foreign, "a key in a foreign domain"),
-    (add("board", EXCESS), "the slots beyond the limit are miscounted"),
-    (add("board", EXCESS, by=-1), "the slots beyond the limit are miscounted"),
-    (add("staging", N_FREE, by=-1), "buffers lost or gained"),
-    (add("staging", N_FREE), "buffers lost or gained"),
+    (add("excess", 0), "the slots beyond the limit are miscounted"),
+    (add("excess", 0, by=-1), "the slots beyond the limit are miscounted"),
+    (add("n_free", STAGING, by=-1), "buffers lost or gained"),
+    (add("n_free", STAGING), "buffers lost or gained"),
     (set_key(4, staged=0), "a key in staging is not marked so"),
     (set_key(2, status=RESIDENT, place=3), "a key on the device is nowhere"),
     (set_key(6, place=0), "a slot used twice or not at all"),
     (set_key(4, place=0), "a slot used twice or not at all"),
-    (add("domains", 1, HELD + 2), "a slot used twice or not at all"),
-    (add("staging", HELD + 2, by=-1), "a slot used twice or not at all"),
+    (add("free", 1, 0), "a slot used twice or not at all"),
+    (add("free", STAGING, 0, by=-1), "a slot used twice or not at all"),
     (set_key(0, is_low=1), "a low copy that nobody asked for"),
     (set_key(6, pinned=1), "pins are not the step's"),
     (set_key(0, pinned=0), "a key of the step is not pinned"),
-    (add("scratch", STAND_INS, 0, by=7), "pins are not the step's"),
-    (add("scratch", STAND_INS, 0, by=2), "a stand-in is not there"),
-    (add("board", N_DEMAND, by=-1), "pins are not the step's"),
+    (add("stand_ins", 0, by=7), "pins are not the step's"),
+    (add("stand_ins", 0, by=2), "a stand-in is not there"),
+    (add("n_demand", 0, by=-1), "pins are not the step's"),
     (set_key(3, status=ABSENT), "a queue holds a key that is not queued"),
     (set_key(5, status=ABSENT), "a queue holds a key that is not queued"),
     (set_key(3, queue=PREFETCH), "a queue holds another queue's key"),
     (set_key(5, queue=DEMAND), "a queue holds another queue's key"),
     (set_key(3, previous=-1), "a queue's links disagree"),
     (set_key(7, previous=6), "a queue's links disagree"),
-    (add("board", LAST + DEMAND, by=-1), "a queue's end is not its last key"),
-    (add("board", LAST + PREFETCH, by=-1), "a queue's end is not its last key"),
-    (add("board", BACKLOG), "the backlog is miscounted"),
-    (add("board", BACKLOG, by=-1), "the backlog is miscounted"),
+    (add("last", DEMAND, by=-1), "a queue's end is not its last key"),
+    (add("last", PREFETCH, by=-1), "a queue's end is not its last key"),
+    (add("backlog", 0), "the backlog is miscounted"),
+    (add("backlog", 0, by=-1), "the backlog is miscounted"),
 ]
 
 
@@ -161,15 +137,15 @@ def test_an_invariant_that_is_broken_is_named(change: Callable[[Cache], None], s
 def test_a_key_that_no_queue_holds_is_lost() -> None:
     """Key 3 leaves the queue, its end included, and goes on being queued; key 1 arrives unseen."""
     cache = busy()
-    cache.keys[2, 8] = -1
-    cache.board[LAST + DEMAND] = 2
-    cache.board[BACKLOG] -= 1
+    cache.next[2] = -1
+    cache.last[DEMAND] = 2
+    cache.backlog[0] -= 1
     assert broken(cache) == "a queued key is lost"
 
 
 def test_the_queues_begin_at_their_first_key() -> None:
     cache = busy()
-    cache.board[FIRST + DEMAND] = 3
+    cache.first[DEMAND] = 3
     assert broken(cache) == "a queue's links disagree"
 
 
@@ -178,24 +154,24 @@ def test_slots_beyond_the_limit_stay_for_what_cannot_go_only() -> None:
 
     def shrunk(resizable: bool) -> Cache:
         cache = busy(resizable)
-        cache.board[LIMIT] -= 1
-        cache.board[EXCESS] += 1
-        cache.domains[1, N_FREE] -= 1
-        cache.keys[6, PLACE], freed = 2, 3
-        assert cache.domains[1, HELD + cache.slots] == freed
+        cache.limit[0] -= 1
+        cache.excess[0] += 1
+        cache.n_free[1] -= 1
+        cache.place[6], freed = 2, 3
+        assert cache.free[1, 0] == freed
         if resizable:
-            cache.spare[:2] = 1, freed
+            cache.n_spare[0], cache.spare[0] = 1, freed
         return cache
 
     check(shrunk(True))
     assert broken(shrunk(False)) == "slots gained"
     cache = shrunk(True)
-    cache.keys[0, PINNED] = 0  # resident, and of no step
+    cache.pinned[0] = 0  # resident, and of no step
     assert broken(cache) == "an expert beyond the limit stays that could go"
 
 
 def test_low_copies_are_of_keys_that_are_there() -> None:
     context = Context(1, 4, 1, slots=2)
     cache = ExpertCache(context, find_policy("hobbit").build(context))
-    cache.arrays.keys[1, IS_LOW] = 1
+    cache.arrays.is_low[1] = 1
     assert broken(cache.arrays) == "a low copy of a key that is not there"

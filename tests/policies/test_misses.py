@@ -34,7 +34,8 @@ class Answering:
         step = make_steps([(0, list(experts))], 4)[0]._replace(number=self.number)
         self.number += 1
         self.events.clear()
-        return self.cache.begin(step).tolist()
+        keys: list[int] = self.cache.begin(step).tolist()
+        return keys
 
     def finish(self) -> None:
         while copy := self.cache.start():

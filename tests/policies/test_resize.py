@@ -99,7 +99,8 @@ class Manual:
     def begin(self, *experts: int) -> list[int]:
         (step,) = make_steps([(0, experts)], 4)
         self.n_steps += 1
-        return self.cache.begin(step._replace(number=self.n_steps)).tolist()
+        keys: list[int] = self.cache.begin(step._replace(number=self.n_steps)).tolist()
+        return keys
 
     def load(self) -> int:
         copy = self.cache.start()

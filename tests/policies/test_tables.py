@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 from moepolicy.tables import Table, described, table_width, to_csv, to_json, wrapped
@@ -13,7 +14,7 @@ from moepolicy.tables import Table, described, table_width, to_csv, to_json, wra
 ROWS = [("lru", "4", "46,427", "156.97"), ("a-long-policy:n=1", "4", "1,234,567", "8.50")]
 
 
-def make(rows: list[tuple[str, ...]] = ROWS) -> Table:
+def make(rows: Sequence[tuple[str, ...]] = ROWS) -> Table:
     table = Table(["policy", "slots"], ["loads", "tokens/s"], right=["slots"])
     for row in rows:
         table.add_row(*row)

@@ -79,7 +79,8 @@ def shard(folder: Path, *, index: bool = True) -> list[Path]:
     """Split the weights into two files, with or without the index of what they hold."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    files, held = [], {}
+    files: list[Path] = []
+    held: dict[str, str] = {}
     for number in range(2):
         names = sorted(tensors)[number::2]
         files.append(folder / f"model-{number + 1:05}-of-00002.safetensors")

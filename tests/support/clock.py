@@ -20,7 +20,7 @@ class Recording:
         self.events: list[Event] = []
         self.journal: Journal = []
 
-    def of_kind(self, *kinds: Kind) -> list[tuple[Kind, int, int, int]]:
+    def of_kind(self, *kinds: Kind) -> list[tuple[int, ...]]:
         return [tuple(event) for event in self.events if event.kind in kinds]
 
 

@@ -116,6 +116,7 @@ class Rig:
         found: list[bool] = []
         self.link.acquire(slot)
         form = in_form(self.slots[slot], Variant(number >= FIRST_LOW))
+        assert isinstance(form, Form)
         self.device.compute.run(lambda: found.append(form.holds(number)))
         self.link.release(slot)
         event = self.device.compute.record_event()

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE_S = 120
 KEY = "a secret"
-HELLO = [{"role": "user", "content": "Who goes there?"}]
+HELLO: list[Any] = [{"role": "user", "content": "Who goes there?"}]
 # Fails while the file named by FAULTY is there.
 FAULTY_POLICY = """
 import os

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import lzma
 import math
 import zipfile
@@ -26,9 +27,7 @@ PROSE = Path(__file__).with_name("pride_and_prejudice_end.txt")
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "runtime" / "training"))
-    import tiny_evaluate
-
-    return tiny_evaluate
+    return importlib.import_module("tiny_evaluate")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,7 +253,11 @@ def test_a_foreign_recording_is_imported(moetrace: Run, tmp_path: Path) -> None:
 def test_an_import_takes_the_sizes_it_is_told(moetrace: Run, tmp_path: Path) -> None:
     foreign, out = tmp_path / "routing.npz", tmp_path / "t.parquet"
     ids = np.tile(np.arange(4, dtype=np.uint8), (2, 24, 1))
-    arrays = {"seq": np.zeros(2, np.int32), "pos": np.arange(2), "phase": np.ones(2, np.uint8)}
+    arrays: dict[str, Any] = {
+        "seq": np.zeros(2, np.int32),
+        "pos": np.arange(2),
+        "phase": np.ones(2, np.uint8),
+    }
     np.savez(foreign, ids=ids, n_experts=32, **arrays)
     code, printed, told = moetrace("import", foreign, "--out", out)
     assert code == 0, told

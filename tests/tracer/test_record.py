@@ -178,7 +178,7 @@ def test_an_interrupted_recording_goes_on(
     ],
 )
 def test_sequences_must_fit(
-    tiny: Checkpoint, corpus: Path, change: dict[str, int], message: str
+    tiny: Checkpoint, corpus: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RunError, match=message):
         open_windows(tiny, [corpus], replace(SETTINGS, **change))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,7 @@ TEXT = "".join(f"Line {i} of a short text, with some words in it.\n" for i in ra
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    import tiny_train
-
-    return tiny_train
+    return importlib.import_module("tiny_train")
 
 
 @pytest.fixture
@@ -81,7 +80,8 @@ def test_training_goes_on_after_a_kill(
         with monkeypatch.context() as patch:
             patch.setattr(training, "draw_batch", until)
             training.train(model, streams, out=folder, steps=5, rows=4, rate=4e-3, seed=0)
-        return model.state_dict()
+        weights: dict[str, torch.Tensor] = model.state_dict()
+        return weights
 
     straight = run("straight")
     with pytest.raises(KeyboardInterrupt):

@@ -1,13 +1,10 @@
-"""Fixtures of moeroute's tests, and the way to their helpers."""
+"""Fixtures of moeroute's tests."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for tracekit
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from moeroute import TraceError, TraceMeta, open_trace
 from moeroute.models import TABLE, dense_sizes, describe, find_model, layer_prefix, published
 from moeroute.sizes import GivenSizes, sizes_line, unknown_sizes
-from tracekit import make_meta, make_rows, write
+from support.tracekit import make_meta, make_rows, write
 
 MIXTRAL: dict[str, Any] = {**published()["mixtral-8x7b"]}
 

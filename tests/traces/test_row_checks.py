@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeroute import Rows, TraceError, TraceMeta
 from moeroute.check import RowChecker, check_names
 from moeroute.schema import rows_from_columns
-from tracekit import make_meta, make_rows
+from support.tracekit import make_meta, make_rows
 
 META = make_meta(horizon=1)
 ROWS = make_rows(META)  # 2 sequences of 5 tokens of 3 layers

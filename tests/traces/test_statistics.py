@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from moeroute.statistics import (
 )
 from moeroute.summary import summarize
 from numpy.typing import NDArray
-from tracekit import make_meta, make_rows, write
+from support.tracekit import make_meta, make_rows, write
 
 
 def routing_of(experts: list[list[list[int]]], n_experts: int) -> Routing:
@@ -79,7 +80,8 @@ def test_layers_with_missing_rows_keep_their_own_streams(tmp_path: Path) -> None
     rows = make_rows(make_meta(n_layers=2), 1, 4)
     whole = rows.columns() | {"phase": np.ones(8, dtype=np.uint8)}
     kept = [i for i in range(8) if i != 3]  # token 1 has lost layer 1
-    cut = Rows(**{name: column[kept] for name, column in whole.items()})
+    columns: dict[str, Any] = {name: column[kept] for name, column in whole.items()}
+    cut = Rows(**columns)
     routing = read_routing(trace_of(tmp_path / "t", meta, cut))
     assert routing.valid.sum(axis=0).tolist() == [4, 3]
     layer_1 = rows.experts[1::2]

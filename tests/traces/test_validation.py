@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 from moeroute import Rows, TraceError, TraceMeta, open_trace, sample_names
 from moeroute.schema import META_KEY
-from tracekit import make_meta, make_rows, write
+from support.tracekit import make_meta, make_rows, write
 
 
 @pytest.fixture

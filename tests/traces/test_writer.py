@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,15 +10,16 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeroute import Rows, Trace, TraceError, TraceMeta, TraceWriter, open_trace
-from tracekit import leave_unfinished, make_meta, make_rows, write
+from support.tracekit import leave_unfinished, make_meta, make_rows, write
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def assert_holds(trace: Trace, rows: Rows) -> None:
@@ -45,7 +47,8 @@ def traces(draw: st.DrawFn) -> tuple[TraceMeta, Rows, list[int]]:
         meta, draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(0, 9))
     )
     absent = draw(st.sets(st.sampled_from(["token_id", "weights", "router_logits", "input_norm"])))
-    rows = replace(rows, **dict.fromkeys(absent))
+    none: dict[str, Any] = dict.fromkeys(absent)
+    rows = replace(rows, **none)
     if draw(st.booleans()):
         residency = (rows.experts % 3).astype(np.uint8)
         rows = replace(rows, residency=residency, loaded_bytes=rows.experts.astype(np.uint32) * 7)
@@ -55,7 +58,9 @@ def traces(draw: st.DrawFn) -> tuple[TraceMeta, Rows, list[int]]:
 
 @settings(max_examples=40, deadline=None)
 @given(traces())
-def test_round_trip(tmp_path_factory: pytest.TempPathFactory, case: tuple) -> None:
+def test_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[TraceMeta, Rows, list[int]]
+) -> None:
     meta, rows, cuts = case
     path = tmp_path_factory.mktemp("trace") / "t.parquet"
     with TraceWriter(path, meta) as writer:
@@ -152,7 +157,9 @@ def _write_until_told(path: str, finish: str) -> None:
 
 def _child(path: Path, finish: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, str(path), finish]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE)
+    modules = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": modules}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
 
 def test_a_killed_recording_resumes_where_it_was(tmp_path: Path) -> None:
@@ -197,8 +204,8 @@ def _write_with_little_room(path: Path, limit_bytes: int) -> str:
     """What a process says that writes nine parts of about 13 kB and may fill no file further."""
     code = f"""
 import resource, sys
-sys.path.insert(0, {str(HERE)!r})
-from tracekit import make_meta, make_rows
+sys.path.insert(0, {str(TESTS)!r})
+from support.tracekit import make_meta, make_rows
 from moeroute import TraceError, TraceWriter
 import polars
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, resource.RLIM_INFINITY))

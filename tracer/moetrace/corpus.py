@@ -100,6 +100,7 @@ class Windows:
 
     @property
     def n_tokens(self) -> int:
+        """Tokens of all sequences."""
         return sum(len(sequence) for sequence in self.sequences)
 
 

@@ -26,6 +26,7 @@ def complete_models(incomplete: str) -> list[str]:
 
 
 def complete_precisions(incomplete: str) -> list[str]:
+    """The precisions of attention whose names begin so."""
     return [name for name in ATTENTION if name.startswith(incomplete)]
 
 

@@ -32,10 +32,12 @@ class Routing:
 
     @property
     def top_k(self) -> int:
+        """Experts that a token chooses in a layer."""
         return int(self.experts.shape[2])
 
     @property
     def n_layers(self) -> int:
+        """Layers with experts."""
         return int(self.experts.shape[1])
 
     def shuffled(self, seed: int) -> Routing:

@@ -168,6 +168,7 @@ def find_attention(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def count_experts(module: nn.Module) -> int:
+    """How many routed experts a fused module has."""
     return int(module.num_experts)  # type: ignore[arg-type]
 
 
@@ -187,6 +188,7 @@ def expert_shape(module: nn.Module, dtype: torch.dtype) -> ExpertShape:
 
 
 def top_k_of(config: Any) -> int:
+    """How many routed experts a token uses; 0 where the configuration does not say."""
     return int(_first(config.get_text_config(), _TOP_K, 0))
 
 

@@ -28,6 +28,7 @@ class Target:
 
     @property
     def names(self) -> list[str]:
+        """All source names, in the order of their patterns."""
         return [name for names in self.sources.values() for name in names]
 
 
@@ -97,6 +98,7 @@ class TensorMap:
         return only
 
     def wrong_shape(self, name: str, found: Iterable[int], wanted: Iterable[int]) -> RunError:
+        """The error of a tensor whose shape is not that of the configuration."""
         return RunError(
             f"{self.path} has {name} as {tuple(found)} where the configuration says "
             f"{tuple(wanted)}: config.json and weights do not belong together"

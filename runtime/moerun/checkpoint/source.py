@@ -187,6 +187,7 @@ class ModelSource:
         return self._mapping.convert(name, parts).squeeze(0)
 
     def close(self) -> None:
+        """Close the checkpoint. Harmless when repeated."""
         self.checkpoint.close()
 
 

@@ -52,9 +52,11 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all the weights' files."""
         return sum(file.file_bytes for file in self._files.values())
 
     def entry(self, name: str) -> TensorEntry:
+        """The tensor's dtype, shape and place in its file. Raises KeyError where there is none."""
         return self._of[name].entries[name]
 
     def unread(self, name: str) -> UnreadEntry | None:
@@ -80,9 +82,11 @@ class Checkpoint:
         return None
 
     def read(self, name: str) -> torch.Tensor:
+        """The tensor of that name, in memory of its own."""
         return self._of[name].read(name)
 
     def read_row(self, name: str, row: int) -> torch.Tensor:
+        """One entry of the tensor's first dimension."""
         return self._of[name].read_row(name, row)
 
     def equal(self, name: str, other: str, dtype: torch.dtype) -> bool:
@@ -118,6 +122,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
+        """Close all files. Harmless when repeated."""
         for file in self._files.values():
             file.close()
 

@@ -31,6 +31,7 @@ class ExpertParam:
 
     @property
     def is_matrix(self) -> bool:
+        """Whether it is a matrix, which a precision may quantise, not a bias."""
         return len(self.shape) == 2
 
     @property
@@ -66,6 +67,7 @@ class ExpertShape:
 
     @property
     def n_weights(self) -> int:
+        """Numbers in one expert's parameters, biases included."""
         return sum(math.prod(param.shape) for param in self.params)
 
     def record(self, precision: str) -> RecordLayout:
@@ -86,6 +88,7 @@ class ExpertShape:
         return RecordLayout.of(tensors, skews)
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The parameters as `from_json` reads them."""
         return [
             {
                 "name": param.name,

@@ -15,6 +15,7 @@ RECORD_ALIGN = 4096  # so that reads past the page cache (O_DIRECT) may take who
 
 
 def align_up(value: int, to: int) -> int:
+    """The least multiple of ``to`` that is no less than ``value``."""
     return -(-value // to) * to
 
 
@@ -29,6 +30,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return bytes_of(self.dtype, self.shape)
 
 
@@ -82,6 +84,7 @@ class RecordLayout:
             buffer[part.offset : part.offset + part.nbytes].copy_(as_bytes(tensor.contiguous()))
 
     def to_json(self) -> dict[str, Any]:
+        """The record as `from_json` reads it."""
         parts = [
             {
                 "name": part.name,

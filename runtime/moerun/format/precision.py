@@ -126,4 +126,5 @@ class Precisions:
 
     @property
     def packs_attention(self) -> bool:
+        """Whether the matrices of attention are quantised too."""
         return self.attention in SCHEMES

@@ -76,6 +76,7 @@ class UnreadEntry:
 
 
 def bytes_of(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a contiguous tensor."""
     count = 1
     for size in shape:
         count *= size
@@ -240,6 +241,7 @@ class TensorFile:
         return tensor
 
     def close(self) -> None:
+        """Close the file. Harmless when repeated."""
         with self._close_lock:
             if self.fd >= 0:
                 os.close(self.fd)
@@ -316,6 +318,7 @@ class TensorFileWriter:
         self._write_at(entry.offset, memory_of(tensor.contiguous()))
 
     def read(self, name: str, buffer: torch.Tensor) -> None:
+        """Fill ``buffer``, uint8[nbytes of the tensor], with what was written of it."""
         read_at(self._fd, self.entries[name].offset, buffer)
 
     def _write_at(self, offset: int, data: memoryview) -> None:

@@ -24,11 +24,14 @@ class Linear(Protocol):
 
 
 class PlainLinear:
+    """A linear layer of floating-point weights."""
+
     def __init__(self, param: ExpertParam, views: dict[str, torch.Tensor]) -> None:
         self._weight, self._transposed = views[param.name], param.transposed
         self._bias = views.get(f"{param.name}_bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x[tokens, columns] -> y[tokens, rows]."""
         x = x.to(self._weight.dtype)
         y = x @ self._weight if self._transposed else F.linear(x, self._weight)
         # As the stock experts add it: a fused addition may round differently.
@@ -36,6 +39,8 @@ class PlainLinear:
 
 
 class FusedLinear:
+    """A linear layer of quantised weights on a GPU, dequantised inside the product."""
+
     def __init__(self, param: ExpertParam, scheme: Scheme, views: dict[str, torch.Tensor]) -> None:
         self._multiply = fused_multiply()
         self._parts, self._scheme = parts_of(param, views), scheme
@@ -43,11 +48,14 @@ class FusedLinear:
         self._bias = views.get(f"{param.name}_bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x[tokens, columns] -> y[tokens, rows]."""
         y = self._multiply(x, self._parts, self._scheme, self._rows)
         return y if self._bias is None else y + self._bias
 
 
 class NibbleLinear:
+    """A linear layer of 2, 3 or 4 bits on a CPU, as nibbles in the order of its kernel."""
+
     def __init__(self, param: ExpertParam, scheme: Scheme, views: dict[str, torch.Tensor]) -> None:
         self._rows, self._columns = param.rows_columns
         nibbles = views.get(f"{param.name}.nibbles")
@@ -60,6 +68,7 @@ class NibbleLinear:
         self._bias = views.get(f"{param.name}_bias")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x[tokens, columns] -> y[tokens, rows]."""
         x = x.to(torch.bfloat16)
         if self.blockwise_from is not None and len(x) >= self.blockwise_from:
             y = multiply_blockwise(x, self._nibbles.view(-1), self._terms, self._group)
@@ -94,6 +103,7 @@ class NibbleLinear:
 
 
 def fused_multiply() -> Callable[[torch.Tensor, Tensors, Scheme, int], torch.Tensor]:
+    """The GPU's product of activations and quantised weights. Raises RunError without Triton."""
     try:
         from moerun.kernels.gpu import multiply
     except ImportError as error:
@@ -105,6 +115,7 @@ def fused_multiply() -> Callable[[torch.Tensor, Tensors, Scheme, int], torch.Ten
 
 
 def parts_of(param: ExpertParam, views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of one parameter, by their names within it."""
     prefix = f"{param.name}."
     return {name.removeprefix(prefix): v for name, v in views.items() if name.startswith(prefix)}
 
@@ -118,6 +129,7 @@ def kernel_reads_nibbles() -> bool:
 
 
 def kernel_order(codes: torch.Tensor) -> torch.Tensor:
+    """Codes, uint8[rows, columns], packed in the order of torch's int4 kernel on this CPU."""
     packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
         codes.to(torch.int32), 1
     )

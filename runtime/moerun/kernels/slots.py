@@ -121,6 +121,7 @@ class _Slot:
         self.linears = linears
 
     def arrive(self, record: torch.Tensor) -> None:
+        """Copy ``record``, uint8[record_bytes], to its place in the slot unless it landed there."""
         _land(record, self.landing)
 
     def up(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,6 +177,7 @@ class NibbleSlot(_Slot):
         super().__init__(landing, tuple(linears))
 
     def arrive(self, record: torch.Tensor) -> None:
+        """The same, and derive what the kernel reads: the terms, and codes in its order."""
         landing = self.landing
         _land(record, landing)
         views = self._layout.views(record)

@@ -26,8 +26,9 @@ Sizes = tuple[int, int]
 class Slot(Protocol):
     """Memory on the device that experts come and go in."""
 
-    landing: torch.Tensor | None
-    """Where a record is to land, uint8[record_bytes]; None when it must land elsewhere first."""
+    @property
+    def landing(self) -> torch.Tensor | None:
+        """Where a record is to land, uint8[record_bytes]; None: it must land elsewhere first."""
 
     def arrive(self, record: torch.Tensor) -> None:
         """Make the expert whose record is in ``record`` computable; work on the current stream."""

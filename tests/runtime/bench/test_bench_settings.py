@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import Kind, PolicyError, find_policy
+from moepolicy.tables import Format
 from moeroute import open_trace
 from moerun.bench import fit, report
 from moerun.bench.fit import BenchMemory, refuse_too_big
@@ -79,8 +80,8 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
 
     def simulated(policy: str, tokens: int) -> Result:
         some, spec = workload.head(tokens), find_policy(policy)
-        options = {"slots": 3, "expert_bytes": sizes[0], "low_bytes": sizes[1]}
-        return simulate(some, spec, machine, limits=False, **options)
+        given: dict[str, Any] = {"expert_bytes": sizes[0], "low_bytes": sizes[1]}
+        return simulate(some, spec, machine, limits=False, slots=3, **given)
 
     for policy in policies:
         (run,) = bench.results.runs[policy]
@@ -100,7 +101,7 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
     expected = compute_s - aside.cpu_ratio * (compute_s - min(rest_s, compute_s))
     assert aside.compute_s_per_token == pytest.approx(expected)
     assert rows["emoe-substitute"].compute_s_per_token == pytest.approx(compute_s)
-    table = report.render(list(rows.values()), report.Format.table, report.provenance(bench))
+    table = report.render(list(rows.values()), Format.table, report.provenance(bench))
     notes = " ".join(table.split())  # they are wrapped
     assert re.search(r" hobbit: changes what the model computes: [^:]* lower precision ", notes)
 
@@ -128,7 +129,8 @@ def test_pieces_change_no_decision() -> None:
             bench.run()
             runs.append(bench.results.runs["lru"][0])
             assert bench._link.chunked == bool(options)
-    assert runs[0].totals._replace(stall_s=0) == runs[1].totals._replace(stall_s=0)
+    one, other = (replace(run.totals, stall_s=0) for run in runs)
+    assert one == other
 
 
 def test_attention_is_computed_packed_from_memory_and_from_files(tmp_path: Path) -> None:

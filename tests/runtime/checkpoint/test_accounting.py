@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def refusal(checkpoint: Path) -> str:
     ],
 )
 def test_undeclared_quantisation_is_named_by_its_tensors(
-    plain, tmp_path: Path, family: str, quantise: Change, tensor: str, format_name: str
+    plain: Any, tmp_path: Path, family: str, quantise: Change, tensor: str, format_name: str
 ) -> None:
     said = refusal(changed(plain, family, tmp_path, quantise))
     assert "model.safetensors: tensor " in said
@@ -67,7 +68,7 @@ def test_undeclared_quantisation_is_named_by_its_tensors(
 
 
 @pytest.mark.parametrize("key", ["compression_config", "text.quantization_config"])
-def test_a_declaration_under_another_name_is_quoted(plain, tmp_path: Path, key: str) -> None:
+def test_a_declaration_under_another_name_is_quoted(plain: Any, tmp_path: Path, key: str) -> None:
     folder = changed(plain, "mixtral", tmp_path, partial(made.quantise_float8, scale="_scale"))
     declared = {"quant_method": "compressed-tensors"}
     outer, _, inner = key.partition(".")
@@ -75,14 +76,16 @@ def test_a_declaration_under_another_name_is_quoted(plain, tmp_path: Path, key: 
     assert f"compressed-tensors, as config.json's {key} says" in refusal(folder)
 
 
-def test_a_side_file_declares_too(plain, tmp_path: Path) -> None:
+def test_a_side_file_declares_too(plain: Any, tmp_path: Path) -> None:
     folder = changed(plain, "mixtral", tmp_path, partial(made.quantise_int4, g_idx=True))
     (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128, "desc_act": true}')
     assert "GPTQ (gptq, as quantize_config.json says)" in refusal(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e5m2, torch.uint32])
-def test_integers_do_not_feed_floating_point_parameters(plain, tmp_path: Path, dtype) -> None:
+def test_integers_do_not_feed_floating_point_parameters(
+    plain: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     folder = changed(plain, "mixtral", tmp_path, lambda t: t.update({name: t[name].to(dtype)}))
     said = refusal(folder)
@@ -91,7 +94,7 @@ def test_integers_do_not_feed_floating_point_parameters(plain, tmp_path: Path, d
 
 
 @pytest.mark.parametrize("code", ["F4", "F6_E2M3", "X9_NEWER"])
-def test_dtypes_that_torch_has_not_are_named(plain, tmp_path: Path, code: str) -> None:
+def test_dtypes_that_torch_has_not_are_named(plain: Any, tmp_path: Path, code: str) -> None:
     folder = Path(shutil.copytree(plain("mixtral"), tmp_path / "model"))
     made.rename_dtype(folder / made.WEIGHTS, NORM, code)
     said = refusal(folder)
@@ -107,7 +110,9 @@ def test_dtypes_that_torch_has_not_are_named(plain, tmp_path: Path, code: str) -
         ("ernie4_5_moe", "model.mtp_block.0.weight"),
     ],
 )
-def test_what_stock_declares_ignored_passes(plain, tmp_path: Path, family: str, tensor) -> None:
+def test_what_stock_declares_ignored_passes(
+    plain: Any, tmp_path: Path, family: str, tensor: str
+) -> None:
     if family == "ernie4_5_moe":
         more = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32}
         folder = made.make_checkpoint(family, tmp_path / "model", **more)
@@ -121,7 +126,7 @@ def test_what_stock_declares_ignored_passes(plain, tmp_path: Path, family: str, 
     assert tensor in notes[-1]
 
 
-def test_layers_past_the_last_pass_where_the_config_counts_them(plain, tmp_path: Path) -> None:
+def test_layers_past_the_last_pass_where_the_config_counts_them(plain: Any, tmp_path: Path) -> None:
     extra = {"model.layers.2.eh_proj.weight": torch.ones(4)}
     folder = changed(plain, "deepseek_v3", tmp_path, lambda t: t.update(extra))
     made.change_config(folder, num_nextn_predict_layers=0)
@@ -176,13 +181,15 @@ LOST: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("kind", LOST)
-def test_what_is_lost_or_made_up_is_named(plain, tmp_path: Path, kind: str) -> None:
+def test_what_is_lost_or_made_up_is_named(plain: Any, tmp_path: Path, kind: str) -> None:
     change, wanted = LOST[kind]
     assert wanted in refusal(changed(plain, "mixtral", tmp_path, change))
 
 
 @pytest.mark.parametrize("rows", [7, 9])
-def test_fused_experts_are_as_many_as_the_config_says(plain, tmp_path: Path, rows: int) -> None:
+def test_fused_experts_are_as_many_as_the_config_says(
+    plain: Any, tmp_path: Path, rows: int
+) -> None:
     name = "model.layers.0.mlp.experts.down_proj"
 
     def change(tensors: made.Tensors) -> None:
@@ -193,7 +200,9 @@ def test_fused_experts_are_as_many_as_the_config_says(plain, tmp_path: Path, row
 
 
 @pytest.mark.parametrize("differs", [False, True])
-def test_two_shards_may_hold_a_tensor_only_if_it_is_one(plain, tmp_path: Path, differs) -> None:
+def test_two_shards_may_hold_a_tensor_only_if_it_is_one(
+    plain: Any, tmp_path: Path, differs: bool
+) -> None:
     folder = Path(shutil.copytree(plain("mixtral"), tmp_path / "model"))
     first, second = made.shard(folder)
     one, two = load_file(first), load_file(second)
@@ -205,7 +214,7 @@ def test_two_shards_may_hold_a_tensor_only_if_it_is_one(plain, tmp_path: Path, d
         ModelSource(folder).close()
 
 
-def test_an_index_that_is_wrong_about_a_file_is_quoted(plain, tmp_path: Path) -> None:
+def test_an_index_that_is_wrong_about_a_file_is_quoted(plain: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain("mixtral"), tmp_path / "model"))
     for file in made.shard(folder):
         tensors = load_file(file)
@@ -215,13 +224,13 @@ def test_an_index_that_is_wrong_about_a_file_is_quoted(plain, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
-def test_a_model_cannot_compute_in_codes(plain, tmp_path: Path, dtype: str) -> None:
+def test_a_model_cannot_compute_in_codes(plain: Any, tmp_path: Path, dtype: str) -> None:
     folder = Path(shutil.copytree(plain("mixtral"), tmp_path / "model"))
     made.change_config(folder, dtype=dtype)
     assert f"says dtype torch.{dtype}" in refusal(folder)
 
 
-def test_a_config_without_experts_is_refused(plain, tmp_path: Path) -> None:
+def test_a_config_without_experts_is_refused(plain: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain("qwen3_moe"), tmp_path / "model"))
     made.change_config(folder, mlp_only_layers=[0, 1])
     assert "without any experts" in refusal(folder)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moepolicy.tables import Format
 from moeroute import open_trace
 from moerun.checkpoint.hub import resolve
-from moerun.live.report import Format, Report, render
+from moerun.live.report import Report, render
 from support.commands import Call, Ended, caller
 from support.moe_models import random_model, save_checkpoint
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ def test_expansion_in_blocks_equals_expansion_at_once(monkeypatch: pytest.Monkey
         assert torch.equal(*found)
 
 
-def slot_of(shape: ExpertShape, name: str, weights: dict[str, torch.Tensor], device: str):
+def slot_of(
+    shape: ExpertShape, name: str, weights: dict[str, torch.Tensor], device: str
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """A slot into which an expert of these weights has arrived, and the weights as dequantised."""
     scheme, form = SCHEMES[name], SlotForm(shape, name, torch.device(device))
     parts, plain = {}, {}
@@ -140,9 +143,10 @@ def test_a_slot_computes_the_expert_that_arrived_last() -> None:
     slot = form.bind(torch.empty(form.slot_bytes, dtype=torch.uint8))
     record, x, outputs = torch.empty(form.record_bytes, dtype=torch.uint8), torch.randn(1, 64), []
     for seed in (0, 1, 0):
-        parts = {}
+        parts: dict[str, torch.Tensor] = {}
         for param in shape.params:
-            packed = quantise(normal(*param.shape, seed=seed), SCHEMES["2bit"])
+            rows, columns = param.shape
+            packed = quantise(normal(rows, columns, seed), SCHEMES["2bit"])
             parts |= {f"{param.name}.{part}": tensor for part, tensor in packed.items()}
         form.layout.write(parts, record)
         slot.arrive(record)
@@ -175,7 +179,7 @@ def test_rows_are_quantised_alike_whatever_runs_the_blocks(monkeypatch: pytest.M
     monkeypatch.setattr("moerun.format.quantise._BLOCK_WEIGHTS", {"cpu": 16 * 128})
     weight, scheme = normal(64, 128), SCHEMES["3bit"]
 
-    def backwards(function, blocks):
+    def backwards(function: Any, blocks: Any) -> Any:
         return reversed([function(block) for block in reversed(list(blocks))])
 
     one, other = quantise(weight, scheme), quantise(weight, scheme, run=backwards)

@@ -72,11 +72,11 @@ def test_how_many_blocks_go_at_once_does_not_show(
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-class Held(TorchDispatchMode):
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
     """Counts the bytes of the tensors made while it is on, as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
         self.peak_bytes = 0
 

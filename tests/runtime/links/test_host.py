@@ -274,13 +274,13 @@ def test_a_disk_that_fails_while_text_is_generated_is_named(
         runner.session.gate_observers.append(cut)
         outcome: list[BaseException] = []
 
-        def generate() -> None:
+        def answer() -> None:
             try:
                 generate(runner, PROSE, Sampling(max_new_tokens=60, stop=False))
             except RunError as error:
                 outcome.append(error)
 
-        thread = threading.Thread(target=generate)
+        thread = threading.Thread(target=answer)
         thread.start()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()

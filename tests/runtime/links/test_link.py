@@ -42,7 +42,7 @@ class FileRecords:
         for piece in pieces(self.record_bytes) if pieces else (slice(0, self.record_bytes),):
             with self.path.open("rb") as file:
                 file.seek(key * self.record_bytes + piece.start)
-                file.readinto(memoryview(buffer[piece].numpy()))
+                file.readinto(buffer[piece].numpy().data)
 
 
 class LandingSlot:
@@ -314,7 +314,7 @@ class FakeCuda:
                 self.log.append(("wait", event.name, stream.name))
 
         compute = Stream(name="compute")
-        self.cudaHostRegister = lambda *at: self.registered.append(at[1]) or 0
+        self.cudaHostRegister = self._register
         self.cudaHostUnregister = lambda *_: self.registered.clear()
         for name, fake in (
             ("Event", Event),
@@ -326,6 +326,10 @@ class FakeCuda:
             ("device", lambda _: nullcontext()),
         ):
             monkeypatch.setattr(torch.cuda, name, fake)
+
+    def _register(self, _start: int, n_bytes: int, _flags: int) -> int:
+        self.registered.append(n_bytes)
+        return 0
 
     def on(self, stream: str) -> Any:
         self.log.append(("on", "", stream))

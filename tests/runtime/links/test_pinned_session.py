@@ -52,6 +52,7 @@ class Compute:
                 for expert, form in session.serve(layer, ids, weights, output):
                     key = layer * session.context.n_experts + expert
                     if form is not None:  # or it is skipped
+                        assert isinstance(form, Form)
                         self.device.compute.run(partial(self._compute, key, form))
                     served.append(expert)
                 assert sorted(served) == sorted(np.unique(gate.ids).tolist())

@@ -23,7 +23,8 @@ def expected() -> list[int]:
     stock = AutoModelForCausalLM.from_pretrained(resolve("tiny")).eval()
     with moerun.load("tiny", slots=2) as model:
         ids = model.tokenizer(PROMPT, return_tensors="pt").input_ids
-    return stock.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    written: list[int] = stock.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+    return written
 
 
 def test_it_is_the_stock_model_and_says_what_its_cache_did(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +165,7 @@ class Checked:
         served = self.experts.serve(layer, ids, weights)
         return Served(served.ids, self._checked(layer, served))
 
-    def _checked(self, layer: int, served: Served) -> Iterator[Any]:
+    def _checked(self, layer: int, served: Served) -> Generator[Any, None, None]:
         cache = self.session.cache
         for expert, found in served:
             if found is not None and not isinstance(found, AsideExpert):

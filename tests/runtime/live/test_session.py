@@ -106,6 +106,7 @@ def drive(session: Session, passes: list[Pass]) -> None:
             output = GateOutput(torch.from_numpy(gate.logits), predicted)
             served = []
             ids, weights = torch.from_numpy(gate.ids), torch.from_numpy(gate.weights)
+            slot: Any  # a MemorySlot, which computes nothing
             for expert, slot in session.serve(layer, ids, weights, output):
                 words = slot.landing.view(torch.int32)
                 assert bool((words == layer * n_experts + expert).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ class ByHand:
         """From now on copies of these keys (all of them where none is named) end as they begin."""
         submit = ByHand.submit
 
-        def submitted(key: int, slot: int, variant: Variant, **how: Any) -> None:
+        def submitted(key: int, slot: int, variant: Variant = Variant.FULL, **how: Any) -> None:
             submit(self, key, slot, variant, **how)
             if not keys or key in keys:
                 self.end(key)
@@ -145,7 +146,7 @@ class Beside:
 def test_what_is_not_loaded_comes_first_and_stand_ins_before_arrivals() -> None:
     """Layer 1 of 4 experts: 0 is resident; the step wants 2, 1, 0 and 3."""
     links: list[ByHand] = []
-    beside = Beside()
+    beside: Any = Beside()
 
     def make_link(n_slots: int) -> Any:
         links.append(ByHand(n_slots, 1, chunked=False))
@@ -214,7 +215,7 @@ def test_no_more_copies_are_under_way_than_there_are_streams(streams: int) -> No
         # Nothing is here, so the first one is waited for: a full link ends its oldest copy.
         submit, under_way = link.submit, []
 
-        def submitted(key: int, slot: int, variant: Variant, **how: Any) -> None:
+        def submitted(key: int, slot: int, variant: Variant = Variant.FULL, **how: Any) -> None:
             submit(key, slot, variant, **how)
             under_way.append(key)
             assert len(under_way) <= streams
@@ -245,7 +246,12 @@ def test_in_pieces_guesses_have_streams_of_their_own_and_are_wanted_when_late() 
             ("submit", 7, False),
         ]
         output = GateOutput(predicted=torch.full((1, 1, 4), np.nan, dtype=torch.float16))
-        link.want = lambda key: (link.asked.append(("want", key)), link.end(key))[0]  # type: ignore[method-assign,assign]
+
+        def end_when_wanted(key: int) -> None:
+            link.asked.append(("want", key))
+            link.end(key)
+
+        link.want = end_when_wanted  # type: ignore[method-assign]  # of this link alone
         link.end_at_once(5)
         assert [e for e, _ in session.serve(1, *asks(3, 1), output)] == [3, 1]
         assert link.take()[:2] == [("want", 7), ("submit", 5, True)]
@@ -285,7 +291,7 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_nothing_is_copying_is_not_waited_for() -> None:
     session, _ = made()
     with session:
-        session._live._pump = lambda: None  # type: ignore[method-assign]
+        session._live._pump = Mock()  # type: ignore[method-assign]
         with pytest.raises(RunError, match="an expert is waited for that nothing is copying"):
             list(session.serve(0, *asks(1)))
 

@@ -259,7 +259,8 @@ def test_a_change_that_cannot_be_leaves_all_as_it_was(
         with pytest.raises(PolicyError, match="made for 8 slots a layer cannot have 9"):
             runner.session.resize(9)
         arena: Any = runner.session.link.slots
-        make, made = arena._make_slot, []
+        make = arena._make_slot
+        made: list[Any] = []
 
         def until_full() -> Any:
             if len(made) == 20:

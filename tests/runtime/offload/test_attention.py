@@ -193,7 +193,7 @@ def test_only_projections_of_attention_are_quantised(
     assert packed.index.layer_bytes < plain.index.layer_bytes
 
 
-MORE = {
+MORE: dict[str, dict[str, Any]] = {
     "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [2] * 4, "head_dim": 16},
 }
@@ -273,6 +273,7 @@ def test_a_pack_killed_in_attention_is_taken_up(mixtral: Path, tmp_path: Path) -
 
 def test_damaged_attention_names_its_module(mixtral: Path, tmp_path: Path) -> None:
     store = pack(mixtral, tmp_path / "out", attention="2bit")
+    assert store.index.attention is not None
     linear = store.index.attention.linears[5]
     with (store.path / ATTENTION_FILE).open("r+b") as file:
         file.seek(linear.offset + 100)
@@ -396,5 +397,6 @@ def test_attention_of_mixtrals_true_shape_adds_nothing_to_the_peak(tmp_path: Pat
     assert after_attention_kib < 6 << 20
     store = ExpertStore.open(tmp_path / "store")
     verify(store)
+    assert store.index.attention is not None
     bits = 8 * store.attention_bytes / store.index.attention.n_weights
     assert 4.2 < bits < 4.3

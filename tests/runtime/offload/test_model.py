@@ -79,20 +79,21 @@ def text_ids(tokens: int) -> torch.Tensor:
         "It is a truth universally acknowledged, that a single man in possession of a good "
         "fortune, must be in want of a wife. for index, value in enumerate(self.items): return"
     )
-    return tokenizer(words, return_tensors="pt").input_ids[:, :tokens]
+    ids: torch.Tensor = tokenizer(words, return_tensors="pt").input_ids
+    return ids[:, :tokens]
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("sums", SUMS)
 @pytest.mark.parametrize("precision", list(DTYPES))
-def test_the_bundled_model_equals_stock(tiny, precision: str, sums: Sums, cache: str) -> None:
+def test_the_bundled_model_equals_stock(tiny: Any, precision: str, sums: Sums, cache: str) -> None:
     store, resident = tiny(precision)
     ours, _ = load_offloaded(store, "cpu", ShuffledProvider(resident, 0), sums=sums)
     stock, ids = stock_model(resolve("tiny"), precision, sums), text_ids(40)
     assert torch.equal(logits_of(ours, ids, cache), logits_of(stock, ids, cache))
 
 
-def test_by_default_the_logits_are_those_of_a_plain_from_pretrained(tiny) -> None:
+def test_by_default_the_logits_are_those_of_a_plain_from_pretrained(tiny: Any) -> None:
     store, resident = tiny("native")
     ours, _ = load_offloaded(store, "cpu", resident)
     stock = tf.AutoModelForCausalLM.from_pretrained(resolve("tiny")).eval()
@@ -101,7 +102,7 @@ def test_by_default_the_logits_are_those_of_a_plain_from_pretrained(tiny) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_p": 0.9}])
-def test_generate_writes_what_the_stock_model_writes(tiny, options: dict[str, Any]) -> None:
+def test_generate_writes_what_the_stock_model_writes(tiny: Any, options: dict[str, Any]) -> None:
     store, resident = tiny("native")
     ours, tokenizer = load_offloaded(store, "cpu", ShuffledProvider(resident, 1))
     stock = tf.AutoModelForCausalLM.from_pretrained(resolve("tiny")).eval()
@@ -114,7 +115,7 @@ def test_generate_writes_what_the_stock_model_writes(tiny, options: dict[str, An
 
 
 @pytest.mark.parametrize(("precision", "worst"), [("4bit", 0.07), ("3bit", 0.12), ("2bit", 0.5)])
-def test_quantised_experts_keep_the_model_close(tiny, precision: str, worst: float) -> None:
+def test_quantised_experts_keep_the_model_close(tiny: Any, precision: str, worst: float) -> None:
     store, resident = tiny(precision)
     ours, _ = load_offloaded(store, "cpu", resident)
     ids = text_ids(40)
@@ -206,7 +207,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     sums=st.sampled_from(SUMS),
 )
 def test_the_order_of_arrival_changes_no_bit(
-    wide, seed: int, tokens: int, batch: int, precision: str, sums: Sums
+    wide: Any, seed: int, tokens: int, batch: int, precision: str, sums: Sums
 ) -> None:
     store, resident = wide(precision)
     ours, _ = load_offloaded(store, "cpu", resident, sums=sums)
@@ -231,7 +232,9 @@ def test_other_families_equal_their_stock_model(family: str, tmp_path: Path) -> 
     tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "m")
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 120, shape, generator=generator) for shape in ((1, 20), (2, 5))]
-    for precision, sums in (("fp32", "grouped_mm"), ("bf16", "grouped_mm"), ("fp16", "eager")):
+    cases: list[tuple[str, Sums]]
+    cases = [("fp32", "grouped_mm"), ("bf16", "grouped_mm"), ("fp16", "eager")]
+    for precision, sums in cases:
         store = pack(tmp_path / "m", tmp_path / precision, precision=precision)
         provider = ShuffledProvider(ResidentProvider(store), 0)
         ours, tokenizer = load_offloaded(store, "cpu", provider, sums=sums)
@@ -253,11 +256,11 @@ def test_shape_facts_of_a_family_with_dense_layers_and_shared_experts(tmp_path: 
 
 
 @pytest.mark.parametrize("sums", SUMS)
-def test_experts_that_are_skipped_add_nothing(tiny, sums: Sums) -> None:
+def test_experts_that_are_skipped_add_nothing(tiny: Any, sums: Sums) -> None:
     store, resident = tiny("fp32")
 
     class Skipping:
-        def serve(self, layer, ids, weights):
+        def serve(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Served:
             served = resident.serve(layer, ids, weights)
             skipped = ((expert, None if layer == 3 else slot) for expert, slot in served)
             return Served(served.ids, skipped)
@@ -270,7 +273,7 @@ def test_experts_that_are_skipped_add_nothing(tiny, sums: Sums) -> None:
     assert not any(y.any() for y in seen)
 
 
-def test_a_store_whose_config_is_of_another_model(tiny, tmp_path: Path) -> None:
+def test_a_store_whose_config_is_of_another_model(tiny: Any, tmp_path: Path) -> None:
     store, resident = tiny("fp32")
     copied = Path(shutil.copytree(store.path, tmp_path / "copied"))
     text = (copied / "config.json").read_text()
@@ -281,7 +284,7 @@ def test_a_store_whose_config_is_of_another_model(tiny, tmp_path: Path) -> None:
         load_offloaded(ExpertStore.open(copied), "cpu", resident)
 
 
-def test_a_store_that_lost_a_dense_tensor(tiny, tmp_path: Path) -> None:
+def test_a_store_that_lost_a_dense_tensor(tiny: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     store, resident = tiny("fp32")
@@ -293,7 +296,7 @@ def test_a_store_that_lost_a_dense_tensor(tiny, tmp_path: Path) -> None:
         load_offloaded(ExpertStore.open(copied), "cpu", resident)
 
 
-def test_unknown_sums_list_what_there_is(tiny) -> None:
+def test_unknown_sums_list_what_there_is(tiny: Any) -> None:
     store, resident = tiny("fp32")
     with pytest.raises(RunError, match="grouped_mm, eager"):
-        load_offloaded(store, "cpu", resident, sums="batched")
+        load_offloaded(store, "cpu", resident, sums="batched")  # type: ignore[arg-type]  # not one of them

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from moerun.perplexity import measure as perplexity
 from moerun.perplexity.measure import Measurement
 from moerun.perplexity.results import Cell, Published, Results, Scored
 from moerun.perplexity.table1 import ROWS, published
-from moerun.perplexity.windows import windows
+from moerun.perplexity.windows import nats, windows
 from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.commands import Call, caller
@@ -188,17 +189,16 @@ def test_a_killed_measurement_goes_on_with_the_window_it_was_at(
     cells = [json.loads(line) for line in out.read_text().splitlines()[1:]]
     assert [(c["attention"], c["experts"]) for c in cells] == [("native", "native")]
 
-    measured: list[int] = []
-    real = perplexity.nats
-    monkeypatch.setattr(perplexity, "nats", lambda *a: (measured.append(0), real(*a))[1])
+    measured = Mock(side_effect=nats)
+    monkeypatch.setattr(perplexity, "nats", measured)
     code, printed, err = moerun(*arguments, "--out", out, "--format", "json")
     assert code == 0, err
     assert "1 of 4 cells are in" in err
-    assert len(measured) == total - len(done)
+    assert measured.call_count == total - len(done)
     assert not journal.exists()
     code, again, err = moerun(*arguments, "--out", out, "--format", "json")
     assert (code, again) == (0, printed)
-    assert len(measured) == total - len(done)  # nothing more
+    assert measured.call_count == total - len(done)  # nothing more
     code, whole, _ = moerun(*arguments, "--format", "json")
     assert [without_sums(c) for c in json.loads(whole)["cells"]] == [
         without_sums(c) for c in json.loads(printed)["cells"]
@@ -217,7 +217,7 @@ def len_of(checkpoint: Path, text: Path) -> int:
 def test_an_interrupted_measurement_says_how_to_go_on(
     moerun: Call, tmp_path: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, left = perplexity.nats, [3]
+    real, left = nats, [3]
 
     def interrupted(*arguments: Any) -> float:
         left[0] -= 1

@@ -13,6 +13,7 @@ from moerun.commands.perplexity import held_out_text
 from moerun.perplexity import measure as perplexity
 from moerun.perplexity.measure import Measurement
 from moerun.perplexity.results import Cell, Results
+from moerun.perplexity.windows import nats_by_token
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
@@ -109,7 +110,7 @@ def test_the_command_compares_policies_and_goes_on_where_it_was(
         *("--low", "2bit", "--slots", "2", "--tokens", "200", "--out", tmp_path / "out.jsonl"),
         *(option for policy in policies for option in ("--policy", policy)),
     )
-    real, left = perplexity.nats_by_token, [5]  # the second window of the second policy
+    real, left = nats_by_token, [5]  # the second window of the second policy
 
     def interrupted(*arguments: Any) -> float:
         left[0] -= 1

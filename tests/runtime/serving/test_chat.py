@@ -133,7 +133,7 @@ def test_a_cancelled_generation_leaves_the_cache_fit(runner: Runner) -> None:
 def test_an_error_in_an_expert_is_over_after_a_reset(runner: Runner) -> None:
     ids, sampling = runner.encode("It was the best of times"), Sampling(max_new_tokens=4)
     expected = runner.generation().run(ids, sampling).token_ids
-    activation = find_experts(runner.model)[3][1].act_fn
+    activation: Any = find_experts(runner.model)[3][1].act_fn
 
     def fail(*_: object) -> None:
         raise MemoryError("none left")
@@ -190,7 +190,7 @@ def test_history_makes_later_answers(
 def test_answers_repeat_with_the_seed(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"temperature": 1.2, "seed": 5}
+    options: dict[str, Any] = {"temperature": 1.2, "seed": 5}
     held(runner, monkeypatch, "Hello", "/reset", "Hello", **options)
     twice = capsys.readouterr().out
     half = len(twice) // 2

@@ -48,7 +48,8 @@ def test_a_stream_says_what_the_whole_answer_says(server: Served) -> None:
 
 
 def test_completions_continue_the_prompt(server: Served) -> None:
-    client, options = server.client(), {"model": "tiny", "temperature": 0}
+    client: Any = server.client()
+    options = {"model": "tiny", "temperature": 0}
     whole = client.completions.create(prompt="It was the best of", **options)
     assert whole.usage.completion_tokens == 16  # the reference's default
     stream = client.completions.create(prompt="It was the best of", stream=True, **options)
@@ -75,7 +76,8 @@ def test_a_seed_repeats_an_answer(server: Served) -> None:
     client = server.client()
 
     def said(**options: Any) -> str:
-        return chat(client, temperature=1.5, top_p=0.95, **options).choices[0].message.content
+        answer = chat(client, temperature=1.5, top_p=0.95, **options)
+        return str(answer.choices[0].message.content)
 
     assert said(seed=7) == said(seed=7) != said(seed=8)
     raw = client.chat.completions.with_raw_response.create(

@@ -156,10 +156,10 @@ def test_after_draining_everyone_is_refused(runner: Runner) -> None:
         worker.submit(running.job)
         assert gates.reached.wait(PATIENCE_S)
         worker.submit(waiting.job)
-        assert worker.accepting
+        accepting = [worker.accepting]
         worker.drain()
         worker.submit(late.job)
-        assert not worker.accepting
+        assert [*accepting, worker.accepting] == [True, False]
         assert isinstance(waiting.last(), NotBegun)
         assert isinstance(late.last(), NotBegun)
         gates.go.set()

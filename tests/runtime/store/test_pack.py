@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
-def rewrite(checkpoint: Path, change) -> None:
+def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Save the weights again after `change` to their dict."""
     tensors = load_file(checkpoint / "model.safetensors")
     change(tensors)
@@ -172,7 +174,7 @@ class StoppedError(Exception):
     pass
 
 
-def stop_after(folder: Path, records: int, **options: str) -> None:
+def stop_after(folder: Path, records: int, **options: Any) -> None:
     def progress(done: int, _total: int) -> None:
         if done == records:
             raise StoppedError

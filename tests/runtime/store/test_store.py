@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -251,7 +252,9 @@ def test_a_file_cut_off_is_refused_at_opening_and_named_at_reading(copied: Path)
         (lambda d: (d / "dense.safetensors").write_bytes(b"abc"), "no whole safetensors"),
     ],
 )
-def test_what_is_no_whole_store_is_refused(copied: Path, break_it, message: str) -> None:
+def test_what_is_no_whole_store_is_refused(
+    copied: Path, break_it: Callable[[Path], object], message: str
+) -> None:
     break_it(copied)
     with pytest.raises(RunError, match=message):
         ExpertStore.open(copied)

@@ -132,6 +132,7 @@ def test_what_is_under_way_at_a_sequence_s_end_takes_no_time(tmp_path: Path) -> 
         )
         (alone, _) = workload.sequences()
         once = simulate(alone, find_policy("lru-spec:n=1"), machine(), slots=1, expert_bytes=10)
+        assert once.time_s is not None
         assert found.time_s == 2 * once.time_s
         assert found.loads == 2 * once.loads
 

@@ -61,6 +61,7 @@ def test_no_policy_decodes_faster_than_the_limit(
     assert result.limit_tokens_per_s is not None
     assert result.limit_loads is not None
     assert result.share_of_limit is not None
+    assert result.tokens_per_s is not None
     assume(result.tokens_per_s < float("inf"))
     assert result.share_of_limit <= 1 + 1e-9
     assert result.limit_loads <= result.loads
@@ -112,7 +113,7 @@ def test_speculative_gates_are_charged_to_those_who_ask_for_them(
     workload = make_workload([(i % 2, (i % 4, 3 - i % 4)) for i in range(12)], 2, 4, foreseen=True)
     compute = Compute(layer_s=5 * NS, expert_s=3 * NS)
     gates = Compute(layer_s=5 * NS, expert_s=3 * NS, prefetch_s=1000 * NS)
-    times = {
+    times: dict[tuple[str, float], Any] = {
         (spec.name, cost.prefetch_s): simulate(
             workload,
             spec,

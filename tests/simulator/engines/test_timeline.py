@@ -19,7 +19,7 @@ from support.machines import NS, machine
 from support.traces import decoded, write_trace
 
 
-def near(value: float) -> Any:
+def near(value: float | None) -> Any:
     return pytest.approx(value, abs=NS / 2)
 
 

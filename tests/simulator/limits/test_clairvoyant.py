@@ -94,6 +94,8 @@ def test_it_comes_near_the_limit(gbytes_per_s: float, scope: str) -> None:
     limit_s = NS * min_time_ns(workload, machine, sizes_of(workload.meta, size), 4, scope)
     lru, belady, clairvoyant = gap_closed(results)
     assert (lru.loads, lru.time) == (0, 0)
+    assert results[1].time_s is not None
+    assert results[2].time_s is not None
     assert results[2].time_s < 1.1 * limit_s < results[1].time_s
     assert clairvoyant.time is not None
     assert belady.time is not None

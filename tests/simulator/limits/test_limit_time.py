@@ -59,6 +59,7 @@ def time_of(
         scope=scope,
         expert_bytes=n_bytes,
     )
+    assert result.time_s is not None
     return round(result.time_s / NS)
 
 

@@ -153,6 +153,7 @@ def changed(machine: Machine, name: str, value: Any) -> Machine:
 
 def time_ns(case: Case, on: Machine, engine: Engine) -> int:
     result = simulate(case.workload, case.policy, on, slots=case.slots, engine=engine)
+    assert result.time_s is not None
     return round(result.time_s / NS)
 
 

@@ -119,7 +119,16 @@ def test_experts_are_counted_in_the_calibration_trace(tmp_path: Path) -> None:
 
 def test_points_that_fail_are_rows_and_the_others_finish(tmp_path: Path, trace: str) -> None:
     out = tmp_path / "r.parquet"
-    arguments = ["lru", policy("Faulty"), "--trace", trace, "--slots", "1,2", "--out", out]
+    arguments: list[str | Path] = [
+        "lru",
+        policy("Faulty"),
+        "--trace",
+        trace,
+        "--slots",
+        "1,2",
+        "--out",
+        out,
+    ]
     done = sweep(*arguments, code=1)
     frame = pl.read_parquet(out)
     assert frame["status"].to_list() == ["ok", "failed", "ok", "ok"]
