@@ -49,18 +49,23 @@ class Calls:
         begin(self.cache, self.policy, step, outcome)
 
     def start(self) -> int:
+        """The key whose copy is to start now; -1 where none can."""
         return start(self.cache, self.policy)
 
     def finish(self, key: int) -> None:
+        """The copy of ``key`` has arrived."""
         finish(self.cache, self.policy, key)
 
     def consume(self, key: int) -> None:
+        """The step's compute has finished with ``key``."""
         consume(self.cache, key)
 
     def end(self) -> None:
+        """The step is over: its pins drop."""
         end(self.cache, self.policy)
 
     def resize(self, slots: int) -> None:
+        """Give each layer ``slots`` slots from now on."""
         resize(self.cache, self.policy, slots)
 
 
@@ -154,6 +159,7 @@ class CompiledCalls(Calls):
         self._resume()
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
+        """As of `Calls`: the step is copied in, and what becomes of each key is copied out."""
         mail = self._mail
         n = len(step.experts)
         mail.experts[:n] = step.experts
@@ -176,21 +182,26 @@ class CompiledCalls(Calls):
         outcome[:] = mail.outcome[:n]
 
     def start(self) -> int:
+        """The key whose copy is to start now; -1 where none can."""
         slip = self._slip
         slip[SLIP_CALL] = START
         self._resume()
         return slip[SLIP_ABOUT]
 
     def finish(self, key: int) -> None:
+        """The copy of ``key`` has arrived."""
         self._call(FINISH, key)
 
     def consume(self, key: int) -> None:
+        """The step's compute has finished with ``key``."""
         self._call(CONSUME, key)
 
     def end(self) -> None:
+        """The step is over: its pins drop."""
         self._call(END, -1)
 
     def resize(self, slots: int) -> None:
+        """Give each layer ``slots`` slots from now on."""
         self._call(RESIZE, slots)
 
     def _call(self, call: int, about: int) -> None:

@@ -44,6 +44,7 @@ class Context(NamedTuple):
 
     @property
     def n_keys(self) -> int:
+        """All experts of all layers."""
         return self.n_layers * self.n_experts
 
 

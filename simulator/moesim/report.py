@@ -40,9 +40,11 @@ class Compared(NamedTuple):
 
     @property
     def slots(self) -> int:
+        """Slots a layer."""
         return self.result.slots
 
     def row(self) -> dict[str, Any]:
+        """The result, the gaps it closes and no refusal, under the names that every output has."""
         gap = self.gap or Gap(self.result.policy, None, None)
         return self.result.row() | gap.row() | {"refused": None}
 

@@ -21,6 +21,7 @@ TOKENS_HELP = "Replay only this many tokens of the trace."
 
 
 def scopes() -> list[str]:
+    """The scopes that a cache may have."""
     return ["layer", "global"]
 
 

@@ -43,6 +43,7 @@ LOG_EVERY_S = 60.0  # where stderr is no terminal
 
 
 def precisions() -> list[str]:
+    """The precisions that attention may have."""
     return list(ATTENTION)
 
 

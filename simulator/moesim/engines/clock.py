@@ -44,6 +44,7 @@ class SimulatedTime:
     segments: list[Segment] | None = None
 
     def add(self, *segment: int) -> None:
+        """Keep a segment (see `Segment`), where a timeline is kept."""
         if self.segments is not None:
             self.segments.append(Segment(*segment))
 

@@ -32,6 +32,7 @@ class Nanoseconds(simpy.Environment):
 
     @property
     def now(self) -> int:
+        """The simulation's time in ns."""
         return int(self._now)
 
 

@@ -101,10 +101,12 @@ class Machine:
 
     @property
     def latency_ns(self) -> int:
+        """Before the first byte of a copy."""
         return _ns(self.link.latency_s)
 
     @property
     def arrival_ns(self) -> int:
+        """What compute spends on an expert that arrives."""
         return _ns(self.compute.arrival_s)
 
     def pass_ns(self, token_bytes: int) -> int:

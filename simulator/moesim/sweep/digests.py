@@ -51,4 +51,5 @@ def machine_digest(machine: Machine) -> str:
 
 
 def digest_of(value: Any) -> str:
+    """SHA-256, in hexadecimal, of a value that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -73,6 +73,7 @@ class Sweep:
 
     @property
     def n_left(self) -> int:
+        """Points that have not been run."""
         return len(self._todo)
 
     @property

@@ -47,6 +47,7 @@ class NodeWorker:
         return self.node, code_digest()
 
     def run(self, point: SweepPoint) -> Outcome:
+        """Run one point on this node."""
         return self.worker.run(point)
 
 
@@ -56,6 +57,7 @@ def node_scratch(token: str) -> Path:
 
 
 def clean(token: str) -> None:
+    """Remove a sweep's workloads from this node."""
     shutil.rmtree(node_scratch(token), ignore_errors=True)
 
 
@@ -179,6 +181,7 @@ class _Driver:
                     os._exit(1)
 
     def run(self, n_workers: int) -> None:
+        """Run one point on this node."""
         for _ in range(n_workers):
             self._hire()
         while not self._closed.is_set():

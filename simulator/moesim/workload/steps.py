@@ -70,10 +70,12 @@ class Workload:
 
     @property
     def n_steps(self) -> int:
+        """Steps of all layers."""
         return len(self.layer)
 
     @property
     def n_keys(self) -> int:
+        """All experts of all layers."""
         return self.meta.n_layers * self.meta.n_experts
 
     def release(self) -> None:
