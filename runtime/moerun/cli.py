@@ -47,6 +47,7 @@ add_command(app, list_policies, "policies")
 
 
 def main() -> None:
+    """Run `moerun` with the arguments of this process."""
     # A trace may be written or read: its errors are the user's to mend, too.
     from moeroute import TraceError
 

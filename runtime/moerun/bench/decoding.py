@@ -26,6 +26,7 @@ class MeasuredTimings(Timings):
         self._on_warm = on_warm
 
     def put(self, value: torch.Tensor) -> None:
+        """Note the time of a token; the last one of warm-up also starts the measurement."""
         super().put(value)
         if len(self.token_s) == self._warm_up + 1:
             self._on_warm()

@@ -94,6 +94,8 @@ class HitsOnly:
         self._computing = computing
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        """Hand out an expert for each pair that the gate chose, without any copy."""
+
         def slot(expert: int) -> Any:
             at = (layer * self._n_experts + expert) % len(self._slots)
             return in_form(self._slots[at], Variant.FULL) if self._computing else None
@@ -149,6 +151,7 @@ class ReleasedEngine:
         return Totals(requests=hits + misses, hits=hits, misses=misses, loads=misses)
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        """Hand out hits first, then load the missing experts of the layer one after the other."""
         ids = top_k_index.cpu().numpy()
         return Served(ids, self._served(layer, list(dict.fromkeys(ids.ravel().tolist()))))
 

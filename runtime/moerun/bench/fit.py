@@ -55,6 +55,7 @@ class BenchMemory:
         )
 
     def on_device(self) -> int:
+        """Bytes of device memory: slots, staging buffers, dense weights, libraries."""
         return self.slot_bytes + self.staging_bytes + self.dense_bytes + _SYSTEM_BYTES
 
     def in_host(self, device: torch.device, *, on_disk: bool) -> int:

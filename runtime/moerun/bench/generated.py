@@ -202,14 +202,18 @@ class GeneratedStore(ExpertStore):
             buffer[piece].copy_(self._memory[key][piece])
 
     def read_attention(self, module: str, buffer: torch.Tensor) -> None:
+        """Draw the record of an attention matrix into ``buffer``, uint8[record bytes]."""
         assert self._model.attention is not None
         self._model.attention.write(module, buffer)
 
     def config(self) -> Any:
+        """Configuration of the generated model."""
         return self._model.config
 
     def dense_tensors(self) -> TensorShapes:
+        """Shapes and types of the dense tensors, by name."""
         return dict(self._model.dense.tensors)
 
     def read_dense(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Draw the dense tensors one by one, each with its name."""
         return ((name, tensor.to(device)) for name, tensor in self._model.dense.draw())

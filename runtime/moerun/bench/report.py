@@ -63,6 +63,7 @@ class Row:
 
 
 def rows_of(bench: Bench, simulated: dict[str, float]) -> list[Row]:
+    """Rows of the report, one a policy; ``simulated`` has moesim's tokens/s of some of them."""
     lossy = {policy.label for policy in bench.schedule.policies if policy.policy.lossy}
     return [
         _row(name, name in lossy, runs, bench, simulated.get(name))
@@ -183,6 +184,7 @@ def _cpu_model() -> str:
 
 
 def render(rows: list[Row], format: Format, made_by: dict[str, Any]) -> str:
+    """The report in ``format``; ``made_by`` has the options and versions of the measurement."""
     if format is Format.table:
         return _table(rows, made_by)
     plain = with_refused([asdict(row) for row in rows], made_by["refused"])

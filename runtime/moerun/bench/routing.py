@@ -45,20 +45,24 @@ class ForcedRouting:
 
     @property
     def tokens(self) -> int:
+        """Number of decoded tokens."""
         return len(self.ids)
 
     @property
     def horizon(self) -> int:
+        """Number of layers ahead that predictions reach."""
         return len(self.predicted)
 
     @property
     def sha256(self) -> str:
+        """Digest of all arrays, in hexadecimal."""
         digest = hashlib.sha256()
         for array in (self.ids, self.weights, self.logits, self.predicted):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def cut(self, tokens: int, layers: int) -> ForcedRouting:
+        """The same routing of the first ``tokens`` tokens and ``layers`` layers alone."""
         return ForcedRouting(
             self.source,
             self.ids[:tokens, :layers],
@@ -206,6 +210,7 @@ class ForcedGates:
             self._predictors[horizon] = GatePredictor(self._model, horizon)
 
     def close(self) -> None:
+        """Remove the hooks from the gates."""
         for hook in self._hooks:
             hook.remove()
         for predictor in self._predictors.values():

@@ -22,6 +22,8 @@ from moerun.policies import Refusals, servable
 
 
 class Baseline(StrEnum):
+    """Engines that `moerun bench --baseline` knows by name."""
+
     released = "released"
 
 

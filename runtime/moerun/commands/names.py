@@ -32,6 +32,7 @@ def machines() -> list[str]:
 
 
 def models() -> list[str]:
+    """Models that are bundled."""
     return ["tiny"]
 
 
@@ -41,6 +42,7 @@ def shapes() -> list[str]:
 
 
 def samples() -> list[str]:
+    """Routing traces that are bundled."""
     return sample_names()
 
 
@@ -50,20 +52,25 @@ def routings() -> list[str]:
 
 
 def precisions() -> list[str]:
+    """Precisions of a store: the model's own, plain ones, quantised ones."""
     return list(ATTENTION)
 
 
 def plain_precisions() -> list[str]:
+    """Precisions that no quantisation makes: the model's own and the plain ones."""
     return ["native", *PLAIN]
 
 
 def lower_precisions() -> list[str]:
+    """Precisions of the second store, which policies load some misses from."""
     return [name for name in ATTENTION if name not in ("native", "fp32")]
 
 
 def scopes() -> list[str]:
+    """Whether each layer has its own slots or all layers share theirs."""
     return ["layer", "global"]
 
 
 def devices() -> list[str]:
+    """Devices that a run can be told to use."""
     return ["auto", "cpu", "cuda"]

@@ -177,6 +177,7 @@ class Point(NamedTuple):
 
     @property
     def key(self) -> Key:
+        """What the cell is filed under: precision of attention, precision of experts, policy."""
         return self.attention, self.experts, self.policy.label
 
     def __str__(self) -> str:

@@ -115,6 +115,7 @@ def tell_plan(runner: Runner) -> None:
 
 
 def say(text: str) -> None:
+    """Write a line to stderr at once."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

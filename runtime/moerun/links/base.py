@@ -35,10 +35,12 @@ class Records(Protocol):
     """Where a link reads from: an expert store, by key."""
 
     @property
-    def n_keys(self) -> int: ...
+    def n_keys(self) -> int:
+        """Number of records."""
 
     @property
-    def record_bytes(self) -> int: ...
+    def record_bytes(self) -> int:
+        """Bytes of one record."""
 
     def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
         """Fill ``buffer``, uint8[record_bytes] on the host, in ``pieces`` if they are given.
@@ -139,6 +141,7 @@ class SlotLink:
         self._lock = threading.RLock()
 
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        """Give ``granted`` slots memory and take that of ``withdrawn`` slots away."""
         assert isinstance(self.slots, Arena), "these slots were made to stay"
         self.slots.resize(withdrawn, granted)
 

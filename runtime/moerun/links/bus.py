@@ -38,6 +38,7 @@ class BusArbiter:
 
     @property
     def n_waiting(self) -> int:
+        """Number of jobs that wait for the bus."""
         return len(self._waiting)
 
     def acquire(self, job: Job) -> None:

@@ -41,6 +41,7 @@ class Piece(NamedTuple):
 
     @property
     def span(self) -> slice:
+        """Where the piece lies in its record, in bytes."""
         return slice(self.begin, self.end)
 
     @property
@@ -70,6 +71,7 @@ class CopyQueue:
 
     @property
     def idle(self) -> bool:
+        """Whether no copy waits or is under way."""
         return not self._waiting and not self._under_way
 
     def jobs(self) -> Iterator[Job]:
@@ -78,6 +80,7 @@ class CopyQueue:
         yield from (copy.job for copy in self._under_way)
 
     def add(self, job: Job) -> None:
+        """Append a copy that waits for a stream."""
         self._waiting.append(job)
 
     def take_up(self, begin: Callable[[Job, int], Copy]) -> None:

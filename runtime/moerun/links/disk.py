@@ -45,6 +45,7 @@ class DiskLink(ThreadedLink):
         self._stores = [store, *([low] if low else [])]  # by variant
 
     def want(self, key: int) -> None:
+        """Demand a prefetch under way: on the bus, and at the reader of the host tier."""
         super().want(key)
         if self.tier and (job := self._travelling.get(key)) is not None:
             self.tier.want(job)
@@ -56,12 +57,14 @@ class DiskLink(ThreadedLink):
         """Nothing to do: compute on the CPU is over when its call returns."""
 
     def close(self) -> None:
+        """End the threads and close the readers that this link opened."""
         super().close()
         for records in self._stores:
             if isinstance(records, DirectRecords | HostTier):  # a store is its opener's
                 records.close()
 
     def copy(self, stream: int, job: Job, pieces: Pieces | None) -> None:
+        """Read the record of ``job`` from the host tier or the store into its slot."""
         into = self._destinations.of(stream, job.slot, job.variant)
         if self.tier is not None:
             self.tier.read_into(job.key, into.landing, pieces=pieces, variant=job.variant, job=job)

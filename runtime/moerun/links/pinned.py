@@ -118,6 +118,7 @@ class PinnedLink(SlotLink):
         self._threads: list[threading.Thread] = []
 
     def start(self, done: Done) -> None:
+        """Start a thread for each stream; each calls ``done`` when a copy has ended."""
         self._done = done
         self._threads = [
             # A daemon: a caller that dies without closing must not hang at exit.
@@ -136,6 +137,7 @@ class PinnedLink(SlotLink):
         demand: bool = True,
         begin_s: float | None = None,
     ) -> None:
+        """Queue a copy of the record of ``key`` into ``slot``, and return at once."""
         with self._lock:
             begin_s = time.perf_counter() if begin_s is None else begin_s
             self._submitted += 1
@@ -143,18 +145,22 @@ class PinnedLink(SlotLink):
             self._advance()
 
     def want(self, key: int) -> None:
+        """Demand a prefetch that waits or is under way, so that the host tier reads it first."""
         with self._lock:
             for job in self._copies.jobs():
                 if job.key == key:
                     self.tier.want(job)
 
     def acquire(self, slot: int) -> None:
+        """Let compute wait until the copy into ``slot`` has ended on its stream."""
         self._device.compute.wait_event(self._events.copied[slot])
 
     def release(self, slot: int) -> None:
+        """Record the point in the compute stream behind which ``slot`` may be overwritten."""
         self._events.used[slot] = self._device.compute.record_event()
 
     def resize(self, withdrawn: Sequence[int], granted: Sequence[int]) -> None:
+        """Free ``withdrawn`` slots after their last use, then give ``granted`` slots memory."""
         for slot in withdrawn:
             self._events.used[slot].wait()
         try:
@@ -167,6 +173,7 @@ class PinnedLink(SlotLink):
             self._events.grant(granted, self._device.compute.record_event())
 
     def close(self) -> None:
+        """Let the copies under way end, then end the threads and give host memory back."""
         with self._idle:
             self._closing = True  # nobody waits for a capped copy any more
             while self._threads and not self._copies.idle:

@@ -38,6 +38,7 @@ class ThreadedLink(SlotLink):
         raise NotImplementedError
 
     def start(self, done: Done) -> None:
+        """Start a thread for each stream; compute keeps the number of threads that it had."""
         self._done = done
         compute_threads = torch.get_num_threads()
         self._threads = [
@@ -60,6 +61,7 @@ class ThreadedLink(SlotLink):
         demand: bool = True,
         begin_s: float | None = None,
     ) -> None:
+        """Queue a copy of the record of ``key`` into ``slot`` for a thread, and return at once."""
         self._submitted += 1
         begin_s = time.perf_counter() if begin_s is None else begin_s
         job = Job(key, slot, variant, begin_s, self._submitted, demand)
@@ -67,10 +69,12 @@ class ThreadedLink(SlotLink):
         (self._jobs if demand else self._guesses).put(job)
 
     def want(self, key: int) -> None:
+        """Demand a prefetch under way, so that it has the bus before other prefetches."""
         if (job := self._travelling.get(key)) is not None:
             self._bus.want(job)
 
     def close(self) -> None:
+        """End the threads after the copies under way."""
         self._closing = True  # nobody waits for a capped copy any more
         for i in range(len(self._threads)):
             (self._jobs if i < self.streams else self._guesses).put(None)

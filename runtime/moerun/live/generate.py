@@ -31,6 +31,7 @@ class Timings(BaseStreamer):  # type: ignore[misc]
         self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        """Note the time and the id of a token, int64[1]; the first call brings the prompt's ids."""
         now = time.perf_counter()
         if self._prompt:
             self.began_s, self._prompt = now, False
@@ -74,10 +75,12 @@ class Work:
 
     @property
     def tokens_per_s(self) -> float:
+        """Decoded tokens per second; 0 where none was decoded."""
         return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
     def prompt_tokens_per_s(self) -> float:
+        """Tokens of the prompt per second; 0 where there was no prompt."""
         return self.prompt_tokens / self.prompt_s if self.prompt_s else 0.0
 
 
@@ -110,6 +113,7 @@ class Ends(StoppingCriteria):  # type: ignore[misc]
         self._answers = torch.tensor([False, True], device=device)  # copied there but once
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Whether to end, bool[1], after the newest of ``input_ids``, int64[1, tokens]."""
         ends = self._ends(int(input_ids[0, -1]))
         return self._answers[int(ends) : int(ends) + 1]
 

@@ -28,6 +28,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._rooms: dict[str, torch.Tensor] = {}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take type and device from the first states; forget the rooms of an earlier text."""
         super().lazy_initialization(key_states, value_states)
         self._rooms.clear()
 

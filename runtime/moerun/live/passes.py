@@ -53,11 +53,13 @@ class PassRecorder:
 
     @property
     def journal(self) -> Journal:
+        """Calls of the state machine up to the end of the last whole pass."""
         assert self._session.cache.journal is not None
         return self._session.cache.journal[: self.calls]
 
     @property
     def decisions(self) -> list[Event]:
+        """Events of the cache up to the end of the last whole pass."""
         return self._log.events[: self.events]
 
     def begin_sequence(self) -> None:
@@ -108,6 +110,7 @@ class EventLog:
         self.events: list[Event] = []
 
     def __call__(self, event: Event) -> None:
+        """Keep ``event``."""
         self.events.append(event)
 
 

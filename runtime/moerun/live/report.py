@@ -60,6 +60,7 @@ class Report(CountColumns, _ReportOf):
 
 
 def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> Report:
+    """The report on a run that generated with ``runner``."""
     from moerun.devices import peak_device_bytes, peak_host_bytes
 
     settings, totals = runner.settings, generated.totals
@@ -182,11 +183,16 @@ class Shares(Protocol):
     """What a lossy policy changed, of the gates' weight."""
 
     @property
-    def skipped_share(self) -> float: ...
+    def skipped_share(self) -> float:
+        """Share of the gates' weight that was left out."""
+
     @property
-    def substituted_share(self) -> float: ...
+    def substituted_share(self) -> float:
+        """Share of the gates' weight that another expert computed."""
+
     @property
-    def low_share(self) -> float: ...
+    def low_share(self) -> float:
+        """Share of the gates' weight that was computed from lower-precision records."""
 
 
 def changed(row: Shares) -> str:

@@ -138,6 +138,7 @@ class Runner:
         on_text: Callable[[str], None] | None = None,
         on_reasoning: Callable[[str], None] | None = None,
     ) -> Generation:
+        """A generation by this model, not begun yet; the callbacks receive text as it comes."""
         return Generation(
             self.model,
             self.tokenizer,
@@ -148,6 +149,7 @@ class Runner:
         )
 
     def close(self) -> None:
+        """End the threads, and take the hooks off the model."""
         if self._watch:
             self._watch.close()
         self._gates.close()

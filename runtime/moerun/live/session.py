@@ -86,6 +86,7 @@ class Session:
 
     @property
     def totals(self) -> Totals:
+        """What the session has counted since it was made or reset."""
         with self.lock:
             counts = self._live.counts
             return totals_of(

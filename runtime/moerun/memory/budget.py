@@ -62,6 +62,7 @@ class BudgetWatch:
         self._thread.start()
 
     def close(self) -> None:
+        """End the thread that watches the file."""
         self._closing.set()
         if self._thread is not threading.current_thread():
             self._thread.join()

@@ -27,6 +27,7 @@ class Compiling(Enum):
 
     @property
     def rank(self) -> int:
+        """Place in the order of memory taken: 0 takes none."""
         return list(Compiling).index(self)
 
 

@@ -24,6 +24,7 @@ class Peak:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of the peak: of the device's memory, or of host memory above the baseline."""
         on_device = peak_device_bytes(self._device)
         if on_device is not None:
             return on_device

@@ -41,6 +41,7 @@ class Needs:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all parts together."""
         return sum(n_bytes for _, n_bytes, _ in self.rows())
 
     def rows(self) -> list[tuple[str, int, str]]:
@@ -73,10 +74,12 @@ class MemoryPlan:
 
     @property
     def slots_bytes(self) -> int:
+        """Bytes of all slots of all layers and of the staging buffers."""
         return (self.slots * self.n_layers + self.staging) * self.slot_bytes
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of the whole plan: needs and slots."""
         return self.needs.total_bytes + self.slots_bytes
 
     @property
@@ -144,6 +147,7 @@ class MemoryPlan:
         ]
 
     def table(self) -> str:
+        """The plan as a table: a line for each part, with its size and its reason."""
         return described(
             {f"{name:11} {format_bytes(size):>11}": why for name, size, why in self.rows()}
         )

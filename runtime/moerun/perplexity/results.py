@@ -73,6 +73,7 @@ class Cell:
 
     @property
     def key(self) -> Key:
+        """What the cell is filed under: precision of attention, precision of experts, policy."""
         return self.attention, self.experts, self.policy
 
     @classmethod
@@ -111,11 +112,13 @@ class Results:
         return dict(self._windows.get(key, {}))
 
     def add_window(self, key: Key, number: int, scored: Scored) -> None:
+        """Append a measured window of the cell ``key`` to the journal."""
         with naming(Path(self._journal.name)):
             self._journal.write(json.dumps([*key, number, *scored]) + "\n")
             self._journal.flush()
 
     def add_cell(self, cell: Cell) -> None:
+        """Add a measured cell, and write the file of cells anew."""
         self.cells[cell.key] = cell
         self._write_cells()
 

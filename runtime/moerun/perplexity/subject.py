@@ -71,6 +71,7 @@ class Text:
 
     @property
     def n_tokens(self) -> int:
+        """Number of tokens in the text."""
         return self.ids.shape[1]
 
 

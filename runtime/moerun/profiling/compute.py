@@ -43,6 +43,7 @@ class ComputeCost:
 
     @classmethod
     def median_of(cls, runs: list[Self]) -> Self:
+        """The median of each entry over several runs."""
         return cls(**{f.name: median(getattr(run, f.name) for run in runs) for f in fields(cls)})
 
 
@@ -65,6 +66,7 @@ class StepTimes:
 
     @property
     def computing_s(self) -> float:
+        """Seconds of compute in the step's experts."""
         return sum(seconds for _, seconds in self.experts)
 
 
@@ -80,6 +82,7 @@ class Stopwatch:
         self.steps: list[StepTimes] = []
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
+        """Serve the layer by the session, and note when each of its experts was computed."""
         entered_s = self._now()
         served = self._experts.serve(layer, top_k_index, top_k_weights)
         return Served(served.ids, self._timed(layer, served, entered_s))
@@ -122,6 +125,7 @@ class Lap(NamedTuple):
 
     @property
     def total_s(self) -> float:
+        """Seconds from the step's gate to the next step's gate."""
         return self.step.left_s - self.step.entered_s + self.after_s
 
 

@@ -34,6 +34,7 @@ class CpuCost:
 
     @classmethod
     def median_of(cls, runs: list[Self]) -> Self:
+        """The median of each time over several runs, which had the same workers."""
         return cls(
             workers=runs[0].workers,
             expert_s=median(run.expert_s for run in runs),
@@ -54,9 +55,11 @@ class AsideBench:
         self.run()  # checksums are compared the first time
 
     def close(self) -> None:
+        """End the workers."""
         self._aside.close()
 
     def run(self) -> CpuCost:
+        """Measure an expert on one token and on many: the difference is the further tokens'."""
         one = median(self._time(key, 1) for key in self._keys)
         many = median(self._time(key, BATCH) for key in self._keys)
         return CpuCost(1, one, max((many - one) / (BATCH - 1), 0.0))

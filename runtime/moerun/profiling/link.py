@@ -36,6 +36,7 @@ class LinkCost:
 
     @classmethod
     def median_of(cls, runs: list[Self]) -> Self:
+        """The medians of rate and latency over several runs, which had the same streams."""
         return cls(
             bytes_per_s=median(run.bytes_per_s for run in runs),
             latency_s=median(run.latency_s for run in runs),

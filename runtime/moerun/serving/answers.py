@@ -10,6 +10,7 @@ from moerun.serving.protocol import CompletionRequest
 
 
 def usage(generated: Generated) -> dict[str, int]:
+    """The `usage` object of an answer: tokens of prompt, completion and both."""
     return {
         "prompt_tokens": generated.prompt_tokens,
         "completion_tokens": generated.new_tokens,
@@ -30,6 +31,7 @@ class Answer:
         }
 
     def whole(self, text: str, generated: Generated) -> dict[str, Any]:
+        """The answer as one object, for requests that do not stream."""
         said: dict[str, Any] = {"text": text}
         if self._chat:
             message = {"role": "assistant", "content": text, "refusal": None}
@@ -45,6 +47,7 @@ class Answer:
         return self._chunk({"role": "assistant", "content": ""}) if self._chat else None
 
     def piece(self, text: str, *, reasoning: bool = False) -> dict[str, Any]:
+        """A chunk of a streamed answer with new text, or new reasoning."""
         name = "reasoning_content" if reasoning else "content"
         return self._chunk({name: text} if self._chat else {"text": text})
 

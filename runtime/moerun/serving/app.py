@@ -185,6 +185,7 @@ class EventStream(StreamingResponse):
         self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer; the generation is cancelled when the client has gone."""
         self._pending.unwatch()  # the response itself listens for that
         try:
             await super().__call__(scope, receive, send)

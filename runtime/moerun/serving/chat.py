@@ -18,11 +18,14 @@ PLAIN_STOPS = ("\nUser:", "\nAssistant:")
 
 
 class Prompt(NamedTuple):
+    """A conversation as token ids that a model continues."""
+
     ids: torch.Tensor  # int64[1, tokens]
     dropped: int  # turns that did not fit
 
 
 def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer comes with a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -69,9 +72,11 @@ class Conversation:
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str) -> None:
+        """Add what the user says as a new turn."""
         self.turns.append([{"role": "user", "content": text}])
 
     def answer(self, text: str) -> None:
+        """Add the model's answer to the last turn."""
         self.turns[-1].append({"role": "assistant", "content": text.strip()})
 
     def prompt(self, room: int | None) -> Prompt:
@@ -99,6 +104,7 @@ class Lead:
         self._begun = False
 
     def __call__(self, text: str) -> None:
+        """Pass ``text`` on, without the whitespace before the first letter."""
         if not self._begun:
             text = text.lstrip()
             self._begun = bool(text)

@@ -71,9 +71,11 @@ class Metrics:
             self._generations.labels(ending)
 
     def answered(self, endpoint: str, status: int) -> None:
+        """Count an answer to a request, by endpoint and HTTP status."""
         self._requests.labels(endpoint, str(status)).inc()
 
     def generated(self, work: Work, ending: str) -> None:
+        """Count a generation: its ending, tokens, times and the counters of its experts."""
         self._generations.labels(ending).inc()
         self._prompt_tokens.inc(work.prompt_tokens)
         self._new_tokens.inc(work.new_tokens)

@@ -23,6 +23,7 @@ class Counted:
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the application, and count the answer when it is sent."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -50,6 +51,7 @@ class Guarded:
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the application, or with 401 where a request has a wrong key or none."""
         if scope["type"] != "http" or self._expected is None or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return

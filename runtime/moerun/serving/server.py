@@ -36,6 +36,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(taken: socket.socket) -> str:
+    """URL of a listening socket."""
     host, port = taken.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -66,10 +67,12 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, then tell the caller."""
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the answer in progress end within ``drain_s`` seconds, then stop to listen."""
         self._worker.drain()
         timer = asyncio.get_running_loop().call_later(self._drain_s, self._worker.cancel_running)
         try:

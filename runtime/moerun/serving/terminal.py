@@ -199,16 +199,19 @@ class AnswerPrinter:
         self._reasoning = False  # is being written
 
     def answer(self, text: str) -> None:
+        """Print a part of the answer on stdout."""
         if self._reasoning:
             self._end_reasoning()
         _stream(text)
 
     def reasoning(self, text: str) -> None:
+        """Print a part of the reasoning on stderr."""
         if not self._reasoning:
             self._reasoning, text = True, f"(reasoning: {text.lstrip()}"
         self._err.print(text, end="", style="dim", markup=False)
 
     def end(self) -> None:
+        """End the last line."""
         if self._reasoning:
             self._end_reasoning()
         _stream("\n")

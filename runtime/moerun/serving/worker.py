@@ -91,18 +91,22 @@ class GenerationWorker:
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     @property
     def waiting(self) -> int:
+        """Number of jobs that wait for their turn."""
         return len(self._waiting)
 
     @property
     def busy(self) -> bool:
+        """Whether an answer is in progress."""
         return self._running is not None
 
     @property
     def accepting(self) -> bool:
+        """Whether a new job would be answered: the thread lives and is not closing."""
         return self._thread.is_alive() and not self._closing
 
     def submit(self, job: GenerationJob) -> None:
@@ -134,6 +138,7 @@ class GenerationWorker:
             self._changed.notify_all()
 
     def cancel_running(self) -> None:
+        """Cancel the answer in progress, if there is one."""
         with self._changed:
             if self._running is not None and self._running.generation is not None:
                 self._running.generation.cancel()

@@ -53,22 +53,27 @@ class ExpertStore:
 
     @property
     def n_experts(self) -> int:
+        """Number of experts of a layer."""
         return self.index.n_experts
 
     @property
     def n_keys(self) -> int:
+        """Keys of the whole model: layers times experts."""
         return self.n_layers * self.n_experts
 
     @property
     def layout(self) -> RecordLayout:
+        """Where each matrix lies in an expert's record."""
         return self.index.layout
 
     @property
     def record_bytes(self) -> int:
+        """Bytes of one expert's record."""
         return self.index.layout.record_bytes
 
     @property
     def dense_path(self) -> Path:
+        """File of the dense weights."""
         return self.path / DENSE_FILE
 
     @property

@@ -63,6 +63,7 @@ def find_store(
 
 
 def is_store(folder: Path) -> bool:
+    """Whether a folder is an expert store, whole or damaged."""
     return (folder / INDEX_FILE).is_file()
 
 

@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 
 
 def experts_file(layer: int) -> str:
+    """Name of the file that holds the records of a layer."""
     return f"experts-{layer:05d}.safetensors"
 
 
@@ -38,6 +39,7 @@ class LayerRecords:
     crc32: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The layer as an entry of `index.json`."""
         return {
             "module": self.module,
             "file": self.file,
@@ -78,13 +80,16 @@ class AttentionRecords:
     linears: tuple[LinearRecord, ...]
 
     def layout(self, linear: LinearRecord) -> RecordLayout:
+        """Where the parts of a matrix lie in its record."""
         return ExpertShape.matrix(linear.rows, linear.columns).record(self.precision)
 
     @property
     def n_weights(self) -> int:
+        """Number of attention weights that are quantised."""
         return sum(linear.rows * linear.columns for linear in self.linears)
 
     def to_json(self) -> dict[str, Any]:
+        """Attention as an entry of `index.json`."""
         return asdict(self)
 
     @classmethod
@@ -144,13 +149,16 @@ class StoreIndex:
 
     @property
     def n_layers(self) -> int:
+        """Number of MoE layers."""
         return len(self.layers)
 
     @property
     def n_experts(self) -> int:
+        """Number of experts of a layer."""
         return len(self.layers[0].offsets)
 
     def to_json(self) -> dict[str, Any]:
+        """The whole content of `index.json`."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,

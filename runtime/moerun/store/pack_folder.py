@@ -131,6 +131,7 @@ class Journal:
         self._file = file
 
     def add(self, file: str, record: str, crc32: int) -> None:
+        """Note that a record is written, with its checksum."""
         self._file.write(json.dumps([file, record, crc32]) + "\n")
         self._file.flush()
 

@@ -71,14 +71,17 @@ class PackPlan:
 
     @property
     def files(self) -> tuple[RecordFile, ...]:
+        """Files of records that a pack writes: one a layer, and one of quantised attention."""
         return self.experts if self.attention is None else (*self.experts, self.attention)
 
     @property
     def n_records(self) -> int:
+        """Number of records in all files."""
         return sum(len(file.records) for file in self.files)
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of disk that the pack takes, index and journal included."""
         return sum(file.entries()[0] for file in self.files) + self.dense_bytes + _SPARE_BYTES
 
 
