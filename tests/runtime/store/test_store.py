@@ -240,6 +240,12 @@ def test_a_file_cut_off_is_refused_at_opening_and_named_at_reading(copied: Path)
         ExpertStore.open(copied)
 
 
+def rewrite(path: Path, pattern: str, by: str) -> None:
+    text, n = re.subn(pattern, by, path.read_text())
+    assert n == 1
+    path.write_text(text)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -247,6 +253,7 @@ def test_a_file_cut_off_is_refused_at_opening_and_named_at_reading(copied: Path)
         (lambda d: (d / "index.json").write_text("{"), "not JSON"),
         (lambda d: (d / "index.json").write_text('{"weight_map": {}}'), "not the index"),
         (lambda d: (d / "index.json").write_text("[1]"), "not the index"),
+        (lambda d: rewrite(d / "index.json", r'("top_k":\s*)\d+', r"\g<1>1e999"), "is damaged"),
         (lambda d: (d / "experts-00003.safetensors").unlink(), "experts of layer 3"),
         (lambda d: (d / "dense.safetensors").unlink(), "dense.safetensors is missing"),
         (lambda d: (d / "dense.safetensors").write_bytes(b"abc"), "no whole safetensors"),
