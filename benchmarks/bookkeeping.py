@@ -20,7 +20,7 @@ import torch
 import typer
 from moepolicy import Context, find_policy
 from moerun.bench.report import hardware
-from moerun.bench.routing import UNIFORM, Routing, load_routing
+from moerun.bench.routing import UNIFORM, ForcedRouting, load_routing
 from moerun.links import Done, LinkStatistics
 from moerun.live.session import Session
 from moerun.memory.compiling import Compiling
@@ -119,7 +119,7 @@ def serve_all(session: Session, experts: int) -> None:
                 pass
 
 
-def gates(routing: Routing, *, predicts: bool) -> list[list[tuple[Any, ...]]]:
+def gates(routing: ForcedRouting, *, predicts: bool) -> list[list[tuple[Any, ...]]]:
     """By token and layer: ids, weights, logits and predictions as a model's gates give them."""
     ids, weights = torch.from_numpy(routing.ids), torch.from_numpy(routing.weights)
     logits = torch.from_numpy(routing.logits).float()
