@@ -197,7 +197,7 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 
 PROBE = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import test_quant
 from moerun.kernels.linears import kernel_reads_nibbles
 print(torch.backends.cpu.get_cpu_capability(), kernel_reads_nibbles())
@@ -210,7 +210,7 @@ for name in test_quant.SCHEMES:
 @pytest.mark.skipif(not kernel_reads_nibbles(), reason="this CPU's kernel has another order itself")
 def test_a_cpu_whose_kernel_has_another_order_computes_the_same() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(Path(__file__).parent)],
+        [sys.executable, "-c", PROBE, str(Path(__file__).parent), str(Path(__file__).parents[2])],
         env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"},
         capture_output=True,
         text=True,
