@@ -57,15 +57,15 @@ class Calls:
         finish(self.cache, self.policy, key)
 
     def consume(self, key: int) -> None:
-        """The step's compute has finished with ``key``."""
+        """Note that the step's compute has finished with ``key``."""
         consume(self.cache, key)
 
     def end(self) -> None:
-        """The step is over: its pins drop."""
+        """End the step: its pins drop, and bypassed experts leave their buffers."""
         end(self.cache, self.policy)
 
     def resize(self, slots: int) -> None:
-        """Give each layer ``slots`` slots from now on."""
+        """Give the cache ``slots`` slots a layer, as soon as what it loses can go."""
         resize(self.cache, self.policy, slots)
 
 
@@ -193,15 +193,15 @@ class CompiledCalls(Calls):
         self._call(FINISH, key)
 
     def consume(self, key: int) -> None:
-        """The step's compute has finished with ``key``."""
+        """Resume the compiled code for the end of compute with ``key``."""
         self._call(CONSUME, key)
 
     def end(self) -> None:
-        """The step is over: its pins drop."""
+        """Resume the compiled code for the end of a step."""
         self._call(END, -1)
 
     def resize(self, slots: int) -> None:
-        """Give each layer ``slots`` slots from now on."""
+        """Resume the compiled code for a change to ``slots`` slots a layer."""
         self._call(RESIZE, slots)
 
     def _call(self, call: int, about: int) -> None:

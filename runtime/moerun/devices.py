@@ -30,7 +30,7 @@ def find_device(name: str) -> torch.device:
         raise RunError(f"device '{name}' is not there: torch sees no CUDA GPU; use --device cpu")
     index = int(found[1] or 0)
     if index >= torch.cuda.device_count():
-        raise RunError(f"device '{name}' is not there: {torch.cuda.device_count()} GPUs are")
+        raise RunError(f"device '{name}' is not there: torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", index)
 
 

@@ -34,8 +34,8 @@ def refuse_unservable(policy: PolicySpec, *, low: bool = False) -> None:
         raise PolicyError(f"policy '{policy.label}' needs {what}: it runs in moesim, not live")
     if "low" in policy.requires and not low:
         raise PolicyError(
-            f"policy '{policy.label}' loads experts at a lower precision: name one, or a store of "
-            "one, with --low"
+            f"policy '{policy.label}' loads experts at a lower precision: give --low a precision "
+            "or the folder of a store"
         )
 
 
@@ -44,7 +44,7 @@ def refuse_beyond(policy: PolicySpec, horizon: int, source: str) -> None:
     if policy.horizon > horizon:
         raise PolicyError(
             f"policy '{policy.label}' reads predictions {policy.horizon} layers ahead, and "
-            f"{source} has them {horizon} ahead"
+            f"{source} has predictions {horizon} ahead"
         )
 
 
@@ -115,7 +115,7 @@ def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int
     trace = open_trace(settings.calibration or CALIBRATION)
     meta = trace.meta
     if (meta.n_layers, meta.n_experts) != (store.n_layers, store.n_experts):
-        hint = "give one of this model" if settings.calibration else "give one with --calibration"
+        hint = "give --calibration a trace of this model"
         raise RunError(
             f"policy '{settings.policy.label}' needs the expert counts of a trace, and "
             f"{trace.path} is of {meta.n_layers} layers of {meta.n_experts} experts, the model of "

@@ -162,7 +162,7 @@ def _notes(compared: Sequence[Compared | RefusedPoint], limited: bool) -> list[s
         if all(result.policy != BASELINE for result in results):
             notes.append(f"  ({BASELINE} is not among the policies; it was simulated for this)")
     if any(result.lossy for result in results):
-        notes.append("* changes what the model computes" + ": no limit binds it" * limited)
+        notes.append("* changes what the model computes" + ": the limit does not apply" * limited)
         notes += [_change_note(result) for result in results if result.lossy]
     notes += size_notes(result.row() for result in results)
     return notes + _refusals([one for one in compared if isinstance(one, RefusedPoint)])

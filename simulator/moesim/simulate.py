@@ -47,8 +47,8 @@ def check_needs(trace: Trace, policy: PolicySpec) -> None:
     if policy.horizon and not trace.has(prediction_column(policy.horizon)):
         raise TraceError(
             f"{trace.path}: policy '{policy.label}' reads predictions {policy.horizon} layers "
-            f"ahead, and the trace has them {trace.meta.horizon} ahead: give one recorded with "
-            f"--horizon {policy.horizon}"
+            f"ahead, and the trace has predictions {trace.meta.horizon} ahead: give a trace "
+            f"recorded with --horizon {policy.horizon}"
         )
 
 
@@ -85,7 +85,7 @@ def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
         raise SimulationError(
             f"{calibration.path} is of {of.n_layers} layers of {of.n_experts} experts, and the "
             f"trace of {meta.model} of {meta.n_layers} of {meta.n_experts}: give --calibration "
-            "one of the same model"
+            "a trace of the same model"
         )
 
 
@@ -114,11 +114,11 @@ class Case:
         check_workers(self.machine, self.policy)
         if "low" in self.policy.requires and not self.low_bytes:
             raise SimulationError(
-                f"policy '{self.policy.label}' loads experts at a lower precision, and there is no "
-                "store of one: give --low or --low-expert-bytes"
+                f"policy '{self.policy.label}' loads experts at a lower precision: give --low or "
+                "--low-expert-bytes"
             )
         if timeline and self.expert_bytes is None:
-            raise SimulationError(f"a timeline is of times: {_HOW_BIG}")
+            raise SimulationError(f"a timeline needs times: {_HOW_BIG}")
 
     def parts(self) -> Iterator[Workload]:
         """What is replayed from an empty cache each: the whole, or sequence by sequence."""
@@ -162,8 +162,8 @@ class Case:
         context = self.workload.context(self.slots, self.scope)
         if overrides(self.policy.build(context), "prefetch"):
             raise SimulationError(
-                f"policy '{self.policy.label}' prefetches, and what comes in time depends on the "
-                f"bytes of an expert: {_HOW_BIG}"
+                f"policy '{self.policy.label}' prefetches, and which prefetches arrive in time "
+                f"depends on the bytes of an expert: {_HOW_BIG}"
             )
         link = LinkProfile(bytes_per_s=self.machine.link.bytes_per_s)
         return replace(self.machine, link=link, disk=None)

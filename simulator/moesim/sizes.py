@@ -35,11 +35,11 @@ def low_expert_size(
         return 0
     low_bytes = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
     if low_bytes is None or full_bytes is None:
-        raise SimulationError(f"a lower precision needs the size of the other: {_HOW_BIG}")
+        raise SimulationError(f"a lower precision needs the size at the full precision: {_HOW_BIG}")
     if low_bytes >= full_bytes:
         raise SimulationError(
-            f"an expert of the lower precision has {low_bytes:,} bytes, no fewer than the other's "
-            f"{full_bytes:,}: choose a lower one"
+            f"an expert takes {low_bytes:,} bytes at the lower precision, no fewer than the "
+            f"{full_bytes:,} at the full precision: choose a lower precision"
         )
     return low_bytes
 

@@ -42,7 +42,7 @@ def test_a_local_folder_is_itself(tmp_path: Path) -> None:
         ("/no/such/folder", "there is no model '/no/such/folder': there is no such folder"),
         ("store/", "there is no model 'store/': there is no such folder"),
         ("some one/model", "has no model 'some one/model'"),
-        ("someone/model", "the Hugging Face hub did not give it .* give the folder"),
+        ("someone/model", "the Hugging Face hub did not give the model .* give the folder"),
     ],
 )
 def test_what_is_not_there_is_named(

@@ -115,7 +115,7 @@ def _same(store: ExpertStore, model: GeneratedModel) -> ExpertStore:
             raise RunError(
                 f"{store.path} holds {theirs.model} in {theirs.precision}, attention in "
                 f"{theirs.attention_precision}, {theirs.n_layers} layers, {theirs.source_digest}: "
-                "give another --store, or remove it"
+                "give another --store, or remove that folder"
             )
     return store
 

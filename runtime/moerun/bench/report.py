@@ -220,8 +220,8 @@ def _bound(link_bytes_per_s: float | None, compute_ms: float) -> str:
     compute = f"compute alone {compute_ms:.2f} ms a token"
     if link_bytes_per_s is None:
         return (
-            f"{compute}, which is all of the bound: experts come partly from host memory and "
-            "partly from disk, at no one rate"
+            f"{compute}, which alone is the bound: experts come partly from host memory and "
+            "partly from disk, so the link has no single rate"
         )
     return f"link {link_bytes_per_s / 1e9:.2f} GB/s, {compute}; bound = max(bytes / link, compute)"
 
@@ -243,8 +243,8 @@ def _legend(rows: list[Row], made_by: dict[str, Any]) -> list[str]:
     lines += refusal_notes(made_by["refused"])
     if any(row.policy == RELEASED_LABEL for row in rows):
         lines.append(
-            f"{RELEASED}: our model of the released mixtral-offloading engine (serial copies, "
-            "evicted experts written back, no speculation), not its own code"
+            f"{RELEASED}: this project's model of the released mixtral-offloading engine (serial "
+            "copies, evicted experts written back, no speculation), not that engine's code"
         )
     return lines
 

@@ -60,12 +60,12 @@ def _download(repository: str, revision: str | None) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise RunError(
-            f"the Hugging Face hub has no model {repository!r}{at} that it would give you: "
-            "check the name, or log in if it is gated"
+            f"the Hugging Face hub has no model {repository!r}{at}, or gives you no access: "
+            "check the name, or log in if the model is gated"
         ) from error
     except Exception as error:  # the hub's transport library, and so its errors, changes by version
         raise RunError(
-            f"model {repository!r} is not a local folder and the Hugging Face hub did not give it "
-            f"({type(error).__name__}): check the network, or download it elsewhere and give "
-            "the folder"
+            f"model {repository!r} is not a local folder and the Hugging Face hub did not give the "
+            f"model ({type(error).__name__}): check the network, or download the model elsewhere "
+            "and give the folder"
         ) from error

@@ -119,8 +119,8 @@ def _table(rows: list[Comparison], refused: Refusals) -> str:
     waited = rows[0].waited
     if waited > CALM:
         notes.append(
-            f"not to be relied on: other programs kept these runs waiting for {100 * waited:.0f} % "
-            "of their time"
+            f"unreliable: other programs kept these runs waiting for {100 * waited:.0f} % of their "
+            "time"
         )
     notes += refusal_notes(refused)
     title = wrapped(["live (measured) beside simulated (predicted)"])

@@ -355,7 +355,9 @@ def _legend(cells: list[Cell], identity: dict[str, Any]) -> list[str]:
             "expert, or computed at the lower precision"
         )
     if low_bytes := max(cell.low_expert_bytes for cell in cells):
-        lines.append(f"lower precision: {identity['low']}, {decimal_bytes(low_bytes)} beside size")
+        lines.append(
+            f"lower precision: {identity['low']}, {decimal_bytes(low_bytes)} in addition to size"
+        )
     lines += _same_size(cells)
     if any(cell.published for cell in cells):
         lines.append("published: Table 1 of arXiv 2312.17238, Mixtral-8x7B, on its own texts")
@@ -375,7 +377,7 @@ def _same_size(cells: list[Cell]) -> list[str]:
         for what, (precision, n_bytes, data_bytes) in sizes.items():
             found.setdefault((what, n_bytes), {})[precision] = data_bytes
     return [
-        f"{what}: {' and '.join(data)} take {decimal_bytes(n_bytes)} alike, for each record is "
+        f"{what}: {' and '.join(data)} take {decimal_bytes(n_bytes)} alike, since each record is "
         f"rounded up to whole pages of {RECORD_ALIGN:,} bytes; without that "
         f"{' and '.join(map(decimal_bytes, data.values()))} (fewer bits need more scales)"
         for (what, n_bytes), data in found.items()

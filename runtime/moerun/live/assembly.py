@@ -95,8 +95,8 @@ def check_low(store: ExpertStore, low: ExpertStore | None) -> None:
     """RunError where ``low`` holds other experts than ``store`` does."""
     if low is not None and low.index.source_digest != store.index.source_digest:
         raise RunError(
-            f"{low.path} is the store of another model ({low.index.model}): give --low one that "
-            f"was packed from the checkpoint of {store.path}"
+            f"{low.path} is the store of another model ({low.index.model}): give --low a "
+            f"store that was packed from the checkpoint of {store.path}"
         )
 
 
@@ -105,8 +105,8 @@ def check_lower(store: ExpertStore, low: ExpertStore) -> None:
     if low.record_bytes >= store.record_bytes:
         raise RunError(
             f"an expert takes {low.record_bytes:,} bytes at the lower precision "
-            f"({low.index.precision}), no fewer than the other's {store.record_bytes:,} "
-            f"({store.index.precision}): give --low a lower one"
+            f"({low.index.precision}), no fewer than the {store.record_bytes:,} at "
+            f"{store.index.precision}: give --low a lower precision"
         )
 
 

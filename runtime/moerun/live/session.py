@@ -55,7 +55,7 @@ class Session:
         self.record_bytes = record_bytes
         self.low_record_bytes = low_record_bytes
         if "cpu" in policy.requires and make_aside is None:
-            raise PolicyError(f"policy '{policy.label}' needs experts computed beside the device")
+            raise PolicyError(f"policy '{policy.label}' needs experts computed on the CPU")
         self.gate_observers: list[GateObserver] = []
         self.before_steps: list[Callable[[], None]] = []
         """Called before each step, when nothing is half done; what one raises ends the pass."""

@@ -86,4 +86,4 @@ class BudgetWatch:
                 self._set_memory(budget)
                 self._report(f"memory: {format_bytes(budget)} from now on")
             except (RunError, PolicyError) as error:
-                self._report(f"memory: as before, for {error}")
+                self._report(f"memory: unchanged, since {error}")

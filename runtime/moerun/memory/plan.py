@@ -47,7 +47,7 @@ class Needs:
     def rows(self) -> list[tuple[str, int, str]]:
         """What takes how many bytes, and why; what a run does not have is left out."""
         optional = [
-            ("CPU experts", self.aside_bytes, "computed beside the others"),
+            ("CPU experts", self.aside_bytes, "memory to compute experts on the CPU"),
             ("host memory", self.host_tier_bytes, "experts between disk and slots"),
             ("compiled", self.compiled_bytes, "numba and the policy's code"),
         ]
@@ -126,8 +126,8 @@ class MemoryPlan:
             return bare.with_compiling(done)
         except RunError as error:
             raise RunError(
-                f"{error}; the policy's code is loaded and stays: a run that begins with "
-                "--memory does without it"
+                f"{error}; the policy's compiled code cannot be unloaded: a run that begins "
+                "with --memory loads no such code"
             ) from error
 
     def _least(self) -> str:

@@ -140,7 +140,7 @@ class Results:
         return journal
 
     def _refuse(self, why: str) -> RunError:
-        return RunError(f"{self.path} {why}: give another --out, or remove it")
+        return RunError(f"{self.path} {why}: give another --out, or remove the file")
 
     def _read_cells(self) -> None:
         if not self.path.exists():

@@ -67,8 +67,8 @@ class MachineProfile:
         if self.waited <= CALM:
             return ""
         return (
-            f"not to be relied on: other programs kept it waiting for {100 * self.waited:.0f} % of "
-            "the time"
+            f"unreliable: other programs kept the measurement waiting for "
+            f"{100 * self.waited:.0f} % of the time"
         )
 
     def to_toml(self) -> str:

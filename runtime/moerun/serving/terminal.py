@@ -87,7 +87,7 @@ class TerminalChat:
             self._err.print()
             return None
         except UnicodeDecodeError as error:
-            raise RunError("what stdin gives is no UTF-8 text") from error
+            raise RunError("stdin is no UTF-8 text") from error
 
     def _command(self, line: str) -> bool:
         """Do what a line of one word with a slash asks for, or /memory with an amount."""
@@ -115,7 +115,7 @@ class TerminalChat:
                 runner.set_memory(parse_budget(amount, runner.settings.device))
             sys.stderr.write(runner.plan.table())
         except RunError as error:
-            self._note(f"memory as before: {error}")
+            self._note(f"memory unchanged: {error}")
 
     def _reply(self, line: str) -> None:
         """Answer; at a terminal an error ends the turn, not the conversation."""

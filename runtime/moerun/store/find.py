@@ -48,7 +48,7 @@ def find_store(
         if report:
             report(
                 f"packing {model} ({_described(precisions)}) into {place}; "
-                "the next run will find it there"
+                "the next run will find the store there"
             )
         return pack(
             checkpoint,
@@ -112,14 +112,16 @@ def _reopen(place: Path) -> ExpertStore:
     try:
         return ExpertStore.open(place)
     except RunError as error:
-        raise RunError(f"{error}; remove {place} to have it packed anew") from error
+        raise RunError(
+            f"{error}; remove {place}, and the next run packs the model again"
+        ) from error
 
 
 def _of_model(store: ExpertStore, checkpoint: Path) -> ExpertStore:
     if _digest(checkpoint) != store.index.source_digest:
         raise RunError(
             f"{store.path} is the store of another model ({store.index.model}), not of "
-            f"{checkpoint}: give another --store, or --model {store.path} to run that one"
+            f"{checkpoint}: give another --store, or --model {store.path} to run the other model"
         )
     return store
 

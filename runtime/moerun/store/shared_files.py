@@ -30,7 +30,7 @@ class SharedFiles:
     def notes(self) -> Iterator[str]:
         """Which folders they are shared with, a sentence each."""
         for folder, n in Counter(path.parent for path in self.paths.values()).items():
-            yield f"{n} of {self.n_files} files are those of {folder}, and shared with it"
+            yield f"{n} of {self.n_files} files are hard links to those of {folder}"
 
     def bytes_on(self, device: int) -> int:
         """Bytes of those on the file system ``device`` (st_dev), which take no more room there."""

@@ -147,7 +147,7 @@ def compare(
     )
     if timeline is not None and setting.expert_bytes is None:
         raise SimulationError(
-            "a timeline is of times, and nothing says how big an expert is: give --like or "
+            "a timeline needs times, and nothing says how big an expert is: give --like or "
             "--expert-bytes"
         )
     counts = _slots(slots, setting.meta.n_experts)

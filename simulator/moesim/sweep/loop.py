@@ -131,7 +131,7 @@ class Sweep:
         schedule.forget(event.worker)
         given = self._state.given.pop(event.worker, [])
         if not given:
-            self.watcher.say(f"{event.reason}; it had no point, and is replaced")
+            self.watcher.say(f"{event.reason}; the worker had no point and is replaced")
             return
         at, *rest = given
         for number in reversed(rest):
@@ -143,7 +143,9 @@ class Sweep:
             schedule.put_back(at, last=True)
         else:
             self.watcher.say(f"{event.reason} at {name}, for the second time: the point failed")
-            self._settle(at, Outcome(None, f"{event.reason}, as did the one that tried before"))
+            self._settle(
+                at, Outcome(None, f"{event.reason}, as did the worker that tried the point before")
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a point of the grid, in the plan's order: what it is of, how it went, what came

@@ -332,7 +332,7 @@ def test_a_file_changes_the_budget_of_a_running_process(tiny: ExpertStore, tmp_p
                 budget.write_text("56MiB\n")
             elif line.startswith("memory: 56.00 MiB from now on"):
                 budget.write_text("nonsense\n")
-            elif line.startswith("memory: as before, for"):
+            elif line.startswith("memory: unchanged, since"):
                 budget.write_text("60MiB\n")
         out = process.stdout.read() if process.stdout else ""
     assert process.returncode == 0, said

@@ -318,7 +318,7 @@ def test_stores_that_differ_in_attention_share_their_experts(
         report=told.append,
         progress=lambda done, _: seen.append(done),
     )
-    assert told[-1] == f"4 of 5 files are those of {plain.path}, and shared with it"
+    assert told[-1] == f"4 of 5 files are hard links to those of {plain.path}"
     assert plain.path != packed.path
     assert seen == list(range(32, 49))  # the experts were there already
     for layer in range(4):
@@ -340,7 +340,7 @@ def test_damage_is_not_shared(mixtral: Path, tmp_path: Path) -> None:
         file.write(b"\0" * 64)
     told: list[str] = []
     again = pack(mixtral, tmp_path / "again", precision="2bit", reuse=[first], report=told.append)
-    assert told == [f"3 of 4 files are those of {first.path}, and shared with it"]
+    assert told == [f"3 of 4 files are hard links to those of {first.path}"]
     verify(again)
 
 

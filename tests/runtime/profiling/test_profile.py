@@ -196,7 +196,9 @@ def test_a_disturbed_profile_is_described_as_one(tmp_path: Path, waited: float, 
     path = tmp_path / "mine.toml"
     path.write_text(replace(PROFILE, waited=waited).to_toml(), encoding="utf-8")
     description = load_machine(str(path)).description
-    assert ("not to be relied on: other programs kept it waiting for 2 %" in description) == told
+    assert (
+        "unreliable: other programs kept the measurement waiting for 2 %" in description
+    ) == told
 
 
 def test_a_profile_waited_as_long_as_its_most_disturbed_turn(
@@ -230,9 +232,9 @@ COMPARISON = Comparison("lru", 2, 10.0, 11.0, *(0.25,) * 8, live_runs=(9.0, 10.0
 @pytest.mark.parametrize(("waited", "told"), [(0.0, False), (CALM, False), (0.38, True)])
 def test_fidelity_says_that_it_was_disturbed(waited: float, told: bool) -> None:
     rows = [replace(COMPARISON, waited=waited)]
-    note = "not to be relied on: other programs kept these runs waiting for 38 % of their time"
+    note = "unreliable: other programs kept these runs waiting for 38 % of their time"
     assert (note in _render(rows, Format.table, {})) == told
-    assert ("not to be relied on" in _render(rows, Format.table, {})) == told
+    assert ("unreliable" in _render(rows, Format.table, {})) == told
     assert json.loads(_render(rows, Format.json, {}))[0]["waited"] == waited
     assert _render(rows, Format.csv, {}).splitlines()[1].split(",")[-3:] == [
         str(waited),

@@ -250,7 +250,7 @@ def test_memory_can_be_changed_between_two_messages(
         said, errors = capsys.readouterr()
         assert runner.context.slots == 0
         assert runner.plan.budget_bytes == least
-    assert "memory as before: 1.00 MiB of memory is too little" in errors
+    assert "memory unchanged: 1.00 MiB of memory is too little" in errors
     assert errors.count("0 of 8 experts in each of 8 layers") == 2
     assert len(said.strip().splitlines()) >= 2
 

@@ -88,7 +88,7 @@ def test_policies_count_experts_in_the_calibration_trace(tmp_path: Path) -> None
     assert hits("--calibration", other, "--tokens", "3") == 0
     refused = moesim("compare", "static", "--trace", trace, "--calibration", "tiny")
     assert refused.returncode == 1
-    assert "1 of 3: give --calibration one of the same model" in refused.stderr
+    assert "1 of 3: give --calibration a trace of the same model" in refused.stderr
 
 
 def test_scope_and_size_change_what_is_simulated() -> None:

@@ -90,7 +90,7 @@ def test_a_trace_with_fewer_horizons_than_declared_is_refused(tmp_path: Path) ->
     (tmp_path / "ahead.py").write_text(AHEAD)
     spec = find_policy(f"{tmp_path}/ahead.py:Ahead")
     trace = open_trace("tiny")
-    said = r"ahead.py:Ahead' reads predictions 4 layers ahead, and the trace has them 3 ahead"
+    said = r"ahead.py:Ahead' reads predictions 4 layers ahead, and the trace has predictions 3"
     with pytest.raises(TraceError, match=said):
         workload_for(trace, [spec])
     points = Points("t", "layer", "m")

@@ -177,9 +177,11 @@ def test_without_an_experts_size_counts_are_found_and_times_are_not(engine: Engi
 
 def test_what_needs_an_experts_size_says_so() -> None:
     unsized = workload(expert_bytes={})
-    with pytest.raises(SimulationError, match=r"'lru-spec:n=1' prefetches, and what comes in time"):
+    with pytest.raises(
+        SimulationError, match=r"'lru-spec:n=1' prefetches, and which prefetches arrive in time"
+    ):
         simulate(unsized, find_policy("lru-spec:n=1"), ON, slots=1)
-    with pytest.raises(SimulationError, match=r"a timeline is of times: nothing says how big"):
+    with pytest.raises(SimulationError, match=r"a timeline needs times: nothing says how big"):
         run(unsized, timeline=[])
     assert expert_size(unsized.meta, precision=None, expert_bytes=None) is None
     with pytest.raises(SimulationError, match="no size for precision '4bit'; it has none"):
@@ -293,7 +295,7 @@ def test_a_timeline_says_what_its_times_leave_out(tmp_path: Path) -> None:
         assert json.load(file)["otherData"] == {}
     refused = moesim(*options, "--trace", trace, "--force")
     assert refused.returncode == 1
-    assert "a timeline is of times, and nothing says how big an expert is" in refused.stderr
+    assert "a timeline needs times, and nothing says how big an expert is" in refused.stderr
 
 
 def test_a_model_the_trace_cannot_be_of_is_refused(tmp_path: Path) -> None:

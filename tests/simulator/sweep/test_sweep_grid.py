@@ -247,7 +247,7 @@ def test_only_policies_that_require_it_have_a_second_store() -> None:
     assert hobbit.key != without[1, "fp32"].key
     refused = points[1, "2bit"].refused
     assert refused is not None
-    assert "no fewer than the other's" in refused
+    assert "no fewer than the" in refused
 
 
 def test_a_calibration_trace_concerns_the_policies_that_count(tmp_path: Path, trace: str) -> None:
