@@ -91,6 +91,17 @@ def test_rooms_import_only_lower_floors(package: str) -> None:
     assert seen == set(floor)
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    known = dict(modules(package))
+    below = {name: imports(file) & set(known) - {name, package} for name, file in known.items()}
+    del below[package]
+    while free := {name for name, wanted in below.items() if not wanted & set(below)}:
+        for name in free:
+            del below[name]
+    assert not below, f"in a circle, or above one: {', '.join(sorted(below))}"
+
+
 @pytest.mark.parametrize("package", FLOORS)
 def test_the_plan_shows_every_room(package: str) -> None:
     plan = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")

@@ -49,11 +49,11 @@ class Calls:
         begin(self.cache, self.policy, step, outcome)
 
     def start(self) -> int:
-        """Take the next copy from the queues, demands first; returns its key, or -1."""
+        """The key whose copy is to start now; -1 where none can."""
         return start(self.cache, self.policy)
 
     def finish(self, key: int) -> None:
-        """Note that the copy of ``key`` has arrived."""
+        """The copy of ``key`` has arrived."""
         finish(self.cache, self.policy, key)
 
     def consume(self, key: int) -> None:
@@ -159,7 +159,7 @@ class CompiledCalls(Calls):
         self._resume()
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
-        """Copy the step into the mail, run the compiled call, copy the outcome of each key out."""
+        """As of `Calls`: the step is copied in, and what becomes of each key is copied out."""
         mail = self._mail
         n = len(step.experts)
         mail.experts[:n] = step.experts
@@ -182,14 +182,14 @@ class CompiledCalls(Calls):
         outcome[:] = mail.outcome[:n]
 
     def start(self) -> int:
-        """Resume the compiled code for the next copy; returns its key, or -1."""
+        """The key whose copy is to start now; -1 where none can."""
         slip = self._slip
         slip[SLIP_CALL] = START
         self._resume()
         return slip[SLIP_ABOUT]
 
     def finish(self, key: int) -> None:
-        """Resume the compiled code for an arrival of ``key``."""
+        """The copy of ``key`` has arrived."""
         self._call(FINISH, key)
 
     def consume(self, key: int) -> None:

@@ -96,11 +96,12 @@ class Lfru(Policy):
 
 
 class LeastStale(Policy):
-    """Evict what this forward pass has not touched, the one loaded first; then what it has.
+    """Evict what this forward pass has not touched, the one loaded first (per layer: as fifo does).
 
     Least-Stale (SpecMD, arXiv 2602.03921). First loaded, first gone among the stale, so that a
     quiet pass does not cost an expert its slot as under LRU. A pass begins where the layers start
-    over. With a cache per layer it is FIFO: all that may go is stale there.
+    over. What the pass has touched goes after all else. With a cache per layer it is FIFO: all
+    that may go is stale there.
     """
 
     always_evicts = True

@@ -17,7 +17,7 @@ from moepolicy.state import (
 
 
 def note(cache: Cache, kind: int, key: int, other: int) -> None:
-    """Count an event of ``kind``; keep it where events are kept. IndexError if there is no room."""
+    """Count a decision and, where events are kept, write it down. IndexError when they are full."""
     cache.counters[kind] += 1
     if cache.events.shape[0]:
         i = cache.n_events[0]
@@ -31,7 +31,7 @@ def note(cache: Cache, kind: int, key: int, other: int) -> None:
 
 
 def domain_of(cache: Cache, key: int) -> int:
-    """Number of the slot domain of ``key``: its layer, or 0 where all layers share their slots."""
+    """The cache that ``key`` belongs to: of its layer, or the shared one."""
     return key // cache.n_experts if cache.per_layer else 0
 
 
@@ -98,20 +98,20 @@ def push_free(cache: Cache, area: int, slot: int) -> None:
 
 
 def stage(cache: Cache, key: int) -> None:
-    """Put ``key`` into a staging buffer."""
+    """Add ``key`` to those in staging, as the newest."""
     cache.held[cache.staging, cache.n_held[cache.staging]] = key
     cache.n_held[cache.staging] += 1
     cache.staged[key] = 1
 
 
 def unstage(cache: Cache, key: int) -> None:
-    """Take ``key`` out of its staging buffer."""
+    """Take ``key`` out of staging."""
     remove(cache, cache.staging, key)
     cache.staged[key] = 0
 
 
 def join_queue(cache: Cache, key: int, queue: int) -> None:
-    """Append ``key`` to a queue of copies; its status becomes QUEUED."""
+    """Queue ``key`` as the last of a queue."""
     last = cache.last[queue]
     cache.status[key] = QUEUED
     cache.queue[key] = queue
@@ -126,7 +126,7 @@ def join_queue(cache: Cache, key: int, queue: int) -> None:
 
 
 def leave_queue(cache: Cache, key: int) -> None:
-    """Take ``key`` out of the queue of copies that it waits in."""
+    """Take ``key`` out of its queue, wherever it stands."""
     queue = cache.queue[key]
     cache.backlog[0] -= 1
     if cache.previous[key] >= 0:

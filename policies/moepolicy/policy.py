@@ -44,7 +44,7 @@ class Context(NamedTuple):
 
     @property
     def n_keys(self) -> int:
-        """Keys of the whole model: layers times experts."""
+        """All experts of all layers."""
         return self.n_layers * self.n_experts
 
 

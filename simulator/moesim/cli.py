@@ -38,5 +38,5 @@ add_command(app, list_machines, "machines")
 
 
 def main() -> None:
-    """Run `moesim` with the arguments of this process."""
+    """Run the command line; an error becomes one line and an exit code."""
     console.run(app, errors=(PolicyError, SimulationError, TraceError))

@@ -26,7 +26,7 @@ class Gap:
     time: float | None
 
     def row(self) -> dict[str, float | None]:
-        """The two shares as columns of a result's row."""
+        """The gaps under the names that every output has for them; None where there is none."""
         return {"gap_closed_loads": self.loads, "gap_closed_time": self.time}
 
 

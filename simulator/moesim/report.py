@@ -40,11 +40,11 @@ class Compared(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Slots of the result, a layer or in all by its scope."""
+        """Slots a layer."""
         return self.result.slots
 
     def row(self) -> dict[str, Any]:
-        """The result as a row for programs, with its share of the gap."""
+        """The result, the gaps it closes and no refusal, under the names that every output has."""
         gap = self.gap or Gap(self.result.policy, None, None)
         return self.result.row() | gap.row() | {"refused": None}
 

@@ -158,13 +158,14 @@ def one_of(kind: Any, **given: Any) -> Any:
     return kind(**numbers | given)
 
 
+REFUSED = {"mine.py:Refused": "policy 'mine.py:Refused' reads predictions, and there are none"}
 MADE_BY = {
     **{"shape": "mixtral-8x7b", "layers": 4, "attention": "native", "precision": "2bit"},
     **{"expert_bytes": 52_000_000, "experts_in": "memory", "slots": 4, "scope": "layer"},
     **{"device": "cpu", "routing": "mixtral-like", "routing_sha256": "0123456789abcdef"},
     **{"tokens": 16, "warm_up": 4, "rounds": 1, "link_bytes_per_s": 12e9},
     **{"compute_alone_s_per_token": 0.123, "hardware": {"cpu": "A CPU", "threads": 2}},
-    "refused": {},
+    "refused": REFUSED,
 }
 IDENTITY = {
     **{"model": "some/model", "tokens": 4096, "text_bytes": 12345, "context": 512, "stride": 256},
@@ -182,7 +183,7 @@ def bench_table() -> str:
 
 def fidelity_table() -> str:
     rows = [one_of(Comparison, policy=p, slots=4, live_runs=(1.0, 2.0)) for p in ("lru", SPEC)]
-    return render_fidelity(rows, Format.table, {})
+    return render_fidelity(rows, Format.table, REFUSED)
 
 
 def perplexity_table() -> str:
@@ -192,7 +193,7 @@ def perplexity_table() -> str:
         one_of(Cell, policy=policy, published=published, **given, **counts)
         for policy, published in (("hobbit", Published(17.54, 4.61, 7.42)), (SPEC, None))
     ]
-    return render_perplexity(cells, IDENTITY, Format.table, {})
+    return render_perplexity(cells, IDENTITY, Format.table, REFUSED)
 
 
 def run_report() -> str:

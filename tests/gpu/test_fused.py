@@ -6,15 +6,15 @@ import pytest
 import torch
 from moerun.bench.random_weights import RandomRecords
 from moerun.format.bitplanes import dequantise
-from moerun.format.expert import ExpertShape
 from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import FusedSlot, SlotForm
+from support.shapes import gated_expert
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-SHAPE = ExpertShape.gated(hidden=4096, inner=14336)
+SHAPE = gated_expert(hidden=4096, inner=14336)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 

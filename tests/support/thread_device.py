@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
-from moerun.links.device import Event
+from moerun.links.device import StreamEvent
 
 PATIENCE_S = 30.0
 DELAYS_S = (0.0, 0.0, 0.0, 1e-5, 1e-4, 5e-4)
@@ -57,7 +57,7 @@ class ThreadStream:
         self._queue.put(reach)
         return event
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: StreamEvent) -> None:
         assert isinstance(event, ThreadEvent)
         reached = event.reached
         self._queue.put(lambda: None if reached.wait(PATIENCE_S) else _stuck())

@@ -142,7 +142,7 @@ def test_undeclared_quantisation_is_not_recorded(
 ) -> None:
     copy = change_weights(checkpoint_copy(tmp_path), partial(quantise_float8, scale="_scale_inv"))
     told = "weight_scale_inv' (float32"
-    assert_fails(moetrace("record", corpus, "--model", copy, "--out", tmp_path / "t"), told)
+    assert_fails(moetrace("record", corpus, "--model", copy, "--out", tmp_path / "t.parquet"), told)
 
 
 def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Source:
         """polars unpacks zstd where the standard library of our Python does not: text only."""
         import polars as pl
 
-        from moeroute.parquet import naming_errors
+        from moeroute.naming import naming_errors
 
         with naming_errors(self.path):
             lines = pl.read_csv(

@@ -5,8 +5,6 @@ polars is imported inside functions: the package must start without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeroute.foreign import Source
+from moeroute.naming import Place, naming_errors
 from moeroute.schema import PHASES, PREDICTED, Rows, TraceError, TraceMeta, column_spec
 
 if TYPE_CHECKING:
     import polars as pl
 
 _MAGIC = b"PAR1"
-
-Place = Path | str  # a file, or a URL that polars can read
 
 
 def is_url(path: Place) -> bool:
@@ -153,21 +150,3 @@ def check_whole(path: Path) -> None:
 def partial_folder(path: Path) -> Path:
     """Where an unfinished trace that is to become `path` lies."""
     return Path(f"{path}.partial")  # with_name would refuse "." and "/"
-
-
-@contextmanager
-def naming_errors(path: Place) -> Iterator[None]:
-    """Turn polars' errors, and system errors that name no file, into TraceError with `path`."""
-    from polars.exceptions import PolarsError
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        if error.filename is not None:
-            raise
-        raise TraceError(f"{path}: there is no such trace") from error
-    except (PolarsError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TraceError(f"{path}: cannot be read or written ({reason})") from error

@@ -13,14 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeroute.check import RowChecker, check_names
-from moeroute.parquet import (
-    Place,
-    array_from_series,
-    column_type,
-    is_url,
-    naming_errors,
-    scan,
-)
+from moeroute.naming import Place, naming_errors
+from moeroute.parquet import array_from_series, column_type, is_url, scan
 from moeroute.schema import (
     META_KEY,
     Rows,

@@ -18,14 +18,8 @@ from typing import Self
 import numpy as np
 
 from moeroute.check import RowChecker
-from moeroute.parquet import (
-    frame_from_rows,
-    join_parts,
-    naming_errors,
-    partial_folder,
-    read_part,
-    write_part,
-)
+from moeroute.naming import naming_errors
+from moeroute.parquet import frame_from_rows, join_parts, partial_folder, read_part, write_part
 from moeroute.schema import META_KEY, Rows, TraceError, TraceMeta, rows_from_columns
 
 PART_BYTES = 16 << 20

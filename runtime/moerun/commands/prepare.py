@@ -34,40 +34,22 @@ def settings(
     """
     spec = find_policy(policy or cache.policy)
     _check_budget(cache)
-    from moerun.amounts import parse_bytes
-    from moerun.devices import find_device, use_threads
-    from moerun.links.base import check_ways
-    from moerun.live.assembly import check_rate
-    from moerun.memory.budget import parse_budget, read_budget
-    from moerun.policies import refuse_unservable
-    from moerun.settings import Settings
+    from moerun.devices import use_threads
+    from moerun.live.options import read_settings
 
-    # Before a checkpoint is packed for hours in vain; a lower precision may still be given.
-    refuse_unservable(spec, low=True)
-    chunk_bytes = 0 if device.chunk is None else parse_bytes(device.chunk)
-    check_ways(device.streams, chunk_bytes)
-    if cache.scope not in names.scopes():
-        raise UsageError(f"unknown scope '{cache.scope}': it is 'layer' or 'global'")
-    rate = None if device.link_gbps is None else device.link_gbps * 1e9
-    if rate is not None:
-        check_rate(rate)
     use_threads(device.threads)
-    found = find_device(device.device)
-    budget = None if cache.memory is None else parse_budget(cache.memory, found)
-    if cache.memory_file is not None:
-        budget = read_budget(cache.memory_file, found)
-    return Settings(
+    return read_settings(
         policy=spec,
-        slots=cache.slots,
-        memory_bytes=budget,
-        memory_file=cache.memory_file,
-        host_bytes=None if cache.host_memory is None else parse_bytes(cache.host_memory),
-        chunk_bytes=chunk_bytes,
-        context_tokens=cache.context_tokens,
-        scope=cache.scope,
-        device=found,
+        device=device.device,
         streams=device.streams,
-        link_bytes_per_s=rate,
+        link_gbps=device.link_gbps,
+        slots=cache.slots,
+        memory=cache.memory,
+        memory_file=cache.memory_file,
+        host_memory=cache.host_memory,
+        chunk=device.chunk,
+        context=cache.context_tokens,
+        scope=cache.scope,
         cold=device.direct,
         horizon=1 if cache.horizon is None and recording else cache.horizon,
         calibration=cache.calibration,
@@ -75,6 +57,7 @@ def settings(
 
 
 def _check_budget(cache: CacheOptions) -> None:
+    """Wrong usage, by the options' own names, where they exclude each other."""
     given = {
         "--slots": cache.slots,
         "--memory": cache.memory,
@@ -83,13 +66,8 @@ def _check_budget(cache: CacheOptions) -> None:
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise typer.BadParameter(f"give {' or '.join(chosen)}, not both")
-    context = cache.context_tokens
-    if context is not None and context < 2:
-        raise UsageError(f"context must be 2 or more tokens, not {context}")
-    if context is not None and chosen in ([], ["--slots"]):
+    if cache.context_tokens is not None and chosen in ([], ["--slots"]):
         raise typer.BadParameter("--context is what --memory plans for: give that, too")
-    if cache.horizon is not None and cache.horizon < 0:
-        raise UsageError(f"horizon must be 0 or more, not {cache.horizon}")
 
 
 def sampling(options: SamplingOptions) -> Sampling:

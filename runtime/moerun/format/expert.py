@@ -43,22 +43,9 @@ class ExpertParam:
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """The parameters of one expert, in the order of their record.
-
-    For a model without weights at hand: ExpertShape.gated(hidden=4096, inner=14336).
-    """
+    """The parameters of one expert, in the order of their record."""
 
     params: tuple[ExpertParam, ...]
-
-    @classmethod
-    def gated(cls, *, hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> ExpertShape:
-        """An expert of Mixtral's kind: gate and up stacked, and down."""
-        return cls(
-            (
-                ExpertParam("gate_up_proj", (2 * inner, hidden), dtype),
-                ExpertParam("down_proj", (hidden, inner), dtype),
-            )
-        )
 
     @classmethod
     def matrix(cls, rows: int, columns: int) -> ExpertShape:

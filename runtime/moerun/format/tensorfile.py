@@ -189,7 +189,7 @@ class TensorFile:
             start, end = (int(value) for value in spec["data_offsets"])
         except KeyError as error:
             raise self._corrupt(f"tensor {name!r} has no {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:  # 1e999 is infinite
             raise self._corrupt(f"tensor {name!r} is not described") from error
         if min(start, end - start, *shape, 0) < 0:
             raise self._corrupt(f"tensor {name!r} has a size below zero")

@@ -10,7 +10,7 @@ import torch
 
 from moerun.amounts import format_bytes
 from moerun.errors import RunError
-from moerun.links.device import Event
+from moerun.links.device import StreamEvent
 
 
 class CudaEvent:
@@ -48,7 +48,7 @@ class CudaStream:
         with _naming(self._stream.device):
             return CudaEvent(self._stream)
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: StreamEvent) -> None:
         """Let what is queued from now on wait for ``event``."""
         assert isinstance(event, CudaEvent)
         self._stream.wait_event(event.event)

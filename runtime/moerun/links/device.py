@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 
-class Event(Protocol):
+class StreamEvent(Protocol):
     """A point in a stream, reached when all that was queued before it is done."""
 
     def wait(self) -> None:
@@ -30,10 +30,10 @@ class Stream(Protocol):
     def run(self, work: Callable[[], None]) -> None:
         """Queue what ``work`` issues."""
 
-    def record_event(self) -> Event:
+    def record_event(self) -> StreamEvent:
         """An event behind everything queued so far."""
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: StreamEvent) -> None:
         """What is queued from now on waits for ``event``, which may be another stream's."""
 
 

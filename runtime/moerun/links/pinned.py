@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moerun.links.base import Done, SlotLink
 from moerun.links.bus import Job
 from moerun.links.copies import Copy, CopyQueue, Piece
-from moerun.links.device import Device, Event, Stream
+from moerun.links.device import Device, Stream, StreamEvent
 from moerun.links.host import HostTier
 from moerun.links.slot import DualSlot, Slot, Variant
 from moerun.links.slot_events import SlotEvents
@@ -27,7 +27,7 @@ class Crossing(NamedTuple):
     """What has been queued of a copy since the crossing before."""
 
     copy: Copy
-    event: Event | None  # behind it; None: could not be made
+    event: StreamEvent | None  # behind it; None: could not be made
     deadline_s: float  # from when on the cap lets it count as done (time.perf_counter)
 
     def wait(self) -> Exception | None:

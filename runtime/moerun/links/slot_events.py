@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moerun.links.device import Event
+from moerun.links.device import StreamEvent
 
 
 class SlotEvents:
@@ -15,12 +15,12 @@ class SlotEvents:
     waits are the device's: no thread takes part.
     """
 
-    def __init__(self, n_slots: int, memory_free: Event) -> None:
+    def __init__(self, n_slots: int, memory_free: StreamEvent) -> None:
         """``memory_free`` is reached when nothing uses what the memory of the slots was before."""
         self.copied = [memory_free] * n_slots
         self.used = [memory_free] * n_slots
 
-    def grant(self, slots: Sequence[int], memory_free: Event) -> None:
+    def grant(self, slots: Sequence[int], memory_free: StreamEvent) -> None:
         """These slots have new memory, of which the same is true."""
         more = max(slots) + 1 - len(self.used)
         self.copied += [memory_free] * more

@@ -18,12 +18,12 @@ from moepolicy import (
     demand_order,
     pool_logits,
 )
+from moepolicy.kinds import HIT, LATE, MISS
 from numpy.typing import NDArray
 
 from moerun.offload.gate import Gate, pool_rows
 
-HIT = int(Kind.HIT)
-FETCHED = frozenset({HIT, int(Kind.LATE), int(Kind.MISS)})
+FETCHED = frozenset({HIT, LATE, MISS})
 """What nearly every step consists of: hits and copies."""
 
 

@@ -278,5 +278,5 @@ def read_index(folder: Path) -> StoreIndex:
         )
     try:
         return StoreIndex.from_json(described)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # 1e999 is infinite
         raise RunError(f"{path} is damaged ({error}): pack the store again") from error

@@ -21,7 +21,7 @@ TOKENS_HELP = "Replay only this many tokens of the trace."
 
 
 def scopes() -> list[str]:
-    """Whether each layer has its own slots or all layers share theirs."""
+    """The scopes that a cache may have."""
     return ["layer", "global"]
 
 

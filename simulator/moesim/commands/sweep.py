@@ -43,7 +43,7 @@ LOG_EVERY_S = 60.0  # where stderr is no terminal
 
 
 def precisions() -> list[str]:
-    """Precisions that a model can be replayed at."""
+    """The precisions that attention may have."""
     return list(ATTENTION)
 
 

@@ -44,7 +44,7 @@ class SimulatedTime:
     segments: list[Segment] | None = None
 
     def add(self, *segment: int) -> None:
-        """Add a segment of the timeline, given its fields, if a timeline was asked for."""
+        """Keep a segment (see `Segment`), where a timeline is kept."""
         if self.segments is not None:
             self.segments.append(Segment(*segment))
 

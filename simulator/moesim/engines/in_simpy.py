@@ -32,7 +32,7 @@ class Nanoseconds(simpy.Environment):
 
     @property
     def now(self) -> int:
-        """Simulated time in nanoseconds."""
+        """The simulation's time in ns."""
         return int(self._now)
 
 

@@ -22,16 +22,11 @@ from moesim.engines.choose import run
 from moesim.engines.clock import SimulatedTime
 from moesim.engines.compilations import Compilations
 from moesim.engines.replay_state import ReplaySteps, clock_of, new_clocks
+from moesim.engines.step_kinds import INTO_EMPTIED, INTO_FREE
 from moesim.machine.costs import Costs
 from moesim.machine.profile import Machine
 from moesim.workload.steps import CHUNK, Workload
 
-# How a step came by an expert: two bits a rank, above the lowest, which says if a pass begins.
-# (HELD, 0: it was there.) `moesim.engines.onepass_kernel`
-# finds them.
-INTO_FREE = 1
-INTO_EMPTIED = 2
-BYPASSED = 3
 WIDEST = 10  # experts a step: kinds are counted in a table with an entry for each there could be
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from moepolicy.kinds import BYPASS, EVICT, LOAD
 from numpy.typing import NDArray
 
-from moesim.engines.onepass import BYPASSED, INTO_EMPTIED, INTO_FREE
+from moesim.engines.step_kinds import BYPASSED, INTO_EMPTIED, INTO_FREE
 from moesim.jit import jit
 
 

@@ -102,7 +102,7 @@ def new_clocks(costs: Costs, n_keys: int, n_segments: int = 0) -> Clocks:
 
 
 def work_of(workload: Workload) -> ReplaySteps:
-    """The steps of a workload as arrays that compiled code takes."""
+    """The arrays of a workload that the replay reads."""
     return ReplaySteps(
         workload.keys,
         workload.weights,

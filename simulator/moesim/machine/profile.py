@@ -101,12 +101,12 @@ class Machine:
 
     @property
     def latency_ns(self) -> int:
-        """Latency of a copy over the link, in nanoseconds."""
+        """Before the first byte of a copy."""
         return _ns(self.link.latency_s)
 
     @property
     def arrival_ns(self) -> int:
-        """Time that compute takes to wake up after it waited for an expert, in nanoseconds."""
+        """What compute spends on an expert that arrives."""
         return _ns(self.compute.arrival_s)
 
     def pass_ns(self, token_bytes: int) -> int:

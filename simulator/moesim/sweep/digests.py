@@ -51,5 +51,5 @@ def machine_digest(machine: Machine) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a value as JSON, in hexadecimal."""
+    """SHA-256, in hexadecimal, of a value that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

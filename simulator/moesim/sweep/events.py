@@ -53,7 +53,7 @@ class Pool(Protocol):
     n_workers: int
 
     def start(self) -> None:
-        """Start the workers, each of which says Ready when it can take points."""
+        """Start the workers. Once, before anything is given."""
 
     def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
         """Hand numbered points to a worker that is ready or has finished its last."""

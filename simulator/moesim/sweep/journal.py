@@ -74,7 +74,7 @@ class SweepJournal:
         self.finished.clear()
 
     def close(self) -> None:
-        """Bring everything to disk and close the file."""
+        """Write what is held to disk and close the file. Harmless when repeated."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -85,7 +85,7 @@ class SweepJournal:
         self.close()
 
     def drop_scratch(self) -> None:
-        """Delete the files that workers share while the sweep runs."""
+        """Remove what workers share while a sweep runs."""
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _read(self) -> dict[str, dict[str, Any]]:

@@ -73,7 +73,7 @@ class Sweep:
 
     @property
     def n_left(self) -> int:
-        """Number of points that are not finished."""
+        """Points that have not been run."""
         return len(self._todo)
 
     @property

@@ -41,7 +41,7 @@ class ProcessPool:
         self._stillborn = 0
 
     def start(self) -> None:
-        """Start a process for each worker."""
+        """Start the processes."""
         for _ in range(self.n_workers):
             self._spawn()
 
@@ -56,14 +56,14 @@ class ProcessPool:
         self._next += 1
 
     def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
-        """Send points to a worker's process; ``events`` reports a worker that has died."""
+        """Send points to a process; one that has died is told of by the next events."""
         try:
             self._workers[worker].pipe.send(points)
         except OSError:
             return  # it has just died; the next events say so
 
     def events(self, timeout_s: float) -> list[PoolEvent]:
-        """What the processes have sent; a process that has died is replaced."""
+        """What the processes say, and which have died."""
         pipes = {held.pipe: worker for worker, held in self._workers.items()}
         found: list[PoolEvent] = []
         for pipe in wait(list(pipes), timeout_s):
@@ -100,7 +100,7 @@ class ProcessPool:
         return Lost(worker, reason)
 
     def stop(self) -> None:
-        """End the processes: by a signal that they can handle, then by one that they cannot."""
+        """End the processes, which have STOP_S seconds to go by themselves."""
         for held in self._workers.values():
             held.process.terminate()
         for held in self._workers.values():

@@ -47,7 +47,7 @@ class NodeWorker:
         return self.node, code_digest()
 
     def run(self, point: SweepPoint) -> Outcome:
-        """Compute a point on the node of this actor."""
+        """Run one point on this node."""
         return self.worker.run(point)
 
 
@@ -57,7 +57,7 @@ def node_scratch(token: str) -> Path:
 
 
 def clean(token: str) -> None:
-    """Delete the workloads that a sweep left on this node."""
+    """Remove a sweep's workloads from this node."""
     shutil.rmtree(node_scratch(token), ignore_errors=True)
 
 
@@ -181,6 +181,7 @@ class _Driver:
                     os._exit(1)
 
     def run(self, n_workers: int) -> None:
+        """Run one point on this node."""
         for _ in range(n_workers):
             self._hire()
         while not self._closed.is_set():

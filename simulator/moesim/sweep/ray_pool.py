@@ -71,14 +71,14 @@ class RayPool:
         self.n_workers = first.n_workers
 
     def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
-        """Send points to the driver for a worker; ``events`` reports a driver that has died."""
+        """Send points to a worker by way of the driver; the next events say if it is gone."""
         try:
             self._pipe.send((worker, list(points)))
         except OSError:
             return  # the driver is gone; the next events say so
 
     def events(self, timeout_s: float) -> list[PoolEvent]:
-        """What the driver has sent. SimulationError when the driver or the cluster is gone."""
+        """What the driver says of the workers."""
         found: list[PoolEvent] = []
         while self._pipe.poll(0 if found else timeout_s):
             found.append(self._receive())
@@ -97,7 +97,7 @@ class RayPool:
         return message
 
     def stop(self) -> None:
-        """Let the driver leave the cluster; kill the driver if it does not end."""
+        """Hang up, and wait LEAVE_S seconds for the driver to leave the cluster tidy."""
         if self._process.pid is None:
             return
         self._pipe.close()  # which tells the driver to leave the cluster tidy

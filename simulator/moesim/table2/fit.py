@@ -48,7 +48,7 @@ class Curves:
         self._known: dict[tuple[object, ...], Curve] = {}
 
     def of(self, algorithm: Algorithm, reading: Reading, *, slots: int, guesses: int) -> Curve:
-        """The curve of an algorithm under a reading, simulated once for all rows that share it."""
+        """The curve of one algorithm under a reading, with so many slots a layer and guesses."""
         full, naive = algorithm is Algorithm.full, algorithm is Algorithm.naive
         # What makes no difference to a row is no part of its key.
         key = (

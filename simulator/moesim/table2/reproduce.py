@@ -66,11 +66,11 @@ class Account:
     cells: list[TableCell]
 
     def errors(self, role: str) -> list[float]:
-        """Relative errors, without their sign, of the fitted or of the predicted cells."""
+        """By how much each cell of this role is off, as a share of the published rate."""
         return [abs(cell.error) for cell in self.cells if cell.role == role]
 
     def median_error(self, role: str) -> float:
-        """Median of the relative errors of the fitted or of the predicted cells."""
+        """The median of `errors`."""
         return float(np.median(self.errors(role)))
 
     def median_slowdown_error(self) -> float:

@@ -67,7 +67,7 @@ class Constants:
     layer_s: float
 
     def machine(self, *, write_back: bool) -> Machine:
-        """A machine profile with these constants and nothing else that takes time."""
+        """A machine of these constants."""
         return Machine(
             name="table2",
             description="constants fitted on published rows",
@@ -86,11 +86,11 @@ class WholeLayers(Policy):
         self.n_experts = context.n_experts
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        """Choose no victim: an expert that has no slot travels through a staging buffer."""
+        """None: what comes in passes through staging."""
         return -1
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
-        """Ask for every expert of the next layer; the last layer asks for the first one's."""
+        """All experts of the next layer."""
         first = (step.layer + 1) % self.n_layers * self.n_experts
         keys[: self.n_experts] = np.arange(first, first + self.n_experts)
         return self.n_experts

@@ -70,12 +70,12 @@ class Workload:
 
     @property
     def n_steps(self) -> int:
-        """Number of steps."""
+        """Steps of all layers."""
         return len(self.layer)
 
     @property
     def n_keys(self) -> int:
-        """Keys of the whole model: layers times experts."""
+        """All experts of all layers."""
         return self.meta.n_layers * self.meta.n_experts
 
     def release(self) -> None:

@@ -27,13 +27,13 @@ from moerun.bench.schedule import BenchSchedule
 from moerun.bench.simulated import simulated_tokens_per_s
 from moerun.checkpoint.families import count_experts, empty_model, find_experts
 from moerun.errors import RunError
-from moerun.format.expert import ExpertShape
 from moerun.kernels.slots import SlotForm
 from moerun.settings import Settings
 from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.result import Result
 from moesim.simulate import simulate
 from moesim.workload.loading import load_workload
+from support.shapes import gated_expert
 from support.stores import verify
 
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ def test_the_released_engine_writes_back_what_it_evicts(bench: Bench) -> None:
 
 @pytest.mark.parametrize("precision", ["native", "fp16", "4bit", "3bit", "2bit"])
 def test_random_records_compute_finite_numbers(precision: str) -> None:
-    shape = ExpertShape.gated(hidden=256, inner=512)
+    shape = gated_expert(hidden=256, inner=512)
     records = RandomRecords(shape, precision, seed=3)
     form = SlotForm(shape, precision, CPU)
     outputs = []

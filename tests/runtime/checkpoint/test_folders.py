@@ -149,6 +149,12 @@ def test_bytes_that_belong_to_no_tensor_or_two_are_damage(folder: Path) -> None:
     assert "no whole safetensors file" in refusal(folder)
 
 
+def test_a_number_too_large_for_any_file_is_damage(folder: Path) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}'
+    (folder / made.WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "tensor 'a' is not described" in refusal(folder)
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "wanted"),
     [

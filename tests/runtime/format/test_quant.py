@@ -18,6 +18,7 @@ from moerun.format.precision import ROWS, SCHEMES, Scheme
 from moerun.format.quantise import quantise
 from moerun.kernels.linears import kernel_reads_nibbles
 from moerun.kernels.slots import SlotForm
+from support.shapes import gated_expert
 
 ERRORS = {"4bit": 0.087, "3bit": 0.185, "2bit": 0.302}  # of random normal weights, relative
 # bfloat16 has 8 bits of mantissa: the kernel's scales and its sums of products round to them.
@@ -104,7 +105,7 @@ def slot_of(
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_the_kernel_computes_what_plain_dequantisation_does(name: str, tokens: int) -> None:
-    shape = ExpertShape.gated(hidden=128, inner=192)
+    shape = gated_expert(hidden=128, inner=192)
     weights = {"gate_up_proj": normal(384, 128), "down_proj": normal(128, 192, seed=1)}
     slot, plain = slot_of(shape, name, weights, "cpu")
     x = torch.randn(tokens, 128)
@@ -138,7 +139,7 @@ def test_odd_rows_biases_and_transposed_matrices(name: str) -> None:
 
 
 def test_a_slot_computes_the_expert_that_arrived_last() -> None:
-    shape = ExpertShape.gated(hidden=64, inner=64)
+    shape = gated_expert(hidden=64, inner=64)
     form = SlotForm(shape, "2bit", torch.device("cpu"))
     slot = form.bind(torch.empty(form.slot_bytes, dtype=torch.uint8))
     record, x, outputs = torch.empty(form.record_bytes, dtype=torch.uint8), torch.randn(1, 64), []
@@ -196,7 +197,7 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 
 PROBE = """
 import sys, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import test_quant
 from moerun.kernels.linears import kernel_reads_nibbles
 print(torch.backends.cpu.get_cpu_capability(), kernel_reads_nibbles())
@@ -209,7 +210,7 @@ for name in test_quant.SCHEMES:
 @pytest.mark.skipif(not kernel_reads_nibbles(), reason="this CPU's kernel has another order itself")
 def test_a_cpu_whose_kernel_has_another_order_computes_the_same() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(Path(__file__).parent)],
+        [sys.executable, "-c", PROBE, str(Path(__file__).parent), str(Path(__file__).parents[2])],
         env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"},
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from moerun.format.expert import ExpertParam, ExpertShape
 from moerun.format.precision import SCHEMES
 from moerun.format.quantise import quantise
 from moerun.kernels.slots import FusedSlot, SlotForm
+from support.shapes import gated_expert
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 # Of the largest output: weights and sums are rounded to the type of the activations.
@@ -178,6 +179,6 @@ def test_the_kernels_compile_for_every_kind_of_card(name: str, x: str) -> None:
 def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotForm, "_takes_nibbles", False)
     monkeypatch.setitem(sys.modules, "moerun.kernels.gpu", None)
-    form = SlotForm(ExpertShape.gated(hidden=64, inner=64), "2bit", torch.device("cpu"))
+    form = SlotForm(gated_expert(hidden=64, inner=64), "2bit", torch.device("cpu"))
     with pytest.raises(RunError, match="pip install triton"):
         form.bind(torch.empty(form.slot_bytes, dtype=torch.uint8))

@@ -36,6 +36,7 @@ from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.commands import Call, caller
 from support.moe_models import random_model, save_checkpoint
+from support.shapes import gated_expert
 
 CONTEXT = 64
 PATIENCE_S = 120
@@ -362,7 +363,7 @@ def test_table_1_beside_a_store_of_its_model(checkpoint: Path, tmp_path: Path) -
     index = pack(checkpoint, tmp_path / "s", precision="2bit", attention="4bit").index
     assert published(index) is None
     layers = tuple(replace(index.layers[0], offsets=(0,) * 8, crc32=(0,) * 8) for _ in range(32))
-    mixtral = replace(index, shape=ExpertShape.gated(hidden=4096, inner=14336), layers=layers)
+    mixtral = replace(index, shape=gated_expert(hidden=4096, inner=14336), layers=layers)
     row = published(mixtral)
     assert row is not None
     assert (row.size_gib, row.wikitext2, row.c4) == (17.54, 4.61, 7.42)
@@ -391,7 +392,7 @@ def test_published_figures_stand_in_columns_of_their_own() -> None:
 
 @pytest.mark.parametrize(("attention", "experts"), ROWS)
 def test_stores_of_mixtral_take_no_more_than_table_1_says(attention: int, experts: int) -> None:
-    expert = ExpertShape.gated(hidden=4096, inner=14336).record(PRECISION_OF[experts])
+    expert = gated_expert(hidden=4096, inner=14336).record(PRECISION_OF[experts])
     matrices = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)]
     projections = sum(
         ExpertShape.matrix(*shape).record(PRECISION_OF[attention]).record_bytes

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.format.expert import ExpertShape
 from moerun.format.layout import RecordLayout
 from moerun.format.tensorfile import TensorFile, memory_of
 from moerun.offload.load import load_offloaded
@@ -26,6 +25,7 @@ from moerun.store.index import read_index
 from moerun.store.pack import pack
 from safetensors import safe_open
 from support.runs import ResidentProvider
+from support.shapes import gated_expert
 from support.stores import verify
 
 
@@ -240,6 +240,12 @@ def test_a_file_cut_off_is_refused_at_opening_and_named_at_reading(copied: Path)
         ExpertStore.open(copied)
 
 
+def rewrite(path: Path, pattern: str, by: str) -> None:
+    text, n = re.subn(pattern, by, path.read_text())
+    assert n == 1
+    path.write_text(text)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -247,6 +253,7 @@ def test_a_file_cut_off_is_refused_at_opening_and_named_at_reading(copied: Path)
         (lambda d: (d / "index.json").write_text("{"), "not JSON"),
         (lambda d: (d / "index.json").write_text('{"weight_map": {}}'), "not the index"),
         (lambda d: (d / "index.json").write_text("[1]"), "not the index"),
+        (lambda d: rewrite(d / "index.json", r'("top_k":\s*)\d+', r"\g<1>1e999"), "is damaged"),
         (lambda d: (d / "experts-00003.safetensors").unlink(), "experts of layer 3"),
         (lambda d: (d / "dense.safetensors").unlink(), "dense.safetensors is missing"),
         (lambda d: (d / "dense.safetensors").write_bytes(b"abc"), "no whole safetensors"),
@@ -293,22 +300,22 @@ def test_a_key_the_store_does_not_have(packed: Path) -> None:
     ("precision", "megabytes"), [("fp16", 352.3), ("4bit", 93.8), ("3bit", 71.7), ("2bit", 66.7)]
 )
 def test_record_sizes_at_the_dims_of_mixtral(precision: str, megabytes: float) -> None:
-    layout = ExpertShape.gated(hidden=4096, inner=14336).record(precision)
+    layout = gated_expert(hidden=4096, inner=14336).record(precision)
     assert layout.record_bytes / 1e6 == pytest.approx(megabytes, abs=0.06)
     assert all(part.offset % 256 == 0 for part in layout.parts)
     assert layout.record_bytes % 4096 == 0
 
 
 def test_a_layout_comes_back_from_json() -> None:
-    layout = ExpertShape.gated(hidden=128, inner=256).record("3bit")
+    layout = gated_expert(hidden=128, inner=256).record("3bit")
     assert RecordLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
 
 
 def test_an_unknown_precision_lists_what_there_is() -> None:
     with pytest.raises(RunError, match="native, fp32, fp16, bf16, 4bit, 3bit, 2bit"):
-        ExpertShape.gated(hidden=128, inner=256).record("5bit")
+        gated_expert(hidden=128, inner=256).record("5bit")
 
 
 def test_columns_that_do_not_divide_into_groups_are_refused() -> None:
     with pytest.raises(RunError, match=r"gate_up_proj has 96 input columns.*groups of 64"):
-        ExpertShape.gated(hidden=96, inner=256).record("4bit")
+        gated_expert(hidden=96, inner=256).record("4bit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ class Ahead(Policy):
 
 def moesim(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from moesim.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    wide = os.environ | {"COLUMNS": "1000"}  # notes of any path stand in one line
+    return subprocess.run(command, env=wide, capture_output=True, text=True, check=False)
 
 
 def test_rows_stay_empty_and_the_reasons_stand_under_the_table(tmp_path: Path) -> None:

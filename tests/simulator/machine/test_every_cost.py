@@ -182,9 +182,9 @@ def test_the_limit_charges_what_no_policy_can_avoid(case: Case) -> None:
 
 
 @pytest.mark.parametrize("engine", [Engine.simpy, Engine.replay])
-@pytest.mark.parametrize(("layer_bytes", "token_bytes", "more"), [(4, 0, 4), (0, 2, 2)])
+@pytest.mark.parametrize(("layer_bytes", "token_bytes", "more"), [(4, None, 4), (None, 2, 2)])
 def test_reading_dense_weights_is_charged(
-    engine: Engine, layer_bytes: int, token_bytes: int, more: int
+    engine: Engine, layer_bytes: int | None, token_bytes: int | None, more: int
 ) -> None:
     """At 1 byte a ns, on top of the experts' 10 bytes."""
     meta = replace(ONE_STEP.meta, layer_bytes=layer_bytes, token_bytes=token_bytes)

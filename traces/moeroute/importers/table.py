@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moeroute.foreign import Source
 from moeroute.importers.findings import Findings
-from moeroute.parquet import naming_errors
+from moeroute.naming import naming_errors
 from moeroute.schema import TraceError
 
 if TYPE_CHECKING:
