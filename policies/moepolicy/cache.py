@@ -115,7 +115,7 @@ class ExpertCache:
         return calls_are_compiled(self.arrays, self.policy)
 
     def compile_calls(self, horizon: int) -> CompiledCalls:
-        """The same calls compiled, or loaded from disk, for ``use``.
+        """The calls of the state machine, compiled or loaded from disk, for ``use``.
 
         Another thread may do it while the cache is driven: it neither reads nor changes what the
         cache knows. Raises NotCompilable, or numba's own errors, for a policy beyond compiling.

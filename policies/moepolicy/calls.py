@@ -159,7 +159,7 @@ class CompiledCalls(Calls):
         self._resume()
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
-        """As of `Calls`: the step is copied in, and what becomes of each key is copied out."""
+        """Copy the step in, begin the step, and copy the outcome of each key out."""
         mail = self._mail
         n = len(step.experts)
         mail.experts[:n] = step.experts

@@ -137,7 +137,7 @@ class BeladyBypass(Policy):
         return self.displaced(incoming, candidates)
 
     def displaced(self, incoming: int, candidates: NDArray[np.int32]) -> int:
-        """Who makes room for one of the step's experts; -1 where it is itself the farthest."""
+        """The key that makes room for one of the step's experts; -1 where that is the farthest."""
         farthest = highest(self.due, candidates)
         if self.due[incoming] >= self.due[farthest]:
             return -1

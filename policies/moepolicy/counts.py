@@ -83,17 +83,17 @@ class CountColumns:
 
     @property
     def skipped_share(self) -> float:
-        """Of the gates' weights, what was left out; 0 where no weights were summed."""
+        """Share of the gates' weights that was left out; 0 where no weights were summed."""
         return self._share(self.skipped_mass)
 
     @property
     def substituted_share(self) -> float:
-        """Of the gates' weights, what another expert computed."""
+        """Share of the gates' weights that another expert computed."""
         return self._share(self.substituted_mass)
 
     @property
     def low_share(self) -> float:
-        """Of the gates' weights, what was computed at the lower precision."""
+        """Share of the gates' weights that was computed at the lower precision."""
         return self._share(self.low_mass)
 
     @property

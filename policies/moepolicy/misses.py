@@ -25,8 +25,7 @@ from moepolicy.steps import Step
 
 
 def drop_low_copies(cache: Cache, policy: Policy, step: Step) -> None:
-    """Of the step's experts that are here at the lower precision, those of which the policy asks
-    for the full one leave their slots, for that to come wherever it will."""
+    """Evict low copies of the step's experts where the policy asks for full precision."""
     for rank in range(len(step.experts)):
         key = int(step.experts[rank])
         if cache.status[key] != RESIDENT or not cache.is_low[key]:

@@ -51,7 +51,7 @@ def refuse_beyond(policy: PolicySpec, horizon: int, source: str) -> None:
 def servable(
     policies: Sequence[PolicySpec], refused: Refusals, *, low: bool = False
 ) -> tuple[PolicySpec, ...]:
-    """Those of ``policies`` that a live run can serve; of the others the reason joins ``refused``.
+    """The policies that a live run can serve; ``refused`` gets the reasons of the others.
 
     Raises PolicyError where there are none.
     """

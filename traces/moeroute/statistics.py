@@ -41,7 +41,7 @@ class Routing:
         return int(self.experts.shape[1])
 
     def shuffled(self, seed: int) -> Routing:
-        """The same steps in random order: what is left is popularity, not locality."""
+        """The steps in random order, which have their popularity but no locality."""
         rng = np.random.default_rng(seed)
         experts = self.experts.copy()
         for layer in range(self.n_layers):
@@ -166,7 +166,7 @@ def gate_weights(trace: Trace, thresholds: Sequence[float] = (0.8, 0.9)) -> Gate
 
 @dataclass(frozen=True)
 class Recall:
-    """Of the experts a layer used, the share among the n likeliest of a prediction."""
+    """Share of a layer's used experts that are among the n likeliest of a prediction."""
 
     counts: tuple[int, ...]  # n
     by_layer: Floats  # [horizon, counts, L]; NaN where a layer has no prediction

@@ -114,7 +114,7 @@ class GeneratedModel:
         }
 
     def _packed_bytes(self) -> dict[str, int]:
-        """Of attention's records, by module; empty where attention is not packed."""
+        """Lengths of attention's records, by module; empty where attention is not packed."""
         return self.attention.record_bytes if self.attention else {}
 
     def _index(self) -> StoreIndex:
@@ -194,7 +194,7 @@ class GeneratedStore(ExpertStore):
         read: Read | None = None,
         pieces: Pieces | None = None,
     ) -> None:
-        """As a store does, but from no file: ``read`` is not called, no checksum compared."""
+        """Draw or copy a record into ``buffer``; ``read`` is not called, no checksum compared."""
         if self._memory is None:
             self._records.write(key, buffer)
             return

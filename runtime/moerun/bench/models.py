@@ -20,7 +20,7 @@ def shape_names() -> list[str]:
 
 
 def shape_name(shape: str) -> str:
-    """As one would cite it: a folder's own name, not the way to it."""
+    """The name of a shape for reports: of a folder its last part, not its path."""
     if shape in shape_names():
         return shape
     path = Path(shape).expanduser().resolve()

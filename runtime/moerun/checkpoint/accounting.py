@@ -185,7 +185,7 @@ def check_tensors(path: Path, model: Any, config: Any) -> None:
 def told_by_stock(
     model: Any, *, unexpected: Collection[str] = (), missing: Collection[str] = ()
 ) -> set[str]:
-    """Those of these names that stock transformers does not declare ignored."""
+    """The names that stock transformers does not declare ignored."""
     from transformers.modeling_utils import LoadStateDictInfo
 
     info = LoadStateDictInfo(

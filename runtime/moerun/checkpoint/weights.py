@@ -47,7 +47,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """Of every tensor, those of a dtype that cannot be read among them."""
+        """Names of all tensors, including those of a dtype that cannot be read."""
         return [*self._of, *self._unread]
 
     @property

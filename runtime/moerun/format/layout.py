@@ -57,7 +57,7 @@ class RecordLayout:
 
     @property
     def data_bytes(self) -> int:
-        """Of the parts alone, without what aligns them and rounds the record up."""
+        """Bytes of the parts alone, without alignment and rounding up."""
         return sum(part.nbytes for part in self.parts)
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -177,7 +177,7 @@ class NibbleSlot(_Slot):
         super().__init__(landing, tuple(linears))
 
     def arrive(self, record: torch.Tensor) -> None:
-        """The same, and derive what the kernel reads: the terms, and codes in its order."""
+        """Take up the record, and derive the terms and the order of codes that the kernel reads."""
         landing = self.landing
         _land(record, landing)
         views = self._layout.views(record)

@@ -1,4 +1,4 @@
-"""Who may use the bus: one piece of one copy at a time, demanded copies before guesses.
+"""The order of copies on the bus: one piece of one copy at a time, demands before prefetches.
 
 A running piece is not interrupted, so a demand waits for one piece of a prefetch and never for all
 of it (ProMoE's chunks; the simulator's `SimulatedLink`).

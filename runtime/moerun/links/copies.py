@@ -96,7 +96,7 @@ class CopyQueue:
                 self._under_way.append(copy)
 
     def next_piece(self) -> Piece | None:
-        """Of what could cross now, or has failed: demand first, then what was submitted first."""
+        """The next piece that can cross or has failed: demands first, in order of submission."""
         full = self._chunk_bytes > 0 and self._on_bus >= self._max_on_bus
         able = [
             piece

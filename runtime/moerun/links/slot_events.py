@@ -21,7 +21,7 @@ class SlotEvents:
         self.used = [memory_free] * n_slots
 
     def grant(self, slots: Sequence[int], memory_free: StreamEvent) -> None:
-        """These slots have new memory, of which the same is true."""
+        """Give these slots, which have new memory, events of their own."""
         more = max(slots) + 1 - len(self.used)
         self.copied += [memory_free] * more
         self.used += [memory_free] * more

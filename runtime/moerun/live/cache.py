@@ -192,7 +192,7 @@ class Streams:
     def __init__(self, link: Link) -> None:
         self.under_way = 0
         self.guesses: set[int] = set()
-        """Of those under way, prefetches with streams of their own."""
+        """Keys of the prefetches under way that have streams of their own."""
         self._n = link.streams
         self._chunked = link.chunked
 

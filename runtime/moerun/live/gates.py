@@ -31,7 +31,7 @@ class SessionExperts:
         self._layer, self._output = layer, output
 
     def serve(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Served:
-        """As `Session.serve`. RuntimeError where the last gate to run was not that of ``layer``."""
+        """Serve by the session. RuntimeError where the last gate to run was not ``layer``'s."""
         if layer != self._layer:
             self._session.raise_failure()  # the model of a closed run has lost its hooks
             raise RuntimeError(f"the experts of layer {layer} are asked for before its gate ran")

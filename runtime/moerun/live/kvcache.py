@@ -76,7 +76,7 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
 
 def _alone(states: torch.Tensor) -> torch.Tensor:
-    """The same, not as the smaller part of a larger tensor."""
+    """The tensor itself, or a copy where the tensor is the smaller part of a larger one."""
     return states.clone() if states.untyped_storage().nbytes() > 2 * states.nbytes else states
 
 

@@ -88,7 +88,7 @@ class MemoryPlan:
         return self.needs.total_bytes + self.staging * self.slot_bytes
 
     def within(self, budget_bytes: int) -> MemoryPlan:
-        """The same run in another budget; RunError where that is too small for any."""
+        """The plan of the same run in another budget; RunError where the budget is too small."""
         if budget_bytes < self.least_bytes:
             raise RunError(
                 f"{format_bytes(budget_bytes)} of memory is too little: the least that works is "
@@ -119,7 +119,7 @@ class MemoryPlan:
         return replace(self, compiling=Compiling.NEVER)
 
     def on_host_within(self, budget_bytes: int, done: Compiling) -> MemoryPlan:
-        """As ``within``, of a run on the CPU for whose compiled calls so much is ``done``."""
+        """The plan of a run on the CPU in another budget; ``done``: its compiled calls so far."""
         bare = replace(self, needs=replace(self.needs, compiled_bytes=0))
         bare = bare.within(budget_bytes)
         try:

@@ -48,7 +48,7 @@ def cell_of(
 
 
 def _shares(scored: Collection[Scored]) -> dict[str, Any]:
-    """Of the gates' weights, as in a run's report."""
+    """Shares of the gates' weights, as in a run's report."""
     # By name: the first column is the nats.
     _, *sums = map(math.fsum, zip(*scored, strict=True))
     masses: dict[str, Any] = dict(zip(Scored._fields[1:], sums, strict=True))

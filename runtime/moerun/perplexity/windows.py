@@ -56,7 +56,7 @@ def nats(model: Any, ids: torch.Tensor, window: Window) -> float:
 
 @torch.inference_mode()
 def nats_by_token(model: Any, ids: torch.Tensor, window: Window) -> float:
-    """The same, the scored tokens decoded one at a time after a prompt of those before them."""
+    """The nats of a window whose scored tokens are decoded one by one after the others."""
     text = ids[:, window.begin : window.end]
     prompt = window.first - window.begin
     cache = new_cache(model, text.shape[1])  # as an answer has

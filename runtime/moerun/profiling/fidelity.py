@@ -49,7 +49,7 @@ class Comparison:
     live_runs: tuple[float, ...]
     """tokens/s of each of the interleaved runs whose median is ``live_tokens_per_s``."""
     waited: float
-    """Of the time of everything measured, the share spent waiting for a processor, at its worst."""
+    """The largest share of a turn's time that was spent waiting for a processor."""
 
     @property
     def error(self) -> float:

@@ -25,7 +25,7 @@ from moerun.serving.fields import (
 )
 
 Kind = Literal["chat", "text"]
-"""Of /v1/chat/completions, or of /v1/completions."""
+"""A request to /v1/chat/completions or to /v1/completions."""
 
 UNLIMITED = 1 << 30
 COMPLETION_TOKENS = 16  # what /v1/completions generates unless told, by the reference

@@ -48,7 +48,7 @@ class ExpertStore:
 
     @property
     def n_layers(self) -> int:
-        """MoE layers."""
+        """Number of MoE layers."""
         return self.index.n_layers
 
     @property
@@ -114,7 +114,7 @@ class ExpertStore:
                 yield name, tensor.to(device)
 
     def location(self, key: int) -> Location:
-        """Raises RunError for a key that the store does not have."""
+        """Place of a record in its file. Raises RunError for a key that the store does not have."""
         layer, expert = self._split(key)
         records = self.index.layers[layer]
         return Location(self.path / records.file, records.offsets[expert], self.record_bytes)

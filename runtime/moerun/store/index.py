@@ -144,7 +144,7 @@ class StoreIndex:
 
     @property
     def attention_precision(self) -> str:
-        """That of the dense weights unless attention is quantised."""
+        """Precision of attention: its own if quantised, else that of the dense weights."""
         return self.attention.precision if self.attention else self.dense_precision
 
     @property

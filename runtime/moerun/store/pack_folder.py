@@ -62,7 +62,7 @@ class PartialFolder:
         write_json(self.path / PLAN_FILE, identity)
 
     def finished_records(self, files: Iterable[RecordFile]) -> dict[tuple[str, str], int]:
-        """Of ``files``, the records that an earlier run wrote and their CRC-32, as far as the disk
+        """The records of ``files`` that an earlier run wrote and their CRC-32, as far as the disk
         really has them; by the names of file and record."""
         noted = self._noted_records()
         kept = {}

@@ -1,4 +1,4 @@
-"""Whom long work on a store tells how far it is, and what to know about it."""
+"""Callbacks that are told of the progress of long work on a store."""
 
 from __future__ import annotations
 

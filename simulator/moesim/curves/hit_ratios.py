@@ -57,7 +57,7 @@ def check_one_pass(policy: str) -> None:
 
 
 def shuffled(workload: Workload, seed: int) -> Workload:
-    """The same tokens and prompts in random order: what is left is popularity, not locality.
+    """The tokens and prompts in random order, which have their popularity but no locality.
 
     Its sequences have as many tokens and prompts as the workload's have, of any of them.
     """

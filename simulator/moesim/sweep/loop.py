@@ -23,7 +23,7 @@ def _nobody(*_: object) -> None:
 
 @dataclass
 class Watcher:
-    """Who is told how a sweep goes: points done, of how many, on how many workers; and news."""
+    """Callbacks of a sweep: points done, points in all, workers; and news."""
 
     advance: Callable[[int, int, int], None] = _nobody
     say: Callable[[str], None] = _nobody

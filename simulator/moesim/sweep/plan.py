@@ -55,7 +55,7 @@ class SweepPlan:
         return frozenset(point.key for point in self.points if not point.reference)
 
     def references(self) -> dict[str, str]:
-        """Of every point's key, that of the point it is measured from: the same under LRU."""
+        """By the key of each point, the key of its reference: the same point under LRU."""
         bases: dict[tuple[Any, ...], str] = {}
         for point in self.points:
             if self.job.policies[point.policy].label == BASELINE:

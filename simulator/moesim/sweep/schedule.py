@@ -1,4 +1,4 @@
-"""Who runs what next: workers stay with the trace they have read and the policy they compiled."""
+"""The order of points: a worker stays with the trace it has read and the policy it compiled."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class TableCell:
 
     @property
     def error(self) -> float:
-        """Of the simulated value, relative to the printed one."""
+        """Error of the simulated value, relative to the printed one."""
         return self.simulated / self.published - 1
 
 
@@ -112,7 +112,7 @@ class Reproduction:
     expert_bytes: dict[str, int]
 
     def median_error_unmodelled(self, *, scaled: bool) -> float:
-        """Of taking each predicted cell to be the fitted one, or that ``scaled`` by the bytes."""
+        """Median error if each prediction is the fitted cell, or that cell ``scaled`` by bytes."""
         growth = self.expert_bytes[PREDICTED] / self.expert_bytes[FITTED] if scaled else 1.0
         before = {
             (c.gpu, c.algorithm): c.published for c in self.account.cells if c.role == "fitted"

@@ -86,7 +86,7 @@ class WholeLayers(Policy):
         self.n_experts = context.n_experts
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        """None: what comes in passes through staging."""
+        """Decline: an expert without a slot passes through staging."""
         return -1
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:

@@ -101,7 +101,7 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 class _Folder:
-    """The same in files, one an array."""
+    """Arrays that grow a block at a time, each in a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
