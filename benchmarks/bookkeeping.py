@@ -102,8 +102,8 @@ def measure(
     session = Session(context, spec, InstantLink, record_bytes=1, compiling=compiling)
     with session:
         if hits:
-            serve_all(session, experts)
-        passes = gates(routing, predicts="predictions" in spec.requires)
+            serve_all(session, experts, spec.horizon)
+        passes = gates(routing, horizon=spec.horizon)
         session.wait_compiled()
         serve(session, passes[:tokens])
         began_s = time.process_time()
@@ -111,15 +111,18 @@ def measure(
         return (time.process_time() - began_s) / (tokens * LAYERS) * 1e6
 
 
-def serve_all(session: Session, experts: int) -> None:
-    """Bring every expert of every layer in."""
+def serve_all(session: Session, experts: int, horizon: int) -> None:
+    """Bring every expert of every layer in; nothing is predicted."""
+    logits = torch.zeros(1, experts)
+    ahead = torch.full((horizon, 1, experts), torch.nan) if horizon else None
     for layer in range(LAYERS):
         for expert in range(experts):
+            session.note(layer, logits, ahead)
             for _ in session.serve(layer, torch.tensor([[expert]]), torch.ones(1, 1)):
                 pass
 
 
-def gates(routing: ForcedRouting, *, predicts: bool) -> list[list[tuple[Any, ...]]]:
+def gates(routing: ForcedRouting, *, horizon: int) -> list[list[tuple[Any, ...]]]:
     """By token and layer: ids, weights, logits and predictions as a model's gates give them."""
     ids, weights = torch.from_numpy(routing.ids), torch.from_numpy(routing.weights)
     logits = torch.from_numpy(routing.logits).float()
@@ -130,7 +133,7 @@ def gates(routing: ForcedRouting, *, predicts: bool) -> list[list[tuple[Any, ...
                 ids[t : t + 1, layer],
                 weights[t : t + 1, layer],
                 logits[t : t + 1, layer],
-                ahead[:, t : t + 1, layer] if predicts else None,
+                ahead[:horizon, t : t + 1, layer] if horizon else None,
             )
             for layer in range(LAYERS)
         ]
