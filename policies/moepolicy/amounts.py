@@ -23,7 +23,7 @@ class NoAmountError(ValueError, WrongUsage):
 
 
 def parse_bytes(text: str) -> int:
-    """9GiB, 500 MB, 1.5GiB or plain bytes. Raises NoAmountError for anything else."""
+    """Bytes of a text: 9GiB, 500 MB, 1.5GiB or plain bytes. NoAmountError for other texts."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {name.lower(): size for name, size in UNITS.items()}
     if not found or found[2].lower() not in units:
@@ -34,7 +34,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(n_bytes: int) -> str:
-    """In the largest binary unit up to GiB that it fills, or in bytes."""
+    """A number of bytes in the largest binary unit up to GiB that it fills, or in bytes."""
     for unit in ("GiB", "MiB", "KiB"):
         if n_bytes >= UNITS[unit]:
             return f"{n_bytes / UNITS[unit]:.2f} {unit}"
@@ -42,5 +42,5 @@ def format_bytes(n_bytes: int) -> str:
 
 
 def decimal_bytes(n_bytes: int) -> str:
-    """In GB (10^9), or in MB below one."""
+    """A number of bytes in GB (10^9), or in MB below 1 GB."""
     return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"

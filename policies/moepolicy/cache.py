@@ -130,10 +130,13 @@ class ExpertCache:
         self._calls = calls
 
     def begin(self, step: Step) -> NDArray[np.int8]:
-        """Pin a step's demand; returns for each of its keys what it is.
+        """Pin a step's demand; returns the outcome of each key of the step.
 
-        HIT: it is here. LATE, MISS: its copy will come. COMPUTE: it is to be run where the experts
-        are kept. SUBSTITUTE: ``stand_in`` runs in its place. SKIP: nothing runs.
+        HIT         the expert is in its slot
+        LATE, MISS  the expert's copy will arrive
+        COMPUTE     the expert is to be computed on the CPU
+        SUBSTITUTE  the expert of ``stand_in`` is to be computed in its place
+        SKIP        nothing is to be computed
         """
         outcome = self._outcome[: len(step.experts)]
         self._log(Call.BEGIN, step.number)
@@ -146,7 +149,7 @@ class ExpertCache:
         return outcome
 
     def start(self) -> Transfer | None:
-        """The copy that starts now, its slot already emptied; None when none can."""
+        """The copy that starts now, into a slot that is emptied; None when no copy can start."""
         self._log(Call.START, -1)
         try:
             key = self._calls.start()
@@ -185,7 +188,7 @@ class ExpertCache:
             self._publish()
 
     def resize(self, slots: int) -> None:
-        """The cache is to have ``slots`` slots a layer, as soon as what it loses can go.
+        """Give the cache ``slots`` slots a layer, as soon as the experts that it loses can go.
 
         Raises PolicyError beyond ``max_slots``.
         """
@@ -202,19 +205,19 @@ class ExpertCache:
             self._publish()
 
     def slot_of(self, key: int) -> int:
-        """Where ``key`` lies or is travelling to; -1 when it is not on the device."""
+        """The slot that ``key`` is in or is copied to; -1 when ``key`` is not on the device."""
         return self._place[key]
 
     def is_low(self, key: int) -> bool:
-        """Whether the copy of ``key``, here or on its way, is of the lower precision."""
+        """Whether the copy of ``key``, arrived or under way, is of the lower precision."""
         return bool(self._is_low[key])
 
     def stand_in(self, rank: int) -> int:
-        """The key that runs in place of the ``rank``-th of the step in progress; -1: none."""
+        """The key computed in place of the ``rank``-th of the step in progress; -1: none."""
         return int(self.arrays.stand_ins[rank])
 
     def count(self, kind: Kind) -> int:
-        """How many decisions of this kind there were."""
+        """Number of decisions of this kind so far."""
         return int(self.arrays.counters[kind])
 
     def in_step(self) -> bool:
@@ -222,7 +225,7 @@ class ExpertCache:
         return bool(self.arrays.n_demand[0])
 
     def queued(self) -> Kind | None:
-        """What ``start`` would try to copy next: LOAD (demand), SPECULATE (a prefetch), nothing."""
+        """Kind of the copy that ``start`` would try next: LOAD (demand), SPECULATE, or None."""
         if self._first[DEMAND] >= 0:
             return Kind.LOAD
         return Kind.SPECULATE if self._first[PREFETCH] >= 0 else None

@@ -30,7 +30,7 @@ def next_use(keys: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.
 def next_use_blocks(
     keys: NDArray[np.int32], offsets: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """The same a stretch of ``keys`` at a time, the last one first."""
+    """The next uses of `next_use`, a stretch of ``keys`` at a time, the last stretch first."""
     later = np.full(int(keys.max(initial=-1)) + 1, NO_USE, np.int64)
     # From the end, a block at a time: sorting all of a long trace at once takes its memory
     # several times over.

@@ -83,7 +83,8 @@ def run(app: Callable[[], object], *, errors: tuple[type[BaseException], ...]) -
 
     ``errors`` are the exception classes the command raises for its user's mistakes; CommandError
     and the operating system's own (no such file, no space left) are always among them. Anything
-    else is a defect of ours and keeps its traceback. Those that are WrongUsage, too, exit with 2.
+    else is a defect of this project and keeps its traceback. Errors that are also WrongUsage exit
+    with 2.
     """
     print_anything()
     _check_arguments()

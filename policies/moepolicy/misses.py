@@ -78,7 +78,7 @@ def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
 
 
 def _find_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
-    """Who stands in for the step's ``rank``-th expert; -1 where nobody does.
+    """The expert that stands in for the step's ``rank``-th one; -1 where none does.
 
     What lies in a staging buffer may be gone before the step is over, and is not offered.
     """

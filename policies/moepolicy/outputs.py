@@ -66,7 +66,7 @@ def what_lies_at(path: Path) -> str:
 
 
 def _parquet(path: Path) -> str | None:
-    """What our own Parquet files say of themselves; None of others."""
+    """The metadata of a Parquet file of this project; None for other files."""
     import json
 
     import polars as pl

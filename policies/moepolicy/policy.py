@@ -56,21 +56,21 @@ class Same(NamedTuple):
 
 
 class Policy:
-    """Orders and chooses; it owns no slots and no statistics, and never learns of the clock.
+    """Orders and chooses experts. A policy owns no slots, no statistics, and knows no clock.
 
     A key is ``layer * n_experts + expert``. ``now`` is a logical time that grows from step to
     step; within a step the heaviest expert has the greatest, so a policy that orders by ``now``
     needs no counter of its own. Every ``on_load`` is followed by one ``on_evict`` when the key
-    leaves the device. Keep all state in NumPy arrays and plain numbers, and a replay can compile
-    the class as it stands; with any other state it runs interpreted.
+    leaves the device. A replay can compile a class whose state is all in NumPy arrays and plain
+    numbers; a class with any other state runs interpreted.
 
     requires          what the context or the steps must carry: "future", "counts", "predictions",
                       "logits", "weights"; and what the machine must have: "cpu" workers to
                       COMPUTE, a "low" store of experts for LOW. What is not required is not given
-    horizon           how many layers ahead it reads predictions; it is given so many, or refused
+    horizon           how many layers ahead the policy reads predictions; fewer are refused
     always_evicts     promises that ``victim`` never answers -1
-    lossy             whether it can change what the model computes
-    staging           buffers beside the slots: for bypasses and, where ``stage_prefetches``, for
+    lossy             whether the policy can change what the model computes
+    staging           buffers besides the slots: for bypasses and, where ``stage_prefetches``, for
                       prefetched experts until their first use
     stage_prefetches  False sends a prefetched expert straight to a slot, evicting as it starts
     """
@@ -87,8 +87,10 @@ class Policy:
 
     @classmethod
     def same_as(cls, context: Context) -> Same | None:
-        """The built-in policy that this one cannot differ from in a cache of this kind; None where
-        it can. It is told under a comparison."""
+        """The built-in policy that this one cannot differ from in a cache of this kind, or None.
+
+        A comparison names that policy under the table.
+        """
         own = ("prefetch", "on_miss")
         if any(getattr(cls, hook) is not getattr(Policy, hook) for hook in own):
             return None
@@ -114,56 +116,59 @@ class Policy:
         """``key`` has left the device."""
 
     def on_resize(self, slots: int) -> None:
-        """The cache is to have ``slots`` slots a layer now, as the context said until now."""
+        """The cache has ``slots`` slots a layer from now on, no longer those of the context."""
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         """Which of ``candidates`` (ascending keys, never empty) makes room for ``incoming``.
 
-        -1 declines: a missing expert is then used from a staging buffer and not kept, a
+        -1 declines: a missing expert is then used from a staging buffer and not kept, and a
         prefetch is dropped. The array is only valid during the call. Where the cache must shrink,
-        ``incoming`` is one of the candidates itself, and goes if the policy declines.
+        ``incoming`` is one of the candidates, and ``incoming`` is evicted if the policy declines.
         """
         raise NotImplementedError(f"{type(self).__name__} has no victim")
 
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
-        """A bypassed expert is about to go at the end of its step: whose slot may it take?
+        """The candidate whose slot a bypassed expert may take at the end of the expert's step.
 
-        The step's own experts are among the candidates now. -1, the default, lets it go.
+        The step's own experts are among the candidates now. -1, the default, drops ``key``.
         """
         return -1
 
     def on_miss(self, step: Step, rank: int) -> int:
         """What becomes of a miss, the step's ``rank``-th expert; asked in router order.
 
-        LOAD, the default, copies it. COMPUTE runs it where the experts are kept, on the CPU,
-        beside the rest. The others change what the model computes, and make a policy ``lossy``:
-        LOW copies its lower-precision record, SUBSTITUTE runs a resident expert in its place
-        (see ``substitute``), SKIP leaves it out of the sum; nothing is renormalised.
+        LOAD        copies the expert; the default
+        COMPUTE     computes the expert on the CPU, at the same time as the others
+        LOW         copies the expert's lower-precision record
+        SUBSTITUTE  computes a resident expert in its place (see ``substitute``)
+        SKIP        leaves the expert out of the sum; nothing is renormalised
+
+        The last three change what the model computes, and make a policy ``lossy``.
         """
         return LOAD
 
     def precision(self, step: Step, rank: int) -> int:
         """Whether a resident copy at the lower precision serves the step's ``rank``-th expert.
 
-        LOW, the default: it does, and is a hit. LOAD: only a full one will do; the low copy
-        leaves its slot and the expert is a miss. Asked before anything else is decided, of a
-        policy with an ``on_miss`` that requires "low".
+        LOW, the default: the low copy is a hit. LOAD: the low copy leaves its slot, and the expert
+        is a miss. The hook is called before anything else is decided, for a policy that has an
+        ``on_miss`` and requires "low".
         """
         return LOW
 
     def substitute(self, step: Step, rank: int, candidates: NDArray[np.int32]) -> int:
-        """Who of ``candidates`` stands in for the step's ``rank``-th expert; -1: LOAD it.
+        """The candidate that stands in for the step's ``rank``-th expert; -1: LOAD that expert.
 
         The candidates are all of the layer's experts that lie in slots, ascending keys, never
-        empty: those the step wants anyway among them. The array is only valid during the call.
-        ``on_hit`` tells of the chosen one's use.
+        empty. Experts that the step wants anyway are among the candidates. The array is only valid
+        during the call. ``on_hit`` is called for the use of the chosen candidate.
         """
         return -1
 
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         """Write the keys to fetch ahead into ``keys``, most wanted first; return how many.
 
-        There is room for every key; those present or under way are passed over.
+        ``keys`` has room for every key. Keys that are present or under way are passed over.
         """
         return 0
 

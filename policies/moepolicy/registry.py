@@ -66,7 +66,7 @@ class PolicySpec:
 
     @property
     def label(self) -> str:
-        """The spec as one would type it."""
+        """The spec as typed on a command line."""
         if not self.parameters:
             return self.name
         return f"{self.name}:" + ",".join(f"{k}={v}" for k, v in self.parameters.items())

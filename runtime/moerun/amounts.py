@@ -11,7 +11,7 @@ __all__ = ["decimal_bytes", "format_bytes", "parse_bytes"]
 
 
 def parse_bytes(text: str) -> int:
-    """9GiB, 500 MB, 1.5GiB or plain bytes. Raises UsageError for anything else."""
+    """Bytes of a text: 9GiB, 500 MB, 1.5GiB or plain bytes. UsageError for other texts."""
     try:
         return amounts.parse_bytes(text)
     except amounts.NoAmountError as error:

@@ -38,14 +38,14 @@ class Settings:
 
     @property
     def predicts(self) -> int:
-        """How many layers ahead the gates are asked."""
+        """Number of layers ahead that gates are applied."""
         return self.ahead(self.policy)
 
     def ahead(self, policy: PolicySpec) -> int:
-        """How many layers ahead the gates are asked under ``policy``."""
+        """Number of layers ahead that gates are applied under ``policy``."""
         return max(self.horizon or 0, policy.horizon)
 
     @property
     def copies(self) -> int:
-        """How many may be under way at once: in pieces, prefetches have streams of their own."""
+        """Copies that may be under way at once; in pieces, prefetches have their own streams."""
         return self.streams * (2 if self.chunk_bytes else 1)

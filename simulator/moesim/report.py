@@ -114,7 +114,7 @@ def _stall_share(result: Result) -> float | None:
 
 
 def per_second(tokens_per_s: float | None) -> str:
-    """tokens/s for a table; None: there are no times."""
+    """tokens/s as a cell of a table; None is a run without times."""
     return "-" if tokens_per_s is None else f"{tokens_per_s:.2f}"
 
 

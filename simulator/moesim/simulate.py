@@ -93,7 +93,7 @@ def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
 class Case:
     """What is simulated: one policy's cache on a machine, with experts of a size or of none known.
 
-    ``expert_bytes`` None: nobody knows how big an expert is, and there are counts but no times.
+    ``expert_bytes`` None: the size of an expert is unknown; there are counts but no times.
     """
 
     workload: Workload
@@ -145,7 +145,7 @@ class Case:
         replay: Callable[[Workload, PolicySpec, Context, Costs], tuple[Cache, SimulatedTime]],
         timeline: list[Segment] | None,
     ) -> Replayed:
-        """Its parts one after the other; ``timeline`` is filled."""
+        """Replay the parts one after the other; ``timeline`` is filled."""
         found, costs = Replayed(SimulatedTime(segments=timeline)), self.costs()
         for part in self.parts():
             context = part.context(self.slots, self.scope)
@@ -190,7 +190,7 @@ class Replayed:
     buffers: int = 0
 
     def follow(self, cache: Cache, clock: SimulatedTime) -> None:
-        """Add the replay of the next part."""
+        """Add the counts and times of the next part's replay."""
         self.counts += counts_of(cache)
         self.clock.follow(clock)
         staging = cache.prefetching and cache.stage_prefetches

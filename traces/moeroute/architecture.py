@@ -123,7 +123,7 @@ class Architecture:
         return shapes
 
     def _experts_block(self) -> Shapes:
-        """What a layer has beside its routed experts: the gate, and shared experts."""
+        """What a layer has besides its routed experts: the gate, and shared experts."""
         router = f"mlp.{self.family.router}"
         found: Shapes = {f"{router}.weight": (self.n_experts, self.hidden)}
         if self.model_type == "gpt_oss":

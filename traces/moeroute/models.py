@@ -131,12 +131,12 @@ class ModelShape:
 
     @property
     def expert_params(self) -> int:
-        """Weights of one expert."""
+        """Number of weights of one expert."""
         return sum(map(math.prod, self.expert.values()))
 
     @property
     def n_params(self) -> int:
-        """Weights of the whole model."""
+        """Number of weights of the whole model."""
         dense = sum(math.prod(s) for n, s in self.tensors.items() if CORRECTION_BIAS not in n)
         return dense + self.n_layers * self.n_experts * self.expert_params
 

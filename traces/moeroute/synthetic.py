@@ -226,7 +226,7 @@ def _command(
     seed: Annotated[int, typer.Option(min=0, help="Seed; equal seeds, equal traces.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file at --out.")] = False,
 ) -> None:
-    """Generate a synthetic trace and print its statistics beside the published ones."""
+    """Generate a synthetic trace and print its statistics next to the published statistics."""
     try:
         if out.exists() and not force:
             size = out.stat().st_size

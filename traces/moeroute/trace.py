@@ -210,7 +210,7 @@ class Trace:
 
 
 def is_trace(path: Place) -> bool:
-    """Whether a Parquet file is a trace of ours. Raises TraceError if it cannot be read."""
+    """Whether a Parquet file is a trace of this project. Raises TraceError if it cannot be read."""
     import polars as pl
 
     scan(path)

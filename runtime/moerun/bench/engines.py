@@ -37,7 +37,7 @@ class LentLink:
         self._done = done
 
     def close(self) -> None:
-        """The link goes on: it is lent."""
+        """Keep the link open: the link belongs to its owner."""
         self._done = None
 
     def _on_copied(self, key: int, error: Exception | None, ended_s: float) -> None:
@@ -141,12 +141,12 @@ class ReleasedEngine:
 
     @property
     def bytes_moved(self) -> int:
-        """Over the link, both ways."""
+        """Bytes that crossed the link, both ways."""
         return (self.misses + self.written_back) * self._record_bytes
 
     @property
     def totals(self) -> Totals:
-        """What a session would have counted."""
+        """The counters, under the names of a session's totals."""
         hits, misses = self.hits, self.misses
         return Totals(requests=hits + misses, hits=hits, misses=misses, loads=misses)
 

@@ -39,7 +39,7 @@ class BenchMemory:
     tier_bytes: int | None = None
 
     def of_layers(self, n: int) -> BenchMemory:
-        """The same with fewer layers."""
+        """The memory of the same bench with ``n`` layers."""
         all_slot_bytes = self.all_slot_bytes * n // self.n_layers
         spared_bytes = (self.n_layers - n) * self.layer_bytes
         slot_bytes = self.slot_bytes * n // self.n_layers
@@ -59,7 +59,7 @@ class BenchMemory:
         return self.slot_bytes + self.staging_bytes + self.dense_bytes + _SYSTEM_BYTES
 
     def in_host(self, device: torch.device, *, on_disk: bool) -> int:
-        """Host memory; the device's, too, where that is the same."""
+        """Bytes of host memory; on the CPU these include the bytes of ``on_device``."""
         on_host = device.type == "cpu"
         held = self.expert_bytes
         if on_disk and (on_host or self.tier_bytes is not None):

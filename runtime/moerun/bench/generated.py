@@ -101,7 +101,7 @@ class GeneratedModel:
         return model
 
     def record_lengths(self) -> dict[str, int]:
-        """Of a layer's records, by their names in its file."""
+        """Lengths of a layer's records in bytes, by the names of the records in the file."""
         return {f"expert.{e}": self.records.record_bytes for e in range(self.n_experts)}
 
     def _dense_tensors(self) -> TensorShapes:
@@ -153,12 +153,12 @@ class GeneratedModel:
 
     @property
     def expert_bytes(self) -> int:
-        """Of all experts together."""
+        """Bytes of all experts together."""
         return self.index.n_layers * self.n_experts * self.records.record_bytes
 
     @property
     def weights_bytes(self) -> int:
-        """Of everything else, as it is stored."""
+        """Bytes of all other weights, as they are stored."""
         attention = self.index.attention
         return self.index.dense_bytes + (attention.file_bytes if attention else 0)
 

@@ -72,7 +72,7 @@ class RandomAttention:
 
     @property
     def record_bytes(self) -> dict[str, int]:
-        """By module."""
+        """Bytes of each projection's record, by its module's name."""
         return {name: records.record_bytes for name, records in self._records.items()}
 
     def write(self, module: str, buffer: torch.Tensor) -> None:
@@ -98,11 +98,11 @@ class RandomDense:
 
     @property
     def n_bytes(self) -> dict[str, int]:
-        """By name."""
+        """Bytes of each tensor, by name."""
         return {name: bytes_of(dtype, shape) for name, (dtype, shape) in self.tensors.items()}
 
     def draw(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each by name, on the CPU."""
+        """Draw each tensor on the CPU, with its name."""
         generator = torch.Generator().manual_seed(self._seed + 1)
         for name, (dtype, shape) in self.tensors.items():
             if len(shape) == 1 and name.endswith("weight"):

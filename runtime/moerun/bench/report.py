@@ -114,7 +114,7 @@ def _compute_s(bench: Bench, totals: Totals) -> float:
 
 
 def provenance(bench: Bench) -> dict[str, Any]:
-    """What produced the rows."""
+    """Options, versions and hardware that produced the rows."""
     index, settings, schedule = bench.generated.index, bench.settings, bench.schedule
     compute_s = median(run.decode_s for run in bench.results.compute)
     return {
@@ -154,7 +154,7 @@ def provenance(bench: Bench) -> dict[str, Any]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine, in the words it uses itself."""
+    """Names of the processor and the GPU, and the number of threads."""
     import torch
 
     found: dict[str, Any] = {

@@ -138,7 +138,7 @@ class Bench(AbstractContextManager["Bench"]):
 
     @property
     def slots(self) -> int:
-        """Of a layer."""
+        """Slots of a layer."""
         return self.memory.slots
 
     @property
@@ -159,7 +159,7 @@ class Bench(AbstractContextManager["Bench"]):
 
     @property
     def link_has_one_rate(self) -> bool:
-        """Not so where host memory holds only some of the experts, and a disk the others."""
+        """False where host memory holds some of the experts, and a disk the others."""
         stores = [store for store in (self.store, self.low) if store]
         all_bytes = sum(store.n_keys * store.record_bytes for store in stores)
         return self.settings.host_bytes is None or self.settings.host_bytes >= all_bytes

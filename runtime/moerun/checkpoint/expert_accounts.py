@@ -34,7 +34,7 @@ class ShapesAlone:
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def not_together(self, sources: list[str]) -> RunError:
-        """What to say of tensors that do not fit together."""
+        """The error of tensors that do not fit together."""
         shapes = ", ".join(f"{n!r} {list(self._checkpoint.entry(n).shape)}" for n in sources[:3])
         return RunError(
             f"{self._checkpoint.path} has tensors that do not fit together ({shapes}): "

@@ -66,7 +66,7 @@ def bench(
     baseline: Annotated[
         Baseline | None,
         typer.Option(
-            help="Run this beside the policies: 'released' is a model of the released "
+            help="Run this in addition to the policies: 'released' is a model of the released "
             "mixtral-offloading engine (serial copies, evicted experts written back, no "
             "speculation).",
             show_default=False,

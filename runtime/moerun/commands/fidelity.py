@@ -1,4 +1,4 @@
-"""`moerun fidelity`: live runs beside the simulator's predictions."""
+"""`moerun fidelity`: live runs against the simulator's predictions."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Link(Protocol):
         """
 
     def want(self, key: int) -> None:
-        """A prefetch under way turned out to be wanted now."""
+        """Treat the prefetch of ``key``, which is under way, as a demand from now on."""
 
     def acquire(self, slot: int) -> None:
         """The compute issued from now on reads ``slot``, whose copy is done."""

@@ -27,7 +27,7 @@ class Copy:
 
     @property
     def over(self) -> bool:
-        """Nothing of it is in a stream any more, nor will be."""
+        """Whether no piece of the copy is in a stream or will be."""
         return not self.events and (self.error is not None or self.queued == self.n_bytes)
 
 
@@ -75,7 +75,7 @@ class CopyQueue:
         return not self._waiting and not self._under_way
 
     def jobs(self) -> Iterator[Job]:
-        """Of all copies that are not over."""
+        """The jobs of all copies that are not over."""
         yield from self._waiting
         yield from (copy.job for copy in self._under_way)
 

@@ -42,7 +42,7 @@ class Device(Protocol):
 
     @property
     def torch_device(self) -> torch.device:
-        """Where the slots lie."""
+        """The torch device that the slots are on."""
 
     @property
     def compute(self) -> Stream:
@@ -55,7 +55,7 @@ class Device(Protocol):
         """Page-lock host memory, so that it can be copied from. Raises RunError if refused."""
 
     def unpin(self, memory: torch.Tensor) -> None:
-        """Once ``pin`` is no longer needed."""
+        """Undo ``pin``: let host memory be pageable again."""
 
     def trim(self) -> None:
         """Give freed memory of the device to other programs."""

@@ -43,12 +43,12 @@ class Hold:
 
     @property
     def readable(self) -> Readable:
-        """How much of it is there, and since when."""
+        """How much of the record is there, and since when."""
         return NOTHING_READ if self._entry.moving else self._entry.readable
 
     @property
     def error(self) -> Exception | None:
-        """What went wrong with reading it: the rest will not come."""
+        """The error of reading the record, after which no more of the record comes; or None."""
         return self._entry.error
 
     @property
@@ -62,7 +62,7 @@ class Hold:
         return self.record
 
     def drop(self) -> None:
-        """Once, when nothing copies from it any more."""
+        """Give the record up, once, when nothing copies from the record any more."""
         self._tier.drop(self._entry, self._listener)
 
 
@@ -152,11 +152,11 @@ class HostTier:
         return Hold(self, entry, listener)
 
     def want(self, job: Job) -> None:
-        """What was guessed is demanded from now on."""
+        """Treat the prefetch ``job`` as a demand from now on."""
         self._readers.want(job)
 
     def wait(self, hold: Hold, n_bytes: int) -> None:
-        """As ``Hold.wait``."""
+        """Wait until ``n_bytes`` of a hold's record are there. Raises what reading raised."""
         with self._changed:
             while hold.readable.n_bytes < n_bytes:
                 if hold.error is not None:
@@ -164,14 +164,14 @@ class HostTier:
                 self._changed.wait()
 
     def drop(self, entry: Entry, listener: Listener | None) -> None:
-        """As ``Hold.drop``."""
+        """Let the record of a hold go when memory is needed."""
         with self._changed:
             if listener is not None:
                 entry.listeners.remove(listener)
             self._let_go(entry)
 
     def record_of(self, entry: Entry) -> torch.Tensor:
-        """As ``Hold.record``."""
+        """The record of a hold, uint8[record_bytes]."""
         return self._memory.view(entry)
 
     def read_into(

@@ -79,7 +79,7 @@ class RecordMemory:
         return True
 
     def remove(self, entry: Entry) -> None:
-        """Free its block, if it has one."""
+        """Free the block of ``entry``, if ``entry`` has one."""
         if entry.block >= 0:
             del self._occupants[entry.variant, entry.block]
             self._allocator.free(entry.variant, entry.block)

@@ -31,7 +31,7 @@ class Crossing(NamedTuple):
     deadline_s: float  # from when on the cap lets it count as done (time.perf_counter)
 
     def wait(self) -> Exception | None:
-        """Block until it has crossed; what went wrong."""
+        """Block until the pieces have crossed; returns the error if there was one."""
         try:
             if self.event is not None:
                 self.event.wait()

@@ -63,7 +63,7 @@ class RecordReaders:
             yield slice(at, min(at + self._read_bytes, n_bytes))
 
     def want(self, job: Job) -> None:
-        """``job`` was guessed, and is demanded from now on."""
+        """Treat the prefetch ``job`` as a demand from now on."""
         self._disk.want(job)
 
     def close(self) -> None:

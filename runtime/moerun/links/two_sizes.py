@@ -37,7 +37,7 @@ class TwoSizeAllocator:
         return self._extent[variant] - 1
 
     def free(self, variant: Variant, block: int) -> None:
-        """Once nothing of the record is needed."""
+        """Free a block whose record is no longer needed."""
         free = self._free[variant]
         free.append(block)
         while self._extent[variant] - 1 in free:

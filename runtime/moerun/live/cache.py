@@ -22,7 +22,7 @@ from moerun.live.step import Opened, opened
 
 @dataclass
 class StepCounts:
-    """What is counted beside the cache's own counters."""
+    """Counters that the cache itself does not have."""
 
     steps: int = 0
     stall_s: float = 0.0

@@ -40,7 +40,7 @@ class Timings(BaseStreamer):  # type: ignore[misc]
             self.token_ids += value.reshape(-1).tolist()
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no token is held back."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moerun.store.find import find_store
 
 
 class Offloaded:
-    """What `moerun.load` adds to a transformers model, which stays one of its own class besides.
+    """What `moerun.load` adds to a transformers model, which keeps its own class, too.
 
     A context manager. After ``close`` the model's experts are gone and it can run no more.
     """
@@ -33,7 +33,7 @@ class Offloaded:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that lies beside the weights; None where there is none."""
+        """The tokenizer in the folder of the weights; None where the folder has none."""
         return self._runner.tokenizer
 
     @property
@@ -88,7 +88,7 @@ def load(
     ``model`` is "tiny", a checkpoint's folder or hub id, or a packed store; a checkpoint is packed
     on first use, at ``precision`` (experts) and ``attention``, into ``store`` or the user's cache.
     ``slots`` experts a layer are cached, or as many as ``memory`` ("9GiB", "auto", or bytes) leaves
-    room for beside weights and the key-value cache of ``context`` tokens; half of a layer's experts
+    room for besides weights and the KV cache of ``context`` tokens; half of a layer's experts
     where neither is given. ``low`` is a lower precision, or its store, for policies that load some
     misses lighter. Sizes are texts with a unit or bytes; ``link_gbps`` caps the link at so many
     10^9 bytes/s.

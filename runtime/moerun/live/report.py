@@ -96,7 +96,7 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
 
 
 def provenance(sampling: Sampling) -> dict[str, Any]:
-    """What produced a run, besides what its row says."""
+    """Versions and options of a run that its row does not have."""
     return {
         "kind": "measured",
         "sampling": asdict(sampling),
@@ -196,7 +196,7 @@ class Shares(Protocol):
 
 
 def changed(row: Shares) -> str:
-    """That in words."""
+    """The changed shares in words."""
     shares = {
         "left out": row.skipped_share,
         "computed by another expert": row.substituted_share,

@@ -83,12 +83,12 @@ class Runner:
 
     @property
     def plan(self) -> MemoryPlan:
-        """How memory is to be spent now."""
+        """The memory plan of the run as it is now."""
         return self._sizing.plan
 
     @property
     def context(self) -> Context:
-        """The cache as it is to be now."""
+        """The context of the cache, with its present number of slots."""
         return self.session.context
 
     @property

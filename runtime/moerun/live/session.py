@@ -106,12 +106,16 @@ class Session:
     ) -> Served:
         """The experts a batch wants at ``layer``, each as soon as it may be computed.
 
-        top_k_index, top_k_weights [tokens, top_k]; ``output`` is what the gate gave besides. They
-        come as (expert, the link's slot it lies in): hits first, in router order, then those that
-        another expert stands in for, with that one's slot, then the others as they arrive. Before
-        them all come those that nothing runs for, with None, and those computed on the CPU, with
-        an AsideExpert. Here and as they come RunError or PolicyError is raised where an expert
-        cannot be had.
+        top_k_index, top_k_weights [tokens, top_k]; ``output`` is what else the gate gave. Experts
+        come as pairs (expert, what computes the expert), in this order:
+
+        skipped          None
+        computed on CPU  an AsideExpert
+        hits             the slot, in router order
+        substituted      the slot of the expert that stands in
+        others           the slot, as they arrive
+
+        RunError or PolicyError is raised here or between experts, where an expert cannot be had.
         """
         for call in self.before_steps:
             call()

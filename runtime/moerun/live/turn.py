@@ -32,7 +32,7 @@ _SPLIT = re.compile(r"""split\(\s*['"]([^'"]+)['"]\s*\)""")
 class Turn:
     """An answer of a chat.
 
-    end_ids            tokens that end it, beside those that end any text of the model
+    end_ids            tokens that end it, besides those that end any text of the model
     response_template  transformers' description of its channels; None: it has but one
     prefill            what the template has written of the answer already; None: it is in the
                        prompt, where the response template's anchor finds it
@@ -72,7 +72,7 @@ def model_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def hidden_ids(tokenizer: Any) -> frozenset[int]:
-    """The special tokens: what is decoded without them is what a reader sees."""
+    """Ids of the special tokens, which are left out of the text that a reader sees."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {token for token, entry in added.items() if entry.special}
     return frozenset(special | set(getattr(tokenizer, "all_special_ids", ())))

@@ -28,7 +28,7 @@ class CacheLayer:
     state_width: int = 0  # numbers of a token that a recurrent state is updated with
 
     def kept_bytes(self, tokens: int) -> int:
-        """Between two passes, after so many tokens."""
+        """Bytes that the layer keeps between two passes, after ``tokens`` tokens."""
         kept = tokens if self.window is None else min(tokens, self.window)
         return kept * self.token_bytes + self.state_bytes
 

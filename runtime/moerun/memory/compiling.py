@@ -1,4 +1,4 @@
-"""Compiled calls for a live cache: made beside it by a thread, taken into use between two calls."""
+"""Compiled calls for a live cache: made by a thread, and taken into use between two calls."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class CompileBeside:
         self._thread.start()
 
     def finish(self) -> None:
-        """Have it done, and wait for it."""
+        """Compile at once, where compiling is allowed, and wait for the compiled calls."""
         self._at_once.set()
         self._thread.join()
 
@@ -164,7 +164,7 @@ class Compilation:
             self._beside.finish()
 
     def close(self) -> None:
-        """See `CompileBeside.close`."""
+        """Give up compilations that have not begun, and wait for those that have."""
         if self._beside:
             self._beside.close()
 

@@ -1,4 +1,4 @@
-"""The memory plan: what a run needs beside its slots, and how many slots a budget leaves."""
+"""The memory plan: what a run needs besides its slots, and how many slots a budget leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts computed on the CPU, from where their records are kept, beside the device's own work."""
+"""Experts computed on the CPU, where their records are kept, while the device computes others."""
 
 from __future__ import annotations
 

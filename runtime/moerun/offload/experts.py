@@ -55,7 +55,7 @@ class ExpertProvider(Protocol):
 
 
 class ExpertsModule(Protocol):
-    """What transformers' fused experts offer beside their parameters."""
+    """What transformers' fused experts offer besides their parameters."""
 
     num_experts: int
     has_gate: bool

@@ -123,7 +123,7 @@ class Results:
         self._write_cells()
 
     def finish(self) -> None:
-        """Everything asked for is measured: no journal unless another grid's windows are in it."""
+        """Delete the journal, unless the journal has windows of another grid."""
         if self._windows.keys() <= self.cells.keys():
             Path(self._journal.name).unlink()
 

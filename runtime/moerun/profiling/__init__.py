@@ -1,1 +1,1 @@
-"""Measuring this machine for the simulator, and predictions beside live runs."""
+"""Measuring this machine for the simulator, and comparing predictions with live runs."""

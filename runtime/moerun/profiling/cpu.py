@@ -43,7 +43,7 @@ class CpuCost:
 
 
 class AsideBench:
-    """Experts of a store computed aside, again and again. ``link`` is one of the same store."""
+    """Times experts of a store on the CPU. ``link`` is a link of the same store."""
 
     def __init__(self, store: ExpertStore, settings: Settings, link: Any, module: Any) -> None:
         self._aside: Aside = make_aside(store, settings, link)

@@ -1,4 +1,4 @@
-"""Live runs beside the simulator's predictions of them, from this machine's own profile."""
+"""Live runs against the simulator's predictions, from this machine's own profile."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class MachineProfile:
 
     @property
     def note(self) -> str:
-        """What to know before relying on it; "" if nothing."""
+        """A warning where other programs disturbed the measurement, else ""."""
         if self.waited <= CALM:
             return ""
         return (

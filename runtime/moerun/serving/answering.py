@@ -50,7 +50,7 @@ class PendingAnswer:
         return await self._next()
 
     def unwatch(self) -> None:
-        """Somebody else looks whether the client is still there."""
+        """Stop to watch the client: the caller does so from now on."""
         if self._watch:
             self._watch.cancel()
 
@@ -72,7 +72,7 @@ class PendingAnswer:
         raise AssertionError("an answer without an end")
 
     def leave(self) -> None:
-        """Nobody listens any more: what is still being generated is cancelled."""
+        """Stop to listen; a generation that still goes on is cancelled."""
         self.unwatch()
         self._worker.cancel(self._job)
 

@@ -43,7 +43,7 @@ class Answer:
         return {**self._common, "object": name, "choices": [choice], "usage": usage(generated)}
 
     def first(self) -> dict[str, Any] | None:
-        """What a stream opens with, if anything."""
+        """The chunk that opens a streamed chat; None for a completion, which has none."""
         return self._chunk({"role": "assistant", "content": ""}) if self._chat else None
 
     def piece(self, text: str, *, reasoning: bool = False) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Answer:
         return self._chunk({name: text} if self._chat else {"text": text})
 
     def last(self, generated: Generated) -> list[dict[str, Any]]:
-        """How it ended, and the usage where it was asked for."""
+        """The last chunks: how the answer ended, and the usage where the request asks for it."""
         ended = self._chunk({} if self._chat else {"text": ""}, generated.ending)
         if not self._request.include_usage:
             return [ended]

@@ -68,7 +68,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def refuse_unsupported(fields: dict[str, Any], elsewhere: str) -> None:
-    """Refuse fields that ask for what is not done; ``elsewhere`` is the other endpoint's."""
+    """Reject unsupported fields by name; ``elsewhere`` has the other endpoint's fields."""
     for name, value in fields.items():
         if name in NEUTRAL:
             if not any(_same(value, neutral) for neutral in NEUTRAL[name]):

@@ -96,7 +96,7 @@ class Metrics:
         self._stall_s.inc(totals.stall_s)
 
     def render(self, worker: GenerationWorker) -> bytes:
-        """The text now."""
+        """The present values, in the text format of Prometheus."""
         self._queue.set(worker.waiting)
         self._queue_limit.set(worker.waiting_limit)
         self._busy.set(worker.busy)

@@ -44,7 +44,7 @@ class Counted:
 
 
 class Guarded:
-    """Refuses whoever does not know the key, where there is one."""
+    """Rejects requests without the API key, where there is an API key."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app

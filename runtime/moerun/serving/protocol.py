@@ -33,7 +33,7 @@ COMPLETION_TOKENS = 16  # what /v1/completions generates unless told, by the ref
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets that does not say; ``most_tokens`` bounds what it may say."""
+    """Defaults for requests that do not set a field; ``most_tokens`` bounds the answer."""
 
     temperature: float = 1.0
     top_p: float = 1.0

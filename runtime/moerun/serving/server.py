@@ -81,7 +81,7 @@ class Server(uvicorn.Server):
             timer.cancel()
 
     def serve_on(self, taken: socket.socket) -> bool:
-        """Until a signal asks to end; True when it was an interrupt."""
+        """Serve until a signal ends the server; True when the signal was an interrupt."""
         with _collected_signals() as signals:
             self._worker.start()
             try:

@@ -50,7 +50,7 @@ class TerminalChat:
         self._terminal = sys.stdin.isatty()
 
     def hold(self) -> bool:
-        """Until the input ends; True when the user broke it off."""
+        """Answer until the input ends; True when the user interrupted the conversation."""
         interrupted = False
         if self._terminal:
             what = "; ".join(f"{name}: {does}" for name, does in COMMANDS.items())

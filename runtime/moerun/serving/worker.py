@@ -40,14 +40,14 @@ class Failed(NamedTuple):
 
 
 class NotBegun(NamedTuple):
-    """It was never begun: the server is shutting down."""
+    """The job was never begun: the server is shutting down."""
 
 
 AnswerEvent = Piece | Completed | Failed | NotBegun
 
 
 class QueueFull(Exception):
-    """As many wait as may."""
+    """The queue is full: ``waiting_limit`` requests wait already."""
 
 
 class GenerationJob:
@@ -110,7 +110,7 @@ class GenerationWorker:
         return self._thread.is_alive() and not self._closing
 
     def submit(self, job: GenerationJob) -> None:
-        """Raises QueueFull when ``waiting_limit`` others wait already."""
+        """Queue a job. Raises QueueFull when ``waiting_limit`` jobs wait already."""
         with self._changed:
             if self._closing:
                 job.tell(NotBegun())
@@ -122,7 +122,7 @@ class GenerationWorker:
             self._changed.notify_all()
 
     def cancel(self, job: GenerationJob) -> None:
-        """Nobody wants its answer any more. Harmless when it has ended."""
+        """Cancel ``job``, whose client has gone. Harmless when the job has ended."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -130,7 +130,7 @@ class GenerationWorker:
                 job.generation.cancel()
 
     def drain(self) -> None:
-        """Begin nothing new; those who wait are refused, the one in progress goes on."""
+        """Begin no job; jobs that wait are refused, and the job in progress goes on."""
         with self._changed:
             self._closing = True
             while self._waiting:
@@ -144,7 +144,7 @@ class GenerationWorker:
                 self._running.generation.cancel()
 
     def close(self) -> None:
-        """Cut the one in progress short and end the thread."""
+        """Cut the answer in progress short and end the thread."""
         self.drain()
         self.cancel_running()
         if self._thread.ident is not None:

@@ -30,7 +30,7 @@ def find_store(
     """The store of ``model`` (a store's folder, or what ``hub.resolve`` takes).
 
     A checkpoint is packed into ``folder``, or into the user's cache, unless that is done already.
-    What stores beside it have in the same form is shared with them.
+    Files that other stores in its parent folder have in the same form are shared with them.
     ``report`` is told when it must be packed. Raises RunError where there is no such model,
     ``folder`` holds another one, or the pack cannot be made.
     """

@@ -50,7 +50,7 @@ class RecordFile:
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What the file has for safetensors: each record as its bytes."""
+        """The tensors of the file, as safetensors has them: each record as its bytes."""
         return {r.name: (torch.uint8, (r.layout.record_bytes,)) for r in self.records}
 
     def entries(self) -> tuple[int, dict[str, TensorEntry]]:
@@ -81,7 +81,7 @@ class PackPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of disk that the pack takes, index and journal included."""
+        """Bytes of disk that the pack takes, index and tokenizer included."""
         return sum(file.entries()[0] for file in self.files) + self.dense_bytes + _SPARE_BYTES
 
 

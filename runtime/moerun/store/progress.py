@@ -12,4 +12,4 @@ RecordProgress = Callable[[int, int], None]
 
 
 def silent(*_: object) -> None:
-    """Told whatever it is told, says nothing."""
+    """Ignore a report of progress."""

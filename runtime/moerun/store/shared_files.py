@@ -28,17 +28,17 @@ class SharedFiles:
     crc32: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def notes(self) -> Iterator[str]:
-        """Which folders they are shared with, a sentence each."""
+        """A sentence for each folder that files are shared with."""
         for folder, n in Counter(path.parent for path in self.paths.values()).items():
             yield f"{n} of {self.n_files} files are hard links to those of {folder}"
 
     def bytes_on(self, device: int) -> int:
-        """Bytes of those on the file system ``device`` (st_dev), which take no more room there."""
+        """Bytes of the files on the file system ``device`` (st_dev), which take no room again."""
         found = [path.stat() for path in self.paths.values()]
         return sum(stat.st_size for stat in found if stat.st_dev == device)
 
     def link_into(self, folder: Path) -> None:
-        """The same files under a second name; copies of those on another disk."""
+        """Link the files into a folder; files on another disk are copied."""
         for name, path in self.paths.items():
             to = folder / name
             to.unlink(missing_ok=True)

@@ -72,5 +72,5 @@ class OutputOptions:
     force: Force = False
 
     def checked(self) -> Output:
-        """Where results go. Raises CommandError where they cannot go there."""
+        """The file or stdout that results go to. Raises CommandError where that is not possible."""
         return Output.checked(self.out, self.format, force=self.force)

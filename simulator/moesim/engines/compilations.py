@@ -13,8 +13,8 @@ from moepolicy.compiled import NotCompilable
 
 
 class Engine(StrEnum):
-    """What replays a workload. All give the same results: SimPy slowly, for whoever observes every
-    decision, the replay fast, and "auto" takes the replay where nobody observes."""
+    """What replays a workload. All give the same results: SimPy slowly, with an event for each
+    decision, the replay fast. "auto" takes the replay where nothing observes the events."""
 
     auto = "auto"
     simpy = "simpy"

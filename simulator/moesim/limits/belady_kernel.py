@@ -2,7 +2,7 @@
 
 What a clairvoyant cache holds matters only as the steps at which its experts are used next: a
 step's hits are those that are due at it, and what goes is due last. So a domain's cache is a
-heap of steps, and beside it stands how many are due at each step.
+heap of steps, with the number of experts that are due at each step.
 """
 
 from __future__ import annotations

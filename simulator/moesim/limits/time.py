@@ -43,7 +43,7 @@ class _Work(NamedTuple):
     longest_ns: Counts  # of the stretch's experts
 
     def merged(self, n: int) -> _Work:
-        """Stretches of ``n`` of these each."""
+        """The work of stretches that join ``n`` of these stretches each."""
         at = np.arange(0, len(self.requests), n)
         return _Work(
             np.add.reduceat(self.compute_ns, at),
@@ -79,7 +79,7 @@ def min_time_ns(
     """The least ns in which ``machine`` can serve ``workload`` from caches that start empty.
 
     No policy beats it that computes what the router chose, at one precision. ``buffers``: how
-    many staging buffers may keep prefetched experts beside the ``slots`` a layer; 0 where
+    many staging buffers may keep prefetched experts besides the ``slots`` a layer; 0 where
     prefetches go to slots. Where the machine has CPU workers, any expert may be computed there.
     Of a link that writes victims back only the way in is counted. ``cold``: the caches start
     empty, and the link idle, with every sequence. ``decoding``: only the time spent on decoded

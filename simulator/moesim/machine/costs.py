@@ -32,7 +32,7 @@ class Sizes:
     low_bytes: int = 0  # of an expert in the lower-precision store; 0: there is none
 
     def uncharged(self, machine: Machine) -> tuple[str, ...]:
-        """Whose dense weights ("layer", "token") ``machine`` would read and nobody knows."""
+        """The parts ("layer", "token") whose dense weights are unknown but read by ``machine``."""
         if math.isinf(machine.compute.memory_bytes_per_s):
             return ()  # their reading is in the fixed costs
         sizes = {"layer": self.layer_bytes, "token": self.token_bytes}

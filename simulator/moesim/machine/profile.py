@@ -52,7 +52,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Cpu:
-    """Workers that compute missing experts where they are kept, beside the compute stream."""
+    """Workers that compute missing experts on the CPU, while the compute stream goes on."""
 
     workers: int
     expert_s: float = 0.0
@@ -96,7 +96,7 @@ class Machine:
     cpu: Cpu | None = None
 
     def copy_ns(self, n_bytes: int) -> int:
-        """How long a copy's bytes occupy the link."""
+        """Time that a copy's bytes occupy the link, in nanoseconds."""
         return max(1, math.ceil(n_bytes * NS_PER_S / self.link.bytes_per_s))
 
     @property
@@ -110,7 +110,7 @@ class Machine:
         return _ns(self.compute.arrival_s)
 
     def pass_ns(self, token_bytes: int) -> int:
-        """A forward pass outside its layers."""
+        """Time of a forward pass outside its layers, in nanoseconds."""
         return _ns(self.compute.token_s + token_bytes / self.compute.memory_bytes_per_s)
 
     def layer_ns(self, tokens: int, layer_bytes: int, *, predicting: bool) -> int:
@@ -125,7 +125,7 @@ class Machine:
         return _expert_ns(self.compute, tokens, expert_bytes, expert_params)
 
     def cpu_expert_ns(self, tokens: int, expert_bytes: int, expert_params: int) -> int:
-        """The same on a CPU worker."""
+        """One expert's compute on a CPU worker, in nanoseconds."""
         if self.cpu is None:
             return 1
         return max(1, _expert_ns(self.cpu, tokens, expert_bytes, expert_params))

@@ -1,4 +1,4 @@
-"""What is said beside a time that sizes are missing for, and which sizes a table assumes."""
+"""Notes on times that sizes are missing for, and on the sizes that a table assumes."""
 
 from __future__ import annotations
 

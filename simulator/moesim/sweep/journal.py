@@ -64,7 +64,7 @@ class SweepJournal:
             self._synced_at = time.monotonic()
 
     def recount(self) -> None:
-        """After an interruption, which may have come between keeping a point and counting it."""
+        """Read the finished points again, after an interruption in the middle of ``add``."""
         self._file.flush()
         self.finished = self._read()
 
@@ -80,7 +80,7 @@ class SweepJournal:
             self._file.close()
 
     def remove(self) -> None:
-        """The result is written: the journal and all beside it go."""
+        """Delete the journal's folder after the result is written."""
         shutil.rmtree(self.folder)
         self.close()
 

@@ -78,7 +78,7 @@ class Sweep:
 
     @property
     def asked_left(self) -> int:
-        """Of the points left, those of the grid."""
+        """Number of the grid's points that are not finished."""
         return len(self.plan.asked & self._todo.keys())
 
     def run(self, pool: Pool) -> None:

@@ -22,7 +22,7 @@ LEAVE_S = 30.0  # to leave the cluster tidy
 
 
 def ray_address(on: str) -> str | None:
-    """The address in ``--on``; None for a Ray of our own. Raises SimulationError.
+    """The address in ``--on``; None for a Ray on this machine. Raises SimulationError.
 
     ray://host:port is a cluster's client server, host:port the cluster this machine is part of.
     """

@@ -51,7 +51,7 @@ class Schedule:
             waiting.appendleft(number)
 
     def forget(self, worker: int) -> None:
-        """``worker`` is gone."""
+        """Forget the group that ``worker``, which is gone, has worked on."""
         self._at.pop(worker, None)
 
     def _choose(self, worker: int) -> Group | None:

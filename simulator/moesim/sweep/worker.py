@@ -166,7 +166,7 @@ class SweepWorker:
 def slots_in(
     memory_bytes: int, expert_bytes: int, policy: PolicySpec, workload: Workload, scope: str
 ) -> int:
-    """Slots a layer that fit a budget beside the policy's staging buffers.
+    """Slots a layer that fit a budget besides the policy's staging buffers.
 
     Raises SimulationError where not even those fit.
     """

@@ -58,11 +58,11 @@ def _without_a_model(found: Reproduction) -> list[str]:
     account = found.account
     plain, scaled = (found.median_error_unmodelled(scaled=how) for how in (False, True))
     return [
-        f"With no model at all, the {FITTED} cells taken for the {PREDICTED} ones have a median "
-        f"error of {plain:.1%}, and divided by the experts' growth {scaled:.1%}. This model's is "
-        f"{account.median_error('predicted'):.1%}, where the fit itself leaves "
-        f"{account.median_error('fitted'):.1%}; its slow-down from {FITTED} to {PREDICTED}, set "
-        f"free of that, is off by {account.median_slowdown_error():.1%}."
+        f"Median errors of the {PREDICTED} cells: {plain:.1%} if the {FITTED} cells are taken as "
+        f"the prediction, {scaled:.1%} if these are divided by the experts' growth, and "
+        f"{account.median_error('predicted'):.1%} by this model. The fit itself leaves "
+        f"{account.median_error('fitted'):.1%}. Without the fit's error the predicted slow-down "
+        f"from {FITTED} to {PREDICTED} is off by {account.median_slowdown_error():.1%}."
     ]
 
 
@@ -72,8 +72,8 @@ def _mean_error(cells: Sequence[TableCell], algorithm: Algorithm) -> float:
 
 def _excluded(account: Account) -> list[str]:
     return [
-        f"{c.gpu} {c.precision} {c.algorithm} is left out of every error: {c.published:g} is "
-        f"printed, where the same card's {FITTED} cell is "
+        f"{c.gpu} {c.precision} {c.algorithm} is left out of every error: the paper prints "
+        f"{c.published:g}, although the same card's {FITTED} cell is "
         f"{published(FITTED, c.algorithm, _card(c.gpu)):g}; the prediction is {c.simulated:.3f}."
         for c in account.cells
         if c.role == "excluded"
@@ -97,10 +97,11 @@ def _steeper_than_bytes(found: Reproduction) -> list[str]:
     if not steeper:
         return []
     return [
-        f"From {FITTED} to {PREDICTED} an expert grows by {growth - 1:.1%}, and no time that goes "
-        "with bytes by more; the paper's own rows slowed by more here: " + ", ".join(steeper) + ". "
-        "What dequantising costs at another width is not in the fitted column: it is taken to be "
-        "equal."
+        f"From {FITTED} to {PREDICTED} an expert grows by {growth - 1:.1%}, and no time that "
+        "depends on bytes grows by more. These rows of the paper slowed by more: "
+        + ", ".join(steeper)
+        + ". The fitted column does not show what dequantising costs at another width, so the "
+        "model takes that cost as equal."
     ]
 
 
@@ -114,18 +115,19 @@ def _links(found: Reproduction) -> list[str]:
             beyond.append(f"{card.name} {rate / 1e9:.1f} of {card.link_bytes_per_s / 1e9:.1f} GB/s")
     if beyond:
         sentences.append(
-            "Left free, the fit asks for links faster than their kind: "
+            "Without a limit on the rate, the fit needs links faster than their kind: "
             + ", ".join(beyond)
-            + ". So the measured engine did not move all that this reading says, or not all of it "
-            "in turn with compute."
+            + ". So the measured engine moved fewer bytes than this reading says, or moved some of "
+            "these bytes during compute."
         )
     best = min(found.others, key=lambda account: account.misfit)
     if best.reading != found.account.reading:
         sentences.append(
             f"The reading '{best.reading.name}' ({best.reading.summary}) comes nearest to the "
-            f"fitted cells: misfit {best.misfit:.1%} against {found.account.misfit:.1%}; left free "
-            f"it asks for at most {best.asked_link_share:.0%} of what a link carries, and its "
-            f"predictions' median error is {best.median_error('predicted'):.1%}."
+            f"fitted cells: misfit {best.misfit:.1%} against {found.account.misfit:.1%}. "
+            "Without a limit on the link's rate, that reading needs at most "
+            f"{best.asked_link_share:.0%} of what a link carries. The median error of the "
+            f"reading's predictions is {best.median_error('predicted'):.1%}."
         )
     return sentences
 
@@ -138,7 +140,7 @@ def _implied_loads(found: Reproduction) -> list[str]:
     )
     return [
         "If victims are written back and nothing overlaps, the two rows without a cache fix both "
-        f"constants, and '{Algorithm.lru}' then tells its loads a token: {each}."
+        f"constants, and the row '{Algorithm.lru}' gives the loads a token: {each}."
     ]
 
 
@@ -154,6 +156,6 @@ def _compute(account: Account, workload: Workload) -> list[str]:
         )
     return [
         f"A layer's compute is fitted at {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f} ms, "
-        f"{beside}; the table cannot say how much of it is experts, attention, launches or "
-        "waiting for the host."
+        f"{beside}. The table does not show how much of that time is experts, attention, "
+        "launches or waiting for the host."
     ]

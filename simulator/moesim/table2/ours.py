@@ -22,7 +22,7 @@ from moesim.workload.steps import Workload
 class Reach:
     """Tokens/s of one card at one precision.
 
-    policies       of each policy, with copies beside compute and nothing written back
+    policies       of each policy, with copies during compute and nothing written back
     best           the policy that is fastest without knowing the future; None if all know it
     limit          what no policy can beat with these slots and buffers
     compute_limit  if every expert were always there

@@ -95,7 +95,7 @@ def _reach(reach: Reach) -> dict[str, Any]:
 
 
 def text(found: Reproduction, workload: Workload, title: str) -> str:
-    """Everything for people."""
+    """The whole report as text for people."""
     account = found.account
     fitted, predicted = (account.median_error(role) for role in ("fitted", "predicted"))
     readings = {other.reading.name: other.reading.summary for other in found.others}
@@ -109,7 +109,7 @@ def text(found: Reproduction, workload: Workload, title: str) -> str:
         ),
         _cells_table(account).render(),
         wrapped([f"Median error: fitted {fitted:.1%}, predicted {predicted:.1%}."]),
-        wrapped(["Fitted constants beside the data sheets'"])
+        wrapped(["Fitted constants next to the data sheets'"])
         + _constants_table(found, workload).render(),
         wrapped(
             ["The same fit under other readings of the measured engines; n: experts guessed ahead"]
@@ -118,7 +118,7 @@ def text(found: Reproduction, workload: Workload, title: str) -> str:
         described(readings),
         wrapped(
             [
-                "This project's engine with those constants: copies beside compute, nothing "
+                "This project's engine with those constants: copies during compute, nothing "
                 "written back. Simulated tokens/s, and the paper's fastest row to compare"
             ]
         )

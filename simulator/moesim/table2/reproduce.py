@@ -1,4 +1,4 @@
-"""Fit every card on the 2-bit cells, predict the 3-bit cells, and set this project's engine beside.
+"""Fit every card on the 2-bit cells, predict the 3-bit cells, and simulate this project's engine.
 
 Which understanding of the measured engines to report is the caller's choice; the others are
 fitted too, so that a reader sees what rests on it.

@@ -12,7 +12,7 @@ one expert takes over the link, and x the experts a token misses:
 Copies and compute take turns in the released code, so all compute of a layer stands before its
 gate's decision here (``layer_s``): nothing is left for a demanded copy to overlap. Speculative
 loading was measured with code that was never released; it can only have gained time by copying
-beside compute, from the arrival of one layer's experts to the decision of the next one's gate,
+during compute, from the arrival of one layer's experts to the decision of the next one's gate,
 and that is as much compute as ``layer_s``. Every row computes the same experts in the same
 layers, so an expert's time and a layer's cannot be told apart and are one constant.
 """

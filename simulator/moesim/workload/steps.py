@@ -79,7 +79,7 @@ class Workload:
         return self.meta.n_layers * self.meta.n_experts
 
     def release(self) -> None:
-        """Of arrays that lie in files, let go of what is in memory; it is read anew when used."""
+        """Free the memory of arrays that lie in files; the files are read again when used."""
         for mapping in self.maps:
             mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -122,7 +122,7 @@ class Workload:
 
     @cached_property
     def n_prompt(self) -> int:
-        """Prompt tokens."""
+        """Number of prompt tokens."""
         return self._count_tokens(False)
 
     def _count_tokens(self, decode: bool) -> int:
