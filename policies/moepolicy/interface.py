@@ -112,8 +112,8 @@ def _check_declarations(name: str, policy: type[Policy]) -> None:
     horizon = inspect.getattr_static(policy, "horizon")
     if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
         raise PolicyError(
-            f"policy '{name}': horizon is {horizon!r}, and must be how many layers ahead it reads "
-            "predictions, 1 or more"
+            f"policy '{name}': horizon is {horizon!r}, and must be the number of layers ahead "
+            "that the policy reads predictions, 1 or more"
         )
 
 

@@ -34,7 +34,7 @@ MISTAKES = [
     (["def __init__(self): pass"], "__init__ takes the context first"),
     (["requires = 'predictions'"], "requires is 'predictions', and must be a set of names"),
     (["requires = {'prediction'}"], "requires 'prediction': did you mean 'predictions'?"),
-    (["horizon = 0"], "horizon is 0, and must be how many layers ahead"),
+    (["horizon = 0"], "horizon is 0, and must be the number of layers ahead"),
 ]
 
 

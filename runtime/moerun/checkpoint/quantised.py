@@ -1,4 +1,4 @@
-"""Telling by its tensors, and by what is declared beside them, how a checkpoint is quantised.
+"""How a checkpoint is quantised, by its tensors and by what its files declare.
 
 Publishers declare it in several places and under several names, or not at all; the names of the
 tensors do not lie. A format is one entry of FORMATS.

@@ -86,7 +86,9 @@ def serve(
 
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     if api_key is None and not _loopback(taken.getsockname()[0]):
-        err.print("anyone who reaches this address can use it: give --api-key", style="yellow")
+        err.print(
+            "anyone who reaches this address can use the server: give --api-key", style="yellow"
+        )
     with Runner(found, settings, report=say) as runner:
         tell_plan(runner)
         calm_collector()

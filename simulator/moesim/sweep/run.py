@@ -133,7 +133,9 @@ def _kept(sweep: Sweep, watcher: Watcher) -> int:
     keys = {point.key for point in sweep.plan.points}
     found = set(sweep.journal.finished)
     if found - keys:
-        watcher.say(f"{len(found - keys)} finished points are not in this grid: not in its result")
+        watcher.say(
+            f"{len(found - keys)} finished points are not in this grid and left out of the result"
+        )
     return len(found & sweep.plan.asked)
 
 

@@ -133,7 +133,7 @@ def test_after_an_error_the_next_request_is_answered(
 def test_a_signal_lets_the_answer_end_and_prints_the_statistics(home: Path) -> None:
     everywhere = ("--drain", "60", "--host", "0.0.0.0")
     with serving(home, *everywhere, MOERUN_API_KEY="") as served:
-        assert "anyone who reaches this address can use it" in served.said
+        assert "anyone who reaches this address can use the server" in served.said
         stream = chat(served.client(key="none"), max_tokens=100, stream=True)
         pieces = iter(stream)
         next(pieces)
