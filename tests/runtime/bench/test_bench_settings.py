@@ -332,7 +332,7 @@ def test_a_bench_keeps_to_its_budget(tmp_path: Path) -> None:
     [
         (["--memory", "1GiB", "--slots", "2"], 2, "give --slots or --memory, not both"),
         (["--host-memory", "1GiB"], 2, "--host-memory is about experts in files: give --store"),
-        (["--policy", "hobbit"], 1, "with --low"),
+        (["--policy", "hobbit"], 1, "give --low"),
         (["--low", "5bit"], 2, "there is no precision '5bit'"),
         (["--attention", "1bit"], 2, "attention cannot be '1bit'"),
     ],

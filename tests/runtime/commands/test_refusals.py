@@ -123,5 +123,5 @@ def test_a_disturbed_profile_says_so() -> None:
         cpu=CpuCost(1, 0.0, 0.0),
         waited=0.38,
     )
-    assert "kept it waiting for 38 %" in profile.note
+    assert "kept the measurement waiting for 38 %" in profile.note
     assert profile.note in profile.to_toml()

@@ -103,7 +103,7 @@ def test_what_is_compiled_already_counts_and_nothing_else_does() -> None:
         assert exact.on_host_within(least, Compiling.NEVER).total_bytes == least
         if done is not Compiling.NEVER:
             assert exact.slots == 0
-            with pytest.raises(RunError, match=r"compiled \d+\.00 MiB.*code is loaded and stays"):
+            with pytest.raises(RunError, match=r"compiled \d+\.00 MiB.*code cannot be unloaded"):
                 plan.on_host_within(least + n_bytes - 1, done)
 
 
@@ -140,7 +140,7 @@ def test_what_a_running_process_has_compiled_stays(stores: dict[str, ExpertStore
         assert done is not Compiling.NEVER
         runner.session.reset()
         assert runner.session.compilation.done is done
-        with pytest.raises(RunError, match="code is loaded and stays"):
+        with pytest.raises(RunError, match="compiled code cannot be unloaded"):
             runner.set_memory(60 * MIB)
         assert runner.plan.budget_bytes == 1 << 30
 
