@@ -276,7 +276,7 @@ def test_a_prompt_is_read_as_utf_8_whatever_stdin_says() -> None:
     plain = json.loads(run(*asked, "--prompt", prompt)[0])
     there = json.loads(run(*asked, environment=ASCII, stdin=prompt.encode())[0])
     assert (there["text"], there["prompt_tokens"]) == (plain["text"], plain["prompt_tokens"])
-    _, told = run("moerun", code=1, stdin=b"\xff\xfe")
+    _, told = run("moerun", "generate", code=1, stdin=b"\xff\xfe")
     assert "stdin is no utf-8 text" in told.lower()
 
 

@@ -142,7 +142,7 @@ def test_the_number_of_tokens_and_the_processor_choose_the_way(
         batches.append(len(x))
         return multiply_blockwise(x, *rest)
 
-    monkeypatch.setattr("moerun.kernels.slots.multiply_blockwise", multiply)
+    monkeypatch.setattr("moerun.kernels.linears.multiply_blockwise", multiply)
     for native in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         least = pays_from_tokens(SCHEMES[name])
