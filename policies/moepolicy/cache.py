@@ -55,6 +55,9 @@ class ExpertCache:
             cache.finish(copy.key)           # when it has arrived
         cache.consume(key)                   # as each expert's compute is done
         cache.end()
+
+    The class is long because each call of the state machine is logged, run, told to observers and
+    named in errors here, and nowhere else.
     """
 
     def __init__(

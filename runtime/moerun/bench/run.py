@@ -83,12 +83,11 @@ class Bench(AbstractContextManager["Bench"]):
         Raises RunError for what does not fit.
         """
         schedule.check(low=low is not None)
-        tell = report or silent
+        tell, released = report or silent, schedule.released
         self.generated, self.routing, self.schedule = generated, routing, schedule
         self.on_disk = folder
-        self.results = BenchResults(runs={policy.label: [] for policy in schedule.policies})
-        if schedule.released:
-            self.results.runs[RELEASED] = []
+        labels = [policy.label for policy in schedule.policies]
+        self.results = BenchResults(runs={name: [] for name in labels + [RELEASED] * released})
         # A prompt of one token, then the others.
         context_tokens = 1 + schedule.forced_tokens
         self.settings = replace(settings, context_tokens=context_tokens, prompt_tokens=1)

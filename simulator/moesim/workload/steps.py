@@ -48,6 +48,9 @@ class Workload:
     starts    int64[Q] the step that each of the trace's sequences begins with, the first 0
 
     ``calibration``, int64[n_layers, n_experts], is how often another trace uses each expert.
+
+    The class is long because every cut of a workload (first steps, a sequence, other sizes, what
+    a policy may see) has to cut all of these arrays alike.
     """
 
     meta: TraceMeta

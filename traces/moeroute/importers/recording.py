@@ -36,7 +36,8 @@ class Recording:
 
     `columns` are named as in a trace, of any number type. `place` says where in the file row i
     stands ("line 12"); every message about a row begins with it. `meta` needs neither
-    `missing_rows` nor `notes`: they are counted and filled in.
+    `missing_rows` nor `notes`: they are counted and filled in. The class is long because each kind
+    of thing that an import may change, drop or not know has a check of its own here.
     """
 
     path: Path
