@@ -1,6 +1,6 @@
 """Rows of results as a table for people, or as JSON and CSV for programs.
 
-Every command prints its rows here. A table never cuts a name or a number: columns that do not fit
+Every command renders its rows here. A table never cuts a name or a number: columns that do not fit
 the width follow in a second block under the first, with the names repeated.
 """
 

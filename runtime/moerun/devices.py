@@ -1,4 +1,4 @@
-"""Devices by name, and amounts of memory as people write them."""
+"""Devices by name, the memory that they have free, and the threads of the CPU."""
 
 from __future__ import annotations
 

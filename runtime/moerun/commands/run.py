@@ -1,4 +1,4 @@
-"""What `moerun` does without a command: one prompt, answered and reported."""
+"""What `moerun generate` does: one prompt, answered and reported."""
 
 from __future__ import annotations
 
