@@ -192,6 +192,7 @@ def test_a_finished_store_is_kept_until_the_new_one_is_whole(tmp_path: Path) -> 
     assert (tmp_path / "thesis" / "text").read_text() == "important"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
 def test_a_sweep_is_in_the_format_of_its_suffix_and_resumes_from_it(
     tmp_path: Path, suffix: str
@@ -280,6 +281,7 @@ def test_a_prompt_is_read_as_utf_8_whatever_stdin_says() -> None:
     assert "stdin is no utf-8 text" in told.lower()
 
 
+@pytest.mark.slow
 def test_a_locale_without_letters_is_one_line(tmp_path: Path) -> None:
     """With UTF-8 switched off by hand, tables are still printed; torch cannot be imported."""
     assert "lru" in run("moesim", "compare", "lru", *SHORT, environment=C)[0]
@@ -300,7 +302,10 @@ def test_a_full_disk_names_the_timeline(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", ["txt", "json", "csv", "parquet"])
+SLOW = [pytest.param(suffix, marks=pytest.mark.slow) for suffix in ("json", "csv", "parquet")]
+
+
+@pytest.mark.parametrize("suffix", ["txt", *SLOW])
 def test_a_full_disk_names_the_results(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"x.{suffix}"
     compare = ("moesim", "compare", "lru", *SHORT, "--out", out)

@@ -110,7 +110,13 @@ def assert_whole(narrow: str, wide: str, width: int) -> None:
     assert "…" not in narrow
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SLOW = ("curve", "table2")  # their tables are made as those of the others are
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in COMMANDS],
+)
 def test_tables_keep_every_name_and_number(printed: Printed, name: str) -> None:
     command, where, shown = COMMANDS[name]
     found = json.loads(printed(*command, "--format", "json"))
@@ -137,6 +143,7 @@ def test_lists_keep_every_name(printed: Printed, command: tuple[str, ...]) -> No
         assert [line.split()[0] for line in narrow.splitlines() if line[0] != " "] == names
 
 
+@pytest.mark.slow
 def test_the_best_of_a_sweep_is_whole(printed: Printed, tmp_path: Path) -> None:
     axes = ("lru", SPEC, *("--slots", "2,4"), "--machine", "t4,rtx3080-mobile", "--workers", "1")
 

@@ -65,9 +65,9 @@ RUNS = {
     "moetrace stats t.parquet": Run(("t.parquet",), prints="locality"),
     "moesim compare lru lfu belady": Run(prints="belady"),
     "moesim compare lru lru-spec:n=1 my_policy.py:Mine --trace mixtral-like --slots 2,4,6 "
-    "--precision 2bit --machine t4": Run(("my_policy.py",), prints="my_policy.py:Mine"),
+    "--precision 2bit --machine t4": Run(("my_policy.py",), prints="my_policy.py:Mine", slow=True),
     "moesim compare lru lfu --trace mixtral-like --precision 2bit --slots 4 --cold": Run(
-        prints="cold at every sequence"
+        prints="cold at every sequence", slow=True
     ),
     "moesim compare lru lru-spec --machine t4 --tokens 50 --slots 4 --timeline out.json.gz": Run(
         leaves="out.json.gz"
@@ -75,16 +75,16 @@ RUNS = {
     "moesim machines": Run(prints="rtx3060"),
     "moesim policies": Run(prints="lru-spec"),
     "moesim compare lru lru-spec --trace mixtral-like --precision 2bit --slots 4": Run(
-        prints="lru-spec"
+        prints="lru-spec", slow=True
     ),
     "python -m moeroute.synthetic --tokens 2048 --seed 0 --out mixtral-like.parquet": Run(
-        leaves="mixtral-like.parquet", prints="published"
+        leaves="mixtral-like.parquet", prints="published", slow=True
     ),
     "moesim compare lru lfu belady lru-spec clairvoyant --trace mixtral-like --precision 2bit "
-    "--slots 4 --tokens 300": Run(prints="clairvoyant"),
+    "--slots 4 --tokens 300": Run(prints="clairvoyant", slow=True),
     "moesim curve lru lfu belady": Run(prints="shuffled"),
     "moesim sweep lru lru-spec --slots 2,4,6 --machine t4,rtx3060 --out sweep.parquet": Run(
-        leaves="sweep.parquet", prints="best policy"
+        leaves="sweep.parquet", prints="best policy", slow=True
     ),
     "moesim table2": Run(prints="Left unexplained", slow=True),
     'moerun generate --policy lru-spec --slots 4 --prompt "The house was quiet, and"': Run(),
@@ -93,18 +93,18 @@ RUNS = {
         ("store", "prompt.txt")
     ),
     'moerun generate --link-gbps 0.5 --policy lru --record live.parquet --prompt "..."': Run(
-        leaves="live.parquet"
+        leaves="live.parquet", slow=True
     ),
     "moerun profile --out this-machine.toml": Run(leaves="this-machine.toml", slow=True),
     "moerun fidelity lru lfu lru-spec --slots 4 --link-gbps 0.5": Run(
         prints="live tok/s", slow=True
     ),
-    'moerun generate --policy hobbit --low 2bit --slots 3 --prompt "..."': Run(),
+    'moerun generate --policy hobbit --low 2bit --slots 3 --prompt "..."': Run(slow=True),
     'moerun generate --memory 60MiB --max-new-tokens 20 --plan --prompt "Once upon a time"': Run(
         prints="KV cache"
     ),
     "moerun pack CHECKPOINT --precision 2bit --attention 4bit --out store/": Run(
-        leaves="store/attention.safetensors"
+        leaves="store/attention.safetensors", slow=True
     ),
     "moerun perplexity TEXT --model M --attention native,4bit --experts 4bit,3bit,2bit": Run(
         ("text.txt",), prints="bits/byte", slow=True
@@ -123,8 +123,8 @@ RUNS = {
     ),
     'moerun generate --policy mine.py:Mine --prompt "..."': Run(("mine.py",)),
     "moesim compare lru hobbit adapmoe-skip --trace mixtral-like --precision 4bit "
-    "--low 2bit --slots 3": Run(prints="* changes what the model computes"),
-    'moerun generate --policy fiddler --slots 3 --prompt "..."': Run(),
+    "--low 2bit --slots 3": Run(prints="* changes what the model computes", slow=True),
+    'moerun generate --policy fiddler --slots 3 --prompt "..."': Run(slow=True),
 }
 
 

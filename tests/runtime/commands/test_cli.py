@@ -350,6 +350,7 @@ def test_ctrl_c_ends_with_the_statistics_and_the_files(home: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     from moesim.machine.profile import load_machine
 
@@ -367,6 +368,7 @@ def test_a_profile_is_what_moesim_reads(moerun: Call, tmp_path: Path) -> None:
     assert "tiny" in machine.description
 
 
+@pytest.mark.slow
 def test_fidelity_puts_live_beside_simulated(moerun: Call, tmp_path: Path) -> None:
     done = moerun(
         *("fidelity", "lru", "lru-spec", "static", "--rounds", "1", "--max-new-tokens", "16"),

@@ -164,6 +164,7 @@ def environment(home: Path) -> dict[str, str]:
 GRID = ("--attention", "native,4bit", "--experts", "native,2bit")
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on_with_the_window_it_was_at(
     moerun: Call, home: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

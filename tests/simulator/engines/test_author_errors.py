@@ -129,9 +129,17 @@ LATE = "        self.n[0] += 1\n        return {answer} if self.n[0] > 100 else 
 WRONG = [
     ("-7", "victim named a negative key that is not -1: it answered -7, and must answer one of"),
     ("incoming", r"victim named a key that was not among the candidates: it answered \d+, and"),
-    ("10_000", "victim named a key that does not exist: it answered 10000, and must answer one"),
+    pytest.param(
+        "10_000",
+        "victim named a key that does not exist: it answered 10000, and must answer one",
+        marks=pytest.mark.slow,
+    ),
     ("[][0]", r"IndexError: .* \(victim, step \d+, .*mine\.py:10\)"),
-    ("self.absent[0]", r"AttributeError: .*'absent' \(victim, step \d+, .*mine\.py:10\)"),
+    pytest.param(
+        "self.absent[0]",
+        r"AttributeError: .*'absent' \(victim, step \d+, .*mine\.py:10\)",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
