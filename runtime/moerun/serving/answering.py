@@ -121,8 +121,8 @@ def _full(worker: GenerationWorker) -> ApiError:
     wait_s = max(1, round(mean_s * (worker.waiting_limit + 1)))
     return ApiError(
         429,
-        f"one answer is in progress and {worker.waiting_limit} requests wait, which is "
-        f"the limit: try again in about {wait_s} s",
+        f"one answer is in progress and the queue of {worker.waiting_limit} is full: try again in "
+        f"about {wait_s} s",
         type="rate_limit_error",
         code="queue_full",
         headers={"Retry-After": str(wait_s)},

@@ -41,7 +41,9 @@ def test_a_queue_that_is_full_says_when_to_come_back(server: Served) -> None:
     server.wait_for("moerun_busy", 1)
     threads[1].start()
     server.wait_for("moerun_queue_length", 1)
-    with pytest.raises(openai.RateLimitError, match="one answer is in progress and 1 wait") as full:
+    with pytest.raises(
+        openai.RateLimitError, match="in progress and the queue of 1 is full"
+    ) as full:
         chat(server.client())
     assert int(full.value.response.headers["retry-after"]) >= 1
     for thread in threads:
