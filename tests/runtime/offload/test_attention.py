@@ -365,14 +365,14 @@ def test_table_1_is_for_its_own_model_only(mixtral: Path, tmp_path: Path) -> Non
 
 
 PACK_TRUE_SHAPES = """
-import resource, sys
+import sys
 from pathlib import Path
-import torch
+from moerun.devices import peak_host_bytes
 from moerun.store.pack import pack
 from transformers import MixtralConfig, MixtralForCausalLM
 folder = Path(sys.argv[1])
 def peak_kib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_host_bytes() // 1024
 if sys.argv[2] == "make":
     sizes = dict(vocab_size=64, num_hidden_layers=1, num_local_experts=3)
     config = MixtralConfig(**sizes, dtype="bfloat16")

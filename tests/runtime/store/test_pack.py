@@ -353,15 +353,16 @@ def test_unknown_precisions_list_what_there_is(tmp_path: Path) -> None:
 
 
 PACK_AND_MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from moerun.checkpoint.hub import resolve
+from moerun.devices import peak_host_bytes
 from moerun.store.pack import pack
 folder = Path(sys.argv[1])
 pack(resolve("tiny"), folder / "tiny", precision="bf16")  # whatever is loaded once
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_host_bytes()
 pack(folder / "model", folder / "store", precision="bf16")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print((peak_host_bytes() - before) // 1024)
 """
 
 
