@@ -2,16 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SHELL := bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow bench mutants lint format clean
+.PHONY: help install demo test test-slow docs bench mutants lint format lock clean
 
 help:
 	@echo 'make demo       record routing of the bundled model, compare policies on it, run live'
 	@echo 'make test       lint, types and the fast tests'
 	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make docs       the documentation as pages to open from a folder: site/index.html'
 	@echo 'make bench      the speed of simulator and recorder on this machine'
 	@echo 'make mutants    which changes of MODULE its TESTS let through'
+	@echo 'make lock       requirements.lock and the list of licences anew'
 	@echo 'make install    only make $(VENV) with everything in it'
 
 install: $(INSTALLED)
@@ -20,9 +23,16 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[run,serve,ray,dev]'
+	@echo '1 of 3: making $(VENV) with $(PYTHON)'
+	@$(PYTHON) -m venv $(VENV)
+	@echo '2 of 3: installing the packages of constraints.txt: 3 GB with the CPU build of PyTorch, more with the'
+	@echo '        CUDA build, which pip takes on Linux by default; minutes, by the network'
+	@began=$$(date +%s) && DISABLE_CUDA=1 $(BIN)/python -m pip install --disable-pip-version-check \
+	  --progress-bar off -c constraints.txt -e '.[run,serve,ray,dev]' \
+	  | grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' | cut -c1-100 \
+	  ; test $${PIPESTATUS[0]} -eq 0 && echo "        $$(( $$(date +%s) - began )) s, $$(du -sh $(VENV) | cut -f1) in $(VENV)"
+	@echo '3 of 3: compiling the simulator, once, so that the first answer takes seconds: 10 to 30 s'
+	-@$(BIN)/python -m moesim.ahead
 	@touch $@
 
 demo: $(INSTALLED)
@@ -39,12 +49,24 @@ test: lint
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
+# Nothing is fetched once the extra is installed: neither the pages nor building them needs a network.
+docs: $(INSTALLED)
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings_handlers.python' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'open site/index.html'
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# uv is in no extra; it needs PyTorch's CPU build: see .ci/supply.py.
+lock: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/supply.py
+
 clean:
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo site .mypy_cache .ruff_cache .pytest_cache
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/simulator_speed.py

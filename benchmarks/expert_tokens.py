@@ -8,8 +8,6 @@ int4 kernel, moerun's block-wise dequantisation, and the same matrix unquantised
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +18,11 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from measured import write_measured
 from moerun.bench.random_weights import RandomRecords
-from moerun.bench.report import hardware
 from moerun.format.expert import ExpertShape
 from moerun.format.precision import SCHEMES
 from moerun.kernels.slots import SlotForm
-from moerun.versions import run_packages
 
 CPU = torch.device("cpu")
 SHAPES = "14336x4096,4096x14336"
@@ -51,15 +48,7 @@ def main(
                 rows.append(row)
                 typer.echo(line(row))
     if out is not None:
-        made_by = {
-            "kind": "measured, CPU time",
-            "rounds": rounds,
-            "seed": seed,
-            "hardware": hardware(CPU) | {"avx512_bf16": torch.cpu._is_avx512_bf16_supported()},
-            "python": platform.python_version(),
-            "packages": run_packages(),
-        }
-        out.write_text(json.dumps({"rows": rows, **made_by}, indent=1) + "\n", encoding="utf-8")
+        write_measured(out, rows, rounds=rounds, seed=seed)
 
 
 @torch.inference_mode()

@@ -64,7 +64,7 @@ for precision in 2bit 4bit; do
 done
 step accelerate 100 "$python" benchmarks/offload_gpu.py --shape "$shape" --layers "$layers" \
   --routing "$routing" --rounds "$rounds" --device "$device" --out "$out/offload_gpu.json"
-step bookkeeping 40 "$python" benchmarks/bookkeeping.py --rounds 3 --out "$out/bookkeeping.json"
+step bookkeeping 90 "$python" benchmarks/bookkeeping.py --rounds 2 --out "$out/bookkeeping.json"
 
 joined="$(IFS=,; echo "${steps[*]}")"
 printf '{"seconds": %d, "steps": [%s]}\n' "$((SECONDS - started))" "$joined" | tee "$out/summary.json"

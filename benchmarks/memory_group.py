@@ -33,9 +33,8 @@ class MemoryGroup:
         (self.path / "cgroup.procs").write_text(str(pid))
 
     def peak_bytes(self) -> int | None:
-        for name in ("memory.max_usage_in_bytes", "memory.peak"):
-            with suppress(OSError, ValueError):
-                return int((self.path / name).read_text())
+        with suppress(FileNotFoundError):
+            return peak_bytes_of(self.path)
         return None
 
     def close(self) -> None:
@@ -50,6 +49,23 @@ class MemoryGroup:
                 time.sleep(0.1)
 
 
+def usage_bytes(group: Path) -> int:
+    """What a group holds now, page cache included."""
+    return _counter(group, "memory.usage_in_bytes", "memory.current")
+
+
+def peak_bytes_of(group: Path) -> int:
+    """The most that a group has held."""
+    return _counter(group, "memory.max_usage_in_bytes", "memory.peak")
+
+
+def _counter(group: Path, *names: str) -> int:
+    for name in names:
+        with suppress(OSError, ValueError):
+            return int((group / name).read_text())
+    raise FileNotFoundError(f"{group} has none of {', '.join(names)}")
+
+
 def own_group() -> tuple[Path, str]:
     """This process's group, and the name of the file with the limit of one below it."""
     groups = {}
@@ -59,3 +75,13 @@ def own_group() -> tuple[Path, str]:
     if "memory" in groups:
         return V1 / groups["memory"].lstrip("/"), "memory.limit_in_bytes"
     return V2 / groups[""].lstrip("/"), "memory.max"
+
+
+def forget(path: Path) -> None:
+    """Have the system drop a file's pages, so that who reads them next is charged for them."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from moepolicy import Context, Kind, PolicySpec, Step, find_policy
-from moepolicy.eviction import Lru
+from moepolicy.library.recency.lru import Lru
 from moerun.checkpoint.hub import resolve
 from moerun.live.runner import Runner
 from moerun.live.totals import Totals

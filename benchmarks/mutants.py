@@ -28,7 +28,7 @@ import typer
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("traces", "policies", "simulator", "runtime", "tracer")
-COPIED = (*SOURCES, "tests", "pyproject.toml", "README.md", "Makefile")
+COPIED = (*SOURCES, "tests", "docs", "pyproject.toml", "README.md", "Makefile")
 
 
 class WithoutAnnotations(ast.NodeTransformer):
@@ -58,7 +58,7 @@ def mutants(code: str, seed: int) -> list[str]:
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
 
-    nodes = list(ast_nodes(parso.parse(code)))
+    nodes = list(ast_nodes(parso.parse(code)))  # type: ignore[no-untyped-call, unused-ignore]
     operators = [get_operator(name) for name in operator_names()]
     forms: dict[str, str] = {meaning(code): ""}
     for operator in (operator() for operator in operators if not operator.arguments()):

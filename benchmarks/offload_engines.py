@@ -9,21 +9,22 @@ mmap        stock transformers on weights mapped from a file: the page cache is 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory_group import forget
 from moepolicy import find_policy
 from moerun.bench.decoding import MeasuredTimings, decode_forced
 from moerun.bench.generated import GeneratedModel
-from moerun.bench.models import find_config, shape_name
+from moerun.bench.models import find_config
 from moerun.bench.ondisk import write_store
 from moerun.bench.routing import ForcedGates, ForcedRouting, load_routing
 from moerun.bench.run import Bench
 from moerun.bench.schedule import BenchSchedule
+from moerun.bench.shapes import shape_name
 from moerun.checkpoint.families import empty_model, find_experts
 from moerun.format.tensorfile import memory_of
 from moerun.offload.load import rebuild_buffers
@@ -99,16 +100,6 @@ def prepare(case: Case) -> GeneratedModel:
         if path.is_file():
             forget(path)
     return model
-
-
-def forget(path: Path) -> None:
-    """Have the system drop a file's pages, so that who reads them next is charged for them."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
 
 
 def _write_fused(model: GeneratedModel, folder: Path) -> None:

@@ -23,11 +23,12 @@ from moepolicy import find_policy
 from moerun.bench.decoding import MeasuredTimings, decode_forced
 from moerun.bench.fit import BenchMemory, refuse_too_big
 from moerun.bench.generated import GeneratedModel
-from moerun.bench.models import find_config, shape_name
+from moerun.bench.models import find_config
 from moerun.bench.report import hardware
 from moerun.bench.routing import ForcedGates, ForcedRouting, load_routing
 from moerun.bench.run import Bench
 from moerun.bench.schedule import BenchSchedule
+from moerun.bench.shapes import shape_name
 from moerun.checkpoint.families import find_experts
 from moerun.commands.prepare import quiet_libraries
 from moerun.devices import find_device

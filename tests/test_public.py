@@ -165,3 +165,30 @@ def test_a_cache_is_driven_by_hand() -> None:
     assert (counts.requests, counts.loads, counts.hit_ratio) == (4, 2, 0.5)
     assert counts.since(before) == moepolicy.Counts(requests=2, hits=2)
     assert before + counts.since(before) == counts
+
+
+def test_results_show_themselves_in_a_notebook() -> None:
+    trace = moeroute.open_trace("tiny")
+    shown = trace._repr_html_()
+    assert "top-2 of 8" in shown
+    assert str(trace.path) not in shown
+    assert trace.frame().select("layer").head(1).collect().height == 1
+    frame = moesim.compare(trace, ["lru", Mine], slots=[2, 4], machine="t4", tokens=40)
+    picture = moesim.draw(frame)
+    assert picture._repr_html_().startswith("<svg")
+    assert repr(picture) == "Picture('Policies compared')"
+    with pytest.raises(moesim.UsageError, match="nothing to draw"):
+        moesim.draw([{"card": "t4"}])
+
+
+@pytest.mark.slow
+def test_a_recommendation_is_asked_for() -> None:
+    found = moesim.recommendation("tiny", machine="t4", memory="300MiB")
+    assert isinstance(found, moesim.Recommendation)
+    assert found.options["model"] == "tiny"
+    assert "tokens/s simulated" in repr(found)
+    shown = found._repr_html_()
+    assert shown.startswith("<table>")
+    assert "moerun generate" in shown
+    with pytest.raises(moesim.UsageError, match="no amount"):
+        moesim.recommendation("tiny", machine="t4", memory="lots")

@@ -7,16 +7,29 @@ Of this package, only this module imports typer.
 from __future__ import annotations
 
 import platform
+import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from moepolicy.console import emit
+from moepolicy.console import (
+    WRONG_USAGE,
+    CommandUsageError,
+    Interrupted,
+    emit,
+    nearest,
+    what_is_kept,
+)
 from moepolicy.options import old_spellings, signed
+from moepolicy.outputs import FORMATS, Output
+from moepolicy.tables import Format
 from moepolicy.versions import installed
 
 ARGUMENTS = "Arguments"
@@ -27,6 +40,34 @@ Force = Annotated[
     bool,
     typer.Option("--force", help="Replace a file that lies where this command is to write one."),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """How and where results are printed."""
+
+    panel: ClassVar[str] = "Output"
+
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="How to print the results. Default: table, or what the suffix of --out says.",
+            show_default=False,
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the results to this file. The suffix says the format: "
+            f"{', '.join(FORMATS)} (.txt: the table).",
+            show_default=False,
+        ),
+    ] = None
+    force: Force = False
+
+    def checked(self) -> Output:
+        """The file or stdout that results go to. Raises CommandError where that is not possible."""
+        return Output.checked(self.out, self.format, force=self.force)
 
 
 class Command(TyperCommand):
@@ -49,11 +90,43 @@ class Command(TyperCommand):
         _write_sections(self.get_params(ctx), ctx, formatter)
 
 
+# What typer raises for a command line that it cannot take: no part of its public names, and in
+# another place in each of its versions.
+_TyperError: Any = typer.BadParameter.__mro__[2]
+assert _TyperError.__name__ == "ClickException"
+
+
 class Group(TyperGroup):
-    """Commands, one of which is meant where the command line begins with an option of its own."""
+    """Commands, one of which is meant where the command line begins with an option of its own.
+
+    Mistakes on the command line become errors of `moepolicy.console`, which prints one line.
+    """
 
     default: ClassVar[str | None] = None
     program: ClassVar[tuple[str, str, Sequence[str]]] = ("", "", ())  # what --version tells
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command line; by default ends Python with the command's exit code.
+
+        Raises CommandUsageError for what cannot be taken, and Interrupted.
+        """
+        try:
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except _TyperError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                sys.stderr.write(f"{error.format_message()}\n")
+                sys.exit(WRONG_USAGE)
+            raise CommandUsageError(_mistake(error)) from None
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises Interrupted, where typer would end without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted(what_is_kept(error)) from error
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse ``args``; an option that is not the group's is the default command's."""
@@ -77,6 +150,64 @@ class Group(TyperGroup):
         _write_sections(self.get_params(ctx), ctx, formatter)
         commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
         _write_section("Commands", [(n, _first_sentence(each)) for n, each in commands], formatter)
+
+
+def _mistake(error: Any) -> str:
+    """What is wrong with a command line, and which help says what is right; one line."""
+    text = _told(error).strip()
+    if getattr(error, "ctx", None) is None or "--help" in text:
+        return text
+    return f"{text.rstrip('.')} (see: {error.ctx.command_path} --help)"
+
+
+def _told(error: Any) -> str:
+    """The message in the form of all others: the option, its value, what it takes."""
+    ctx = getattr(error, "ctx", None)
+    if hasattr(error, "possibilities") and ctx is not None:  # NoSuchOption
+        name = str(error.option_name)
+        known = [each for param in ctx.command.get_params(ctx) for each in param.opts]
+        hint = nearest(name, known).partition("there are: ")[0].strip().rstrip("?")
+        return f"there is no option {name}" + (f"; {hint}?" if hint else "")
+    param = getattr(error, "param", None)
+    if type(error).__name__ == "MissingParameter" and param is not None:
+        return f"{_shown(param)} is missing"
+    if param is not None:
+        return f"{_shown(param)}{_in_our_words(_lower(error.message))}"
+    if isinstance(error, typer.BadParameter):
+        return str(error.message)
+    unknown = re.match(r"No such command '(.*?)'", error.format_message())
+    if unknown and ctx is not None:
+        return f"there is no command '{unknown[1]}'; {nearest(unknown[1], ctx.command.commands)}"
+    return _lower(error.format_message())
+
+
+# How typer (pydantic) says what a value must be, and how our own checks say it.
+_WORDS = (
+    (r"input should be a valid integer.*", r" takes a whole number"),
+    (r"input should be a valid (number|float).*", r" takes a number"),
+    (r"input should be greater than or equal to (\S+)", r" must be \1 or more"),
+    (r"input should be less than or equal to (\S+)", r" must be \1 or less"),
+    (r"value error, (.*)", r" \1"),
+)
+
+
+def _in_our_words(said: str) -> str:
+    for pattern, words in _WORDS:
+        if re.fullmatch(pattern, said):
+            return re.sub(pattern, words, said)
+    return f": {said}"
+
+
+def _shown(param: Any) -> str:
+    """A parameter as it is typed: --slots, or POLICY of an argument."""
+    if param.param_type_name == "argument":
+        return str(param.metavar or param.name.upper()).strip("[].")
+    return str(max(param.opts, key=len))
+
+
+def _lower(text: str) -> str:
+    """A sentence of typer's in the middle of one of ours."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def make_app(

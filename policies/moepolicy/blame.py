@@ -8,7 +8,7 @@ from types import FunctionType, TracebackType
 from typing import Any
 
 from moepolicy.kinds import WrongAnswer
-from moepolicy.policy import HOOKS, Policy, PolicyError
+from moepolicy.policy import HOOKS, Policy, PolicyError, PolicyFailed, PolicyUsageError
 
 MISTAKES = (
     ArithmeticError,
@@ -28,15 +28,16 @@ _ANSWERS = {
     "_retain": ("", "retain", "one of the candidates, or -1 to decline"),
     "_queue_prefetches": ("n", "prefetch", "how many keys it wrote into the array it is given"),
     "settle": ("answer", "on_miss", "LOAD, COMPUTE, LOW, SUBSTITUTE or SKIP"),
-    "_find_stand_in": ("chosen", "substitute", "one of the candidates, or -1 to decline"),
+    "_find_substitute": ("chosen", "substitute", "one of the candidates, or -1 to decline"),
     "drop_low_copies": ("answer", "precision", "LOW or LOAD"),
+    "_check_choice": ("chosen", "route", "distinct experts of the layer, from 0 on"),
 }
 
 
 def broken(name: str, policy: type[Policy], error: Exception, step: int | None = None) -> Exception:
     """What to raise for ``error``, which came while the policy ``name`` was run.
 
-    A PolicyError that names hook, line and step where the policy's code raised or gave a wrong
+    A PolicyFailed that names hook, line and step where the policy's code raised or gave a wrong
     answer. ``error`` itself where it cannot be the policy's fault.
     """
     files = files_of(policy)
@@ -46,12 +47,12 @@ def broken(name: str, policy: type[Policy], error: Exception, step: int | None =
     if own:
         line = f"{own[-1].filename}:{own[-1].lineno}"
         where = ", ".join([own[0].name, *at, line])
-        return PolicyError(f"policy '{name}' failed: {_said(error)} ({where})")
-    if not isinstance(error, MISTAKES):
+        return PolicyFailed(f"policy '{name}' failed: {told(error)} ({where})")
+    if not isinstance(error, MISTAKES) or isinstance(error, PolicyError):
         return error
     answer = _answer(error.__traceback__)
     if answer is None:
-        said = str(error) if isinstance(error, WrongAnswer) else _said(error)
+        said = str(error) if isinstance(error, WrongAnswer) else told(error)
     else:
         hook, given, wanted = answer
         method = getattr(policy, hook, None)
@@ -61,20 +62,35 @@ def broken(name: str, policy: type[Policy], error: Exception, step: int | None =
         if isinstance(error, WrongAnswer):
             # What take_from complains of as the victim may be what retain answered.
             said = f"{hook} {str(error).partition(' ')[2]}: it answered {given}"
-            said += "" if "requires" in said else f", and must answer {wanted}"
+            said += "" if ": put " in said else f", and must answer {wanted}"
     where = f" ({', '.join(at)})" if at else ""
-    return PolicyError(f"policy '{name}' failed: {said}{where}")
+    return PolicyFailed(f"policy '{name}' failed: {said}{where}")
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether ``error``, a PolicyError or another, is of a policy whose own code failed when the
+    policy was made or run, or that was given a parameter it cannot have; not of what the policy
+    needs and does not get."""
+    if isinstance(error, PolicyUsageError):
+        return True
+    return isinstance(error, PolicyError) and error.__cause__ is not None
 
 
 def files_of(policy: type[Policy]) -> frozenset[str]:
-    """Where the code of a policy's class lies, and of those it is derived from."""
+    """Where the code of a policy's class lies, of those it is derived from and made of."""
     own = [cls for cls in policy.__mro__ if cls is not Policy and issubclass(cls, Policy)]
     functions = [f for cls in own for f in vars(cls).values() if inspect.isfunction(f)]
-    return frozenset(function.__code__.co_filename for function in functions)
+    files = frozenset(function.__code__.co_filename for function in functions)
+    return files.union(*map(files_of, policy.made_of))
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def told(error: BaseException) -> str:
+    """An error's class and what it says, as far as its own code can say it."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _answer(trace: TracebackType | None) -> tuple[str, str, str] | None:
@@ -98,8 +114,8 @@ def _shown(names: dict[str, Any], local: str) -> str:
     value = names[local]
     if local == "n" and "key" in names:  # the count was right, a key was not
         value = names["key"]
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        value = value.item()
+    if hasattr(value, "tolist"):
+        value = value.tolist() if getattr(value, "size", 1) > 1 else value.item()
     text = repr(value)
     return text if len(text) < 60 else text[:57] + "..."
 

@@ -13,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepolicy.blame import broken
-from moepolicy.calls import Call, Calls, CompiledCalls, calls_are_compiled
+from moepolicy.calls import Call, Calls, CompiledCalls, lacking_calls
 from moepolicy.kinds import Kind
+from moepolicy.overdue import watch_policy
+from moepolicy.pointers import Missing
 from moepolicy.policy import Context, Policy, PolicyError
+from moepolicy.routing import RoutingBuffers, RoutingRule, routing_buffers
+from moepolicy.sharing import domain_slots
 from moepolicy.state import DEMAND, PREFETCH, Cache, check, new_cache
-from moepolicy.steps import Step
+from moepolicy.steps import Step, TokenRows
 
 
 class Transfer(NamedTuple):
@@ -71,10 +75,13 @@ class ExpertCache:
         compile: bool = False,
         horizon: int = 0,
         max_slots: int | None = None,
+        weight_rule: RoutingRule | None = None,
     ) -> None:
         """With ``max_slots`` (a layer) the cache can be resized up to that. ``compile`` has the
         calls compiled together with the policy, which must lend itself to it (see
-        `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most."""
+        `moepolicy.calls`); steps then carry ``horizon`` rows of predictions at most.
+        ``weight_rule`` is how the model's gates make weights, for a policy that routes (see
+        `set_weight_rule`)."""
         self.context = context
         self.policy = policy
         self.name = name or type(policy).__name__
@@ -82,9 +89,18 @@ class ExpertCache:
         self.journal = journal
         # No call decides more than a few things about each key.
         n_events = 6 * context.n_keys + 64 if observers else 0
-        self.arrays: Cache = new_cache(context, policy, n_events=n_events, max_slots=max_slots)
+        self.arrays: Cache = new_cache(
+            context, policy, name=self.name, n_events=n_events, max_slots=max_slots
+        )
         most = context.slots if max_slots is None else max(context.slots, max_slots)
         self.max_slots = min(most, context.n_experts)
+        self.routing: RoutingBuffers | None = None
+        """Of the step in progress under a policy that routes: what its rows demand."""
+        if weight_rule is not None:
+            self.set_weight_rule(weight_rule)
+        self.step: Step | None = None
+        """The step begun last, as the policy routed it."""
+        self._watch = watch_policy(self.name, type(policy), self.arrays.step)
         self._calls: Calls = self.compile_calls(horizon) if compile else Calls(self.arrays, policy)
         self._outcome = np.zeros(context.n_experts, np.int8)
         # Single entries are read in a third of the time that an array takes for them.
@@ -93,6 +109,7 @@ class ExpertCache:
         self._is_low = self.arrays.is_low.data
         self._evicted = self.arrays.evicted.data
         self._first = self.arrays.first.data
+        self._asks = self.arrays.asks.data
 
     @property
     def n_slots(self) -> int:
@@ -101,8 +118,7 @@ class ExpertCache:
         They are numbered from 0 until the first resize.
         """
         arrays = self.arrays
-        most = arrays.staging * arrays.slots + arrays.staging_buffers
-        return most - int(arrays.n_spare[0])
+        return arrays.slots + arrays.staging_buffers - int(arrays.n_spare[0])
 
     @property
     def shrinking(self) -> bool:
@@ -113,9 +129,9 @@ class ExpertCache:
         """The slots that the cache could have and has not: nothing lies in them or is to come."""
         return frozenset(self.arrays.spare[: self.arrays.n_spare[0]].tolist())
 
-    def is_compiled(self) -> bool:
-        """Whether an earlier run has left these calls compiled on disk. Raises NotCompilable."""
-        return calls_are_compiled(self.arrays, self.policy)
+    def lacks(self) -> Missing:
+        """What of these calls no earlier run has left compiled on disk. Raises NotCompilable."""
+        return lacking_calls(self.arrays, self.policy)
 
     def compile_calls(self, horizon: int) -> CompiledCalls:
         """The calls of the state machine, compiled or loaded from disk, for ``use``.
@@ -132,18 +148,30 @@ class ExpertCache:
         """
         self._calls = calls
 
-    def begin(self, step: Step) -> NDArray[np.int8]:
+    def set_weight_rule(self, rule: RoutingRule) -> None:
+        """How the model's gates make weights of their logits: needed before the first step of a
+        policy that routes. PolicyError where the rule is not known."""
+        self.routing = routing_buffers(self.context, rule)
+
+    def begin(self, step: Step, rows: TokenRows | None = None) -> NDArray[np.int8]:
         """Pin a step's demand; returns the outcome of each key of the step.
+
+        A policy that routes is given the ``rows`` of the step, and rewrites them; ``self.step`` is
+        then the step with what they demand now.
 
         HIT         the expert is in its slot
         LATE, MISS  the expert's copy will arrive
         COMPUTE     the expert is to be computed on the CPU
-        SUBSTITUTE  the expert of ``stand_in`` is to be computed in its place
+        SUBSTITUTE  the expert of ``substitute`` is to be computed in its place
         SKIP        nothing is to be computed
         """
-        outcome = self._outcome[: len(step.experts)]
         self._log(Call.BEGIN, step.number)
+        self._watch.begin()
         try:
+            if self.arrays.routing:
+                step = self._rerouted(step, rows)
+            self.step = step
+            outcome = self._outcome[: len(step.experts)]
             self._calls.begin(step, outcome)
         except Exception as error:
             self._fail(error)
@@ -151,9 +179,28 @@ class ExpertCache:
             self._publish()
         return outcome
 
+    def routed(self) -> tuple[Step, NDArray[np.int32]]:
+        """The step in progress as the policy routed it, and by rank how many rows use an expert."""
+        assert self.step is not None
+        assert self.routing is not None
+        return self.step, self.routing.used_by[: len(self.step.experts)]
+
+    def _rerouted(self, step: Step, rows: TokenRows | None) -> Step:
+        """The step with the demand that the policy's choice of experts comes to."""
+        if rows is None:
+            raise PolicyError(f"policy '{self.name}' routes, and is given no rows to route")
+        if self.routing is None:
+            raise PolicyError(
+                f"policy '{self.name}' gives tokens other experts, and how the model's gates make "
+                "weights of their logits is not known"
+            )
+        n = self._calls.reroute(step, rows, self.routing)
+        return step._replace(experts=self.routing.keys[:n], weights=self.routing.weights[:n])
+
     def start(self) -> Transfer | None:
         """The copy that starts now, into a slot that is emptied; None when no copy can start."""
         self._log(Call.START, -1)
+        self._watch.begin()
         try:
             key = self._calls.start()
         except Exception as error:
@@ -168,6 +215,7 @@ class ExpertCache:
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
         self._log(Call.FINISH, key)
+        self._watch.begin()
         try:
             self._calls.finish(key)
         except Exception as error:
@@ -183,6 +231,7 @@ class ExpertCache:
     def end(self) -> None:
         """All of the step's experts have been computed."""
         self._log(Call.END, -1)
+        self._watch.begin()
         try:
             self._calls.end()
         except Exception as error:
@@ -193,19 +242,28 @@ class ExpertCache:
     def resize(self, slots: int) -> None:
         """Give the cache ``slots`` slots a layer, as soon as the experts that it loses can go.
 
-        Raises PolicyError beyond ``max_slots``.
+        A policy that shares the slots out does so anew. Raises PolicyError beyond ``max_slots``,
+        and for shares that there cannot be; the cache is then as it was.
         """
         if not (self.arrays.resizable and 0 <= slots <= self.max_slots):
             raise PolicyError(
                 f"a cache made for {self.max_slots} slots a layer cannot have {slots}"
             )
+        context = self.context._replace(slots=slots)
+        limit = domain_slots(self.policy, context, self.name)
         self._log(Call.RESIZE, slots)
+        self.arrays.limit[:] = limit
+        self._watch.begin()
         try:
             self._calls.resize(slots)
         except Exception as error:
             self._fail(error)
         finally:
             self._publish()
+
+    def wants_predictions(self, layer: int) -> bool:
+        """Whether the later gates are to be asked at the next step of ``layer``."""
+        return bool(self._asks[layer])
 
     def slot_of(self, key: int) -> int:
         """The slot that ``key`` is in or is copied to; -1 when ``key`` is not on the device."""
@@ -215,9 +273,9 @@ class ExpertCache:
         """Whether the copy of ``key``, arrived or under way, is of the lower precision."""
         return bool(self._is_low[key])
 
-    def stand_in(self, rank: int) -> int:
+    def substitute(self, rank: int) -> int:
         """The key computed in place of the ``rank``-th of the step in progress; -1: none."""
-        return int(self.arrays.stand_ins[rank])
+        return int(self.arrays.substitutes[rank])
 
     def count(self, kind: Kind) -> int:
         """Number of decisions of this kind so far."""
@@ -248,6 +306,7 @@ class ExpertCache:
         raise found from error
 
     def _publish(self) -> None:
+        self._watch.inside = False
         if not self.observers:
             return
         n = self.arrays.n_events[0]
@@ -259,19 +318,22 @@ class ExpertCache:
         self.arrays.n_events[0] = 0
 
 
-def replay_journal(cache: ExpertCache, steps: Iterable[Step], journal: Journal) -> None:
+def replay_journal(
+    cache: ExpertCache, steps: Iterable[Step], journal: Journal, rows: Iterable[TokenRows] = ()
+) -> None:
     """Drive ``cache`` by a journal in place of a clock.
 
-    ``steps`` are those of the run that wrote the journal, in order. Raises PolicyError where the
-    journal does not fit them: it names a finish of a key that is not travelling, say.
+    ``steps`` are those of the run that wrote the journal, in order, and ``rows`` their rows where
+    the policy routes. Raises PolicyError where the journal does not fit them: it names a finish of
+    a key that is not travelling, say.
     """
-    upcoming = iter(steps)
+    upcoming, its_rows = iter(steps), iter(rows)
     for call, key in journal:
         if call == Call.BEGIN:
             step = next(upcoming, None)
             if step is None or step.number != key:
                 raise PolicyError(f"the journal begins step {key}, which the trace does not have")
-            cache.begin(step)
+            cache.begin(step, next(its_rows, None))
         elif call == Call.START:
             cache.start()
         elif call == Call.FINISH:

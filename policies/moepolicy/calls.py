@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy import machine
-from moepolicy.compiled import allow_memory, compiled, compiled_policy, is_compiled
+from moepolicy.compiled import allow_memory
+from moepolicy.guard import guarded
+from moepolicy.kinds import HIT, LATE, MISS
 from moepolicy.machine import begin, consume, end, finish, start
+from moepolicy.pointers import Missing, engine, link, missing, pointed
 from moepolicy.policy import Policy
 from moepolicy.resize import resize
+from moepolicy.routing import RoutingBuffers, reroute
 from moepolicy.state import Cache
-from moepolicy.steps import Step
+from moepolicy.steps import Step, TokenRows
 
 
 class Call(IntEnum):
@@ -42,19 +45,34 @@ class Calls:
     def __init__(self, cache: Cache, policy: Policy) -> None:
         self.cache = cache
         self.policy = policy
+        self._asked = guarded(policy)
+        # A view takes single entries in half the time that the array does.
+        self._backlog, self._counters = cache.backlog.data, cache.counters.data
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
-        """Write what becomes of each key; the step's backlog is the link's as it is now."""
-        step = step._replace(backlog=self.cache.backlog.item())
-        begin(self.cache, self.policy, step, outcome)
+        """Write what becomes of each key; the step's backlog and counts are the cache's now."""
+        begin(self.cache, self._asked, self._informed(step), outcome)
+
+    def _informed(self, step: Step) -> Step:
+        counters = self._counters
+        return step._replace(
+            backlog=self._backlog[0],
+            hits=counters[HIT],
+            late=counters[LATE],
+            misses=counters[MISS],
+        )
+
+    def reroute(self, step: Step, rows: TokenRows, routing: RoutingBuffers) -> int:
+        """Ask the policy which experts each row gets (see `moepolicy.routing.reroute`)."""
+        return reroute(self.cache, self._asked, self._informed(step), rows, routing)
 
     def start(self) -> int:
         """The key whose copy is to start now; -1 where none can."""
-        return start(self.cache, self.policy)
+        return start(self.cache, self._asked)
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
-        finish(self.cache, self.policy, key)
+        finish(self.cache, self._asked, key)
 
     def consume(self, key: int) -> None:
         """Note that the step's compute has finished with ``key``."""
@@ -62,11 +80,11 @@ class Calls:
 
     def end(self) -> None:
         """End the step: its pins drop, and bypassed experts leave their buffers."""
-        end(self.cache, self.policy)
+        end(self.cache, self._asked)
 
     def resize(self, slots: int) -> None:
         """Give the cache ``slots`` slots a layer, as soon as what it loses can go."""
-        resize(self.cache, self.policy, slots)
+        resize(self.cache, self._asked, slots)
 
 
 # Entries of Mail.slip: the call and what it is about, then the rest of a step.
@@ -75,10 +93,12 @@ SLIP_ABOUT = 1  # the step's number, a key or slots; on return what the call gav
 SLIP_LAYER = 2
 SLIP_N_EXPERTS = 3  # that the step demands
 SLIP_TOKENS = 4
-SLIP_BACKLOG = 5
-SLIP_N_LOGITS = 6
-SLIP_HORIZON = 7
-SLIP_ENTRIES = 8
+SLIP_N_LOGITS = 5
+SLIP_HORIZON = 6
+SLIP_N_TOKEN_IDS = 7
+SLIP_BEGINS_PASS = 8
+SLIP_BEGINS_SEQUENCE = 9
+SLIP_ENTRIES = 10
 
 BEGIN, START, FINISH = int(Call.BEGIN), int(Call.START), int(Call.FINISH)
 CONSUME, END, RESIZE = int(Call.CONSUME), int(Call.END), int(Call.RESIZE)
@@ -92,7 +112,21 @@ class Mail(NamedTuple):
     weights: NDArray[np.float32]  # [n_experts]
     logits: NDArray[np.float32]  # [n_experts]
     predicted: NDArray[np.float32]  # [horizon, n_experts]
+    token_ids: NDArray[np.int32]  # [tokens] of a step, in its first entries
     outcome: NDArray[np.int8]  # [n_experts]
+
+
+def new_mail(n_experts: int, horizon: int) -> Mail:
+    """Room for a step of at most so many experts and rows of predictions."""
+    return Mail(
+        slip=np.zeros(SLIP_ENTRIES, np.int64),
+        experts=np.zeros(n_experts, np.int32),
+        weights=np.zeros(n_experts, np.float32),
+        logits=np.zeros(n_experts, np.float32),
+        predicted=np.zeros((horizon, n_experts), np.float32),
+        token_ids=np.zeros(1, np.int32),
+        outcome=np.zeros(n_experts, np.int8),
+    )
 
 
 def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, None]:
@@ -111,7 +145,13 @@ def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, N
                 mail.logits[: slip[SLIP_N_LOGITS]],
                 mail.predicted[: slip[SLIP_HORIZON]],
                 slip[SLIP_TOKENS],
-                slip[SLIP_BACKLOG],
+                cache.backlog[0],
+                mail.token_ids[: slip[SLIP_N_TOKEN_IDS]],
+                slip[SLIP_BEGINS_PASS] != 0,
+                slip[SLIP_BEGINS_SEQUENCE] != 0,
+                cache.counters[HIT],
+                cache.counters[LATE],
+                cache.counters[MISS],
             )
             begin(cache, policy, step, mail.outcome)
         elif call == START:
@@ -127,21 +167,13 @@ def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, N
 
 
 class CompiledCalls(Calls):
-    """The same calls compiled together with the policy; the state stays in the same arrays."""
+    """The same calls compiled; the state stays in the same arrays."""
 
     def __init__(self, cache: Cache, policy: Policy, horizon: int) -> None:
         """``horizon`` is the most rows of predictions a step has; any more are left out. Raises
         NotCompilable, or numba's own errors, where the policy is beyond compiling."""
         super().__init__(cache, policy)
-        n = cache.n_experts
-        self._mail = Mail(
-            slip=np.zeros(SLIP_ENTRIES, np.int64),
-            experts=np.zeros(n, np.int32),
-            weights=np.zeros(n, np.float32),
-            logits=np.zeros(n, np.float32),
-            predicted=np.zeros((horizon, n), np.float32),
-            outcome=np.zeros(n, np.int8),
-        )
+        self._mail = new_mail(cache.n_experts, horizon)
         # A view takes single entries in half the time that the array does.
         self._slip = self._mail.slip.data
         # The generator refers to these arrays and counts no references: they must outlive it.
@@ -153,9 +185,10 @@ class CompiledCalls(Calls):
             self._serve()
 
     def _serve(self) -> None:
-        self._state = compiled_policy(self.policy)
-        serve = compiled(answer_mail, self._state, omit=machine.unreachable(self.cache))
-        self._resume = serve(self.cache, self._state, self._mail).__next__
+        self._linked = link(self.cache, self.policy)
+        self._pointed = pointed(self._mail)
+        serve = engine(answer_mail, self._linked)
+        self._resume = serve(*self._linked, self._pointed).__next__
         self._resume()
 
     def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
@@ -169,15 +202,20 @@ class CompiledCalls(Calls):
             mail.logits[:] = step.logits
         if horizon:
             mail.predicted[:horizon] = step.predicted[:horizon]
+        if n_ids := len(step.token_ids):
+            mail = self._with_room_for(n_ids)
+            mail.token_ids[:n_ids] = step.token_ids
         slip = self._slip
         slip[SLIP_CALL] = BEGIN
         slip[SLIP_ABOUT] = step.number
         slip[SLIP_LAYER] = step.layer
         slip[SLIP_N_EXPERTS] = n
         slip[SLIP_TOKENS] = step.tokens
-        slip[SLIP_BACKLOG] = self.cache.backlog.item()
         slip[SLIP_N_LOGITS] = n_logits
         slip[SLIP_HORIZON] = horizon
+        slip[SLIP_N_TOKEN_IDS] = n_ids
+        slip[SLIP_BEGINS_PASS] = step.begins_pass
+        slip[SLIP_BEGINS_SEQUENCE] = step.begins_sequence
         self._resume()
         outcome[:] = mail.outcome[:n]
 
@@ -204,6 +242,13 @@ class CompiledCalls(Calls):
         """Resume the compiled code for a change to ``slots`` slots a layer."""
         self._call(RESIZE, slots)
 
+    def _with_room_for(self, n_ids: int) -> Mail:
+        """The mail, with room for so many token ids: a longer array needs another generator."""
+        if n_ids > len(self._mail.token_ids):
+            self._mail = self._mail._replace(token_ids=np.zeros(2 * n_ids, np.int32))
+            self._serve()
+        return self._mail
+
     def _call(self, call: int, about: int) -> None:
         slip = self._slip
         slip[SLIP_CALL] = call
@@ -211,6 +256,6 @@ class CompiledCalls(Calls):
         self._resume()
 
 
-def calls_are_compiled(cache: Cache, policy: Policy) -> bool:
-    """Whether an earlier run has left these calls compiled on disk."""
-    return is_compiled(answer_mail, policy, omit=machine.unreachable(cache))
+def lacking_calls(cache: Cache, policy: Policy) -> Missing:
+    """What of these calls an earlier run has not left compiled on disk. Raises NotCompilable."""
+    return missing(answer_mail, cache, policy)

@@ -17,21 +17,15 @@ import numpy as np
 
 from moepolicy.codecache import is_kept, keep
 from moepolicy.fingerprint import fingerprint
-from moepolicy.inplace import Store, in_place, stores
-from moepolicy.numba_internals import NO_ALLOCATION, resolve_method, start_allocator
+from moepolicy.inplace import Store, stores
+from moepolicy.numba_internals import resolve_method, start_allocator
 from moepolicy.policy import HOOKS, Policy
 from moepolicy.reasons import needs_memory
+from moepolicy.twins import OPTIONS, inner, twin
 
 PLAIN = (np.ndarray, np.generic, bool, int, float)
 
-# No reference counts: nothing is allocated in a replay, and counting costs 7 times more than the
-# work itself. A policy whose code makes arrays is compiled with them, the state machine never.
-OPTIONS = {"nogil": True, "error_model": "numpy", NO_ALLOCATION: False}
-# Inlined throughout: the state is a tuple of many words, which calls would copy (5 times slower).
-INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
-
 _entries: dict[str, Any] = {}
-_twins: dict[tuple[FunctionType, frozenset[FunctionType], bool], Any] = {}
 _allocating: set[type[Policy]] = set()  # classes whose code makes arrays
 
 
@@ -46,12 +40,12 @@ def compiled(
     """
     import numba
 
-    name = _file_name(function, state, omit)
+    name = file_name(function, state, omit)
     if name not in _entries:
         assert isinstance(function, FunctionType)
         if _allocates(state):
             start_allocator()
-        _entries[name] = numba.njit(_twin(function, omit, False), **OPTIONS)
+        _entries[name] = numba.njit(twin(function, omit, False), **OPTIONS)
         keep(_entries[name], name)
     return _entries[name]  # type: ignore[no-any-return]
 
@@ -63,11 +57,19 @@ def is_compiled(
 
     Where that makes arrays, it is compiled so from now on. Raises NotCompilable.
     """
-    if is_kept(_file_name(function, compiled_policy(policy), omit)):
+    return in_either_form(
+        policy, lambda: is_kept(file_name(function, compiled_policy(policy), omit))
+    )
+
+
+def in_either_form(policy: Policy, is_there: Callable[[], bool]) -> bool:
+    """Whether code ``is_there`` for ``policy``: as it is compiled now, or such that it may make
+    arrays, which it may then from now on."""
+    if is_there():
         return True
     classes = classes_of(policy) - _allocating
     _allocating.update(classes)
-    if is_kept(_file_name(function, compiled_policy(policy), omit)):
+    if is_there():
         return True
     _allocating.difference_update(classes)
     return False
@@ -91,7 +93,8 @@ def classes_of(policy: Policy) -> set[type[Policy]]:
     return {type(policy)}.union(*map(classes_of, parts))
 
 
-def _file_name(function: Callable[..., Any], state: Any, omit: frozenset[FunctionType]) -> str:
+def file_name(function: Callable[..., Any], state: Any, omit: frozenset[FunctionType]) -> str:
+    """The name under which `compiled` keeps its code."""
     classes = _policy_classes(state)
     memory = "-memory" if _allocates(state) else ""
     digest = _digest(function, classes, omit)
@@ -106,46 +109,6 @@ def _digest(
     return fingerprint(function, classes, omit)
 
 
-def _inner(function: FunctionType, omit: frozenset[FunctionType], allocating: bool) -> Any:
-    """The compiled twin of a function that only compiled code calls."""
-    import numba
-
-    key = function, omit, allocating
-    if key not in _twins:
-        _twins[key] = numba.njit(_twin(*key), **(INNER | {NO_ALLOCATION: allocating}))
-    return _twins[key]
-
-
-def _twin(function: FunctionType, omit: frozenset[FunctionType], allocating: bool) -> FunctionType:
-    namespace = {name: _wide(value) for name, value in function.__globals__.items()}
-    namespace["int"] = np.int64
-    for name in function.__code__.co_names:
-        value = namespace.get(name)
-        if isinstance(value, FunctionType) and not value.__module__.startswith("numpy"):
-            value = NEVER_REACHED if value in omit else value
-            namespace[name] = _inner(value, omit, allocating)
-    twin = FunctionType(in_place(function), namespace, function.__name__)
-    twin.__defaults__ = function.__defaults__
-    return twin
-
-
-def _wide(value: Any) -> Any:
-    """One integer type throughout: numba compiles a function for each combination it meets, and
-    to numba a constant is a type of its own, as is what ``int`` makes of an int32."""
-    return np.int64(value) if type(value) is int else value
-
-
-UNREACHED = 0
-
-
-def _never_reached(*_: Any) -> int:
-    return UNREACHED
-
-
-assert isinstance(_never_reached, FunctionType)
-NEVER_REACHED: FunctionType = _never_reached
-
-
 class NotCompilable(TypeError):
     """A policy that must run interpreted, and why."""
 
@@ -156,22 +119,33 @@ def compiled_policy(policy: Policy) -> Any:
     Raises NotCompilable where an attribute is neither an array nor a number nor such a policy, or
     where a hook assigns it.
     """
+    values = {
+        name: compiled_policy(value) if isinstance(value, Policy) else value
+        for name, value in attributes_of(policy).items()
+    }
+    cls: Any = type(policy)
+    return _state_class(cls, tuple(values), cls in _allocating)(**values)
+
+
+def attributes_of(policy: Policy) -> dict[str, Any]:
+    """The arrays, numbers and policies that compiled code finds in ``policy``, by name.
+
+    Raises NotCompilable where there is anything else, or where a hook assigns one.
+    """
     _refuse_stores(policy)
-    values = {}
     for name, value in vars(policy).items():
-        if isinstance(value, Policy):
-            values[name] = compiled_policy(value)
-        elif isinstance(value, PLAIN):
-            values[name] = value
-        else:
+        if not isinstance(value, (Policy, *PLAIN)):
             raise NotCompilable(
                 f"{type(policy).__name__}.{name} is a {type(value).__name__}, neither an array nor "
                 "a number"
             )
-    for name in ("staging", "stage_prefetches"):
-        values.setdefault(name, getattr(policy, name))
-    cls: Any = type(policy)
-    return _state_class(cls, tuple(values), cls in _allocating)(**values)
+    own = {name: getattr(policy, name) for name in ("staging", "stage_prefetches")}
+    return vars(policy) | {name: own[name] for name in own if name not in vars(policy)}
+
+
+def makes_arrays(cls: type[Policy]) -> bool:
+    """Whether a class's code is compiled such that it may make arrays."""
+    return cls in _allocating
 
 
 def _refuse_stores(policy: Policy) -> None:
@@ -223,16 +197,17 @@ def _state_class(cls: Any, fields: tuple[str, ...], allocating: bool) -> Any:
 @cache
 def _resolve_method(name: str) -> None:
     """Teach numba that ``state.name(...)`` is the policy class's method of that name."""
+    import numba
 
     def overload(state: Any, *args: Any) -> Any:  # noqa: ARG001  numba matches the arguments
         cls = getattr(state.instance_class, "policy_class", None)
         if cls is None:
             return None
-        method = _inner(getattr(cls, name), frozenset(), state.instance_class.allocating)
+        method = inner(getattr(cls, name), frozenset(), state.instance_class.allocating)
 
         def call(state: Any, *args: Any) -> Any:
             return method(state, *args)
 
         return call
 
-    resolve_method(name, overload)
+    resolve_method(numba.types.NamedTuple, name, overload)

@@ -11,7 +11,14 @@ from types import UnionType
 from typing import Any, Self, get_args, get_type_hints
 
 from moepolicy.kinds import Kind
-from moepolicy.state import ALL_MASS, LOW_MASS, SKIPPED_MASS, SUBSTITUTED_MASS, Cache
+from moepolicy.state import (
+    ALL_MASS,
+    LOW_MASS,
+    REROUTED_MASS,
+    SKIPPED_MASS,
+    SUBSTITUTED_MASS,
+    Cache,
+)
 
 _KINDS, _MASS = "kinds", "mass"  # of a field's metadata
 
@@ -35,9 +42,10 @@ class CountColumns:
     cpu_experts   misses computed where the experts are kept, and not copied
     substituted   misses that another expert stood in for
     skipped       misses left out of the sum
+    rerouted      experts that a gate chose for a token and the policy replaced
     *_mass        gates' weights of all experts wanted, and of those that were left out, computed
-                  by another expert, or computed at the lower precision; 0 under a policy that
-                  loads every miss
+                  by another expert, computed at the lower precision, or replaced by the policy; 0
+                  under a policy that loads every miss of what the gates chose
     """
 
     requests: int = _number_of(Kind.HIT, Kind.LATE, Kind.MISS)
@@ -52,10 +60,12 @@ class CountColumns:
     low_loads: int = _number_of(Kind.LOW)
     substituted: int = _number_of(Kind.SUBSTITUTE)
     skipped: int = _number_of(Kind.SKIP)
+    rerouted: int = _number_of(Kind.REROUTE)
     gate_mass: float = _mass_at(ALL_MASS)
     skipped_mass: float = _mass_at(SKIPPED_MASS)
     substituted_mass: float = _mass_at(SUBSTITUTED_MASS)
     low_mass: float = _mass_at(LOW_MASS)
+    rerouted_mass: float = _mass_at(REROUTED_MASS)
 
     @property
     def hit_ratio(self) -> float:
@@ -95,6 +105,11 @@ class CountColumns:
     def low_share(self) -> float:
         """Share of the gates' weights that was computed at the lower precision."""
         return self._share(self.low_mass)
+
+    @property
+    def rerouted_share(self) -> float:
+        """Share of the gates' weights whose expert the policy replaced."""
+        return self._share(self.rerouted_mass)
 
     @property
     def shares(self) -> dict[str, float]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
 import numpy as np
@@ -16,23 +18,48 @@ import numpy as np
 from moepolicy.policy import Policy
 
 Add = Callable[[bytes], None]
+MODULES = (
+    *("twins", "inplace", "compiled", "pointers", "signatures"),
+    *("numba_structs", "numba_internals"),
+)
+"""The modules here that give numba something else than functions as they stand."""
 
 
 def fingerprint(
     function: FunctionType, policies: tuple[type[Policy], ...], omit: frozenset[FunctionType]
 ) -> str:
     """The digest of what compiling ``function`` for such policies comes to, less ``omit``."""
-    digest = hashlib.sha256(f"numba {version('numba')} numpy {version('numpy')}".encode())
+    digest = hashlib.sha256(_compilers())
     seen = set(omit)
     _add_function(digest.update, function, seen)
     for policy in policies:
-        digest.update(f"{policy.__module__}.{policy.__qualname__}".encode())
-        for name in sorted(dir(policy)):
-            method = getattr(policy, name)
-            if isinstance(method, FunctionType) and not name.startswith("__"):
-                _add_function(digest.update, method, seen)
+        _add_class(digest.update, policy, seen)
     digest.update(repr(sorted(each.__qualname__ for each in omit)).encode())
     return digest.hexdigest()[:32]
+
+
+@cache
+def _compilers() -> bytes:
+    """What makes code of functions: numba, numpy, and `MODULES`."""
+    found = f"numba {version('numba')} numpy {version('numpy')}".encode()
+    for name in MODULES:
+        found += (Path(__file__).parent / f"{name}.py").read_bytes()
+    return found
+
+
+def class_fingerprint(policy: type[Policy]) -> str:
+    """The digest of a policy class's methods, and of what they call."""
+    digest = hashlib.sha256(_compilers())
+    _add_class(digest.update, policy, set())
+    return digest.hexdigest()[:32]
+
+
+def _add_class(add: Add, policy: type[Policy], seen: set[FunctionType]) -> None:
+    add(f"{policy.__module__}.{policy.__qualname__}".encode())
+    for name in sorted(dir(policy)):
+        method = getattr(policy, name)
+        if isinstance(method, FunctionType) and not name.startswith("__"):
+            _add_function(add, method, seen)
 
 
 def _add_function(add: Add, function: FunctionType, seen: set[FunctionType]) -> None:

@@ -11,16 +11,21 @@ import inspect
 from types import CodeType
 from typing import Any
 
-from moepolicy.policy import HOOKS, NEEDS, Policy, PolicyError
+from moepolicy.policy import CONSTANTS, HOOKS, NEEDS, Policy, PolicyError
 
 DECLARATIONS = frozenset(
-    {"requires", "horizon", "always_evicts", "lossy", "staging", "stage_prefetches", "same_as"}
+    {
+        *("requires", "horizon", "always_evicts", "lossy", "staging", "stage_prefetches"),
+        *("same_as", "fit", "learned", "welcomes", "share_slots", "made_of", "only"),
+    }
 )
 _ALIKE = 0.8  # of 1, by difflib: on_hits and prefetchs are, a helper of one's own is not
 
 
-def check_class(name: str, policy: type[Policy]) -> None:
-    """PolicyError, in one line, where ``policy`` breaks the rules of the interface."""
+def check_class(name: str, policy: type[Policy], *, part: bool = False) -> None:
+    """PolicyError, in one line, where ``policy`` breaks the rules of the interface.
+
+    A ``part`` of a composition need not choose victims."""
     if inspect.isabstract(policy):
         abstract: frozenset[str] = getattr(policy, "__abstractmethods__", frozenset())
         missing = ", ".join(sorted(abstract))
@@ -28,13 +33,30 @@ def check_class(name: str, policy: type[Policy]) -> None:
     _check_names(name, policy)
     for hook in sorted(HOOKS):
         _check_hook(name, policy, hook)
-    if policy.victim is Policy.victim:
+    if policy.victim is Policy.victim and not part:
         raise PolicyError(
             f"policy '{name}' has no victim: define victim(self, layer, incoming, candidates), "
             "which answers one of the candidates, or -1 to decline"
         )
     _check_declarations(name, policy)
+    _check_share_slots(name, policy)
+    if policy.route is not Policy.route and not policy.lossy:
+        raise PolicyError(
+            f"policy '{name}' has route, which changes what the model computes: declare "
+            "lossy = True"
+        )
     _check_init(name, policy)
+    if can_be_fitted(policy) and "params" not in accepted(policy):
+        raise PolicyError(
+            f"policy '{name}' has fit, whose arrays its __init__ must take: add params=None"
+        )
+
+
+def can_be_fitted(policy: type[Policy]) -> bool:
+    """Whether a class has a ``fit`` of its own."""
+    own: Any = policy.fit
+    none: Any = Policy.fit
+    return own.__func__ is not none.__func__
 
 
 def _own(policy: type[Policy]) -> dict[str, Any]:
@@ -97,23 +119,39 @@ def _check_hook(name: str, policy: type[Policy], hook: str) -> None:
 
 
 def _check_declarations(name: str, policy: type[Policy]) -> None:
-    requires = policy.requires
-    if not isinstance(requires, (set, frozenset)):
+    _check_needs(name, "requires", policy.requires, frozenset(NEEDS), "predictions")
+    _check_needs(name, "welcomes", policy.welcomes, CONSTANTS, "speed")
+    if not isinstance(policy.lossy, bool):
+        raise PolicyError(f"policy '{name}': lossy is {policy.lossy!r}, and must be True or False")
+    if not isinstance(policy.only, str) or not _are_policies(policy.made_of):
         raise PolicyError(
-            f"policy '{name}': requires is {requires!r}, and must be a set of names, as "
-            'frozenset({"predictions"})'
-        )
-    for need in sorted(map(str, requires - NEEDS.keys())):
-        close = difflib.get_close_matches(need, NEEDS, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise PolicyError(
-            f"policy '{name}' requires '{need}': {hint}there are: {', '.join(sorted(NEEDS))}"
+            f"policy '{name}': made_of and only are for compositions alone: leave out"
         )
     horizon = inspect.getattr_static(policy, "horizon")
     if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
         raise PolicyError(
             f"policy '{name}': horizon is {horizon!r}, and must be the number of layers ahead "
             "that the policy reads predictions, 1 or more"
+        )
+
+
+def _are_policies(classes: Any) -> bool:
+    return isinstance(classes, tuple) and all(
+        isinstance(cls, type) and issubclass(cls, Policy) for cls in classes
+    )
+
+
+def _check_share_slots(name: str, policy: type[Policy]) -> None:
+    given = inspect.getattr_static(policy, "share_slots")
+    try:
+        inspect.signature(policy.share_slots).bind("total", "context")
+        fits = isinstance(given, classmethod)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise PolicyError(
+            f"policy '{name}': share_slots is asked of the class, before there is a policy: define "
+            "it as @classmethod share_slots(cls, total, context)"
         )
 
 
@@ -140,3 +178,18 @@ def accepted(policy: type[Policy]) -> dict[str, inspect.Parameter]:
 def required(policy: type[Policy]) -> list[str]:
     """The parameters that a spec must give."""
     return [name for name, p in accepted(policy).items() if p.default is p.empty]
+
+
+def _check_needs(name: str, what: str, given: Any, known: frozenset[str], example: str) -> None:
+    """PolicyError unless ``given``, a class's ``requires`` or ``welcomes``, is a set of names."""
+    if not isinstance(given, (set, frozenset)):
+        raise PolicyError(
+            f"policy '{name}': {what} is {given!r}, and must be a set of names, as "
+            f'frozenset({{"{example}"}})'
+        )
+    for need in sorted(map(str, given - known)):
+        close = difflib.get_close_matches(need, known, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise PolicyError(
+            f"policy '{name}' {what} '{need}': {hint}there are: {', '.join(sorted(known))}"
+        )

@@ -28,6 +28,7 @@ class Kind(IntEnum):
     SKIP = 13  # a miss that is neither copied nor computed: its part of the sum is left out
     LOW = 14  # a miss whose copy brings the lower precision
     SUBSTITUTE = 15  # a miss that another expert stands in for; other: that expert
+    REROUTE = 16  # an expert that the gate chose for a token, and the policy replaced; no event
 
 
 # Plain integers for the code that numba compiles.
@@ -37,3 +38,4 @@ LOAD, SPECULATE, BYPASS = int(Kind.LOAD), int(Kind.SPECULATE), int(Kind.BYPASS)
 EVICT, PROMOTE, USELESS = int(Kind.EVICT), int(Kind.PROMOTE), int(Kind.USELESS)
 COMPUTE, SKIP = int(Kind.COMPUTE), int(Kind.SKIP)
 LOW, SUBSTITUTE = int(Kind.LOW), int(Kind.SUBSTITUTE)
+REROUTE = int(Kind.REROUTE)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moepolicy.asking import as_asked, ask_ahead
 from moepolicy.kinds import (
     BYPASS,
     CANCEL,
@@ -29,27 +30,43 @@ from moepolicy.kinds import (
 )
 from moepolicy.misses import (
     drop_low_copies,
-    release_stand_in,
+    release_substitute,
     settle,
-    use_stand_in,
+    use_substitute,
     weigh,
 )
 from moepolicy.places import (
+    NOT_SCORING,
+    SCORING,
     domain_of,
     gather_candidates,
     hold,
     join_queue,
     leave_device,
     leave_queue,
+    may_go,
+    may_stay,
     note,
     pop_free,
     push_free,
     stage,
     unstage,
+    write_down,
 )
 from moepolicy.policy import Policy
-from moepolicy.resize import resize, take_from, trim
-from moepolicy.state import ABSENT, DEMAND, LOADING, NOTHING, PREFETCH, QUEUED, RESIDENT, Cache
+from moepolicy.resize import resize, take_from, take_least, trim
+from moepolicy.routing import reroute
+from moepolicy.state import (
+    ABSENT,
+    DEMAND,
+    INDEX,
+    LOADING,
+    NOTHING,
+    PREFETCH,
+    QUEUED,
+    RESIDENT,
+    Cache,
+)
 from moepolicy.steps import Step
 
 
@@ -59,12 +76,13 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
     ``outcome`` [n] is filled with HIT, LATE, MISS (a copy will come), COMPUTE, SKIP or SUBSTITUTE
     for each key of ``step.experts``.
     """
+    step = as_asked(cache, step)
     n = len(step.experts)
     cache.step[0] = step.number
     cache.n_demand[0] = n
     policy.on_step(step)
     for rank in range(n):
-        key = int(step.experts[rank])
+        key = int(step.experts[rank]) & INDEX
         cache.wanted[rank] = key
         cache.pinned[key] = 1
         cache.stamp[key] = step.number * (cache.n_experts + 1) + n - rank
@@ -76,20 +94,22 @@ def begin(cache: Cache, policy: Policy, step: Step, outcome: NDArray[np.int8]) -
             trim(cache, policy)
     for rank in range(n):
         outcome[rank] = _request(cache, policy, step, rank)
-    for rank in range(n - 1, -1, -1):
-        key = int(step.experts[rank])
+    for i in range(n):
+        rank = n - 1 - i
+        key = int(step.experts[rank]) & INDEX
         if outcome[rank] == HIT or outcome[rank] == LATE:
             policy.on_hit(key, cache.stamp[key])
         elif cache.choosing:
-            use_stand_in(cache, policy, step, rank)
+            use_substitute(cache, policy, step, rank)
     if cache.choosing:
         weigh(cache, step, outcome)
     if cache.prefetching:
         for rank in range(n):
-            key = int(step.experts[rank])
+            key = int(step.experts[rank]) & INDEX
             if cache.staged[key]:
                 _promote(cache, policy, key)
         _queue_prefetches(cache, policy, step)
+    ask_ahead(cache, policy, step.layer)
 
 
 def start(cache: Cache, policy: Policy) -> int:
@@ -110,6 +130,7 @@ def start(cache: Cache, policy: Policy) -> int:
             cache.unused[key] = 1
             _load(cache, policy, key, slot, SPECULATE)
             return key
+        cache.backlog[0] -= 1
         note(cache, DROP, key, NOTHING)
         key = int(cache.first[PREFETCH])
     return -1
@@ -121,6 +142,8 @@ def finish(cache: Cache, policy: Policy, key: int) -> None:
     cache.backlog[0] -= 1
     if cache.transient[key] and not cache.pinned[key]:
         _discard(cache, policy, key)
+    elif cache.scoring and not cache.pinned[key]:
+        may_go(cache, key)
     if cache.excess[0] > 0:
         trim(cache, policy)
 
@@ -133,11 +156,13 @@ def consume(cache: Cache, key: int) -> None:
 def end(cache: Cache, policy: Policy) -> None:
     """All of the step's experts are computed: pins drop, bypassed experts go."""
     for rank in range(cache.n_demand[0]):
-        key = int(cache.wanted[rank])
+        key = int(cache.wanted[rank]) & INDEX
         cache.pinned[key] = 0
         cache.consumed[key] = 0
+        if cache.scoring:
+            may_go(cache, key)
         if cache.choosing:
-            release_stand_in(cache, rank)
+            release_substitute(cache, rank)
     if cache.excess[0] > 0:
         trim(cache, policy)
     i = 0
@@ -153,24 +178,33 @@ def end(cache: Cache, policy: Policy) -> None:
 def unreachable(cache: Cache) -> frozenset[Any]:
     """The functions that no call for ``cache`` will come to, for those who compile it."""
     without: set[Any] = set()
+    if not len(cache.events):
+        without.add(write_down)
     if not cache.prefetching:
         without |= {_disprove, _promote, _queue_prefetches, _prefetch_slot}
+    if not cache.declining:
+        without.add(ask_ahead)
     if not cache.retaining:
         without.add(_retain)
     if not cache.resizable:
         without |= {resize, trim}
+    if not cache.routing:
+        without.add(reroute)
     if not cache.choosing:
-        without |= {settle, use_stand_in, weigh, release_stand_in}
+        without |= {settle, use_substitute, weigh, release_substitute}
     if not cache.lowering:
         without.add(drop_low_copies)
+    without |= {take_from} | NOT_SCORING if cache.scoring else {take_least} | SCORING
     return frozenset(without)
 
 
 def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     """Tell hit from late from miss, and deal with a miss; a prefetch found useful is used now."""
-    key = int(step.experts[rank])
+    key = int(step.experts[rank]) & INDEX
     if cache.status[key] == RESIDENT:
         kind = HIT
+        if cache.scoring:
+            may_stay(cache, key)
     elif cache.status[key] == LOADING:
         kind = LATE
         cache.transient[key] = 0  # disproved for an earlier token, wanted after all
@@ -178,6 +212,7 @@ def _request(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
         kind = MISS
         if cache.status[key] == QUEUED:
             leave_queue(cache, key)
+            cache.backlog[0] -= 1
         if cache.choosing:
             return settle(cache, policy, step, rank)
         join_queue(cache, key, DEMAND)
@@ -193,11 +228,12 @@ def _disprove(cache: Cache, policy: Policy, layer: int) -> None:
         for key in range(first, first + cache.n_experts):
             if cache.status[key] == QUEUED and not cache.pinned[key]:
                 leave_queue(cache, key)
+                cache.backlog[0] -= 1
                 note(cache, CANCEL, key, NOTHING)
     i = 0
     while i < cache.n_held[cache.staging]:
         key = int(cache.held[cache.staging, i])
-        if key // cache.n_experts != layer or cache.pinned[key]:
+        if cache.layer[key] != layer or cache.pinned[key]:
             i += 1
         elif cache.status[key] == LOADING:
             cache.transient[key] = 1
@@ -241,7 +277,6 @@ def _start_demand(cache: Cache, policy: Policy, key: int) -> int:
 def _load(cache: Cache, policy: Policy, key: int, slot: int, kind: int) -> None:
     cache.status[key] = LOADING
     cache.place[key] = slot
-    cache.backlog[0] += 1
     note(cache, kind, key, slot)
     if kind == LOAD:
         policy.on_load(key, False, cache.stamp[key])
@@ -265,12 +300,14 @@ def _claim_slot(cache: Cache, policy: Policy, key: int) -> int:
     if cache.n_free[domain]:
         slot = pop_free(cache, domain)
         hold(cache, domain, key)
+    elif cache.scoring:
+        slot = take_least(cache, policy, domain, key)
     else:
         n = gather_candidates(cache, domain)
         if n == 0:
             return -1
         candidates = cache.candidates[:n]
-        layer = key // cache.n_experts
+        layer = int(cache.layer[key])
         return take_from(cache, policy, policy.victim(layer, key, candidates), key)
     return slot
 
@@ -316,7 +353,7 @@ def _retain(cache: Cache, policy: Policy, key: int) -> bool:
     if n == 0:
         return False
     candidates = cache.candidates[:n]
-    layer = key // cache.n_experts
+    layer = int(cache.layer[key])
     slot = take_from(cache, policy, policy.retain(layer, key, candidates), key)
     if slot < 0:
         return False

@@ -52,18 +52,22 @@ def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
             raise WrongAnswer('on_miss answered COMPUTE: put "cpu" into what the policy requires')
         note(cache, COMPUTE, key, NOTHING)
         return COMPUTE
+    if answer in (LOW, SUBSTITUTE, SKIP) and not cache.lossy:
+        raise WrongAnswer(
+            "on_miss answered what changes what the model computes: put lossy = True into the class"
+        )
     if answer == SKIP:
         cache.pinned[key] = 0
         note(cache, SKIP, key, NOTHING)
         return SKIP
     if answer == SUBSTITUTE:
-        stand_in = _find_stand_in(cache, policy, step, rank)
-        if stand_in >= 0:
+        substitute = _find_substitute(cache, policy, step, rank)
+        if substitute >= 0:
             cache.pinned[key] = 0
-            cache.pinned[stand_in] = 1
-            cache.unused[stand_in] = 0
-            cache.stand_ins[rank] = stand_in
-            note(cache, SUBSTITUTE, key, stand_in)
+            cache.pinned[substitute] = 1
+            cache.unused[substitute] = 0
+            cache.substitutes[rank] = substitute
+            note(cache, SUBSTITUTE, key, substitute)
             return SUBSTITUTE
     elif answer == LOW:
         if not cache.lowering:
@@ -76,7 +80,7 @@ def settle(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     return MISS
 
 
-def _find_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
+def _find_substitute(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     """The expert that stands in for the step's ``rank``-th one; -1 where none does.
 
     What lies in a staging buffer may be gone before the step is over, and is not offered.
@@ -94,17 +98,20 @@ def _find_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> int:
     chosen = policy.substitute(step, rank, cache.candidates[:n])
     if chosen == -1:
         return -1
-    for i in range(n):
-        if cache.candidates[i] == chosen:
-            return int(chosen)
+    # Not looked up among the candidates, which the policy may have written over.
+    for i in range(cache.n_held[domain]):
+        key = cache.held[domain, i]
+        of_layer = first <= key < first + cache.n_experts
+        if key == chosen and of_layer and cache.status[key] == RESIDENT:
+            return int(key)
     raise WrongAnswer("substitute named a key that was not among the candidates")
 
 
-def use_stand_in(cache: Cache, policy: Policy, step: Step, rank: int) -> None:
+def use_substitute(cache: Cache, policy: Policy, step: Step, rank: int) -> None:
     """Tell the policy that the expert which stands in for the ``rank``-th, if any, is used."""
-    stand_in = int(cache.stand_ins[rank])
-    if stand_in >= 0:
-        policy.on_hit(stand_in, step.number * (cache.n_experts + 1) + len(step.experts) - rank)
+    substitute = int(cache.substitutes[rank])
+    if substitute >= 0:
+        policy.on_hit(substitute, step.number * (cache.n_experts + 1) + len(step.experts) - rank)
 
 
 def weigh(cache: Cache, step: Step, outcome: NDArray[np.int8]) -> None:
@@ -113,7 +120,8 @@ def weigh(cache: Cache, step: Step, outcome: NDArray[np.int8]) -> None:
     for rank in range(len(step.experts)):
         weight = step.weights[rank]
         kind = outcome[rank]
-        mass[ALL_MASS] += weight
+        if not cache.routing:  # else counted as the gate gave them
+            mass[ALL_MASS] += weight
         if kind == SKIP:
             mass[SKIPPED_MASS] += weight
         elif kind == SUBSTITUTE:
@@ -122,9 +130,9 @@ def weigh(cache: Cache, step: Step, outcome: NDArray[np.int8]) -> None:
             mass[LOW_MASS] += weight
 
 
-def release_stand_in(cache: Cache, rank: int) -> None:
+def release_substitute(cache: Cache, rank: int) -> None:
     """The step is over: whoever stood in for its ``rank``-th expert is pinned no more."""
-    stand_in = cache.stand_ins[rank]
-    if stand_in >= 0:
-        cache.pinned[stand_in] = 0
-        cache.stand_ins[rank] = -1
+    substitute = cache.substitutes[rank]
+    if substitute >= 0:
+        cache.pinned[substitute] = 0
+        cache.substitutes[rank] = -1

@@ -3,10 +3,14 @@ finished file unless told to."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import io
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,9 @@ from moepolicy.tables import Format, to_csv, to_json
 PARQUET = "parquet"
 FORMATS = {".txt": "table", ".json": "json", ".csv": "csv", ".parquet": PARQUET}
 """The format of a file of results by its suffix."""
+
+PARTIAL = ".partial"  # ends the names of folders that hold what is being written
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 # Keys of Parquet metadata: the trace format's and the sweep's own.
 _TRACE, _SWEEP = "moeroute", "moesim-sweep"
@@ -37,10 +44,13 @@ def check_suffix(path: Path | str, suffixes: Sequence[str], what: str = "--out")
     raise CommandUsageError(f"{what} {path}: the suffix says the format, and there are: {known}")
 
 
-def check_free(path: Path | None, *, force: bool, what: str = "--out") -> None:
+def check_free(
+    path: Path | None, *, force: bool, what: str = "--out", folder: bool = False
+) -> None:
     """Raise CommandError unless a file can be written to ``path``: call it before the work.
 
     The folder must be there, and no file may lie at ``path`` unless ``force`` lets it be replaced.
+    ``folder``: what is written is a new folder.
     """
     if path is None:
         return
@@ -48,6 +58,8 @@ def check_free(path: Path | None, *, force: bool, what: str = "--out") -> None:
         raise CommandError(f"{what} {path}: the folder {path.parent} does not exist")
     if not os.access(path.absolute().parent, os.W_OK):
         raise CommandError(f"{what} {path}: the folder {path.parent} cannot be written to")
+    if folder and path.exists():
+        raise CommandUsageError(f"{what} {path} exists already: name a new folder")
     if path.is_dir():
         raise CommandError(f"{what} {path} is a folder, not a file to write to")
     # Devices (/dev/stdout, /dev/null) hold nothing that could be lost.
@@ -81,7 +93,7 @@ def _parquet(path: Path) -> str | None:
         if _SWEEP in noted:
             policies = ", ".join(json.loads(noted[_SWEEP])["policies"])
             return f"a finished sweep of {n_rows:,} points ({policies})"
-    except (pl.exceptions.PolarsError, OSError, ValueError, KeyError, TypeError):
+    except (pl.exceptions.PolarsError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return None
 
@@ -97,24 +109,122 @@ def written_whole(path: Path) -> Iterator[Path]:
         with naming(path):
             yield path  # a device has no name to be replaced
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with naming(path, _hidden(path)), own_folder(path) as folder:
+        partial = folder / path.name
+        yield partial
+        settle(partial, path)
+
+
+def _hidden(path: Path) -> Path:
+    """What the names of folders begin with in which ``path`` is being written."""
+    return path.absolute().with_name(f".{path.name}.")
+
+
+@contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` that is this process's own, and goes with it.
+
+    The process holds a lock on it. Folders for ``path`` that nobody holds, which killed processes
+    have left, go, too. System errors that name the folder are told as ones of ``path``.
+    """
+    with ExitStack() as held:
+        with naming(path, _hidden(path)):
+            while not (folder := _made_folder(path, held)).exists():
+                pass  # taken for a killed process's before it was held
+            _drop_left(folder, path)
+        yield folder
+
+
+def _made_folder(path: Path, held: ExitStack) -> Path:
+    hidden = _hidden(path)
+    folder = Path(tempfile.mkdtemp(PARTIAL, hidden.name, hidden.parent))
+    held.callback(shutil.rmtree, folder, ignore_errors=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    held.callback(os.close, fd)
+    _lock(fd)
+    return folder
+
+
+def _drop_left(own: Path, path: Path) -> None:
+    for other in own.parent.iterdir():
+        mine = other.name.startswith(_hidden(path).name) and other.name.endswith(PARTIAL)
+        if mine and other != own and other.is_dir():
+            with suppress(OSError):
+                fd = os.open(other, os.O_RDONLY | os.O_CLOEXEC)
+                if _lock(fd):
+                    shutil.rmtree(other, ignore_errors=True)
+                os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    """Hold a file as long as it is open; False where another process does, or nobody can."""
     try:
-        with naming(path, partial):
-            yield partial
-            partial.replace(path)
+        import fcntl  # not everywhere
+
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def settle(finished: Path, path: Path) -> None:
+    """Give a finished file its name, its bytes being on the disk before the name is.
+
+    After a power cut there is the old file or the new one, whole.
+    """
+    with finished.open("rb") as file:
+        os.fsync(file.fileno())
+    finished.replace(path)
+    sync_folder(path.absolute().parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have all files below a folder, and their names, on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Give two folders each other's names, in one step where the file system has one."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename and not rename(_HERE, bytes(one), _HERE, bytes(other), _EXCHANGE):
+        return
+    if rename and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    aside = other.with_name(f".{other.name}.{os.getpid()}.old")  # NFS, for one, has no such step
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk; nothing where folders cannot be read."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return
+    try:
+        os.fsync(fd)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(fd)
 
 
 @contextmanager
 def naming(path: Path, alias: Path | None = None) -> Iterator[None]:
-    """Let system errors that name no file, or ``alias``, name ``path``."""
+    """Let system errors that name no file, or one whose name begins with ``alias``, name
+    ``path``."""
     try:
         yield
     except OSError as error:
-        if error.filename is None or error.filename == str(alias):
+        named = error.filename
+        if named is None or (alias is not None and str(named).startswith(str(alias))):
             error.filename = str(path)
-            error.filename2 = None
+            if error.filename2 is not None:
+                error.filename2 = None
         raise
 
 

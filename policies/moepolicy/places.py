@@ -9,9 +9,11 @@ from moepolicy.kinds import USELESS
 from moepolicy.policy import Policy
 from moepolicy.state import (
     ABSENT,
+    INDEX,
     NOTHING,
     QUEUED,
     RESIDENT,
+    STAYS,
     Cache,
 )
 
@@ -20,19 +22,24 @@ def note(cache: Cache, kind: int, key: int, other: int) -> None:
     """Count a decision and, where events are kept, write it down. IndexError when they are full."""
     cache.counters[kind] += 1
     if cache.events.shape[0]:
-        i = cache.n_events[0]
-        if i == cache.events.shape[0]:
-            raise IndexError("the event buffer is full")
-        cache.events[i, 0] = kind
-        cache.events[i, 1] = cache.step[0]
-        cache.events[i, 2] = key
-        cache.events[i, 3] = other
-        cache.n_events[0] = i + 1
+        write_down(cache, kind, key, other)
+
+
+def write_down(cache: Cache, kind: int, key: int, other: int) -> None:
+    """Add a decision to the events. IndexError when they are full."""
+    i = cache.n_events[0]
+    if i == cache.events.shape[0]:
+        raise IndexError("the event buffer is full")
+    cache.events[i, 0] = kind
+    cache.events[i, 1] = cache.step[0]
+    cache.events[i, 2] = key
+    cache.events[i, 3] = other
+    cache.n_events[0] = i + 1
 
 
 def domain_of(cache: Cache, key: int) -> int:
     """The cache that ``key`` belongs to: of its layer, or the shared one."""
-    return key // cache.n_experts if cache.per_layer else 0
+    return int(cache.domain[key]) & INDEX
 
 
 def gather_candidates(cache: Cache, domain: int) -> int:
@@ -47,6 +54,73 @@ def gather_candidates(cache: Cache, domain: int) -> int:
 
 
 def hold(cache: Cache, domain: int, key: int) -> None:
+    """Add ``key``, which must stay for now, to a domain's keys."""
+    if cache.scoring:
+        _put(cache, domain, int(cache.n_held[domain]) & INDEX, key)
+        cache.n_held[domain] += 1
+    else:
+        _insert(cache, domain, key)
+
+
+def exchange(cache: Cache, domain: int, leaving: int, arriving: int) -> None:
+    """Put a key, which must stay for now, in the place of another among a domain's keys."""
+    if cache.scoring:
+        _put(cache, domain, int(cache.at[leaving]) & INDEX, arriving)
+    else:
+        _exchange_in_order(cache, domain, leaving, arriving)
+
+
+def remove(cache: Cache, area: int, key: int) -> None:
+    """Take ``key`` from a domain's or the staging buffers' keys."""
+    if cache.scoring and area != cache.staging:
+        last = cache.n_held[area] - 1
+        at = cache.at[key]
+        moved = int(cache.held[area, last])
+        cache.held[area, at] = moved
+        cache.standing[area, at] = cache.standing[area, last]
+        cache.at[moved] = at
+        cache.n_held[area] = last
+    else:
+        _remove_in_order(cache, area, key)
+
+
+def may_stay(cache: Cache, key: int) -> None:
+    """``key`` is in use: if its domain holds it, its score is out of the way until `may_go`."""
+    domain, at = cache.domain[key] & INDEX, cache.at[key] & INDEX
+    if cache.held[domain, at] == key:
+        cache.standing[domain, at] = STAYS
+
+
+def may_go(cache: Cache, key: int) -> None:
+    """``key`` is neither pinned nor under way: if its domain holds it, its score decides."""
+    domain, at = cache.domain[key] & INDEX, cache.at[key] & INDEX
+    if cache.held[domain, at] == key:
+        cache.standing[domain, at] = cache.scores[key]
+
+
+def least(cache: Cache, domain: int) -> int:
+    """The key of least score that may go, of equal scores the lowest; -1 where none may."""
+    standing, held = cache.standing[domain], cache.held[domain]
+    n = int(cache.n_held[domain]) & INDEX
+    score = STAYS
+    for i in range(n):
+        score = min(score, standing[i])
+    if score == STAYS:
+        return -1
+    # A pass of its own: neither takes a branch that depends on the data.
+    found = STAYS
+    for i in range(n):
+        found = min(found, held[i] if standing[i] == score else STAYS)
+    return int(found) & INDEX
+
+
+def _put(cache: Cache, domain: int, at: int, key: int) -> None:
+    cache.held[domain, at] = key
+    cache.standing[domain, at] = STAYS
+    cache.at[key] = at
+
+
+def _insert(cache: Cache, domain: int, key: int) -> None:
     """Add ``key`` to a domain's keys, which ascend."""
     held = cache.held[domain]
     i = cache.n_held[domain]
@@ -57,7 +131,7 @@ def hold(cache: Cache, domain: int, key: int) -> None:
     cache.n_held[domain] += 1
 
 
-def exchange(cache: Cache, domain: int, leaving: int, arriving: int) -> None:
+def _exchange_in_order(cache: Cache, domain: int, leaving: int, arriving: int) -> None:
     """Put a key in the place of another among a domain's keys, which go on ascending."""
     held = cache.held[domain]
     last = cache.n_held[domain] - 1
@@ -73,8 +147,7 @@ def exchange(cache: Cache, domain: int, leaving: int, arriving: int) -> None:
     held[i] = arriving
 
 
-def remove(cache: Cache, area: int, key: int) -> None:
-    """Take ``key`` from a domain's or the staging buffers' keys, keeping the order."""
+def _remove_in_order(cache: Cache, area: int, key: int) -> None:
     held = cache.held[area]
     last = cache.n_held[area] - 1
     i = 0
@@ -85,10 +158,16 @@ def remove(cache: Cache, area: int, key: int) -> None:
     cache.n_held[area] -= 1
 
 
+SCORING = frozenset({may_stay, may_go, least, _put})
+NOT_SCORING = frozenset({gather_candidates, _insert, _exchange_in_order})
+"""The functions that are only reached where the cache orders by scores, and where it does not."""
+
+
 def pop_free(cache: Cache, area: int) -> int:
     """An unused slot of a domain or of staging, of which there is one."""
-    cache.n_free[area] -= 1
-    return int(cache.free[area, cache.n_free[area]])
+    last = (cache.n_free[area] - 1) & INDEX
+    cache.n_free[area] = last
+    return int(cache.free[area, last]) & INDEX
 
 
 def push_free(cache: Cache, area: int, slot: int) -> None:
@@ -127,8 +206,7 @@ def join_queue(cache: Cache, key: int, queue: int) -> None:
 
 def leave_queue(cache: Cache, key: int) -> None:
     """Take ``key`` out of its queue, wherever it stands."""
-    queue = cache.queue[key]
-    cache.backlog[0] -= 1
+    queue = cache.queue[key] & INDEX
     if cache.previous[key] >= 0:
         cache.next[cache.previous[key]] = cache.next[key]
     else:

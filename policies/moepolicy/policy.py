@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,6 +20,10 @@ class PolicyError(ValueError):
     """A policy that does not exist, cannot run here, or broke the rules of the interface."""
 
 
+class PolicyFailed(PolicyError):
+    """A policy's own code raised, or gave an answer that there cannot be, while it was run."""
+
+
 class PolicyUsageError(PolicyError, WrongUsage):
     """A name or value that can be no policy, parameter or cache, on any machine."""
 
@@ -25,11 +31,22 @@ class PolicyUsageError(PolicyError, WrongUsage):
 class Context(NamedTuple):
     """The cache a policy will order, and the knowledge some policies ask for.
 
-    slots is per layer; a global cache holds ``slots * n_layers`` experts together. ``counts``
-    [n_layers, n_experts] is how often each expert was used in a calibration trace.
-    ``next_use``, ``offsets`` and ``demands`` are the future: entry ``offsets[step] + rank`` is the
-    index of the step that next uses that step's ``rank``-th expert (``NO_USE``: never), and its
-    key.
+    slots is per layer (on average, where the policy shares them out); a global cache holds
+    ``slots * n_layers`` experts together. ``counts`` [n_layers, n_experts] is how often each expert
+    was used in a calibration trace. ``next_use``, ``offsets`` and ``demands`` are the future: entry
+    ``offsets[step] + rank`` is the index of the step that next uses that step's ``rank``-th expert
+    (``NO_USE``: never), and its key.
+
+    Constants of the machine and the experts, never a clock:
+
+    copy_over_layer  how many layers are computed while one expert is copied: the time of a copy of
+                     the full precision from host memory, its latency included, over the time of a
+                     layer and its ``top_k`` experts for one decoded token; NaN where unknown (see
+                     `moesim.machine.speed.copy_over_layer`, which computes it)
+    gates_over_layer how many layers are computed while a layer's later gates are asked for
+                     predictions; NaN where unknown (`moesim.machine.speed.gates_over_layer`)
+    expert_bytes     of an expert at the full precision; None where unknown
+    low_bytes        of an expert at the lower precision; None where there is none
     """
 
     n_layers: int
@@ -41,6 +58,10 @@ class Context(NamedTuple):
     next_use: NDArray[np.int64] | None = None
     offsets: NDArray[np.int64] | None = None
     demands: NDArray[np.int32] | None = None
+    copy_over_layer: float = math.nan
+    expert_bytes: int | None = None
+    low_bytes: int | None = None
+    gates_over_layer: float = math.nan
 
     @property
     def n_keys(self) -> int:
@@ -65,19 +86,29 @@ class Policy:
     numbers; a class with any other state runs interpreted.
 
     requires          what the context or the steps must carry: "future", "counts", "predictions",
-                      "logits", "weights"; and what the machine must have: "cpu" workers to
-                      COMPUTE, a "low" store of experts for LOW. What is not required is not given
+                      "logits", "weights", "tokens" (their ids); and what the machine must have:
+                      "cpu" workers to COMPUTE, a "low" store of experts for LOW; and what of
+                      the context must be known: "speed" (``copy_over_layer`` and
+                      ``gates_over_layer``), "bytes" (of an expert). What is not required is
+                      not given
+    welcomes          "speed" or "bytes", which are given where they are known, and are NaN or
+                      None where they are not
     horizon           how many layers ahead the policy reads predictions; fewer are refused
     always_evicts     promises that ``victim`` never answers -1
     lossy             whether the policy can change what the model computes
     staging           buffers besides the slots: for bypasses and, where ``stage_prefetches``, for
                       prefetched experts until their first use
+    made_of, only     of a class that was made for a composition: the classes of its parts, and
+                      the one aspect of them that it decides
     stage_prefetches  False sends a prefetched expert straight to a slot, evicting as it starts
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    welcomes: ClassVar[frozenset[str]] = frozenset()
     horizon: ClassVar[int] = 1
     lossy: ClassVar[bool] = False
+    made_of: ClassVar[tuple[type[Policy], ...]] = ()
+    only: ClassVar[str] = ""
     always_evicts: ClassVar[bool] = False
     staging: int = 1
     stage_prefetches: bool = True
@@ -91,11 +122,13 @@ class Policy:
 
         A comparison names that policy under the table.
         """
-        own = ("prefetch", "on_miss")
+        own = ("prefetch", "on_miss", "route")
         if any(getattr(cls, hook) is not getattr(Policy, hook) for hook in own):
             return None
         if context.slots >= context.n_experts:
             return Same("lru", "there is a slot for every expert, and none is evicted")
+        if context.scope == "layer" and shares_slots(cls):
+            return None  # a layer may have more slots than another
         if cls.always_evicts and context.scope == "layer" and context.slots <= context.top_k:
             return Same(
                 "lru",
@@ -103,8 +136,52 @@ class Policy:
             )
         return None
 
+    @classmethod
+    def fit(
+        cls, context: Context, steps: Iterable[Step], rng: np.random.Generator
+    ) -> dict[str, NDArray[Any]]:
+        """Make arrays of a calibration trace, for ``__init__`` to take as ``params``.
+
+        ``steps`` are those of whole sequences, one after the other, with all that the policy
+        requires; they can be gone through once. A class that has ``fit`` takes a keyword
+        ``params``, a dict of the arrays by name, or None where it was not fitted. `moesim fit`
+        calls it, and ``name:params=FILE`` gives the arrays back.
+        """
+        raise NotImplementedError(f"{cls.__name__} cannot be fitted")
+
+    def learned(self) -> dict[str, NDArray[Any]]:
+        """What the policy has learned so far, as ``fit`` answers it: for the next run to begin
+        with. Only a policy that learns while it runs has it."""
+        raise NotImplementedError(f"{type(self).__name__} learns nothing")
+
+    @classmethod
+    def share_slots(cls, total: int, context: Context) -> NDArray[np.integer[Any]] | None:
+        """How the layers share ``total`` slots: a whole number each [n_layers]; None: equally.
+
+        Each is 0 to n_experts, and the sum is ``total``. Only a cache with scope "layer" asks: when
+        it is made, and anew whenever it is to have another size, which ``context.slots`` is then.
+        The answer must depend on nothing else. What the class requires of ``context`` is there,
+        all but the future, which is another for each sequence of a cold run.
+        """
+        return None
+
     def on_step(self, step: Step) -> None:
         """A step begins; called before anything is decided about it."""
+
+    def route(
+        self, step: Step, row: int, resident: NDArray[np.bool_], chosen: NDArray[np.int32]
+    ) -> None:
+        """Which experts a token gets; may rewrite ``chosen`` in place.
+
+        Called for each token row of a step, before ``on_step`` and all decisions; ``step`` is the
+        gate's own: ``step.logits`` are the row's, unbiased, ``step.experts`` and ``step.weights``
+        the keys and weights that the gate gave the row. ``chosen`` holds the gate's choice, top_k
+        or fewer experts of the layer (0 to n_experts - 1), and must stay distinct. ``resident``
+        [n_experts] marks
+        experts that are on the device or under way. The weights of another choice come from
+        ``step.logits`` by the model's own rule. Such a policy is ``lossy``; the hook requires
+        "logits" and "weights" without saying so.
+        """
 
     def on_hit(self, key: int, now: int) -> None:
         """``key`` is used and was resident or already in flight."""
@@ -116,7 +193,9 @@ class Policy:
         """``key`` has left the device."""
 
     def on_resize(self, slots: int) -> None:
-        """The cache has ``slots`` slots a layer from now on, no longer those of the context."""
+        """The cache has ``slots`` slots a layer from now on, no longer those of the context.
+
+        It is an average where ``share_slots`` answers."""
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         """Which of ``candidates`` (ascending keys, never empty) makes room for ``incoming``.
@@ -165,6 +244,15 @@ class Policy:
         """
         return -1
 
+    def wants_predictions(self, layer: int) -> bool:
+        """Whether the later gates are to be asked at the next step of ``layer``.
+
+        Asking them takes compute (``Context.gates_over_layer``). A policy that requires
+        "predictions" may decline them: that step's ``predicted`` has no rows then. Called at the
+        end of the decisions about the step before; the first step of each layer has predictions.
+        """
+        return True
+
     def prefetch(self, step: Step, keys: NDArray[np.int32]) -> int:
         """Write the keys to fetch ahead into ``keys``, most wanted first; return how many.
 
@@ -173,12 +261,26 @@ class Policy:
         return 0
 
 
+def shares_slots(policy: type[Policy]) -> bool:
+    """Whether a class has a say in how many slots each layer gets."""
+    if policy.only:
+        return policy.only == "sharing"
+    return defines(policy, "share_slots") or any(map(shares_slots, policy.made_of))
+
+
+def defines(policy: type[Policy], hook: str) -> bool:
+    """Whether a class supplies its own ``hook``."""
+    own, default = getattr(policy, hook, None), getattr(Policy, hook, None)
+    # A method of the class is another object whenever it is asked for.
+    return getattr(own, "__func__", own) is not getattr(default, "__func__", default)
+
+
 def overrides(policy: Policy, hook: str) -> bool:
     """Whether a policy's class supplies its own ``hook``; the machine skips the others."""
     parts: tuple[Any, ...] = getattr(policy, "parts", ())
     if parts:
         return any(overrides(part, hook) for part in parts)
-    return getattr(type(policy), hook) is not getattr(Policy, hook)
+    return defines(type(policy), hook)
 
 
 NEEDS = {
@@ -186,14 +288,21 @@ NEEDS = {
     "counts": "the expert counts of a calibration trace",
     "predictions": "the gates' predictions of later layers",
     "logits": "the gates' logits",
+    "tokens": "the tokens' ids",
     "weights": "the gates' weights",
     "cpu": "CPU workers",
     "low": "experts at a lower precision",
+    "speed": "the time of an expert's copy over that of a layer's compute",
+    "bytes": "the bytes of an expert",
 }
 """What a policy may require."""
 
+CONSTANTS = frozenset({"speed", "bytes"})
+"""What of that a policy may welcome: the constants of the machine and the experts."""
+
 HOOKS = frozenset(
     {
+        "route",
         "on_step",
         "on_hit",
         "on_load",
@@ -205,6 +314,7 @@ HOOKS = frozenset(
         "precision",
         "substitute",
         "prefetch",
+        "wants_predictions",
     }
 )
 """The methods that the state machine calls."""

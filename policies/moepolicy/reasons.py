@@ -10,9 +10,16 @@ from moepolicy.numba_internals import NEEDS_ALLOCATION
 # What numba puts around a cause: where it was in its own work, and what it tried in vain.
 _FRAME = re.compile(
     r"Failed in nopython mode pipeline|- Resolution failure|Rejected as|Overload (in|of) function"
-    r"|There are \d+ candidate|- Of which|With argument|During:|raised from|None$|No match"
+    r"|Intrinsic in function|There are \d+ candidate|- Of which|With argument|During:|raised from"
+    r"|None$|No match"
 )
-_OURS = "_resolve_method.<locals>.overload"  # how compiled code comes to a policy's hook
+# numba colours what it says wherever the package colorama is installed.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# How compiled code comes to a policy's hook: in one piece with the rest, and apart from it.
+_OURS = re.compile(
+    r"Overload in function '_resolve_method\.<locals>\.overload'"
+    r"|Intrinsic in function 'storing\.<locals>\.store'"
+)
 
 
 def needs_memory(error: BaseException) -> bool:
@@ -22,10 +29,10 @@ def needs_memory(error: BaseException) -> bool:
 
 def why_not(error: BaseException, files: frozenset[str]) -> str:
     """One line: the cause, and which line of the policy's ``files`` it is about."""
-    text = str(error)
+    text = _COLOUR.sub("", str(error))
     lines = [line.strip() for line in text.splitlines()]
     # What follows the last mention of our own detour is about the policy's code.
-    ours = [i for i, line in enumerate(lines) if _OURS in line and "Overload in" in line]
+    ours = [i for i, line in enumerate(lines) if _OURS.search(line)]
     about = lines[ours[-1] + 1 :] if ours else lines
     cause = next(_causes(about), text.strip().splitlines()[0] if text.strip() else "")
     where = _place(about, files)

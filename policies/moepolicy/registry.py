@@ -1,6 +1,10 @@
 """Policies by name: the built-in ones, other packages' (entry points), and classes in a file.
 
 A spec is ``name``, ``name:parameter=value,...`` or ``path/to/file.py:Class[:parameter=value,...]``.
+Parameters may stand in parentheses, too: ``name(parameter=value,...)``. Of such are made:
+
+    lru+gate(n=2)+hobbit.misses             a part for each aspect; ``.misses`` takes that of one
+    adaptive(lru-spec,lru,when=late>0.2,window=256)      the second while the condition holds
 """
 
 from __future__ import annotations
@@ -10,123 +14,81 @@ import importlib.util
 import inspect
 import linecache
 import math
-from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moepolicy.answers import AdapmoeSkip, EmoeSubstitute, Hobbit
-from moepolicy.blame import broken
-from moepolicy.clairvoyant import Belady, BeladyBypass, Clairvoyant
+from moepolicy.aspects import ASPECTS
+from moepolicy.blame import told
+from moepolicy.composition import Condition, adapt, compose, restrict
 from moepolicy.console import nearest
-from moepolicy.eviction import Fiddler, Fifo, Lfu, Lru, Random, Static
-from moepolicy.frequency import ClassLru, LeastStale, Lfru, LfuAging
+from moepolicy.fitted import PARAMETER
+from moepolicy.guard import no_quitting
 from moepolicy.interface import accepted, check_class, required
-from moepolicy.policy import NEEDS, Context, Policy, PolicyError, PolicyUsageError
-from moepolicy.queues import Arc, S3Fifo, Slru, TwoQ
-from moepolicy.scan import Clock, Sieve
-from moepolicy.speculation import LruSpec
+from moepolicy.library import BUILT_IN, PARTS
+from moepolicy.overdue import Watch
+from moepolicy.policy import Policy, PolicyError, PolicyUsageError
+from moepolicy.spec import PolicySpec
 
 ENTRY_POINTS = "moe.policies"
-
-BUILT_IN: dict[str, type[Policy]] = {
-    "lru": Lru,
-    "lfu": Lfu,
-    "fifo": Fifo,
-    "clock": Clock,
-    "sieve": Sieve,
-    "slru": Slru,
-    "2q": TwoQ,
-    "s3-fifo": S3Fifo,
-    "arc": Arc,
-    "lfu-aging": LfuAging,
-    "lfru": Lfru,
-    "least-stale": LeastStale,
-    "class-lru": ClassLru,
-    "random": Random,
-    "static": Static,
-    "fiddler": Fiddler,
-    "hobbit": Hobbit,
-    "adapmoe-skip": AdapmoeSkip,
-    "emoe-substitute": EmoeSubstitute,
-    "belady": Belady,
-    "belady-bypass": BeladyBypass,
-    "clairvoyant": Clairvoyant,
-    "lru-spec": LruSpec,
-}
-
-
-@dataclass(frozen=True)
-class PolicySpec:
-    """A policy that has been found but not made: its class and parameters."""
-
-    name: str
-    policy: type[Policy]
-    parameters: dict[str, int | float | str] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The spec as typed on a command line."""
-        if not self.parameters:
-            return self.name
-        return f"{self.name}:" + ",".join(f"{k}={v}" for k, v in self.parameters.items())
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """What the policy needs of its context and its steps, by name."""
-        return self.policy.requires
-
-    @property
-    def horizon(self) -> int:
-        """How many layers ahead it reads predictions: its parameter ``horizon``, if it has one, or
-        what its class declares; 0 where it reads none."""
-        if "predictions" not in self.requires:
-            return 0
-        parameter = accepted(self.policy).get("horizon")
-        default = self.policy.horizon if parameter is None else parameter.default
-        return int(self.parameters.get("horizon", default))
-
-    def build(self, context: Context) -> Policy:
-        """A fresh policy for one cache, given what it requires of ``context`` and no more.
-
-        PolicyError where its parameters do not fit, or ``context`` lacks what it requires.
-        """
-        try:
-            made = self.policy(self._given(context), **self.parameters)
-        except PolicyError:
-            raise
-        except Exception as error:
-            found = broken(self.label, self.policy, error)
-            said = str(found).partition(" failed: ")[2] or f"{type(error).__name__}: {error}"
-            raise PolicyError(f"policy '{self.label}' could not be made: {said}") from error
-        if not isinstance(made.staging, int):
-            raise PolicyError(
-                f"policy '{self.label}': staging must be a whole number, not {made.staging!r}"
-            )
-        return made
-
-    def _given(self, context: Context) -> Context:
-        fields = {"counts": ("counts",), "future": ("next_use", "offsets", "demands")}
-        for need, names in fields.items():
-            if need not in self.requires:
-                nothing: dict[str, Any] = dict.fromkeys(names)
-                context = context._replace(**nothing)
-            elif getattr(context, names[0]) is None:
-                raise PolicyError(f"policy '{self.label}' needs {NEEDS[need]}")
-        return context
+ADAPTIVE = "adaptive"
+LISTED_BY = "moesim policies` or `moerun policies"
+FILE_MODULE = "moe_policy_"  # how the module of a file's policies begins
 
 
 def find_policy(spec: str) -> PolicySpec:
     """Look a spec up: ``name``, ``name:parameter=value,...`` or ``path/to/file.py:Class``.
 
-    Raises PolicyError where there is no such policy or file, with the nearest name, and
-    PolicyUsageError for a parameter that the policy does not have or take.
+    Also ``a+b`` and ``adaptive(a,b,when=...)`` of such (see `moepolicy.composition`). Raises
+    PolicyError where there is no such policy or file, with the nearest name, and PolicyUsageError
+    for a parameter that the policy does not have or take.
     """
+    if spec.count("(") != spec.count(")"):
+        raise PolicyUsageError(f"policy '{spec}': a parenthesis is open or closed too many")
+    terms = separated(spec, "+")
+    if len(terms) > 1:
+        return compose([_find(term, part=True) for term in terms])
+    return _find(spec)
+
+
+def _find(spec: str, *, part: bool = False) -> PolicySpec:
+    """A spec without a plus; ``part``: of a composition."""
+    inner = in_parentheses(spec)
+    if inner is not None and inner[0] == ADAPTIVE:
+        return _find_adaptive(inner[1])
+    if inner is not None:
+        spec = ":".join(inner) if inner[1] else inner[0]
     name, _, rest = _split(spec)
+    whole, dot, aspect = name.rpartition(".")
+    if dot and aspect not in ASPECTS and whole in {*BUILT_IN, *PARTS}:
+        raise PolicyUsageError(
+            f"policy '{name}': no aspect '{aspect}'; {nearest(aspect, list(ASPECTS))}"
+        )
+    name, aspect = (whole, aspect) if aspect in ASPECTS else (name, "")
+    found = _find_plain(name, rest, part=part and not aspect)
+    return restrict(found, aspect) if aspect else found
+
+
+def _find_adaptive(text: str) -> PolicySpec:
+    terms = separated(text, ",")
+    given = [term for term in terms if term.partition("=")[0].strip() in ("when", "window")]
+    parameters = _parameters(f"{ADAPTIVE}({text})", ",".join(given))
+    if "when" not in parameters:
+        raise PolicyUsageError(f"adaptive({text}) does not say when: add when=late>0.2, say")
+    window = parameters.get("window", "256")
+    if not window.isdecimal():
+        raise PolicyUsageError(f"adaptive: window must be a number of steps, not '{window}'")
+    condition = Condition.read(parameters["when"], int(window))
+    policies = [find_policy(term.strip()) for term in terms if term not in given]
+    return adapt(policies, condition, parameters)
+
+
+def _find_plain(name: str, rest: str, *, part: bool) -> PolicySpec:
     if name.endswith(".py"):
         raise PolicyUsageError(_which_class(Path(name)))
-    cls = _from_file(name) if ".py:" in name else _by_name(name)
-    parameters = _parameters(spec, rest)
+    cls = _from_file(name, part=part) if ".py:" in name else _by_name(name, part=part)
+    parameters = _parameters(name, rest)
     known = accepted(cls)
     free = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
     for key, value in parameters.items():
@@ -138,16 +100,46 @@ def find_policy(spec: str) -> PolicySpec:
     if missing := [key for key in required(cls) if key not in parameters]:
         given = ",".join(f"{key}=VALUE" for key in missing)
         raise PolicyUsageError(f"policy '{name}' needs {', '.join(missing)}: give {name}:{given}")
-    return PolicySpec(name, cls, parameters)
+    found = PolicySpec(name, cls, parameters)
+    if PARAMETER in parameters and not found.fits:
+        raise PolicyUsageError(f"policy '{name}' has no fit, and takes no params file")
+    return found
 
 
 def policy_names() -> dict[str, str]:
     """Every policy's name, with the first line of its docstring."""
-    return {name: _summary(cls) for name, cls in {**BUILT_IN, **_installed()}.items()}
+    return {name: _summary(cls) for name, cls in policy_classes().items()}
+
+
+def policy_classes() -> dict[str, type[Policy]]:
+    """Every policy's class by its name, the built-in ones first.
+
+    Raises PolicyError where an installed one does not load.
+    """
+    return {**BUILT_IN, **_installed()}
 
 
 def _summary(cls: type[Policy]) -> str:
     return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def separated(spec: str, mark: str) -> list[str]:
+    """The terms of ``spec`` between marks that stand in no parentheses and no file's path."""
+    terms, depth, begin = [], 0, 0
+    path_end = spec.find(".py:")
+    in_path = path_end if path_end > 0 and Path(spec[: path_end + 3]).is_file() else -1
+    for i, character in enumerate(spec):
+        depth += (character == "(") - (character == ")")
+        if character == mark and depth == 0 and i > in_path:
+            terms.append(spec[begin:i])
+            begin = i + 1
+    return [*terms, spec[begin:]]
+
+
+def in_parentheses(spec: str) -> tuple[str, str] | None:
+    """The name and what its parentheses hold, of ``name(...)``; None of anything else."""
+    name, found, inner = spec.partition("(")
+    return (name, inner[:-1]) if found and spec.endswith(")") else None
 
 
 def _split(spec: str) -> tuple[str, str, str]:
@@ -158,14 +150,19 @@ def _split(spec: str) -> tuple[str, str, str]:
     return f"{head}.py:{cls}", colon, rest
 
 
-def _by_name(name: str) -> type[Policy]:
+def _by_name(name: str, *, part: bool) -> type[Policy]:
+    if part and name in PARTS:
+        return PARTS[name]
+    if name in PARTS:
+        raise PolicyUsageError(f"'{name}' is a part of a policy: give it after another, lru+{name}")
     if name in BUILT_IN:
         return BUILT_IN[name]
     installed = _installed()
     if name not in installed:
+        known = [*BUILT_IN, *installed, *(PARTS if part else ())]
         raise PolicyUsageError(
-            f"unknown policy '{name}'; {nearest(name, [*BUILT_IN, *installed])}; "
-            "or a class of your own as path/to/file.py:Class"
+            f"unknown policy '{name}'; {nearest(name, known, LISTED_BY)}; "
+            "or give a class of your own as path/to/file.py:Class"
         )
     return installed[name]
 
@@ -180,14 +177,14 @@ def _installed() -> dict[str, type[Policy]]:
     return found
 
 
-def _from_file(name: str) -> type[Policy]:
+def _from_file(name: str, *, part: bool) -> type[Policy]:
     path_text, _, cls_name = name.rpartition(":")
     path = Path(path_text)
     module = _load(path)
     if not hasattr(module, cls_name):
         classes = _policy_classes(module)
         raise PolicyUsageError(f"{path} has no class '{cls_name}'; {nearest(cls_name, classes)}")
-    return _as_policy(getattr(module, cls_name), name)
+    return _as_policy(getattr(module, cls_name), name, part=part)
 
 
 def _which_class(path: Path) -> str:
@@ -205,16 +202,22 @@ def _policy_classes(module: ModuleType) -> list[str]:
 def _load(path: Path) -> ModuleType:
     if not path.is_file():
         raise PolicyError(f"no policy file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"moe_policy_{path.stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"{FILE_MODULE}{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise PolicyError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        # Without Python's cache of bytecode, which takes two versions of one size and second for
+        # the same, and would lie next to the author's file.
+        loader = SourceFileLoader(module.__name__, str(path))
+        data = loader.get_data(str(path))
+        code = loader.source_to_code(data, str(path))
+        with no_quitting(), Watch(f"loading {path}", lambda: frozenset([str(path)])):
+            exec(code, vars(module))
     except Exception as error:
-        raise PolicyError(f"{path} does not load: {type(error).__name__}: {error}") from error
+        raise PolicyError(f"{path} does not load: {told(error)}") from error
     # Kept, as a worker may have the file only while it loads it; compiling looks at the source.
-    source = path.read_text(encoding="utf-8")
+    source = importlib.util.decode_source(data)
     linecache.cache[str(path)] = len(source), None, source.splitlines(keepends=True), str(path)
     return module
 
@@ -223,7 +226,7 @@ def _is_policy(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, Policy)
 
 
-def _as_policy(value: Any, where: str) -> type[Policy]:
+def _as_policy(value: Any, where: str, *, part: bool = False) -> type[Policy]:
     if not isinstance(value, type):
         raise PolicyError(
             f"{where} is not a class, but a {type(value).__name__}: a policy is a class derived "
@@ -231,14 +234,14 @@ def _as_policy(value: Any, where: str) -> type[Policy]:
         )
     if not issubclass(value, Policy) or value is Policy:
         raise PolicyError(f"{where} is not a policy: derive its class from moepolicy.Policy")
-    check_class(where, value)
+    check_class(where, value, part=part)
     return value
 
 
 def _parameters(spec: str, text: str) -> dict[str, Any]:
     """Each as it is written."""
     parameters: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(str.strip, text.split(",")):
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals:

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+NO_LOGITS: NDArray[np.float32] = np.empty(0, np.float32)
+NO_PREDICTIONS: NDArray[np.float32] = np.empty((0, 0), np.float32)
+NO_TOKEN_IDS: NDArray[np.int32] = np.empty(0, np.int32)
+
 
 class Step(NamedTuple):
     """What a policy may know at one (token or batch of tokens, layer); nothing of the future.
@@ -22,9 +26,14 @@ class Step(NamedTuple):
     weights    their gate weights as applied, summed over the batch, float32[n]
     logits     the gate's logits, float32[n_experts]; empty where the trace has none
     predicted  row j: the gate of layer + 1 + j applied to this layer's hidden state,
-               float32[horizon, n_experts]; NaN past the last layer
+               float32[horizon, n_experts]; NaN past the last layer; no rows where the policy
+               did not want them (`Policy.wants_predictions`)
     tokens     how many tokens the step serves
     backlog    copies queued or under way as the step begins: the link's load
+    token_ids  the vocabulary ids of those tokens, int32[tokens]; empty where they are not known
+    begins_pass      whether the step is the first of its forward pass
+    begins_sequence  whether the step is the first of its sequence: a new text begins
+    hits, late, misses  what the cache has counted before this step, since it was made
     """
 
     number: int
@@ -35,10 +44,71 @@ class Step(NamedTuple):
     predicted: NDArray[np.float32]
     tokens: int
     backlog: int = 0
+    token_ids: NDArray[np.int32] = NO_TOKEN_IDS
+    begins_pass: bool = False
+    begins_sequence: bool = False
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
 
 
-NO_LOGITS: NDArray[np.float32] = np.empty(0, np.float32)
-NO_PREDICTIONS: NDArray[np.float32] = np.empty((0, 0), np.float32)
+class TokenRows(NamedTuple):
+    """The token rows of a step, for a policy that routes.
+
+    ids      experts of the layer that the gate chose, int32[tokens, top_k], any order; a row that
+             chose fewer ends in numbers that are no expert's
+    weights  their gate weights as applied, float32[tokens, top_k]
+    logits   the gate's logits, float32[tokens, n_experts]
+    """
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+def with_demand(
+    step: Step,
+    keys: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    logits: NDArray[np.float32],
+) -> Step:
+    """``step`` with another demand and gate; compiled code has no ``_replace``."""
+    return Step(
+        step.number,
+        step.layer,
+        keys,
+        weights,
+        logits,
+        step.predicted,
+        step.tokens,
+        step.backlog,
+        step.token_ids,
+        step.begins_pass,
+        step.begins_sequence,
+        step.hits,
+        step.late,
+        step.misses,
+    )
+
+
+def without_predictions(step: Step) -> Step:
+    """``step`` as it is where no later gate was asked."""
+    return Step(
+        step.number,
+        step.layer,
+        step.experts,
+        step.weights,
+        step.logits,
+        step.predicted[:0],
+        step.tokens,
+        step.backlog,
+        step.token_ids,
+        step.begins_pass,
+        step.begins_sequence,
+        step.hits,
+        step.late,
+        step.misses,
+    )
 
 
 def demand_order(

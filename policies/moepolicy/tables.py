@@ -7,6 +7,7 @@ the width follow in a second block under the first, with the names repeated.
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -197,6 +198,16 @@ def described(items: Mapping[str, str], width: int | None = None) -> str:
         lines.append(f"{name}{' ' * (beside - cell_len(name))}{first}".rstrip())
         lines += [" " * beside + line.strip() for line in more]
     return "".join(f"{line}\n" for line in lines)
+
+
+def html_table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows under headings as a table of HTML, which a notebook shows."""
+
+    def line(kind: str, cells: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(str(c))}</{kind}>" for c in cells) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', headings)}</thead><tbody>{body}</tbody></table>"
 
 
 def to_json(document: Any) -> str:

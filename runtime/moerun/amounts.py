@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from moepolicy import amounts
-from moepolicy.amounts import decimal_bytes, format_bytes
+from moepolicy.amounts import counted, decimal_bytes, format_bytes, unit_hint
 
 from moerun.errors import UsageError
 
-__all__ = ["decimal_bytes", "format_bytes", "parse_bytes"]
+__all__ = ["counted", "decimal_bytes", "format_bytes", "parse_bytes", "unit_hint"]
 
 
 def parse_bytes(text: str) -> int:

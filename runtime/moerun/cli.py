@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from moepolicy import PolicyError, console, find_policy, policy_names
+from moepolicy import PolicyError, console
 from moepolicy.apps import add_command, make_app
-from moepolicy.tables import described
 
 from moerun import __version__
 from moerun.commands.bench import bench
 from moerun.commands.chat import chat
+from moerun.commands.config import configurable
+from moerun.commands.families import families
 from moerun.commands.fidelity import fidelity
 from moerun.commands.generate import generate
 from moerun.commands.pack import pack
 from moerun.commands.perplexity import perplexity
+from moerun.commands.policies import policies
 from moerun.commands.profile import profile
 from moerun.commands.serve import serve
 from moerun.errors import RunError
-from moerun.policies import unserved
 
 HELP = """Run mixture-of-experts models with most of their experts on disk or in host memory.
 
@@ -30,20 +31,12 @@ PACKAGES = (
 )
 
 
-def list_policies() -> None:
-    """List the policies there are, and which of them only the simulator can run."""
-    shown = {}
-    for name, summary in policy_names().items():
-        what = unserved(find_policy(name))
-        shown[name] = summary + (f" [not live: needs {what}]" if what else "")
-    console.emit(described(shown))
-
-
 app = make_app("moerun", HELP, version=__version__, packages=PACKAGES, default="generate")
-add_command(app, generate, context_settings={"allow_extra_args": True})
+add_command(app, configurable(generate), context_settings={"allow_extra_args": True})
 for command in (chat, serve, pack, profile, fidelity, bench, perplexity):
-    add_command(app, command)
-add_command(app, list_policies, "policies")
+    add_command(app, configurable(command))
+add_command(app, policies)
+add_command(app, families)
 
 
 def main() -> None:

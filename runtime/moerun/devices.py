@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,24 +13,33 @@ from pathlib import Path
 import torch
 
 from moerun.amounts import format_bytes
-from moerun.errors import RunError, UsageError
+from moerun.errors import RunError
+from moerun.ranges import check_device, check_threads
 
 
-def find_device(name: str) -> torch.device:
-    """cpu, cuda, cuda:N or auto (the first GPU, else the CPU). Raises RunError for any other."""
+def find_device(name: str, *, planned: bool = False) -> torch.device:
+    """cpu, cuda, cuda:N or auto (the first GPU, else the CPU). Raises RunError for any other.
+
+    ``planned``: nothing is to run there, so the device need not be here.
+    """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    found = re.fullmatch(r"cuda(?::(\d+))?", name)
-    if not found:
-        raise UsageError(f"unknown device '{name}'; there are: auto, cpu, cuda, cuda:N")
+    check_device(name)
+    index = int(name.partition(":")[2] or 0)
+    if planned:
+        return torch.device("cuda", index)
     if not torch.cuda.is_available():
         raise RunError(f"device '{name}' is not there: torch sees no CUDA GPU; use --device cpu")
-    index = int(found[1] or 0)
     if index >= torch.cuda.device_count():
         raise RunError(f"device '{name}' is not there: torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", index)
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has a device; a plan may be made for one that it has not."""
+    return device.type == "cpu" or (device.index or 0) < torch.cuda.device_count()
 
 
 def use_threads(asked: int | None) -> None:
@@ -44,12 +52,11 @@ def use_threads(asked: int | None) -> None:
         # sched_getaffinity knows of containers and taskset; not every system has it.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         asked = max(1, min(torch.get_num_threads(), (cores or 1) - 1))
-    if asked < 1:
-        raise UsageError(f"threads must be 1 or more, not {asked}")
+    check_threads(asked)
     torch.set_num_threads(asked)
 
 
-def calm_collector() -> None:
+def freeze_loaded_objects() -> None:
     """Leave everything loaded until now out of Python's garbage collections.
 
     The model libraries make so many objects that one full collection stops decoding for a third

@@ -11,3 +11,11 @@ class RunError(ValueError):
 
 class UsageError(RunError, WrongUsage):
     """An option or setting whose value is wrong for every machine and model."""
+
+
+def as_error(error: BaseException) -> Exception:
+    """What a thread tells of any end of its work: SystemExit and the like would end it alone."""
+    if isinstance(error, Exception):
+        return error
+    told = f" ({error})" if str(error) else ""
+    return RunError(f"a copy's thread was ended by {type(error).__name__}{told}")

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from moepolicy import Context, PolicyError, PolicySpec
+from moepolicy.policy import NEEDS
+from moepolicy.refusals import Refusals
 from numpy.typing import NDArray
 
 from moerun.errors import RunError
+from moerun.simulation import speed_of
 
 if TYPE_CHECKING:  # commands import this module before they need torch
     from moerun.settings import Settings
     from moerun.store.expert_store import ExpertStore
-
-Refusals = dict[str, str]  # by a policy's label: why it could not run
+    from moerun.store.index import StoreIndex
 
 NOT_LIVE = {"future": "the future of a recorded trace"}
+OPTIONS = {"low": "low", "speed": "machine"}  # of moerun, that give what a policy needs
 
 
 def unserved(policy: PolicySpec) -> str | None:
@@ -25,10 +28,31 @@ def unserved(policy: PolicySpec) -> str | None:
     return next((what for need, what in NOT_LIVE.items() if need in policy.requires), None)
 
 
-def refuse_unservable(policy: PolicySpec, *, low: bool = False) -> None:
+class RunsLive(NamedTuple):
+    """Whether a policy runs in a live run, and what it needs for that or lacks."""
+
+    runs: bool
+    why: str | None
+
+    @property
+    def shown(self) -> str:
+        """The cell of a table."""
+        return f"{'yes' if self.runs else 'no'}{f', {self.why}' if self.why else ''}"
+
+
+def live_needs(needs: Collection[str]) -> RunsLive:
+    """What policies with these ``needs`` (see `moepolicy.policy.NEEDS`) come to in a live run."""
+    if absent := sorted(NOT_LIVE.keys() & set(needs)):
+        return RunsLive(False, f"needs {', '.join(absent)}")
+    options = [f"--{option}" for need, option in OPTIONS.items() if need in needs]
+    return RunsLive(True, f"with {' and '.join(options)}" if options else None)
+
+
+def refuse_unservable(policy: PolicySpec, *, low: bool = False, machine: bool = False) -> None:
     """PolicyError for a policy that needs what a live run does not have.
 
-    ``low``: this one has a second store, of lower precision.
+    ``low``: this one has a second store, of lower precision. ``machine``: a profile says how fast
+    this one's machine is.
     """
     if (what := unserved(policy)) is not None:
         raise PolicyError(f"policy '{policy.label}' needs {what}: it runs in moesim, not live")
@@ -37,6 +61,22 @@ def refuse_unservable(policy: PolicySpec, *, low: bool = False) -> None:
             f"policy '{policy.label}' loads experts at a lower precision: give --low a precision "
             "or the folder of a store"
         )
+    if "speed" in policy.requires and not machine:
+        raise PolicyError(
+            f"policy '{policy.label}' needs {NEEDS['speed']}: give --machine a profile of this "
+            "machine, which 'moerun profile' writes"
+        )
+
+
+def missed_constants(policy: PolicySpec, *, machine: bool) -> str | None:
+    """What a policy welcomes and a live run does not know unless an option says it, as a note;
+    None where nothing is missing. ``machine``: a profile says how fast this one's machine is."""
+    if machine or "speed" not in policy.welcomes - policy.requires:
+        return None
+    return (
+        f"policy '{policy.label}' welcomes 'speed' ({NEEDS['speed']}) and runs without it: give "
+        f"--{OPTIONS['speed']} a profile of this machine, or a machine's name"
+    )
 
 
 def refuse_beyond(policy: PolicySpec, horizon: int, source: str) -> None:
@@ -49,7 +89,11 @@ def refuse_beyond(policy: PolicySpec, horizon: int, source: str) -> None:
 
 
 def servable(
-    policies: Sequence[PolicySpec], refused: Refusals, *, low: bool = False
+    policies: Sequence[PolicySpec],
+    refused: Refusals,
+    *,
+    low: bool = False,
+    machine: bool = False,
 ) -> tuple[PolicySpec, ...]:
     """The policies that a live run can serve; ``refused`` gets the reasons of the others.
 
@@ -58,7 +102,7 @@ def servable(
     fit = []
     for policy in policies:
         try:
-            refuse_unservable(policy, low=low)
+            refuse_unservable(policy, low=low, machine=machine)
         except PolicyError as error:
             refused[policy.label] = str(error)
         else:
@@ -76,20 +120,6 @@ def require_some(left: Sequence[object], refused: Refusals) -> None:
     raise PolicyError(before + "; ".join(reasons))
 
 
-def refusal_notes(refused: Refusals) -> list[str]:
-    """Lines for under a table."""
-    return [f"{label}: could not run: {' '.join(why.split())}" for label, why in refused.items()]
-
-
-def with_refused(rows: list[dict[str, Any]], refused: Refusals) -> list[dict[str, Any]]:
-    """Rows for programs, each with ``refused``: None, or in rows of their own the reason."""
-    whole = [row | {"refused": None} for row in rows]
-    names = whole[0] if whole else {"policy": None, "refused": None}
-    return whole + [
-        dict.fromkeys(names) | {"policy": label, "refused": why} for label, why in refused.items()
-    ]
-
-
 CALIBRATION = "tiny"  # the trace in which experts are counted unless another is named
 
 
@@ -98,7 +128,7 @@ def plan_context(store: ExpertStore, settings: Settings, slots: int) -> Context:
     counts = None
     if "counts" in settings.policy.requires:
         counts = calibration_counts(store, settings)
-    return Context(
+    context = Context(
         n_layers=store.n_layers,
         n_experts=store.n_experts,
         top_k=store.index.top_k,
@@ -106,19 +136,42 @@ def plan_context(store: ExpertStore, settings: Settings, slots: int) -> Context:
         scope=settings.scope,
         counts=counts,
     )
+    low_bytes = settings.low.record_bytes if settings.low else None
+    return with_constants(context, store.index, low_bytes, settings.machine, [settings.policy])
+
+
+def with_constants(
+    context: Context,
+    index: StoreIndex,
+    low_bytes: int | None,
+    machine: str | None,
+    policies: Sequence[PolicySpec],
+) -> Context:
+    """``context`` with the constants of these experts and, where one of ``policies`` asks for it,
+    of ``machine``, a profile. RunError for a profile that cannot be read."""
+    context = context._replace(expert_bytes=index.layout.record_bytes, low_bytes=low_bytes)
+    if machine is None or not any("speed" in p.requires | p.welcomes for p in policies):
+        return context
+    found = speed_of(
+        machine,
+        expert_bytes=index.layout.record_bytes,
+        expert_params=index.shape.n_weights,
+        layer_bytes=index.layer_bytes,
+        top_k=index.top_k,
+    )
+    return context._replace(**found._asdict())
 
 
 def calibration_counts(store: ExpertStore, settings: Settings) -> NDArray[np.int64]:
     """How often each expert is used in the calibration trace: int64[n_layers, n_experts]."""
-    from moeroute import open_trace
+    from moeroute.uses import uses_of
 
-    trace = open_trace(settings.calibration or CALIBRATION)
-    meta = trace.meta
-    if (meta.n_layers, meta.n_experts) != (store.n_layers, store.n_experts):
+    told = uses_of(settings.calibration or CALIBRATION)
+    if (told.n_layers, told.n_experts) != (store.n_layers, store.n_experts):
         hint = "give --calibration a trace of this model"
         raise RunError(
             f"policy '{settings.policy.label}' needs the expert counts of a trace, and "
-            f"{trace.path} is of {meta.n_layers} layers of {meta.n_experts} experts, the model of "
+            f"{told.path} is of {told.n_layers} layers of {told.n_experts} experts, the model of "
             f"{store.n_layers} of {store.n_experts}: {hint}"
         )
-    return trace.expert_counts()
+    return told.counts

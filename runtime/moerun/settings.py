@@ -23,7 +23,10 @@ class Settings:
     memory_bytes: int | None = None
     context_tokens: int | None = None  # to plan memory for; None: some thousand
     prompt_tokens: int | None = None  # the longest prompt; None: all of the context
+    prompt_chunk: int | None = None  # tokens of a prompt that are read at a time; None: all
     logit_tokens: int = 1  # of which a pass gives the logits
+    texts: int = 1  # that may be decoded together
+    exact_reuse: bool = False  # what a text goes on from has the bits of a run from the start
     memory_file: Path | None = None  # in which the budget may be changed
     scope: str = "layer"
     device: torch.device = CPU
@@ -34,7 +37,10 @@ class Settings:
     cold: bool = False  # keep what is read out of the page cache
     horizon: int | None = None  # None: as far as the policy reads predictions
     calibration: str | None = None  # the trace that policies count experts in
+    learned: Path | None = None  # where what the policy learns is kept from run to run
+    falls_back: bool = False  # to LRU, where the policy fails; else its error ends the run
     low: ExpertStore | None = None  # the same experts at a lower precision
+    machine: str | None = None  # a machine profile, for policies that ask for this machine's speed
 
     @property
     def predicts(self) -> int:

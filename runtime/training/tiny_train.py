@@ -239,7 +239,7 @@ def keep_freed_memory() -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Written aside and renamed: a kill leaves the checkpoint before."""
+    """Written under another name and renamed: a kill leaves the checkpoint before."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-from moepolicy import PolicyError, console, policy_names
+import sys
+
+from moepolicy import PolicyError, console
 from moepolicy.apps import add_command, make_app
-from moepolicy.tables import described
+from moepolicy.codecache import tell_of_compiling
 from moeroute import TraceError
 
 from moesim import __version__
+from moesim.commands.check import check
 from moesim.commands.compare import compare
 from moesim.commands.curve import curve
+from moesim.commands.fit import fit
+from moesim.commands.machines import machines
+from moesim.commands.new import new
+from moesim.commands.policies import policies
+from moesim.commands.recommend import recommend
+from moesim.commands.report import report
 from moesim.commands.sweep import sweep
 from moesim.commands.table2 import table2
 from moesim.errors import SimulationError
-from moesim.machine.profile import load_machine, machine_names
 
 HELP = "Score cache and prefetch policies for expert offloading on recorded routing."
 PACKAGES = ("numpy", "numba", "polars", "simpy", "rich", "typer", "ray")
 
 
-def list_policies() -> None:
-    """List the policies there are."""
-    console.emit(described(policy_names()))
-
-
-def list_machines() -> None:
-    """List the machine profiles that ship with the simulator."""
-    machines = {name: load_machine(name) for name in machine_names()}
-    console.emit(described({n: f"{m.source}: {m.description}" for n, m in machines.items()}))
-
-
 app = make_app("moesim", HELP, version=__version__, packages=PACKAGES)
-for command in (compare, curve, sweep, table2):
+for command in (
+    compare,
+    curve,
+    sweep,
+    report,
+    recommend,
+    fit,
+    table2,
+    machines,
+    policies,
+    check,
+    new,
+):
     add_command(app, command)
-add_command(app, list_policies, "policies")
-add_command(app, list_machines, "machines")
 
 
 def main() -> None:
     """Run the command line; an error becomes one line and an exit code."""
+    tell_of_compiling(lambda text: print(text, file=sys.stderr, flush=True))
     console.run(app, errors=(PolicyError, SimulationError, TraceError))

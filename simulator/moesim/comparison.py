@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,13 @@ from moepolicy import Policy, PolicySpec, find_policy
 from moeroute import Trace, open_trace
 from moeroute.schema import TraceMeta
 from moeroute.sizes import GivenSizes
+from moeroute.uses import UseCounts, uses_of
 
+from moesim.choice import choose
 from moesim.engines.clock import Segment
 from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.errors import UsageError
+from moesim.fitting import COMPARED, held_out, refuse_fitted
 from moesim.gap import BASELINE
 from moesim.machine.profile import DEFAULT_MACHINE, Machine, load_machine
 from moesim.machine.unknown import dense_label, expert_label
@@ -23,8 +26,9 @@ from moesim.points import Points, same_figures
 from moesim.report import Compared, RefusedPoint, rows_of
 from moesim.result import Result
 from moesim.simulate import check_calibration, simulate, workload_for
-from moesim.sizes import expert_size, low_expert_size, quarters
+from moesim.sizes import expert_size, low_expert_size
 from moesim.workload.loading import DEFAULT_TRACE
+from moesim.workload.steps import Workload
 
 if TYPE_CHECKING:
     import polars as pl
@@ -45,9 +49,11 @@ class Setting:
     scope: str = "layer"
     engine: Engine = Engine.auto
     tokens: int | None = None  # only the first so many
-    calibration: Trace | None = None
+    calibration: UseCounts | None = None
     cold: bool = False
     limits: bool = True
+    held_out: bool = False  # only the sequences that no policy was fitted on
+    fitted_too: bool = False  # those as well that one was
 
     @classmethod
     def of(
@@ -74,10 +80,14 @@ class Setting:
         meta = opened.meta if given is None else given.on(opened.meta)
         size = expert_size(meta, precision=precision, expert_bytes=expert_bytes)
         low = low_expert_size(meta, size, precision=low_precision, expert_bytes=low_expert_bytes)
-        counted = None if calibration is None else _opened(calibration)
+        counted = None if calibration is None else uses_of(calibration)
         if counted is not None:
             check_calibration(counted, meta)
         return cls(opened, meta, profile, size, low, calibration=counted, **others)
+
+    def on(self, machine: Machine) -> Setting:
+        """The same on another machine."""
+        return replace(self, machine=machine)
 
     def title(self, n_tokens: int) -> str:
         """What was simulated, in the lines above a table."""
@@ -86,7 +96,9 @@ class Setting:
         return (
             f"Simulated on {self.machine.name} ({self.machine.source} constants), "
             f"{expert_label(self.expert_bytes)}{lower}, cache per {self.scope}"
-            f"{', cold at every sequence' if self.cold else ''}.\n{dense_label(meta)}.\n"
+            f"{', cold at every sequence' if self.cold else ''}"
+            f"{', on sequences held out from fits' if self.held_out else ''}.\n"
+            f"{dense_label(meta)}.\n"
             f"{self.trace.title}: {n_tokens:,} tokens x {meta.n_layers} layers, "
             f"top-{meta.top_k} of {meta.n_experts} experts."
         )
@@ -109,12 +121,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class PolicyComparison:
-    """What came of it: a row a point, those refused with the reason; timelines if asked for."""
+    """What came of it: a row a point, those refused with the reason; timelines if asked for.
+
+    ``failed`` says that a refused row is of a policy whose own code failed.
+    """
 
     rows: list[Compared | RefusedPoint]
     timelines: list[tuple[str, list[Segment]]]
     title: str
     alike: list[str]  # of policies that cannot differ from another here
+    failed: bool
 
 
 def run(
@@ -125,20 +141,17 @@ def run(
     compilations: Compilations,
     timeline: bool = False,
     watch: Callable[[list[SizedPolicy]], Iterable[SizedPolicy]] = iter,
+    workload: Workload | None = None,
 ) -> PolicyComparison:
     """Simulate every policy with every number of slots; ``watch`` sees the points go by, and
-    ``compilations`` decides what runs compiled.
+    ``compilations`` decides what runs compiled. ``workload``: what `workload_of` read already.
 
     Raises what stopped them where none could run.
     """
     points = Points(setting.trace.title, setting.scope, setting.machine.name)
-    workload = workload_for(
-        setting.trace, [spec for spec in policies if points.admits(setting.trace, spec)]
-    ).sized(setting.meta)
-    if setting.tokens is not None:
-        workload = workload.head(setting.tokens)
-    if setting.calibration is not None:
-        workload = workload.calibrated(setting.calibration.expert_counts())
+    admitted = [spec for spec in policies if points.admits(setting.trace, spec)]
+    if workload is None:
+        workload = workload_of(setting, policies, admitted)
     one = partial(
         simulate,
         workload,
@@ -152,20 +165,76 @@ def run(
         compilations=compilations,
     )
     timelines = []
-    for count, spec in watch([(count, spec) for count in slots for spec in policies]):
-        segments: list[Segment] | None = [] if timeline else None
-        if points.run(spec, count, partial(one, spec, slots=count, timeline=segments)):
-            timelines.append((f"{spec.label}, {count} slots", segments or []))
+    sized = [(count, spec) for count in slots for spec in policies]
+    with compilations.expecting(workload.n_steps * len(sized), policies):
+        for count, spec in watch(sized):
+            segments: list[Segment] | None = [] if timeline else None
+            if points.run(spec, count, partial(one, spec, slots=count, timeline=segments)):
+                timelines.append((f"{spec.label}, {count} slots", segments or []))
 
     def baseline(count: int) -> Result:
         return one(find_policy(BASELINE), slots=count)
 
     return PolicyComparison(
-        points.beside(baseline if setting.limits else None),
+        points.compared(baseline if setting.limits else None),
         timelines,
         setting.title(workload.n_decoded + workload.n_prompt),
         same_figures(policies, workload.context(0, setting.scope), slots),
+        points.failed,
     )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `run` is given: a setting on its machine, the workload, and sizes; ``why`` says in a
+    line how those of the two that nobody named were chosen."""
+
+    setting: Setting
+    workload: Workload
+    slots: list[int]
+    why: str
+
+
+def prepare(
+    setting: Setting,
+    policies: Sequence[PolicySpec],
+    machine: Machine | None,
+    slots: Sequence[int] | None,
+) -> Prepared:
+    """Read the workload, and choose what is None of machine and slots (see `moesim.choice`)."""
+    points = Points(setting.trace.title, setting.scope, setting.machine.name)
+    admitted = [spec for spec in policies if points.admits(setting.trace, spec)]
+    workload = workload_of(setting, policies, admitted)
+    if machine is not None and slots is not None:
+        return Prepared(setting.on(machine), workload, list(slots), "")
+    chosen = choose(
+        workload,
+        setting.scope,
+        setting.expert_bytes,
+        machine=machine,
+        slots=None if slots is None else list(slots),
+    )
+    why = f"Chosen: {chosen.why}. --slots and --machine name others." if chosen.why else ""
+    return Prepared(setting.on(chosen.machine), workload, chosen.slots, why)
+
+
+def workload_of(
+    setting: Setting, policies: Sequence[PolicySpec], admitted: Sequence[PolicySpec] | None = None
+) -> Workload:
+    """What is replayed under ``policies``, read once for all; ``admitted`` are those of them that
+    the trace has all for (None: all). Raises TraceError or SimulationError where it cannot be."""
+    found = workload_for(setting.trace, list(policies if admitted is None else admitted)).sized(
+        setting.meta
+    )
+    if setting.held_out:
+        found = held_out(found, setting.trace, policies)
+    elif not setting.fitted_too:
+        refuse_fitted(setting.trace, policies, instead=COMPARED)
+    if setting.tokens is not None:
+        found = found.head(setting.tokens)
+    if setting.calibration is not None:
+        found = found.calibrated(setting.calibration.counts)
+    return found
 
 
 def compare(
@@ -173,7 +242,7 @@ def compare(
     policies: Sequence[PolicyLike] = ("lru", "lfu", "belady"),
     *,
     slots: int | Sequence[int] | None = None,
-    machine: str | Path | Machine = DEFAULT_MACHINE,
+    machine: str | Path | Machine | None = None,
     scope: str = "layer",
     precision: str | None = None,
     expert_bytes: int | None = None,
@@ -185,24 +254,28 @@ def compare(
     calibration: str | Path | Trace | None = None,
     cold: bool = False,
     limits: bool = True,
+    held_out: bool = False,
+    fitted_too: bool = False,
 ) -> pl.DataFrame:
     """Replay a trace under each policy and cache size: what `moesim compare` does, as a frame.
 
     ``trace`` is a file, the name of a sample, or an open trace; ``policies`` are names, specs such
-    as "lru-spec:n=1", or classes; ``slots`` are experts cached a layer (default: quarters of a
-    layer's); ``machine`` is a name, a TOML file, or a Machine; ``like`` names the model whose sizes
-    count. The rest are the options of the command.
+    as "lru-spec:n=1", or classes; ``slots`` are experts cached a layer; ``machine`` is a name, a
+    TOML file, or a Machine (None of the two: such that policies differ); ``like`` names the model
+    whose sizes count; ``held_out`` replays only sequences that no policy was fitted on,
+    ``fitted_too`` all.
+    The rest are the options of the command.
 
-    Returns a row for each policy and number of slots, with the columns of `Result`, ``gap_loads``,
-    ``gap_time`` (shares of the gap between LRU and the limit that were closed), ``refused`` (why a
-    policy could not run; its other columns are null) and what the row was made from. Raises
-    TraceError, PolicyError or SimulationError where nothing can run.
+    Returns a row for each policy and number of slots, with the columns of `Result`,
+    ``gap_closed_loads``, ``gap_closed_time`` (shares of the gap between LRU and the limit that were
+    closed), ``refused`` (why a policy could not run; its other columns are null) and what the row
+    was made from. Raises TraceError, PolicyError or SimulationError where nothing can run.
     """
     import polars as pl
 
     setting = Setting.of(
         trace,
-        machine,
+        DEFAULT_MACHINE if machine is None else machine,
         precision=precision,
         expert_bytes=expert_bytes,
         low_precision=low_precision,
@@ -214,14 +287,14 @@ def compare(
         tokens=tokens,
         cold=cold,
         limits=limits,
+        held_out=held_out,
+        fitted_too=fitted_too,
     )
-    sizes = quarters(setting.meta.n_experts) if slots is None else slots
-    found = run(
-        setting,
-        [_spec(p) for p in policies],
-        [sizes] if isinstance(sizes, int) else sizes,
-        compilations=OF_THIS_PROCESS,
-    )
+    specs = [_spec(p) for p in policies]
+    given = None if machine is None else setting.machine
+    ready = prepare(setting, specs, given, [slots] if isinstance(slots, int) else slots)
+    setting = ready.setting
+    found = run(setting, specs, ready.slots, compilations=OF_THIS_PROCESS, workload=ready.workload)
     return pl.DataFrame(rows_of(found.rows, setting.provenance), infer_schema_length=None)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from moepolicy import Context, PolicyError, PolicySpec, Same
+from moepolicy.blame import is_failure
 from moepolicy.console import WrongUsage
 from moeroute import Trace, TraceError
 
 from moesim.errors import SimulationError, UsageError
-from moesim.report import Compared, RefusedPoint, beside_baseline
+from moesim.report import Compared, RefusedPoint, with_gaps
 from moesim.result import Result
 from moesim.simulate import check_needs
 
@@ -24,6 +25,8 @@ class Points:
         self._unfit: dict[str, Exception] = {}  # by a policy's label: the trace lacks what it needs
         self._found: list[Result | RefusedPoint] = []
         self._errors: list[Exception] = []
+        self.failed = False
+        """Whether a policy's own code failed, in addition to those that lacked something."""
 
     def admits(self, trace: Trace, policy: PolicySpec) -> bool:
         """Whether ``trace`` has what ``policy`` needs; its points are refused if not."""
@@ -43,22 +46,23 @@ class Points:
             raise
         except EXPECTED as error:
             self._errors.append(error)
+            self.failed |= is_failure(error)
             reason = " ".join(str(error).split())
             self._found.append(RefusedPoint(policy.label, slots, **self._where, refused=reason))
             return False
         return True
 
-    def beside(self, baseline: Callable[[int], Result] | None) -> list[Compared | RefusedPoint]:
+    def compared(self, baseline: Callable[[int], Result] | None) -> list[Compared | RefusedPoint]:
         """All points in their order, each result with its gap to the limit where there is a
         ``baseline``. Raises what stopped them where none could run."""
         results = [found for found in self._found if isinstance(found, Result)]
         if not results and self._errors:
             raise none_ran(self._errors)
         if baseline is None:
-            compared = iter([Compared(result, None) for result in results])
+            with_gap = iter([Compared(result, None) for result in results])
         else:
-            compared = iter(beside_baseline(results, baseline))
-        return [next(compared) if isinstance(f, Result) else f for f in self._found]
+            with_gap = iter(with_gaps(results, baseline))
+        return [next(with_gap) if isinstance(f, Result) else f for f in self._found]
 
 
 def none_ran(errors: Sequence[Exception]) -> Exception:

@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from moepolicy.amounts import counted
 from moepolicy.counts import columns
+from moepolicy.lossy import MARKED, OPEN_LOOP, changed, marked
+from moepolicy.refusals import REFUSED, note, ran, refused_row
 from moepolicy.tables import Table, wrapped
 
 from moesim.gap import BASELINE, Gap, gap_of
@@ -28,8 +31,10 @@ class RefusedPoint:
 
     def row(self) -> dict[str, Any]:
         """The columns of a comparison, empty but for what was asked for and the reason."""
-        empty: dict[str, Any] = dict.fromkeys(columns(Result))
-        return empty | Gap("", None, None).row() | asdict(self)
+        asked = asdict(self)
+        return refused_row(
+            [*columns(Result), *Gap("", None, None).row()], asked, asked.pop(REFUSED)
+        )
 
 
 class Compared(NamedTuple):
@@ -46,11 +51,11 @@ class Compared(NamedTuple):
     def row(self) -> dict[str, Any]:
         """The result, the gaps it closes and no refusal, under the names that every output has."""
         gap = self.gap or Gap(self.result.policy, None, None)
-        return self.result.row() | gap.row() | {"refused": None}
+        return ran(self.result.row() | gap.row())
 
 
-def beside_baseline(results: Sequence[Result], baseline: Callable[[int], Result]) -> list[Compared]:
-    """``results`` and the gaps they close; ``baseline`` runs LRU with so many slots, if need be."""
+def with_gaps(results: Sequence[Result], baseline: Callable[[int], Result]) -> list[Compared]:
+    """Each result with the gap that it closes; ``baseline`` runs LRU at a number of slots."""
     bases = {result.slots: result for result in results if result.policy == BASELINE}
     for result in results:
         if result.slots not in bases:
@@ -91,7 +96,7 @@ def _cells(one: Compared | RefusedPoint) -> dict[str, str]:
         return {"policy": one.policy, "slots": str(one.slots)}
     result = one.result
     cells = {
-        "policy": result.policy + ("*" if result.lossy else ""),
+        "policy": marked(result.policy, result.lossy),
         "slots": str(result.slots),
         "hit %": f"{100 * result.hit_ratio:.1f}",
         "late %": f"{100 * result.late / result.requests:.1f}",
@@ -126,13 +131,11 @@ def percent(share: float | None) -> str:
 
 
 def _limits(results: Sequence[Result]) -> list[dict[str, str]]:
-    """A row for each limit there is: staging buffers may raise that of policies that have them."""
-    found: dict[tuple[int, float | None], Result] = {}
-    for result in sorted(results, key=lambda result: result.limit_buffers or 0):
-        found.setdefault((result.slots, result.limit_tokens_per_s), result)
+    """A row for each limit there is: staging buffers may raise that of policies that have them, and
+    a policy that shares the slots out among the layers has limits of its own."""
     return [
         {
-            "policy": f"limit+{result.limit_buffers}" if result.limit_buffers else "limit",
+            "policy": _limit_name(result),
             "slots": str(result.slots),
             "loads": f"{result.limit_loads:,}",
             "x limit": "1.00",
@@ -140,30 +143,61 @@ def _limits(results: Sequence[Result]) -> list[dict[str, str]]:
             "limit %": percent(result.limit_tokens_per_s and 1.0),
             "gap %": percent(result.limit_tokens_per_s and 1.0),
         }
-        for result in found.values()
+        for result in _limiting(results)
     ]
+
+
+def _limiting(results: Sequence[Result]) -> list[Result]:
+    """A result for each limit that differs from the others, with the fewest buffers first."""
+    found: dict[tuple[int, str, float | None], Result] = {}
+    for result in sorted(results, key=lambda result: result.limit_buffers or 0):
+        own = result.policy if result.shares_slots else ""
+        found.setdefault((result.slots, own, result.limit_tokens_per_s), result)
+    return list(found.values())
+
+
+def _limit_name(result: Result) -> str:
+    name = f"limit+{result.limit_buffers}" if result.limit_buffers else "limit"
+    return f"{name} ({result.policy})" if result.shares_slots else name
 
 
 def _notes(compared: Sequence[Compared | RefusedPoint], limited: bool) -> list[str]:
     results = [one.result for one in compared if isinstance(one, Compared)]
     notes = []
     if limited:
-        kept = {result.slots: result.limit_loads_kept for result in results}
-        each = ", ".join(f"{loads:,} at {slots}" for slots, loads in sorted(kept.items()))
+        kept = {
+            (result.slots, result.policy if result.shares_slots else ""): result.limit_loads_kept
+            for result in results
+        }
+        each = ", ".join(
+            f"{loads:,} at {slots}" + f" ({policy})" * bool(policy)
+            for (slots, policy), loads in sorted(kept.items())
+        )
         notes = [
             "limit: the fewest loads and the least time that any policy could do with the slots, "
             f"knowing the future; without prefetch and bypass the fewest loads are {each}",
-            f"gap %: how much of the time a token takes longer under {BASELINE} than at the limit "
-            "a policy saves",
+            f"gap %: a token takes longer under {BASELINE} than at the limit; the policy saves so "
+            f"much of that time (0: as slow as {BASELINE}, 100: as fast as the limit)",
         ]
-        names = sorted({row["policy"] for row in _limits(results)} - {"limit"})
+        shown = [result for result in _limiting(results) if result.limit_buffers]
+        names = sorted(set(map(_limit_name, shown)))
         if names:
-            notes.insert(1, f"  ({', '.join(names)}: with so many staging buffers for prefetches)")
+            notes.insert(
+                1,
+                f"  ({', '.join(names)}: the limit of policies that have so many staging buffers "
+                "for prefetched experts, in addition to the slots)",
+            )
+        names = sorted({result.policy for result in results if result.shares_slots})
+        if names:
+            notes.insert(
+                1, f"  (with the slots of each layer as the policy has them: {', '.join(names)})"
+            )
         if all(result.policy != BASELINE for result in results):
             notes.append(f"  ({BASELINE} is not among the policies; it was simulated for this)")
     if any(result.lossy for result in results):
-        notes.append("* changes what the model computes" + ": the limit does not apply" * limited)
+        notes.append(MARKED + ": the limit does not apply" * limited)
         notes += [_change_note(result) for result in results if result.lossy]
+        notes += _open_loop_notes(results)
     notes += size_notes(result.row() for result in results)
     return notes + _refusals([one for one in compared if isinstance(one, RefusedPoint)])
 
@@ -174,16 +208,16 @@ def _refusals(refused: Sequence[RefusedPoint]) -> list[str]:
     for one in refused:
         sizes.setdefault((one.policy, one.refused), []).append(one.slots)
     return [
-        f"{policy}, {', '.join(map(str, slots))} slots: could not run: {reason}"
+        note(f"{policy}, {', '.join(map(str, slots))} slot{'' if slots == [1] else 's'}", reason)
         for (policy, reason), slots in sizes.items()
     ]
 
 
 def _change_note(result: Result) -> str:
-    shares = {
-        "left out": result.skipped_share,
-        "computed by another expert": result.substituted_share,
-        "computed at the lower precision": result.low_share,
-    }
-    changes = ", ".join(f"{100 * share:.1f} % {what}" for what, share in shares.items() if share)
-    return f"  {result.policy}, {result.slots} slots: of the gates' weight {changes or 'nothing'}"
+    return f"  {result.policy}, {counted(result.slots, 'slot')}: {changed(result.shares)}"
+
+
+def _open_loop_notes(results: Sequence[Result]) -> list[str]:
+    """What a trace cannot answer of policies that gave tokens other experts."""
+    routed = dict.fromkeys(result.policy for result in results if result.rerouted)
+    return [f"  {policy}: {OPEN_LOOP}" for policy in routed]

@@ -41,10 +41,14 @@ class Result(CountColumns, _ResultOf):
     bytes_loaded      over the link; None: the size of an expert is unknown
     tokens_per_s      decoded tokens over the time spent on them; of a trace that has none,
                       prompt tokens
+    gates_s           of the time: asking later layers' gates for predictions
     cold              whether caches started empty with every sequence
+    shares_slots      whether the policy says how many slots each layer has; ``slots`` is then the
+                      average
     lossy             whether the policy changes what the model computes: the limits do not bind it
 
-    Of what no policy can beat with these slots, knowing the future (None: was not asked for):
+    Of what no policy can beat with these slots, and with the policy's shares of them, knowing the
+    future (None: was not asked for):
 
     limit_loads         the fewest loads, whatever is prefetched or bypassed
     limit_loads_kept    the fewest of a policy that copies on demand only and bypasses nothing
@@ -57,8 +61,10 @@ class Result(CountColumns, _ResultOf):
     time_s: float | None
     stall_s: float | None
     link_busy_s: float | None
+    gates_s: float | None
     tokens_per_s: float | None
     cold: bool
+    shares_slots: bool
     lossy: bool
     limit_loads: int | None
     limit_loads_kept: int | None

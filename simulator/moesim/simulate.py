@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,15 +16,17 @@ from moepolicy.policy import overrides
 from moepolicy.state import Cache
 from moeroute import Trace, TraceError
 from moeroute.schema import TraceMeta, prediction_column
+from moeroute.uses import UseCounts
 
 from moesim.engines.choose import run
 from moesim.engines.clock import Segment, SimulatedTime
 from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
 from moesim.engines.onepass import Decisions
-from moesim.errors import SimulationError
-from moesim.limits import Limits, limits_of
+from moesim.errors import MissingSize, SimulationError
+from moesim.limits import Limits, Shares, limits_of
 from moesim.machine.costs import Costs, Sizes, costs_of
 from moesim.machine.profile import NS_PER_S, LinkProfile, Machine
+from moesim.machine.speed import with_constants
 from moesim.result import Result
 from moesim.sizes import _HOW_BIG, expert_size, sizes_of
 from moesim.workload.loading import load_workload
@@ -34,7 +36,7 @@ IN_MEMORY = 1 << 21  # rows of a trace that is held in memory
 
 
 # What a policy may require of the steps, and the column of the trace that has it.
-COLUMNS = {"logits": "router_logits", "weights": "weights"}
+COLUMNS = {"logits": "router_logits", "weights": "weights", "tokens": "token_id"}
 
 
 def check_needs(trace: Trace, policy: PolicySpec) -> None:
@@ -70,7 +72,12 @@ def workload_for(trace: Trace, policies: list[PolicySpec]) -> Workload:
         check_needs(trace, policy)
     wanted = {need for policy in policies for need in policy.requires}
     load = partial(
-        load_workload, trace, predictions="predictions" in wanted, logits="logits" in wanted
+        load_workload,
+        trace,
+        predictions="predictions" in wanted,
+        logits="logits" in wanted,
+        token_ids="tokens" in wanted,
+        rows=any(policy.routes for policy in policies),
     )
     if trace.n_rows <= IN_MEMORY:
         return load()
@@ -78,12 +85,11 @@ def workload_for(trace: Trace, policies: list[PolicySpec]) -> Workload:
         return load(folder=Path(folder))
 
 
-def check_calibration(calibration: Trace, meta: TraceMeta) -> None:
-    """SimulationError where a calibration trace is not of the shape of the replayed one."""
-    of = calibration.meta
+def check_calibration(of: UseCounts, meta: TraceMeta) -> None:
+    """SimulationError where calibration counts are not of the shape of the replayed trace."""
     if (of.n_layers, of.n_experts) != (meta.n_layers, meta.n_experts):
         raise SimulationError(
-            f"{calibration.path} is of {of.n_layers} layers of {of.n_experts} experts, and the "
+            f"{of.path} is of {of.n_layers} layers of {of.n_experts} experts, and the "
             f"trace of {meta.model} of {meta.n_layers} of {meta.n_experts}: give --calibration "
             "a trace of the same model"
         )
@@ -112,13 +118,33 @@ class Case:
                 "a journal is of one cache, and a cold run has one for each sequence"
             )
         check_workers(self.machine, self.policy)
+        if self.policy.routes and self.workload.weight_rule is None:
+            raise SimulationError(
+                f"policy '{self.policy.label}' gives tokens other experts, and how the gates of "
+                f"{self.workload.title} make weights of their logits is neither in the trace's "
+                "metadata (weight_rule) nor found from its rows"
+            )
         if "low" in self.policy.requires and not self.low_bytes:
             raise SimulationError(
                 f"policy '{self.policy.label}' loads experts at a lower precision: give --low or "
                 "--low-expert-bytes"
             )
+        self._check_constants()
         if timeline and self.expert_bytes is None:
             raise SimulationError(f"a timeline needs times: {_HOW_BIG}")
+
+    def _check_constants(self) -> None:
+        """MissingSize where the policy requires a constant that nothing tells."""
+        requires, sizes = self.policy.requires, self.sizes
+        if sizes is None and requires & {"speed", "bytes"}:
+            raise MissingSize(
+                f"policy '{self.policy.label}' needs the bytes of an expert: {_HOW_BIG}"
+            )
+        if "speed" in requires and sizes and "layer" in sizes.uncharged(self.machine):
+            raise MissingSize(
+                f"policy '{self.policy.label}' needs the time of a layer's compute, and nothing "
+                "says how big a layer's dense weights are; give --like or --dense-layer-bytes"
+            )
 
     def parts(self) -> Iterator[Workload]:
         """What is replayed from an empty cache each: the whole, or sequence by sequence."""
@@ -137,8 +163,8 @@ class Case:
         sizes, machine = self.sizes, self.machine
         if sizes is None:
             sizes, machine = Sizes(1, 1, None, None), self._timeless_machine()
-        predicting = "predictions" in self.policy.requires
-        return lambda part: costs_of(part, machine, sizes, predicting=predicting)
+        predicting, routing = "predictions" in self.policy.requires, self.policy.routes
+        return lambda part: costs_of(part, machine, sizes, predicting=predicting, routing=routing)
 
     def replayed(
         self,
@@ -148,20 +174,22 @@ class Case:
         """Replay the parts one after the other; ``timeline`` is filled."""
         found, costs = Replayed(SimulatedTime(segments=timeline)), self.costs()
         for part in self.parts():
-            context = part.context(self.slots, self.scope)
-            # Counts are of a calibration trace or of the whole; the future is a sequence's own.
-            context = context._replace(counts=self.workload.counts)
-            found.follow(*replay(part, self.policy, context, costs(part)))
+            found.follow(*replay(part, self.policy, self.context(part), costs(part)))
         return found
+
+    def context(self, part: Workload) -> Context:
+        """What the policy of a part is made from. Counts are of a calibration trace or of the
+        whole; the future is a sequence's own."""
+        context = part.context(self.slots, self.scope)._replace(counts=self.workload.counts)
+        return with_constants(context, self.machine, self.sizes)
 
     def _timeless_machine(self) -> Machine:
         """A machine for decisions that do not depend on how long a copy takes.
 
-        Any will do for a policy that copies on demand alone. SimulationError for a prefetcher.
+        Any will do for a policy that copies on demand alone. MissingSize for a prefetcher.
         """
-        context = self.workload.context(self.slots, self.scope)
-        if overrides(self.policy.build(context), "prefetch"):
-            raise SimulationError(
+        if overrides(self.policy.build(self.context(self.workload)), "prefetch"):
+            raise MissingSize(
                 f"policy '{self.policy.label}' prefetches, and which prefetches arrive in time "
                 f"depends on the bytes of an expert: {_HOW_BIG}"
             )
@@ -169,7 +197,8 @@ class Case:
         return replace(self.machine, link=link, disk=None)
 
     def limits(self, buffers: int) -> Limits:
-        """What no policy can beat here with so many buffers for prefetched experts."""
+        """What no policy can beat here with so many buffers for prefetched experts, and with the
+        slots shared as the policy shares them."""
         return limits_of(
             self.workload,
             self.machine,
@@ -178,7 +207,13 @@ class Case:
             self.scope,
             buffers=buffers,
             cold=self.cold,
+            shares=self.shares,
         )
+
+    @cached_property
+    def shares(self) -> Shares:
+        """The slots of each layer where the policy shares them out; None: they are equal."""
+        return self.policy.shares(self.context(self.workload))
 
 
 @dataclass
@@ -271,8 +306,9 @@ def _result(case: Case, found: Replayed, limit: Limits | None) -> Result:
         **_seconds(None if sizes is None else found.clock),
         tokens_per_s=tokens_per_s,
         cold=case.cold,
+        shares_slots=case.shares is not None,
         lossy=case.policy.policy.lossy,
-        **_beside(limit, tokens_per_s),
+        **_limit_columns(limit, tokens_per_s),
     )
 
 
@@ -290,10 +326,11 @@ def _seconds(clock: SimulatedTime | None) -> dict[str, Any]:
         "time_s": clock.total_ns / NS_PER_S if clock else None,
         "stall_s": clock.stall_ns / NS_PER_S if clock else None,
         "link_busy_s": clock.link_busy_ns / NS_PER_S if clock else None,
+        "gates_s": clock.gates_ns / NS_PER_S if clock else None,
     }
 
 
-def _beside(limit: Limits | None, tokens_per_s: float | None) -> dict[str, Any]:
+def _limit_columns(limit: Limits | None, tokens_per_s: float | None) -> dict[str, Any]:
     """The columns of a result that tell its limits."""
     share = None
     if limit is not None and limit.tokens_per_s is not None and tokens_per_s is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from moeroute.schema import TraceMeta
 
 from moesim.errors import SimulationError, UsageError
@@ -14,7 +16,7 @@ def expert_size(meta: TraceMeta, *, precision: str | None, expert_bytes: int | N
     """Bytes of one expert: given, of a named precision, or of the trace's own; None: unknown."""
     if expert_bytes is not None:
         if expert_bytes <= 0:
-            raise UsageError(f"expert-bytes must be above 0, not {expert_bytes}")
+            raise UsageError.of("expert_bytes", f"must be above 0, not {expert_bytes}")
         return expert_bytes
     if precision is None:
         return next(iter(meta.expert_bytes.values()), None)
@@ -59,6 +61,17 @@ def sizes_of(meta: TraceMeta, expert_bytes: int, low_bytes: int = 0) -> Sizes:
     if params is None:
         params = expert_bytes // 2
     return Sizes(expert_bytes, params, meta.layer_bytes, meta.token_bytes, low_bytes)
+
+
+def spare_slots(slots: Iterable[int], meta: TraceMeta) -> list[str]:
+    """A note on the numbers of slots that are more than a layer has experts; empty without any."""
+    more = sorted({n for n in slots if n > meta.n_experts})
+    if not more:
+        return []
+    return [
+        f"--slots {', '.join(map(str, more))}: a layer of {meta.model} has {meta.n_experts} "
+        "experts, so that the cache holds all of them and has slots to spare"
+    ]
 
 
 def quarters(n_experts: int) -> list[int]:

@@ -45,6 +45,9 @@ RENAMED = [
     ("moetrace", "stats", "--sizes", "--slots", "2,4"),
 ]
 REQUIRED = {"compare": ["lru"], "sweep": ["--out", "r.parquet"], "profile": ["--out", "p.toml"]}
+REQUIRED["recommend"] = ["tiny"]
+REQUIRED["report"] = ["tiny", "--out", "r.html"]
+REQUIRED |= {"check": ["lru"], "new": ["mine.py"]}
 REQUIRED["record"] = ["text.txt", "--out", "t.parquet"]
 
 
@@ -180,8 +183,8 @@ def test_only_policies_that_run_live_are_offered_to_moerun() -> None:
 
 
 def test_the_names_offered_are_those_that_there_are() -> None:
-    from moerun.bench.models import shape_names
     from moerun.bench.routing import UNIFORM
+    from moerun.bench.shapes import shape_names
     from moerun.format.precision import PRECISIONS
 
     assert tuple(names.precisions()) == PRECISIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -167,6 +169,27 @@ def test_told_to_a_comparison_and_its_timeline_are_replaced(tmp_path: Path) -> N
     assert json.loads(timeline.read_text())["traceEvents"]
 
 
+def test_a_recording_whose_journal_cannot_be_written_leaves_neither(tmp_path: Path) -> None:
+    trace, journal = tmp_path / "t.parquet", tmp_path / "j.json"
+    generate = (
+        *("moerun", "generate", "--prompt", "It was", "--max-new-tokens", "2", "--slots", "2"),
+        *("--record", trace, "--journal", journal),
+    )
+    real = Path.write_text
+
+    def text(self: Path, *given: Any, **options: Any) -> int:
+        if self.name == journal.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, *given, **options)
+
+    with mock.patch.object(Path, "write_text", text):
+        _, told = run(*generate, code=1)
+    assert "j.json: No space left on device" in told
+    assert not list(tmp_path.iterdir())
+    run(*generate)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j.json", "t.parquet"]
+
+
 def test_a_live_recording_names_the_trace_that_it_would_replace(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "t.parquet"
     run("moetrace", "record", text, "--out", out, "--horizon", "0", "--tokens", "5")
@@ -272,6 +295,7 @@ def test_generated_text_is_printed_on_a_stdout_of_another_encoding(
     assert stream.buffer.getvalue() == b"d\\xe9j\\xe0 vu"
 
 
+@pytest.mark.slow
 def test_a_prompt_is_read_as_utf_8_whatever_stdin_says() -> None:
     prompt, asked = "Ein Märchen: ", ("moerun", "--max-new-tokens", "3", "--format", "json")
     plain = json.loads(run(*asked, "--prompt", prompt)[0])

@@ -38,6 +38,7 @@ def compare(trace: Path, policy: str, slots: int, home: Path) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.slow
 def test_record_a_corpus_and_compare_policies_on_it(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("The whole of science is nothing more than a refinement. " * 40)
@@ -50,7 +51,7 @@ def test_record_a_corpus_and_compare_policies_on_it(tmp_path: Path) -> None:
     assert rows["lru"]["steps"] == 300 * 8
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", pytest.param("lfu", marks=pytest.mark.slow)])
 def test_what_ran_live_is_what_the_simulator_decides(tmp_path: Path, policy: str) -> None:
     """Without prefetching the clocks say nothing: the counts are equal, prompt and decode."""
     trace = tmp_path / "live.parquet"

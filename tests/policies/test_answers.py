@@ -40,7 +40,7 @@ class Driven:
         )
         self.number += 1
         outcome = [Kind(kind).name for kind in self.cache.begin(step).tolist()]
-        self.stand_in = self.cache.stand_in(len(keys) - 1)
+        self.substitute = self.cache.substitute(len(keys) - 1)
         while copy := self.cache.start():
             self.cache.finish(copy.key)
         for key in keys.tolist():
@@ -148,9 +148,9 @@ def test_emoe_takes_the_best_resident_that_was_not_chosen(layer: int) -> None:
     for expert in (0, 1, 3):  # until the layer holds its three
         assert run.step({expert: 1.0}, layer=layer) == ["MISS"]
     wanted = {1: 0.6, 2: 0.4}
-    for logits, stand_in in (((0.1, 5.0, 3.0, 0.7), 3), ((0.9, 5.0, 3.0, 0.7), 0)):
+    for logits, substitute in (((0.1, 5.0, 3.0, 0.7), 3), ((0.9, 5.0, 3.0, 0.7), 0)):
         assert run.step(wanted, layer=layer, logits=logits) == ["HIT", "SUBSTITUTE"]
-        assert run.stand_in == 4 * layer + stand_in
+        assert run.substitute == 4 * layer + substitute
     # A prompt brings its own.
     assert run.step({2: 4.0, 1: 3.0}, layer=layer, tokens=7) == ["MISS", "HIT"]
 

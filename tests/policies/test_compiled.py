@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -10,7 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moepolicy import Context, ExpertCache, Policy, PolicyError, compiled, find_policy
+from moepolicy import (
+    Context,
+    ExpertCache,
+    Policy,
+    PolicyError,
+    codecache,
+    compiled,
+    find_policy,
+)
 from moepolicy.compiled import compiled_policy
 from moepolicy.fingerprint import fingerprint
 from support.clock import context_for, drive, make_steps, scenarios
@@ -102,7 +112,7 @@ def run_afresh(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Any, Any]
     function = compiled.compiled(advance, state)
     function(state, counts)
     assert counts[0] == STEP
-    assert vars(policy)["loaded"][0] == STEP
+    assert vars(policy)["eviction_score"][0] == STEP
     return function, policy
 
 
@@ -211,3 +221,75 @@ def test_what_is_a_method_of_one_policy_may_be_a_field_of_another() -> None:
     state = compiled_policy(field)
     compiled.compiled(load_once, state)(state, counts)
     assert field.total[0] == 42
+
+
+def test_of_processes_that_want_one_code_at_a_time_one_compiles_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who comes second waits for the first, and loads what that has left."""
+    import numba
+
+    def added(a: int, b: int) -> int:
+        return a + b
+
+    def kept_in(folder: Path) -> Any:
+        folder.mkdir()
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
+        made = numba.njit(added)
+        codecache.keep(made, "sum", tell=True)
+        return made
+
+    assert kept_in(tmp_path / "of the first")(1, 2) == 3
+    waiting = kept_in(tmp_path / "shared")
+    first = codecache._Turn(codecache._file_of("sum") + ".lock")
+    assert not first.take(), "nobody was there before"
+    answers: list[int] = []
+    second = threading.Thread(target=lambda: answers.append(waiting(1, 2)))
+    second.start()
+    second.join(0.5)
+    assert not answers
+    for file in (tmp_path / "of the first").iterdir():
+        shutil.copy(file, tmp_path / "shared")
+    first.give()
+    second.join()
+    assert answers == [3]
+    assert sum(waiting.stats.cache_hits.values()) == 1
+    assert not list(tmp_path.glob("*/*.lock"))
+
+
+def test_code_that_nobody_else_compiles_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    holder = codecache._Turn("a.lock")
+    assert not holder.take()
+    monkeypatch.setattr(codecache, "LOCKED_S", 0.1)
+    assert codecache._Turn("a.lock").take(), "it waited, and no longer than it may"
+    holder.give()
+    assert not codecache._Turn("a.lock").take()
+
+
+def test_code_that_is_used_outlives_code_that_was_written_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An engine is compiled first and serves every policy; users' policies come after it."""
+    import numba
+
+    def added(a: int, b: int) -> int:
+        return a + b
+
+    def run(name: str) -> int:
+        made = numba.njit(added)
+        codecache.keep(made, name)
+        assert made(1, 2) == 3
+        return sum(made.stats.cache_hits.values())
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(codecache, "KEPT", 2)
+    run("engine")
+    for policy in ("first", "second", "third"):
+        run(policy)
+        assert run("engine") == 1
+    kept = {file.name.split(".")[0] for file in tmp_path.iterdir()}
+    assert kept == {"engine", "third"}
+    assert len(list(tmp_path.iterdir())) == 4  # an index and code each

@@ -16,9 +16,9 @@ from moesim import Result, load_workload
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 COUNTERS = [
     *("requests", "hits", "late", "misses", "loads", "bypasses", "prefetches"),
-    *("useless_prefetches", "cpu_experts", "low_loads", "substituted", "skipped"),
+    *("useless_prefetches", "cpu_experts", "low_loads", "substituted", "skipped", "rerouted"),
 ]
-SHARES = ["skipped_share", "substituted_share", "low_share"]
+SHARES = ["skipped_share", "substituted_share", "low_share", "rerouted_share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,17 @@ def test_the_columns_are_those_there_have_always_been() -> None:
         *("layer_bytes", "token_bytes", "dense_precision", "time_is_lower_bound", "steps"),
         *COUNTERS,
         *SHARES,
-        *("bytes_loaded", "hit_ratio", "time_s", "stall_s", "link_busy_s", "tokens_per_s"),
-        *("cold", "lossy", "limit_loads", "limit_loads_kept", "limit_tokens_per_s"),
+        *(
+            "bytes_loaded",
+            "hit_ratio",
+            "time_s",
+            "stall_s",
+            "link_busy_s",
+            "gates_s",
+            "tokens_per_s",
+        ),
+        *("cold", "shares_slots", "lossy", "limit_loads", "limit_loads_kept"),
+        "limit_tokens_per_s",
         *("limit_buffers", "share_of_limit"),
     ]
     assert (found["hits"], found["low_share"], found["bytes_loaded"]) == (int, float, int)
@@ -98,7 +107,12 @@ def test_shares_ratios_and_bytes() -> None:
     )  # fmt: skip
     assert (counts.hit_ratio, counts.late_ratio, counts.miss_ratio) == (0.5, 0.25, 0.25)
     assert counts.cpu_ratio == counts.ratio(1) == 0.125
-    assert counts.shares == {"skipped_share": 0.25, "substituted_share": 0.0, "low_share": 0.5}
+    assert counts.shares == {
+        "skipped_share": 0.25,
+        "substituted_share": 0.0,
+        "low_share": 0.5,
+        "rerouted_share": 0.0,
+    }
     assert counts.bytes_over_link(100, 10) == 2 * 100 + 10
     assert Counts().hit_ratio == Counts().skipped_share == 0.0
     row = as_row(counts)

@@ -35,6 +35,10 @@ MISTAKES = [
     (["requires = 'predictions'"], "requires is 'predictions', and must be a set of names"),
     (["requires = {'prediction'}"], "requires 'prediction': did you mean 'predictions'?"),
     (["horizon = 0"], "horizon is 0, and must be the number of layers ahead"),
+    (["lossy = None"], "lossy is None, and must be True or False"),
+    (["made_of = (int,)"], "made_of and only are for compositions alone"),
+    (["made_of = None"], "made_of and only are for compositions alone"),
+    (["only = 3"], "made_of and only are for compositions alone"),
 ]
 
 
@@ -113,9 +117,24 @@ def test_a_policy_is_given_what_it_requires_and_no_more(tmp_path: Path) -> None:
     got = find(tmp_path, VICTIM, init).build(context).got  # type: ignore[attr-defined]
     assert (got.counts, got.next_use) == (None, None)
     spec = find(tmp_path, VICTIM, init, "requires = frozenset({'counts'})")
-    assert spec.build(context).got.counts is counts  # type: ignore[attr-defined]
+    shown = spec.build(context).got.counts  # type: ignore[attr-defined]
+    assert shown.tolist() == counts.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        shown[:] = 0
     with pytest.raises(PolicyError, match="needs the expert counts of a calibration trace"):
         spec.build(CONTEXT)
+
+
+def test_a_policy_is_given_what_it_welcomes_where_that_is_known(tmp_path: Path) -> None:
+    init = "def __init__(self, context): self.got = context"
+    spec = find(tmp_path, VICTIM, init, "welcomes = frozenset({'speed'})")
+    known = CONTEXT._replace(copy_over_layer=3.0, expert_bytes=7)
+    got = spec.build(known).got  # type: ignore[attr-defined]
+    assert (got.copy_over_layer, got.expert_bytes) == (3.0, None)
+    unknown = spec.build(CONTEXT).got.copy_over_layer  # type: ignore[attr-defined]
+    assert np.isnan(unknown)
+    with pytest.raises(PolicyError, match="welcomes 'counts': there are: bytes, speed"):
+        find(tmp_path, VICTIM, "welcomes = frozenset({'counts'})")
 
 
 def test_the_horizon_is_what_is_declared(tmp_path: Path) -> None:

@@ -69,24 +69,24 @@ def test_what_is_skipped_is_neither_copied_nor_held() -> None:
     assert run.cache.start() is None
     run.finish()
     assert run.cache.count(Kind.MISS) == 2
-    assert run.cache.arrays.mass.tolist() == [1.5, 1.5, 0, 0]
+    assert run.cache.arrays.mass.tolist() == [1.5, 1.5, 0, 0, 0]
 
 
-def test_a_stand_in_is_pinned_and_used_and_let_go() -> None:
+def test_a_substitute_is_pinned_and_used_and_let_go() -> None:
     run = Answering(Kind.SUBSTITUTE)
     run.fill(1, 3)
     heard: list[tuple[int, int]] = []
     run.policy.on_hit = lambda key, now: heard.append((key, now))
     assert run.step(2, 3) == [Kind.SUBSTITUTE, Kind.HIT]
     assert run.decided == [("MISS", 2, -1), ("SUBSTITUTE", 2, 1), ("HIT", 3, -1)]
-    assert (run.cache.stand_in(0), run.cache.stand_in(1)) == (1, -1)
+    assert (run.cache.substitute(0), run.cache.substitute(1)) == (1, -1)
     assert run.pinned == [1, 3]
     assert [key for key, _ in heard] == [3, 1]  # the heavier expert's is the more recent use
     assert heard[0][1] < heard[1][1]
     run.finish()
     assert run.pinned == []
-    assert run.cache.stand_in(0) == -1
-    assert run.cache.arrays.mass.tolist() == [1.5, 0, 1.0, 0]
+    assert run.cache.substitute(0) == -1
+    assert run.cache.arrays.mass.tolist() == [1.5, 0, 1.0, 0, 0]
 
 
 def test_a_miss_that_nobody_stands_in_for_is_loaded() -> None:
@@ -115,7 +115,7 @@ def test_a_low_copy_is_a_hit_where_any_will_do() -> None:
     run.cache.finish(1)
     run.finish()
     assert (run.cache.is_low(2), run.cache.is_low(1)) == (True, False)
-    assert run.cache.arrays.mass.tolist() == [2.5, 0, 0, 2.0]
+    assert run.cache.arrays.mass.tolist() == [2.5, 0, 0, 2.0, 0]
 
 
 def test_a_low_copy_leaves_first_where_only_the_full_one_will_do() -> None:
@@ -132,7 +132,7 @@ def test_a_low_copy_leaves_first_where_only_the_full_one_will_do() -> None:
     assert not run.cache.is_low(2)
     assert run.step(2) == [Kind.HIT]  # a full copy is what it asks for
     run.finish()
-    assert run.cache.arrays.mass.tolist() == [3.0, 0, 0, 1.0]
+    assert run.cache.arrays.mass.tolist() == [3.0, 0, 0, 1.0, 0]
 
 
 def test_nobody_stands_in_with_a_copy_that_is_about_to_leave() -> None:
@@ -148,7 +148,7 @@ def test_computing_elsewhere_changes_no_mass() -> None:
     run = Answering(Kind.COMPUTE)
     assert run.step(2) == [Kind.COMPUTE]
     run.finish()
-    assert run.cache.arrays.mass.tolist() == [1.0, 0, 0, 0]
+    assert run.cache.arrays.mass.tolist() == [1.0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_account_is_of_what_happened(scenario: dict[str, Any], seed: int) ->
         if kind in lost or (kind == Kind.HIT and low.get(key)):
             lost[kind if kind in lost else Kind.LOW] += weight[step, key]
     everything = sum(weight.values())
-    expected = [everything, lost[Kind.SKIP], lost[Kind.SUBSTITUTE], lost[Kind.LOW]]
+    expected = [everything, lost[Kind.SKIP], lost[Kind.SUBSTITUTE], lost[Kind.LOW], 0.0]
     np.testing.assert_allclose(cache.arrays.mass, expected, rtol=1e-9)
 
 

@@ -39,16 +39,17 @@ def test_an_option_forbids_arrays() -> None:
 
 
 def test_code_is_kept_where_it_is_told_and_found_there_again(tmp_path: Path) -> None:
-    saved: list[int] = []
+    told: list[str] = []
 
     def code(n: int) -> int:
         return n + 1
 
     for _ in range(2):
         dispatcher = numba.njit(code)
-        keep_in(lambda: tmp_path / "kept", "mine", dispatcher, lambda: saved.append(1))
+        hooks = (lambda: told.append("used"), lambda: told.append("saved"))
+        keep_in(lambda: tmp_path / "kept", "mine", dispatcher, *hooks)
         assert dispatcher(1) == 2
-    assert saved == [1]  # the second was loaded
+    assert told == ["saved", "used"]  # the second was loaded
     assert sorted(file.suffix for file in (tmp_path / "kept").iterdir()) == [".nbc", ".nbi"]
 
 

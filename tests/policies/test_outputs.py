@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from moepolicy.console import CommandError, CommandUsageError
-from moepolicy.outputs import Output, check_free, check_suffix, naming, written_whole
+from moepolicy.outputs import Output, check_free, check_suffix, exchange, naming, written_whole
 from moepolicy.tables import Format
 
 ROWS = [{"policy": "lru", "loads": 3, "gap": None}, {"policy": "lfu", "loads": 2, "gap": 0.5}]
@@ -112,3 +112,53 @@ def test_other_files_keep_their_names() -> None:
     with pytest.raises(FileNotFoundError) as caught, naming(Path("x")):
         Path("other").read_bytes()
     assert caught.value.filename == "other"
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_nobody_else_s_does(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "x.csv"
+    left = tmp_path / ".x.csv.abcd.partial"
+    left.mkdir()
+    (left / "x.csv").write_text("half")
+    others = tmp_path / ".y.csv.abcd.partial"
+    others.mkdir()
+    with written_whole(out) as first, written_whole(out) as second:
+        first.write_text("first")
+        second.write_text("second")  # as another process would, at the same time
+        assert not left.exists()
+    assert out.read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, out.name]
+
+
+def test_bytes_are_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(fd: int) -> None:
+        calls.append(f"fsync {Path(f'/proc/self/fd/{fd}').readlink().name}")
+        fsync(fd)
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        calls.append(f"rename {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr("os.fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    with written_whole(tmp_path / "x.csv") as partial:
+        partial.write_text("whole")
+    assert calls == ["fsync x.csv", "rename x.csv", f"fsync {tmp_path.name}"]
+
+
+def test_folders_exchange_their_names(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "says").write_text(name)
+    exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one" / "says").read_text() == "other"
+    assert (tmp_path / "other" / "says").read_text() == "one"
+    with pytest.raises(FileNotFoundError) as caught:
+        exchange(tmp_path / "absent", tmp_path / "other")
+    assert caught.value.filename == str(tmp_path / "other")

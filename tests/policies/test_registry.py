@@ -27,7 +27,8 @@ def test_parameters_reach_the_policy() -> None:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("lur", "unknown policy 'lur'; did you mean 'lru'?"),
+        ("lur", "did you mean 'lru'? `moesim policies` or `moerun policies` lists"),
+        ("LRU", "unknown policy 'LRU'; did you mean 'lru'?"),
         ("lru:k=3", "policy 'lru' has no parameter 'k': it has none"),
         ("lru-spec:m=3", "has no parameter 'm': it has n, staging"),
         ("lru-spec:n", "'n' is not parameter=value"),
@@ -86,7 +87,7 @@ def test_an_installed_package_adds_a_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "theirs.py").write_text(
-        "from moepolicy.eviction import Lru\nclass Theirs(Lru):\n    'Keep all.'\n"
+        "from moepolicy.library.recency.lru import Lru\nclass Theirs(Lru):\n    'Keep all.'\n"
     )
     info = tmp_path / "theirs-1.dist-info"
     info.mkdir()

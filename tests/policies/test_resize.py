@@ -16,6 +16,7 @@ from support.clock import context_for, drive, make_steps, scenarios
 DEMAND_ONLY = ["lru", "lfu", "fifo", "random:seed=3", "static", "belady", "belady-bypass"]
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 SLOT_PREFETCHING = f"{OWN}:SlotSpec"
+SHARING, SHARING_AHEAD = f"{OWN}:Sharing", f"{OWN}:SharingAhead"
 ANSWERING = f"{OWN}:Anything:seed=4"  # skips, substitutes, computes, lowers
 ALL = [
     *DEMAND_ONLY,
@@ -23,6 +24,8 @@ ALL = [
     "lru-spec:n=2,staging=4",
     SLOT_PREFETCHING,
     ANSWERING,
+    SHARING,
+    SHARING_AHEAD,
 ]
 
 
@@ -50,7 +53,7 @@ def test_invariants_hold_whenever_the_size_changes(
     assert other.spare_slots() == cache.spare_slots()
 
 
-@pytest.mark.parametrize("policy", ["lru-spec", "fiddler"])
+@pytest.mark.parametrize("policy", ["lru-spec", "fiddler", SHARING_AHEAD])
 @given(scenario=scenarios(), seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_compiled_cache_is_resized_as_an_interpreted_one(

@@ -75,6 +75,15 @@ STYLES = {
         ("<|im_end|>",),
         ("<think>", "</think>", "<tool_call>", "</tool_call>"),
     ),
+    "mistral": Style(  # calls are a list behind a special token, and end with the text
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+        "{% elif m.tool_calls %}[TOOL_CALLS][{% for call in m.tool_calls %}"
+        "{{ call.function | tojson }}{% endfor %}]</s>{% else %}{{ m.content }}</s>{% endif %}"
+        "{% endfor %}",
+        ("[INST]", "[/INST]", "[TOOL_CALLS]", "</s>"),
+        ("</s>",),
+    ),
     "prefilled": Style(
         _CHATML_ANSWER
         + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",

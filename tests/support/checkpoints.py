@@ -54,27 +54,6 @@ def quantise_float8(tensors: Tensors, scale: str | None) -> None:
             tensors[name + scale] = step
 
 
-def quantise_int4(tensors: Tensors, *, g_idx: bool) -> None:
-    """Matrices become the tensors of GPTQ, or without `g_idx` those of AWQ."""
-    for name in [n for n in tensors if is_matrix(n)]:
-        rows, columns = tensors.pop(name).shape
-        base = name.removesuffix("weight")
-        tensors[base + "qweight"] = torch.zeros(columns // 8, rows, dtype=torch.int32)
-        tensors[base + "qzeros"] = torch.zeros(1, rows // 8, dtype=torch.int32)
-        tensors[base + "scales"] = torch.ones(1, rows)
-        if g_idx:
-            tensors[base + "g_idx"] = torch.zeros(columns, dtype=torch.int32)
-
-
-def quantise_mxfp4(tensors: Tensors) -> None:
-    """The fused experts of gpt-oss become blocks of 32 four-bit floats and their exponents."""
-    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        shape = (experts, outputs, inputs // 32)
-        tensors[name + "_blocks"] = torch.zeros(*shape, 16, dtype=torch.uint8)
-        tensors[name + "_scales"] = torch.full(shape, 127, dtype=torch.uint8)
-
-
 def shard(folder: Path, *, index: bool = True) -> list[Path]:
     """Split the weights into two files, with or without the index of what they hold."""
     tensors = load_file(folder / WEIGHTS)

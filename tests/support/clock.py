@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from moepolicy import Call, Context, Event, ExpertCache, Journal, Kind, Step, find_policy, next_use
-
-COPIED = (Kind.HIT, Kind.LATE, Kind.MISS)
+from moepolicy import (
+    Context,
+    Event,
+    ExpertCache,
+    Journal,
+    Kind,
+    RoutingRule,
+    Step,
+    TokenRows,
+    find_policy,
+    next_use,
+)
+from moesim.conformance.clock import RandomClock
 
 
 class Recording:
@@ -62,14 +71,14 @@ def drive(
     compile: bool = False,
     resizes: bool = False,
     compile_at: int | None = None,
+    rows: Sequence[TokenRows] = (),
 ) -> tuple[ExpertCache, Recording]:
-    """Run ``steps``; a generator seeded with ``seed`` plays the clock.
+    """Run ``steps``; a generator seeded with ``seed`` plays the clock (`RandomClock`).
 
-    ``resizes`` changes the cache's size at moments of the generator's choice. Calls are compiled
-    from the start, or from amid the step ``compile_at`` on. Fails if the machine ever stops with
-    work left to do.
+    Calls are compiled from the start, or from amid the step ``compile_at`` on. ``rows`` are those
+    of the steps, for a policy that routes.
     """
-    clock, seen = random.Random(seed), Recording()
+    seen = Recording()
     horizon = max(len(step.predicted) for step in steps)
     cache = ExpertCache(
         context,
@@ -80,62 +89,18 @@ def drive(
         compile=compile,
         horizon=horizon,
         max_slots=context.n_experts if resizes else None,
+        weight_rule=RoutingRule("softmax") if rows else None,
     )
-    flying: list[int] = []
-    for number, step in enumerate(steps):
-        for key in clock.sample(flying, clock.randint(0, len(flying))):
-            flying.remove(key)
-            cache.finish(key)
-        if resizes:
-            _maybe_resize(cache, clock)
-        outcome = cache.begin(step).tolist()
+
+    def begun(number: int) -> None:
         if number == compile_at:
             cache.use(cache.compile_calls(horizon))
-        # The others are computed from no copy of their own.
-        left = {
-            key for key, kind in zip(step.experts.tolist(), outcome, strict=True) if kind in COPIED
-        }
-        if check:
-            cache.check()
-        while left:
-            _one_move(cache, clock, flying, left, streams)
-            if resizes:
-                _maybe_resize(cache, clock)
-            if check:
-                cache.check()
-        cache.end()
-        if check:
-            cache.check()
-        assert not any(cache.arrays.pinned[step.experts]), "a pin outlived its step"
+
+    look = cache.check if check else None
+    clock = RandomClock(cache, seed, streams=streams, resizes=resizes, look=look, begun=begun)
+    none: list[TokenRows | None] = [None] * len(steps)
+    clock.run(zip(steps, rows or none, strict=True))
     return cache, seen
-
-
-def _maybe_resize(cache: ExpertCache, clock: random.Random) -> None:
-    if clock.random() < 0.3:
-        cache.resize(clock.randint(0, cache.max_slots))
-
-
-def _one_move(
-    cache: ExpertCache, clock: random.Random, flying: list[int], left: set[int], streams: int
-) -> None:
-    """Let one thing happen: a copy starts or arrives, or an expert that is here is computed."""
-    here = [key for key in sorted(left) if cache.slot_of(key) >= 0 and key not in flying]
-    moves = [Call.CONSUME] * bool(here) + [Call.FINISH] * bool(flying)
-    if len(flying) < streams:
-        moves.append(Call.START)
-    move = clock.choice(moves)
-    if move is Call.START:
-        copy = cache.start()
-        if copy is not None:
-            flying.append(copy.key)
-        else:
-            assert here or flying, "the machine is stuck: nothing starts, flies or waits"
-    elif move is Call.FINISH:
-        cache.finish(flying.pop(clock.randrange(len(flying))))
-    else:
-        key = clock.choice(here)
-        left.remove(key)
-        cache.consume(key)
 
 
 @st.composite

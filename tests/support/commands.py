@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ class Ended(NamedTuple):
 
 
 Call = Callable[..., Ended]
+
+PROMPT = "It was the best of times"
 
 
 def caller(
@@ -45,3 +48,13 @@ def caller(
         return Ended(code, *capsys.readouterr())
 
     return call
+
+
+def error_line(done: Ended | subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """The one line a failed command ends with; it must not be a traceback."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert "" not in lines
+    assert lines[-1].startswith("error: ")
+    return lines[-1]

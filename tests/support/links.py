@@ -1,4 +1,4 @@
-"""Stores, slots and links without a disk, for what is served over them."""
+"""Small stores, slots and links, in memory or in one plain file, for what is served over them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -15,6 +17,40 @@ from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
 
 RECORD_BYTES = 4096
+N_KEYS = 12
+PATIENCE_S = 30.0
+
+Reports = SimpleQueue[tuple[int, Exception | None]]
+
+
+class FileRecords:
+    """Records in one plain file; ``short`` makes the reads of one key fail."""
+
+    record_bytes = RECORD_BYTES
+    n_keys = N_KEYS
+
+    def __init__(self, path: Path, short: int = -1) -> None:
+        self.path = path
+        self.short = short
+        path.write_bytes(b"".join(bytes([key + 1]) * RECORD_BYTES for key in range(N_KEYS)))
+
+    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
+        if key == self.short:
+            raise RunError(f"expert {key} is cut off in {self.path}")
+        for piece in pieces(self.record_bytes) if pieces else (slice(0, self.record_bytes),):
+            with self.path.open("rb") as file:
+                file.seek(key * self.record_bytes + piece.start)
+                file.readinto(buffer[piece].numpy().data)
+
+
+class LandingSlot:
+    def __init__(self) -> None:
+        self.landing: torch.Tensor | None = torch.zeros(RECORD_BYTES, dtype=torch.uint8)
+        self.arrivals = 0
+
+    def arrive(self, record: torch.Tensor) -> None:
+        assert record is self.landing
+        self.arrivals += 1
 
 
 class MemoryRecords:

@@ -8,7 +8,20 @@ import numpy as np
 from moepolicy import Context, Policy, find_policy
 from moepolicy.composite import Composite
 from moepolicy.kinds import COMPUTE, LOAD, LOW, SKIP, SUBSTITUTE
-from moepolicy.speculation import NextGate
+from moepolicy.library.gate.next_gate import NextGate
+
+
+class AnyVictim(Policy):
+    """Evicts by the key that comes, and declines some."""
+
+    def __init__(self, context: Context) -> None:
+        self.gone = np.zeros(1, np.int64)
+
+    def victim(self, layer: int, incoming: int, candidates: Any) -> int:
+        return -1 if incoming % 5 == 4 else int(candidates[incoming % len(candidates)])
+
+    def on_evict(self, key: int) -> None:
+        self.gone[0] += key
 
 
 class SlotSpec(Policy):
@@ -43,6 +56,96 @@ class Guessing(Composite):
         super().__init__(find_policy(eviction).build(context), NextGate(context, 2))
         self.staging = max(staging, 1)
         self.stage_prefetches = staging > 0
+
+
+class Sharing(AnyVictim):
+    """Layers share the slots unequally: each takes what it can of what is left, the last first."""
+
+    @classmethod
+    def share_slots(cls, total: int, context: Context) -> Any:
+        shares = np.zeros(context.n_layers, np.int64)
+        for layer in reversed(range(context.n_layers)):
+            # Another order at each size, so that a resize takes from one layer for another.
+            at = (layer + context.slots) % context.n_layers
+            shares[at] = min(total - shares.sum(), context.n_experts)
+        return shares
+
+
+class SharingAhead(Sharing):
+    """The same with guesses, straight into slots."""
+
+    stage_prefetches = False
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.n_experts = context.n_experts
+        self.n_keys = context.n_keys
+
+    def prefetch(self, step: Any, keys: Any) -> int:
+        for i in range(min(3, self.n_keys)):
+            keys[i] = ((step.layer + 1) * self.n_experts + i) % self.n_keys
+        return min(3, self.n_keys)
+
+
+class Declining(AnyVictim):
+    """Fetches by predictions, which it wants now and then, and remembers what it was shown."""
+
+    requires = frozenset({"predictions"})
+
+    def __init__(self, context: Context, seed: int = 0) -> None:
+        super().__init__(context)
+        self.n_experts = context.n_experts
+        self.n_layers = context.n_layers
+        self.state = np.array([seed % 1_000_000 + 1], np.int64)
+        self.shown = np.zeros(3, np.int64)
+
+    def on_step(self, step: Any) -> None:
+        self.shown[len(step.predicted)] += 1
+        self.state[0] = (self.state[0] * 48271 + step.layer + step.hits) % 2_147_483_647
+
+    def prefetch(self, step: Any, keys: Any) -> int:
+        if len(step.predicted) == 0 or np.isnan(step.predicted[0, 0]):
+            return 0
+        best = 0
+        for e in range(self.n_experts):
+            if step.predicted[0, e] > step.predicted[0, best]:
+                best = e
+        keys[0] = (step.layer + 1) % self.n_layers * self.n_experts + best
+        return 1
+
+    def wants_predictions(self, layer: int) -> bool:
+        return bool((self.state[0] // 8 + layer) % 3 > 0)
+
+
+class Knowing(AnyVictim):
+    """Evicts by what it is told of the machine and the experts."""
+
+    requires = frozenset({"speed", "bytes"})
+
+    def __init__(self, context: Context) -> None:
+        assert context.copy_over_layer > 0
+        assert context.expert_bytes is not None
+        super().__init__(context)
+        self.from_end = context.copy_over_layer * context.expert_bytes > 1.0
+
+    def victim(self, layer: int, incoming: int, candidates: Any) -> int:
+        return int(candidates[-1] if self.from_end else candidates[0])
+
+
+class WrongShares(AnyVictim):
+    """Shares that no cache can have, one way or another by the slots a layer."""
+
+    @classmethod
+    def share_slots(cls, total: int, context: Context) -> Any:
+        n = context.n_layers
+        if context.slots == 0:
+            raise RuntimeError("no slots to share")
+        return {
+            1: [total // n] * (n - 1) + [total // n + 1],
+            2: [total / n] * n,
+            3: [-1] + [context.n_experts] * (n - 1),
+            4: [[total]],
+        }[context.slots]
 
 
 class Broken(Policy):
@@ -116,6 +219,40 @@ class AnythingStaged(AnythingAhead):
 
     stage_prefetches = True
     staging = 2
+
+
+class Rerouting(AnythingStaged):
+    """Gives tokens other experts as well, residents more often, and looks at all that it may."""
+
+    requires = frozenset({"cpu", "low", "tokens"})
+
+    def __init__(self, context: Context, seed: int = 0) -> None:
+        self.state = np.array([seed % 1_000_000 + 1], np.int64)
+        self.n_keys = context.n_keys
+        self.seen = np.zeros(8, np.int64)
+
+    def on_step(self, step: Any) -> None:
+        self.seen[0] += step.begins_pass
+        self.seen[1] += step.begins_sequence
+        for i in range(len(step.token_ids)):
+            self.seen[2] = (self.seen[2] * 31 + step.token_ids[i] + 1) % 1_000_003
+        self.seen[3] += step.hits + 3 * step.late + 5 * step.misses + 7 * step.backlog
+        self.state[0] = (self.state[0] + self.seen[3]) % 2_147_483_646 + 1
+
+    def route(self, step: Any, row: int, resident: Any, chosen: Any) -> None:
+        n = len(resident)
+        self.seen[4] += row
+        if self.draw(2) == 0 or len(chosen) == n:
+            return
+        wanted = self.draw(n)
+        for e in range(n):
+            other = (wanted + e) % n
+            taken = False
+            for i in range(len(chosen)):
+                taken = taken or chosen[i] == other
+            if not taken and (resident[other] or step.logits[other] > 0):
+                chosen[self.draw(len(chosen))] = other
+                return
 
 
 class Answers(Policy):

@@ -36,15 +36,18 @@ def quickest(
     machine: Tiny,
     slots: int,
     scope: str,
+    shares: Sequence[int] | None = None,
 ) -> int:
     """The least time of any schedule: at every event, any copy may start and evict anything.
 
     A superset of what the state machine lets a policy do: a step's demand needs no slots while
-    the step lasts, and only at its end must what is held or under way fit the slots.
+    the step lasts, and only at its end must what is held or under way fit the slots. ``shares``
+    are the slots of each layer where they are not equal.
     """
     wanted = [frozenset((layer, e) for e in experts) for layer, experts in demands]
     layers = {layer for layer, _ in demands}
-    capacity = slots if scope == "layer" else slots * (1 + max(layers))
+    equal = [slots] * (1 + max(layers))
+    capacity = (shares or equal) if scope == "layer" else [sum(equal)]
 
     def domain(key: Key) -> int:
         return key[0] if scope == "layer" else 0
@@ -65,7 +68,7 @@ def quickest(
             copies = (*state.copies, (key, machine.latency_ns, machine.copy_ns))
             pinned = state.begun and key in wanted[state.step]
             full = occupied(state, domain(key))
-            if pinned or len(full) < capacity:
+            if pinned or len(full) < capacity[domain(key)]:
                 yield state._replace(copies=copies)
             else:
                 for victim in full:
@@ -112,7 +115,7 @@ def quickest(
             of = domain(next(iter(wanted[state.step])))
             held = occupied(after, of)
             loose = [key for key in held if key in state.here]
-            for gone in combinations(loose, max(len(held) - capacity, 0)):
+            for gone in combinations(loose, max(len(held) - capacity[of], 0)):
                 yield after._replace(here=state.here - set(gone))
 
     nothing: frozenset[Key] = frozenset()

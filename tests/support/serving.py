@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +17,13 @@ from typing import Any, NamedTuple
 import httpx2 as httpx
 import openai
 from moerun.checkpoint.hub import resolve
+from moerun.live.runner import Runner
+from moerun.serving.app import Service
+from moerun.serving.protocol import Defaults
 from moerun.store.pack import pack
 from prometheus_client.parser import text_string_to_metric_families
+
+from support.chat_templates import scripted, spelled
 
 PATIENCE_S = 120
 KEY = "a secret"
@@ -110,10 +117,82 @@ def slow_server(home: Path, folder: Path) -> Iterator[Served]:
     policy.write_text(FAULTY_POLICY)
     arguments = (
         *("--model", folder / "store", "--policy", f"{policy}:Faulty", "--slots", "2"),
-        *("--queue", "1", "--link-gbps", "0.1"),
+        *("--queue", "1", "--link-gbps", "0.1", "--on-policy-error", "stop"),
     )
     with serving(home, *arguments, FAULTY=str(folder / "fault")) as served:
         yield served
+
+
+@contextmanager
+def asking(runner: Runner, **options: Any) -> Iterator[Callable[..., httpx.Response]]:
+    """A server without a socket: what it answers to (method, path, headers, the fields sent)."""
+    with answering(runner, **options) as service:
+
+        def ask(
+            path: str,
+            method: str = "POST",
+            headers: dict[str, str] | None = None,
+            content: bytes | None = None,
+            **fields: Any,
+        ) -> httpx.Response:
+            async def asked() -> httpx.Response:
+                transport = httpx.ASGITransport(app=service.app)
+                async with httpx.AsyncClient(
+                    transport=transport, base_url="http://server"
+                ) as client:
+                    sent = {"content": content} if content is not None else {"json": fields}
+                    sent = sent if method == "POST" else {}
+                    return await client.request(method, path, headers=headers, **sent)
+
+            return asyncio.run(asked())
+
+        yield ask
+
+
+@contextmanager
+def answering(runner: Runner, **options: Any) -> Iterator[Service]:
+    """A server without a socket."""
+    settings = {"queue": 4, "defaults": Defaults(temperature=0.0), "api_key": None, **options}
+    service = Service(runner, **settings)
+    service.worker.start()
+    try:
+        yield service
+    finally:
+        service.worker.close()
+
+
+def answers_together(
+    service: Service, path: str, requests: list[dict[str, Any]]
+) -> list[httpx.Response]:
+    """What a server answers to requests that come at once, in their order."""
+
+    async def asked() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app=service.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            sent = [client.post(path, json=fields) for fields in requests]
+            return list(await asyncio.gather(*sent))
+
+    return asyncio.run(asked())
+
+
+def posted(runner: Runner, writes: str, messages: list[dict[str, Any]], **fields: Any) -> Any:
+    """The answer of a server whose model writes ``writes``: an object, or a stream's choices."""
+    with (
+        asking(runner) as ask,
+        scripted(runner.model, spelled(runner.tokenizer, writes)),
+    ):
+        answer = ask("/v1/chat/completions", messages=messages, **fields)
+    assert answer.status_code == 200, answer.text
+    if not fields.get("stream"):
+        return answer.json()["choices"][0]
+    return [chunk["choices"][0] for chunk in chunks_of(answer)]
+
+
+def chunks_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The objects of a stream that has come to its end."""
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def chat(client: openai.OpenAI, **options: Any) -> Any:

@@ -39,7 +39,7 @@ def write_trace(
         sequence=np.repeat([t[0] for t in tokens], n_layers).astype(np.uint32),
         position=np.repeat(where, n_layers).astype(np.uint32),
         phase=np.repeat([t[1] for t in tokens], n_layers).astype(np.uint8),
-        token_id=np.zeros(n, np.uint32),
+        token_id=np.repeat(np.arange(len(tokens)) * 7 % 50, n_layers).astype(np.uint32),
         layer=np.tile(np.arange(n_layers), len(tokens)).astype(np.uint16),
         experts=np.array([t[2] for t in tokens], np.uint16).reshape(n, top_k),
         weights=np.tile(np.linspace(0.6, 0.4, top_k, dtype=np.float32), (n, 1)),

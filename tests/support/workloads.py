@@ -8,6 +8,8 @@ import numpy as np
 from moeroute.schema import TraceMeta
 from moesim import Workload
 
+N_TOKEN_IDS = 7  # the tokens' ids take turns
+
 
 def make_workload(
     demands: Sequence[tuple[int, Sequence[int]]],
@@ -19,18 +21,23 @@ def make_workload(
 ) -> Workload:
     """One step for each (layer, experts in router order); a pass begins where layers start over.
 
-    ``tokens`` are those each step serves; a step of several is a prompt's. With
-    ``foreseen`` the gate predictions one layer ahead are right. Experts are of 10 bytes.
+    ``tokens`` are those each step serves; a step of several is a prompt's. With ``foreseen`` there
+    are gate logits, and the predictions one layer ahead are right. Experts are of 10 bytes.
     """
     served = np.array([1] * len(demands) if tokens is None else tokens, np.int32)
     widths = [len(experts) for _, experts in demands]
     layer = np.array([layer for layer, _ in demands], np.int32)
     pass_of = np.cumsum(np.diff(layer, prepend=-1) <= 0)
     keys = [layer * n_experts + expert for layer, experts in demands for expert in experts]
-    predicted = np.full((int(pass_of[-1] + 1) * n_layers, n_experts), np.nan, np.float16)
+    # A pass has a row for each of its tokens and layers; where steps differ, for the most of them.
+    rows_of_pass = np.zeros(int(pass_of[-1]) + 1, np.int64)
+    np.maximum.at(rows_of_pass, pass_of, served * n_layers)
+    starts = np.cumsum([0, *rows_of_pass])
+    predicted = np.full((int(starts[-1]), n_experts), np.nan, np.float16)
     for i, (at, experts) in enumerate(demands):
-        predicted[pass_of[i] * n_layers + at] = 0
-        predicted[pass_of[i] * n_layers + at, list(experts)] = 1
+        its = starts[pass_of[i]] + at + np.arange(served[i]) * n_layers
+        predicted[its] = 0
+        predicted[its[:, None], list(experts)] = 1
     return Workload(
         meta=TraceMeta(
             source="recorded",
@@ -49,8 +56,9 @@ def make_workload(
         layer=layer,
         tokens=served,
         decode=served == 1,
-        rows=np.stack([pass_of, pass_of + 1], axis=1).astype(np.int64) * n_layers,
-        row_layer=np.tile(np.arange(n_layers, dtype=np.int32), int(pass_of[-1]) + 1),
-        logits=None,
+        rows=np.stack([starts[pass_of], starts[pass_of + 1]], axis=1),
+        row_layer=np.tile(np.arange(n_layers, dtype=np.int32), int(starts[-1]) // n_layers),
+        logits=predicted if foreseen else None,
         predicted=(predicted,) if foreseen else (),
+        token_ids=np.arange(starts[-1], dtype=np.int32) // n_layers % N_TOKEN_IDS,
     )

@@ -35,6 +35,7 @@ def sample() -> Trace:
     return open_trace("tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prose", "code"])
 def test_it_needs_fewer_bits_than_gzip_and_xz(
     tiny: Checkpoint, evaluate: ModuleType, kind: str

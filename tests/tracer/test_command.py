@@ -16,10 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moeroute import open_trace
+from gguf.constants import GGMLQuantizationType as Kind
+from moeroute import Trace, open_trace
 from moerun.checkpoint.hub import resolve
-from support.checkpoints import change_weights, quantise_float8
+from moetrace.cli import app
+from support.checkpoints import change_config, change_weights, quantise_float8
+from support.gguf_files import Converter
 from support.moe_models import random_model, save_checkpoint
+from support.published import formats, publish
+from typer.testing import CliRunner
 
 Run = Callable[..., "tuple[int, str, str]"]
 # Makes each batch of rows durable at once, and the files no larger than a limit, if there is one.
@@ -86,6 +91,7 @@ def test_a_kill_leaves_no_trace_and_resume_finishes_it(moetrace: Run, tmp_path: 
         np.testing.assert_array_equal(resumed.array(name), straight.array(name), err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 500)
@@ -112,6 +118,7 @@ def test_resuming_a_whole_trace_is_refused(moetrace: Run, corpus: Path, tmp_path
     assert told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
@@ -126,14 +133,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 def test_wrong_models_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
     dense = save_checkpoint(random_model("llama"), resolve("tiny"), tmp_path / "dense")
     cases = {
-        "mixtrl": "there is no model 'mixtrl'",
         str(corpus): "it has no config.json",
         str(dense): "LlamaForCausalLM is no mixture of experts",
     }
+    out = tmp_path / "t.parquet"
     for model, message in cases.items():
-        assert_fails(
-            moetrace("record", corpus, "--model", model, "--out", tmp_path / "t.parquet"), message
-        )
+        assert_fails(moetrace("record", corpus, "--model", model, "--out", out), message)
+    code, printed, told = moetrace("record", corpus, "--model", "mixtrl", "--out", out)
+    assert (code, printed) == (2, "")
+    assert "there is no model 'mixtrl'" in told
     assert not (tmp_path / "t.parquet").exists()
 
 
@@ -141,8 +149,63 @@ def test_undeclared_quantisation_is_not_recorded(
     moetrace: Run, corpus: Path, tmp_path: Path
 ) -> None:
     copy = change_weights(checkpoint_copy(tmp_path), partial(quantise_float8, scale="_scale_inv"))
-    told = "weight_scale_inv' (float32"
+    told = "is quantised (FP8 with scales of blocks) and config.json does not say so"
     assert_fails(moetrace("record", corpus, "--model", copy, "--out", tmp_path / "t.parquet"), told)
+
+
+def test_a_quantised_checkpoint_counts_experts_in_their_own_bits(
+    moetrace: Run, corpus: Path, tmp_path: Path
+) -> None:
+    copy = change_weights(checkpoint_copy(tmp_path), partial(quantise_float8, scale="_scale_inv"))
+    change_config(copy, quantization_config={"quant_method": "fp8"})
+    out = tmp_path / "t.parquet"
+    code, *_ = moetrace("record", corpus, "--model", copy, "--out", out, "--max-tokens", 40)
+    assert code == 0
+    sizes = open_trace(out).meta.expert_bytes
+    assert next(iter(sizes)) == "fp8"
+    assert sizes["fp8"] < 0.6 * sizes["fp16"]
+
+
+def test_gguf_is_recorded_like_the_checkpoint_that_it_was_made_of(
+    moetrace: Run, corpus: Path, tmp_path: Path
+) -> None:
+    model = Converter(checkpoint_copy(tmp_path), "mixtral", lambda _: Kind.F16)
+    file = model.write(tmp_path / "tiny.gguf")
+    arguments = ("--max-tokens", 60, "--dtype", "fp32")
+    found: list[Trace] = []
+    for name in ("tiny", str(file)):
+        out = tmp_path / f"{len(found)}.parquet"
+        code, *_ = moetrace("record", corpus, "--model", name, "--out", out, *arguments)
+        assert code == 0
+        found.append(open_trace(out))
+    for column in ("token_id", "experts", "router_logits"):
+        ours, theirs = (trace.array(column) for trace in found)
+        assert np.array_equal(ours, theirs)
+    digests = [trace.meta.revision for trace in found]
+    assert all(digest and digest.startswith("sha256:") for digest in digests)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:-1000])
+    told = f"{cut} is cut off"
+    assert_fails(moetrace("record", corpus, "--model", cut, "--out", tmp_path / "c.parquet"), told)
+
+
+def test_a_format_that_transformers_needs_a_package_for_is_recorded(
+    moetrace: Run, corpus: Path, tmp_path: Path
+) -> None:
+    awq = publish(formats()["awq"], tmp_path / "awq", tmp_path / "plain", vocab_size=5000)
+    found: list[Trace] = []
+    for folder in (awq, tmp_path / "plain"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(resolve("tiny") / name, folder)
+        out = tmp_path / f"{folder.name}.parquet"
+        arguments = ("--model", folder, "--out", out, "--max-tokens", 40)
+        code, _, told = moetrace("record", corpus, *arguments)
+        assert code == 0, told
+        found.append(open_trace(out))
+    packed, plain = found
+    assert np.array_equal(packed.array("experts"), plain.array("experts"))
+    logits = [trace.array("router_logits").astype(np.float32) for trace in found]
+    assert np.allclose(logits[0], logits[1], atol=1e-2)
 
 
 def test_damaged_checkpoints_are_named(moetrace: Run, corpus: Path, tmp_path: Path) -> None:
@@ -213,6 +276,8 @@ def assert_fails(outcome: tuple[int, str, str], message: str) -> None:
         ["record", "a.txt", "--out", "t.parquet", "--seed", "3"],
         ["import", "a.npz"],
         ["stats", "tiny", "--slots", "two"],
+        ["stats", "tiny", "--slots", "4,9"],
+        ["stats", "tiny", "--slots", "1"],
         ["replay"],
     ],
 )
@@ -276,7 +341,7 @@ def test_an_import_takes_the_sizes_it_is_told(moetrace: Run, tmp_path: Path) -> 
     )
     out.unlink()
 
-    numbers = ["--expert-bytes", "4bit=13,bf16=50", "--dense-layer-bytes", 7]
+    numbers = ["--expert-bytes", "4bit=13,bf16=0.05KB", "--dense-layer-bytes", 7]
     code, printed, told = moetrace("import", foreign, "--out", out, *numbers)
     assert code == 0, told
     meta = open_trace(out).meta
@@ -305,3 +370,25 @@ def test_statistics_in_three_formats(moetrace: Run, corpus: Path, tmp_path: Path
     assert len(lines) == len(rows) + 1
     hits = {row["parameter"]: row["value"] for row in rows if row["statistic"] == "hit_ratio_lru"}
     assert 0 < hits["slots=2"] < hits["slots=4"] <= 1
+
+
+def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
+    recording, left = tmp_path / "r.npz", tmp_path / ".t.parquet.abcd.partial"
+    np.savez(recording, ids=np.tile(np.arange(2), (6, 2, 1)), seq=np.zeros(6, int),
+             pos=np.arange(6), phase=np.ones(6, int))  # fmt: skip
+    left.mkdir()
+    (left / "experts").write_bytes(b"half")
+    done = CliRunner().invoke(app, ["import", str(recording), "--out", str(tmp_path / "t.parquet")])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.npz", "t.parquet"]
+
+
+def test_statistics_are_said_in_words_before_the_numbers(moetrace: Run) -> None:
+    code, printed, _ = moetrace("stats", "tiny", "--slots", "4")
+    assert code == 0
+    said, _, table = " ".join(printed.split()).partition("statistic of")
+    assert "locality: 40 % of a token's experts were among those of the token before it" in said
+    assert "and 26 % with the tokens shuffled: experts come back soon" in said
+    assert "applied a layer early, finds 80 % of the experts" in said
+    assert "LRU hits 69 % and no policy without prefetching could hit more than 84 %" in said
+    assert "hit_ratio_lru slots=4 0.689" in table

@@ -55,6 +55,13 @@ def test_json_lines_without_the_text_are_named(
         texts(file, field=field)
 
 
+def test_json_lines_that_are_no_text_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    file.write_bytes(b'{"q": "a"}\n{"q": "\xff"}\n')
+    with pytest.raises(RunError, match=r"chat\.jsonl, line 2: is not JSON"):
+        texts(file, field="q")
+
+
 def test_a_field_needs_json_lines(corpus: Path) -> None:
     with pytest.raises(RunError, match=r"--field text: the corpus has no \.jsonl"):
         texts(corpus, field="text")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from moeroute import Trace, open_trace
+from moeroute.models import BLOCKS, PACKED
 from moerun.errors import RunError
 from moerun.offload.gate_predictor import OWN_NORM
 from moetrace.corpus import Windows
@@ -70,12 +71,13 @@ def test_the_metadata_is_complete(tiny: Checkpoint, corpus: Path, tmp_path: Path
     expert_values = 3 * 128 * 256
     assert meta.precision == "fp16"
     assert meta.expert_bytes["fp16"] == 2 * expert_values
-    assert set(meta.expert_bytes) == {"fp16", "fp32", "bf16", "4bit", "3bit", "2bit"}
+    assert set(meta.expert_bytes) == {"fp16", "fp32", "bf16", *PACKED, *BLOCKS}
     attention, norms, gate = 128 * 128 * 2 + 128 * 64 * 2, 2 * 128, 8 * 128
     assert meta.layer_bytes == 2 * (attention + norms + gate)
     vocabulary = tiny.model.config.vocab_size
     assert meta.token_bytes == 2 * (128 + 128 + 128 * vocabulary)
     assert (meta.prediction, meta.horizon) == (OWN_NORM, 3)
+    assert (meta.weight_rule, meta.weight_scale) == ("softmax-topk-renorm", 1.0)
     assert meta.corpus_digest == windows.digest
     assert meta.revision is not None
     assert meta.revision.startswith("sha256:")

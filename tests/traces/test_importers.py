@@ -58,11 +58,13 @@ def test_npz(tmp_path: Path) -> None:
     assert (meta.source, meta.model, meta.missing_rows) == ("imported", "route", 1)
     assert (meta.n_layers, meta.n_experts, meta.top_k) == (2, 5, 2)
     assert meta.notes["not_imported"] == "arrays finished"
-    assert trace.array("sequence").tolist() == [0, 0, 1, 1, 1]
-    assert trace.array("position").tolist() == [3, 3, 7, 7, 8]
-    assert trace.array("phase").tolist() == [0, 0, 1, 1, 1]
-    assert trace.array("layer").tolist() == [0, 1, 0, 1, 1]
-    assert trace.array("experts").tolist() == [[0, 3], [2, 1], [4, 0], [1, 2], [3, 0]]
+    # The file has a token of sequence 1, one of sequence 0, and another of 1: its order is kept.
+    assert trace.array("sequence").tolist() == [0, 0, 0, 1, 1]
+    assert trace.array("position").tolist() == [7, 7, 8, 3, 3]
+    assert trace.array("phase").tolist() == [1, 1, 1, 0, 0]
+    assert trace.array("pass_id").tolist() == [0, 0, 2, 1, 1]
+    assert trace.array("layer").tolist() == [0, 1, 1, 0, 1]
+    assert trace.array("experts").tolist() == [[4, 0], [1, 2], [3, 0], [0, 3], [2, 1]]
     assert trace.array("weights").tolist() == [[0.75, 0.25]] * 5
     assert not trace.has("token_id")
 
@@ -89,7 +91,6 @@ def test_npz_with_a_token_wholly_lost(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"seq": None}, "no array seq; it has finished, ids"),
-        ({"valid": None}, "token 2, layer 0, column experts: -1 is out of range"),
         (
             {"n_experts": np.array(4)},
             "token 0, layer 0, column experts: expert 4 is out of range (there are 4)",
@@ -102,7 +103,7 @@ def test_npz_with_a_token_wholly_lost(tmp_path: Path) -> None:
         ({"phase": np.array([1, 2, 1])}, "token 1, layer 0, column phase: 2 is no phase"),
         ({"seq": np.array([1, 0])}, "array seq is int64[2], not whole numbers [3]"),
         ({"weights": np.ones((3, 2, 2), dtype=int)}, "array weights is int64[3, 2, 2], not real"),
-        ({"weights": np.full((3, 2, 2), np.nan)}, "token 1, layer 0, column weights: [nan, nan]"),
+        ({"weights": np.full((3, 2, 2), np.nan)}, "token 0, layer 0, column weights: [nan, nan]"),
         ({"ids": np.zeros((3, 2))}, "array ids has shape [3, 2]"),
         ({"top_k": np.array(3)}, "top_k is 3, but ids holds 2"),
         ({"seq": np.array([-1, 0, 1])}, "token 0, layer 0, column sequence: -1 is out of range"),
@@ -187,7 +188,7 @@ def test_unknown_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no such file"):
         import_foreign(path, tmp_path / "t.parquet")
     path.write_bytes(b"hello")
-    with pytest.raises(TraceError, match="'hello': not a format that can be imported"):
+    with pytest.raises(TraceError, match="'hello': not a format that is known by its content"):
         import_foreign(path, tmp_path / "t.parquet")
     with pytest.raises(TraceError, match="line 1: not a route trace"):
         import_bigmoe_csv(path, tmp_path / "t.parquet")

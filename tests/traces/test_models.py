@@ -29,6 +29,9 @@ BILLIONS = {
     "deepseek-v3": 671.0,
     "glm-4.5-air": 106.9,
     "olmoe-1b-7b": 6.9,
+    "glm-4.7-flash": 29.9,
+    "gemma-4-26b-a4b": 25.2,
+    "deepseek-v4-flash": 284.3,
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moeroute import Rows, TraceError, TraceMeta
 from moeroute.check import RowChecker, check_names
-from moeroute.schema import rows_from_columns
+from moeroute.schema import NO_EXPERT, rows_from_columns
 from support.tracekit import make_meta, make_rows
 
 META = make_meta(horizon=1)
@@ -189,3 +189,53 @@ def test_a_required_column_is_named() -> None:
         with pytest.raises(TraceError) as caught:
             check_names([other for other in names if other != name], "here")
         assert str(caught.value) == f"here: no column {name}: not a routing trace"
+
+
+@given(st.integers(0, N - 1), cuts)
+def test_the_rows_of_a_token_are_of_one_pass(wrong: int, cuts: list[int]) -> None:
+    passes = np.repeat(np.arange(N // 3, dtype=np.uint32)[::-1], 3)  # requests in any order of time
+    checked(replace(ROWS, pass_id=passes), *cuts)
+    passes[wrong] += 100
+    with pytest.raises(TraceError) as caught:
+        checked(replace(ROWS, pass_id=passes), *cuts)
+    row = max(wrong, wrong // 3 * 3 + 1)  # the first that differs from the row before
+    assert str(caught.value) == (
+        f"here: row {row}, column pass_id: {passes[row]} where the token's rows before have "
+        f"{passes[row - 1]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "weights", "message"),
+    [
+        ([NO_EXPERT, NO_EXPERT], [0, 0], "column experts: an expert stands after none"),
+        ([NO_EXPERT, 1], [0, 0], "column experts: an expert stands after none"),
+        ([1, NO_EXPERT], [0.75, 0.25], "column weights: a weight has no expert"),
+        ([1, 1], [0.5, 0.5], "column experts: expert 1 is there more than once"),
+        ([1, 8], [0.5, 0.5], "column experts: expert 8 is out of range (there are 4)"),
+    ],
+)
+def test_rows_with_fewer_experts_end_in_none(
+    experts: list[int], weights: list[float], message: str
+) -> None:
+    meta = replace(META, variable_top_k=True)
+    assert ROWS.weights is not None
+    rows = replace(ROWS, experts=ROWS.experts.copy(), weights=ROWS.weights.copy())
+    assert rows.weights is not None
+    rows.experts[4], rows.weights[4] = [1, NO_EXPERT], [0.5, 0]
+    checked(rows, 2, meta=meta)
+    with pytest.raises(TraceError, match=f"row 4, column experts: expert {NO_EXPERT} is out of"):
+        checked(rows, 2)
+    rows.experts[4], rows.weights[4] = experts, weights
+    with pytest.raises(TraceError) as caught:
+        checked(rows, 2, meta=meta)
+    assert str(caught.value) == f"here: row 4, {message}"
+
+
+def test_the_number_of_no_expert_is_no_expert() -> None:
+    replace(META, n_experts=1 << 16)
+    with pytest.raises(TraceError, match=r"n_experts is 65536, not 1\.\.65535"):
+        replace(META, n_experts=1 << 16, variable_top_k=True)
+    changed = META.to_json().replace('"physical_to_logical":null', '"physical_to_logical":[3]')
+    with pytest.raises(TraceError, match="physical_to_logical cannot be"):
+        TraceMeta.from_json(changed)

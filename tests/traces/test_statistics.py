@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeroute import Rows, Trace, TraceError, TraceMeta, open_trace
+from moeroute import Rows, Trace, TraceError, TraceMeta, TraceWriter, open_trace
 from moeroute.hitratio import hit_ratios
 from moeroute.importers import import_npz
+from moeroute.schema import NO_EXPERT
 from moeroute.statistics import (
     Routing,
     gate_weights,
@@ -169,6 +170,10 @@ def test_the_heaviest_expert_ends_most_recent() -> None:
 def test_a_cache_below_a_step_is_refused() -> None:
     with pytest.raises(TraceError, match="1 experts a layer cannot hold a step's 2"):
         hit_ratios(routing_of([[[0, 1]]], 4), [1])
+    with pytest.raises(
+        TraceError, match="a cache of 5 experts a layer: a layer has no more than 4"
+    ):
+        hit_ratios(routing_of([[[0, 1]]], 4), [4, 5])
 
 
 def plain_lru(steps: NDArray[np.int64], size: int) -> int:
@@ -267,3 +272,34 @@ def test_the_summary_of_a_short_bare_trace(tmp_path: Path) -> None:
     assert "hit_ratio_lru" in names
     assert not names & {"recall", "top1_weight"}
     assert all(np.isnan(row.value) for row in table if row.name == "locality")
+
+
+def test_tokens_that_choose_fewer_experts_count_as_many_as_they_choose(tmp_path: Path) -> None:
+    """One layer, top-2 of 4: tokens choose 0 1, then 1, then 1 2, then 0."""
+    meta = TraceMeta(
+        source="imported", model="m", n_layers=1, n_experts=4, top_k=2, variable_top_k=True
+    )
+    none = NO_EXPERT
+    rows = Rows(
+        sequence=np.zeros(4, np.uint32),
+        position=np.arange(4, dtype=np.uint32),
+        phase=np.ones(4, np.uint8),
+        token_id=None,
+        layer=np.zeros(4, np.uint16),
+        experts=np.array([[0, 1], [1, none], [1, 2], [0, none]], np.uint16),
+        weights=np.array([[0.5, 0.5], [1, 0], [0.75, 0.25], [1, 0]], np.float32),
+    )
+    with TraceWriter(tmp_path / "t.parquet", meta) as writer:
+        writer.write(rows)
+    trace = open_trace(tmp_path / "t.parquet")
+    trace.validate()
+    routing = read_routing(trace)
+    # Of the four experts that have a token before: 1 repeats twice, 2 and 0 do not.
+    assert locality(routing, [1]).by_layer.tolist() == [[0.5]]
+    assert popularity(routing).shares.tolist() == [[2 / 6, 3 / 6, 1 / 6, 0]]
+    assert gate_weights(trace).mean_top1 == (0.5 + 1 + 0.75 + 1) / 4
+    # Two slots: 1 is a hit twice; 2 takes 0's slot, unless 2 may be declined.
+    ratios = hit_ratios(routing, [2, 3])
+    assert ratios.lru.tolist() == [2 / 6, 3 / 6]
+    assert ratios.belady.tolist() == [2 / 6, 3 / 6]
+    assert ratios.belady_bypass.tolist() == [3 / 6, 3 / 6]

@@ -15,6 +15,8 @@ import polars as pl
 import pytest
 from moeroute import Rows, TraceError, TraceMeta, open_trace, sample_names
 from moeroute.schema import META_KEY
+from moeroute.statistics import read_routing
+from moesim.workload.loading import load_workload
 from support.tracekit import make_meta, make_rows, write
 
 
@@ -205,3 +207,27 @@ def test_an_unknown_name_lists_the_samples() -> None:
 def test_importing_the_package_loads_no_polars() -> None:
     code = "import sys, moeroute; sys.exit('polars' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pl.DataFrame.reverse,
+        lambda frame: frame.with_columns(pl.col("position").shuffle(1)),
+        lambda frame: pl.concat([frame, frame]),
+        lambda frame: frame.sample(fraction=0.5, seed=1),
+    ],
+)
+def test_who_replays_or_counts_a_trace_whose_rows_are_out_of_order_refuses_it(
+    path: Path, change: Callable[[pl.DataFrame], pl.DataFrame]
+) -> None:
+    rewrite(path, change)
+    for reader in (read_routing, load_workload):
+        with pytest.raises(TraceError, match=r"t\.parquet: row \d+, column sequence, position"):
+            reader(open_trace(path))
+
+
+def test_a_trace_that_lacks_rows_without_saying_so_is_not_replayed(path: Path) -> None:
+    rewrite(path, lambda frame: frame.filter(pl.int_range(pl.len()) != 3))
+    with pytest.raises(TraceError, match="rows are missing before"):
+        load_workload(open_trace(path))

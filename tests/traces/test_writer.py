@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeroute import Rows, Trace, TraceError, TraceMeta, TraceWriter, open_trace
+from moeroute.naming import sha256_of
 from support.tracekit import leave_unfinished, make_meta, make_rows, write
 
 TESTS = Path(__file__).parents[1]
@@ -127,6 +129,15 @@ def test_resuming_over_a_damaged_part_names_it(tmp_path: Path) -> None:
         TraceWriter(path, make_meta(), resume=True)
 
 
+@pytest.mark.parametrize("meta", [b"\xff", b"{", b"[]", b'{"format_version": 1}', b"9" * 5000])
+def test_resuming_over_a_damaged_description_says_what_to_do(tmp_path: Path, meta: bytes) -> None:
+    path = tmp_path / "t.parquet"
+    leave_unfinished(path, make_meta(), make_rows(make_meta()))
+    (tmp_path / "t.parquet.partial/meta.json").write_bytes(meta)
+    with pytest.raises(TraceError, match=r"cannot resume: meta\.json: .*; remove it to start over"):
+        TraceWriter(path, make_meta(), resume=True)
+
+
 def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "t.parquet.partial").mkdir()
     (tmp_path / "t.parquet.partial" / "thesis.txt").write_text("mine")
@@ -184,6 +195,7 @@ def test_a_killed_recording_resumes_where_it_was(tmp_path: Path) -> None:
     np.testing.assert_array_equal(trace.array("experts"), np.concatenate(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.1])
 def test_a_kill_while_closing_leaves_all_or_nothing(tmp_path: Path, delay_s: float) -> None:
     path = tmp_path / "t.parquet"
@@ -241,3 +253,58 @@ def test_a_disk_that_fills_at_the_end_loses_nothing(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     _write_until_told(*sys.argv[1:])
+
+
+def test_one_process_at_a_time_writes_a_trace(tmp_path: Path) -> None:
+    path, meta = tmp_path / "t.parquet", make_meta()
+    rows = make_rows(meta)
+    with TraceWriter(path, meta) as first:
+        first.write(rows)
+        first.flush()
+        for resume in (False, True):
+            with pytest.raises(
+                TraceError, match=r"t\.parquet\.partial: another process is writing"
+            ):
+                TraceWriter(path, meta, resume=resume)
+    assert_holds(open_trace(path), rows)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_trace_is_given_up_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed meanwhile, its beginning is what can be resumed."""
+    path, meta = tmp_path / "t.parquet", make_meta()
+    rows = make_rows(meta)
+    half = len(rows) // 2 // meta.n_layers * meta.n_layers
+    writer = TraceWriter(path, meta)
+    for start, stop in ((0, half), (half, len(rows))):
+        writer.write(rows.slice(start, stop))
+        writer.flush()
+    gone: list[str] = []
+    unlink = Path.unlink
+
+    def noted(self: Path, missing_ok: bool = False) -> None:
+        gone.append(self.name)
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    writer.discard()
+    assert gone[:3] == ["part-000001.arrow", "part-000000.arrow", "meta.json"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_ends_while_its_digest_is_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f.bin"
+    path.write_bytes(b"x" * 100)
+    assert sha256_of(path) == hashlib.sha256(b"x" * 100).digest()
+    real = os.fstat
+
+    def longer(fd: int) -> os.stat_result:
+        found = list(real(fd))
+        found[6] += 1  # the size
+        return os.stat_result(found)
+
+    monkeypatch.setattr("moeroute.naming.os.fstat", longer)
+    with pytest.raises(TraceError, match=r"f\.bin: was cut off while it was read"):
+        sha256_of(path)

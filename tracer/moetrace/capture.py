@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from moerun.errors import RunError
+from moerun.offload.gate import choice_reader, logits_reader
 from moerun.offload.gate_predictor import GatePredictor, find_routers
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class RoutingCapture:
 
     def __init__(self, model: nn.Module, horizon: int, prediction: str | None = None) -> None:
         self.routers = find_routers(model)
+        self._logits, self._choice = logits_reader(model), choice_reader(model)
         self.horizon = horizon
         self.predictor = GatePredictor(model, horizon, prediction) if horizon else None
         self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -68,7 +70,7 @@ class RoutingCapture:
         logits = torch.stack([logits for logits, *_ in self._outputs], 1).half()
         norms = torch.stack(self._norms, 1)
         predicted = self._by_row(logits)
-        self._outputs, self._norms, self._predicted = [], [], []
+        self.reset()
         if wanted is not None:
             weights, ids, logits, norms = (t[wanted] for t in (weights, ids, logits, norms))
             predicted = predicted[:, wanted]
@@ -83,18 +85,29 @@ class RoutingCapture:
             tuple(predicted.cpu().numpy()),
         )
 
+    def reset(self) -> None:
+        """Forget what a forward pass that did not end has left."""
+        self._outputs, self._norms, self._predicted = [], [], []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gates' outputs are."""
+        return self._outputs[0][0].device
+
     def _keep(self, router: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, tuple) or len(output) != 3:
+        try:
+            weights, ids = self._choice(output)
+            logits, weights, ids = (p.detach() for p in (self._logits(output), weights, ids))
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise RunError(
                 f"{type(router).__name__} does not give (logits, weights, experts): "
                 "its family cannot be recorded"
-            )
+            ) from error
         hidden = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
         layer = len(self._outputs) % len(self.routers)
         if self.predictor is not None:
             self._predicted.append(self.predictor.predict(layer, hidden))
         self._norms.append(torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32))
-        logits, weights, ids = (part.detach() for part in output)
         self._outputs.append((logits, weights, ids))
 
     def _by_row(self, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moeroute.jsontext import parse_json
 from moerun.errors import RunError
 
 _JSON_LINES = frozenset({".jsonl", ".ndjson"})
@@ -21,14 +22,23 @@ class Document(NamedTuple):
     text: str
 
 
+def check_corpus(paths: Sequence[Path], field: str | None = None) -> None:
+    """RunError for a corpus that is not there, or for a field that it has no file for: what can be
+    told before a model is loaded."""
+    found = list(_files(paths))
+    if field is not None and not any(map(is_json_lines, found)):
+        raise RunError(f"--field {field}: the corpus has no .jsonl file to take it from")
+    if not found:
+        raise RunError("the corpus is empty: it has no file with text in it")
+
+
 def read_documents(paths: Sequence[Path], field: str | None = None) -> Iterator[Document]:
     """The texts of files and folders in order; of JSON lines, the string under `field` of each.
 
     A folder gives all files below it that hold UTF-8 text, sorted by path, hidden ones left out.
     Raises RunError for what is not there, is no text, or lacks the field.
     """
-    if field is not None and not any(is_json_lines(path) for path in _files(paths)):
-        raise RunError(f"--field {field}: the corpus has no .jsonl file to take it from")
+    check_corpus(paths, field)
     for given in paths:
         for path in _files([given]):
             if is_json_lines(path):
@@ -68,7 +78,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def _json_documents(path: Path, field: str | None) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -76,9 +86,9 @@ def _json_documents(path: Path, field: str | None) -> Iterator[Document]:
             yield Document(where, _field_of(line, field, where))
 
 
-def _field_of(line: str, field: str | None, where: str) -> str:
+def _field_of(line: bytes, field: str | None, where: str) -> str:
     try:
-        record: Any = json.loads(line)
+        record: Any = parse_json(line)
     except json.JSONDecodeError as error:
         raise RunError(f"{where}: is not JSON ({error.msg})") from None
     if not isinstance(record, dict):

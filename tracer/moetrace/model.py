@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,20 @@ from typing import Any
 import torch
 from moepolicy.versions import installed
 from moeroute.models import DenseSizes, dense_sizes
+from moeroute.naming import sha256_of
 from moerun.checkpoint.accounting import check_tensors
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import empty_model, expert_shape, find_experts, shared_experts_of
+from moerun.checkpoint.gguf.header import is_gguf
 from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.sizes import dense_bytes
+from moerun.checkpoint.source import ModelSource
 from moerun.errors import RunError
+from moerun.format.expert import ExpertShape
 from moerun.format.precision import NATIVE, PLAIN, PRECISIONS
 from moerun.offload.gate_predictor import find_routers
+from moerun.offload.load import load_tokenizer
+from moerun.offload.whole import whole_model
 from torch import nn
 
 DTYPES = {"auto": None, **PLAIN}
@@ -35,6 +42,7 @@ class Checkpoint:
     model: Any
     tokenizer: Any
     stored: torch.dtype  # of the checkpoint; the model may run in a wider one
+    published: ExpertShape | None = None  # an expert, where the checkpoint is quantised
 
     @property
     def context(self) -> int:
@@ -46,13 +54,12 @@ class Checkpoint:
         """The hub's commit, or a digest of the weights of a local checkpoint that is not huge."""
         if self.path.parent.name == "snapshots":
             return self.path.name
-        files = sorted(self.path.glob("*.safetensors"))
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         if not files or sum(file.stat().st_size for file in files) > _HASHED_BYTES:
             return None
         digest = hashlib.sha256()
         for file in files:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            digest.update(sha256_of(file))
         return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -61,7 +68,8 @@ def load(
 ) -> Checkpoint:
     """Load a checkpoint by bundled name, folder or hub id.
 
-    `dtype` "auto" runs it as stored; on the CPU, which has no fast 16-bit float arithmetic but
+    GGUF, and what is quantised, is read as `moerun pack` reads it, and runs dequantised. `dtype`
+    "auto" runs it as stored; on the CPU, which has no fast 16-bit float arithmetic but
     bfloat16's, float16 runs as float32. Raises RunError when there is no such model, it is no
     mixture of experts, or its files are damaged or incomplete.
     """
@@ -72,27 +80,59 @@ def load(
     logging.disable_progress_bar()
     path = resolve(name, revision=revision)
     place = _device(device)
+    if is_gguf(path):
+        return _read(name, path, dtype, place)
     config = _loading(path / "config.json", AutoConfig.from_pretrained, path)
+    refused: RunError | None = None
+    if getattr(config, "quantization_config", None):
+        try:
+            return _read(name, path, dtype, place)
+        except RunError as error:
+            refused = error  # transformers may know the format
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     empty = _loading(path, empty_model, config, stored)
     find_routers(empty)
     if not getattr(config, "quantization_config", None):  # what is declared, transformers reads
         check_tensors(path, empty, config)
-    run_as = DTYPES[dtype] or stored
-    if dtype == "auto" and place.type == "cpu" and stored is torch.float16:
-        run_as = torch.float32
-    model, info = _loading(
-        path,
-        AutoModelForCausalLM.from_pretrained,
-        path,
-        dtype=run_as,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    run_as = _dtype(dtype, stored, place)
+    try:
+        model, info = _loading(
+            path,
+            AutoModelForCausalLM.from_pretrained,
+            path,
+            dtype=run_as,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except RunError as error:
+        raise refused or error from error
     if absent := sorted(info["missing_keys"]) or sorted(info["mismatched_keys"]):
         raise RunError(f"{path}: the checkpoint is incomplete: it lacks {absent[0]}")
+    # Of a quantised checkpoint, transformers casts what it dequantises, and nothing else.
+    for parameter in model.parameters():
+        if parameter.dtype is stored:
+            parameter.data = parameter.data.to(run_as)
     tokenizer = _loading(path, AutoTokenizer.from_pretrained, path)
     return Checkpoint(name, path, model.to(place).eval(), tokenizer, stored)
+
+
+def _read(name: str, path: Path, dtype: str, place: torch.device) -> Checkpoint:
+    """A checkpoint in GGUF, or in a format of quantised weights, as `moerun pack` reads it."""
+    with closing(ModelSource(path)) as source:
+        find_routers(source.model)
+        stored, published = source.dtype, source.shape
+        model = whole_model(source, _dtype(dtype, stored, place), place)
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise RunError(f"{path} has no tokenizer: put tokenizer.json next to it")
+    return Checkpoint(name, path, model, tokenizer, stored, published)
+
+
+def _dtype(asked: str, stored: torch.dtype, place: torch.device) -> torch.dtype:
+    """In what a model computes whose checkpoint is ``stored`` so."""
+    if asked == "auto" and place.type == "cpu" and stored is torch.float16:
+        return torch.float32
+    return DTYPES[asked] or stored
 
 
 def _device(name: str) -> torch.device:
@@ -113,8 +153,11 @@ def _loading(where: Path, load_it: Any, *arguments: Any, **keywords: Any) -> Any
         raise RunError(f"{where} cannot be loaded: {reason}") from error
 
 
-def expert_bytes(model: nn.Module, stored: torch.dtype) -> dict[str, int]:
-    """Bytes of one expert's record by precision, that of the checkpoint first.
+def expert_bytes(
+    model: nn.Module, stored: torch.dtype, published: ExpertShape | None = None
+) -> dict[str, int]:
+    """Bytes of one expert's record by precision, that of the checkpoint first: ``published`` is an
+    expert of one that is quantised, which the runtime may keep in its own bits.
 
     Precisions that this expert's shape does not divide into are left out; empty where the family
     does not keep its experts as the runtime could serve them.
@@ -125,6 +168,8 @@ def expert_bytes(model: nn.Module, stored: torch.dtype) -> dict[str, int]:
     shape = expert_shape(found[0][1], stored)
     own = precision_name(stored)
     sizes: dict[str, int] = {}
+    if published and (coding := published.coding(NATIVE)):
+        sizes[coding.name] = published.record(NATIVE).record_bytes
     for precision in (own, *PRECISIONS):
         if precision == NATIVE:
             continue

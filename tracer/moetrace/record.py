@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from moeroute import DECODE, PROMPT, Rows, TraceMeta, TraceWriter
+from moeroute.weight_rules import detect_weight_rule
 from moerun.errors import RunError
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from moetrace.corpus import Windows, cut_windows, read_documents
 from moetrace.model import Checkpoint
 
 LONGEST_DEFAULT = 2048  # tokens of a sequence, where the model could take more
+PROBE_TOKENS = 16  # that tell what the gates give: shapes, and the rule of their weights
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,14 @@ def open_windows(checkpoint: Checkpoint, corpus: list[Path], settings: Settings)
 def describe_recording(
     checkpoint: Checkpoint, windows: Windows, settings: Settings, capture: RoutingCapture
 ) -> TraceMeta:
-    """The trace's metadata; one token goes through the model to learn what its gates give."""
+    """The trace's metadata; a few tokens go through the model to learn what its gates give."""
     with torch.inference_mode():
-        ids = torch.tensor([windows.sequences[0][:1]], device=checkpoint.model.device)
+        ids = torch.tensor([windows.sequences[0][:PROBE_TOKENS]], device=checkpoint.model.device)
         checkpoint.model(input_ids=ids, use_cache=False)
     _, n_layers, top_k = (probe := capture.take()).experts.shape
+    rule = detect_weight_rule(
+        *(flat(part) for part in (probe.router_logits, probe.weights, probe.experts))
+    )
     model, stored = checkpoint.model, checkpoint.stored
     predictor = capture.predictor
     dense = describe.dense_sizes_of(model, stored)
@@ -90,13 +95,15 @@ def describe_recording(
         n_experts=probe.router_logits.shape[-1],
         top_k=top_k,
         n_shared_experts=describe.shared_experts(model),
-        expert_bytes=describe.expert_bytes(model, stored),
+        expert_bytes=describe.expert_bytes(model, stored, checkpoint.published),
         expert_params=describe.expert_params(model, stored),
         layer_bytes=dense.layer_bytes if dense else None,
         token_bytes=dense.token_bytes if dense else None,
         dense_precision=describe.precision_name(stored) if dense else None,
         prediction=predictor.method if predictor else None,
         horizon=settings.horizon,
+        weight_rule=rule.name if rule else None,
+        weight_scale=rule.scale if rule else None,
         corpus_digest=windows.digest,
         tokenizer=describe.tokenizer_digest(checkpoint.tokenizer),
         seed=settings.seed if settings.temperature else None,
@@ -222,9 +229,6 @@ def _rows(routing: Routing, batch: list[tuple[int, list[int]]], prompt_tokens: i
     def by_layer(column: Any) -> Any:
         return np.repeat(column, n_layers)
 
-    def flat(values: Any) -> Any:
-        return values.reshape(-1, values.shape[-1])
-
     return Rows(
         sequence=by_layer(sequence),
         position=by_layer(position),
@@ -237,3 +241,8 @@ def _rows(routing: Routing, batch: list[tuple[int, list[int]]], prompt_tokens: i
         input_norm=routing.input_norm.reshape(-1),
         predicted=tuple(flat(values) for values in routing.predicted),
     )
+
+
+def flat(values: Any) -> Any:
+    """[T, L, X] as [T * L, X]: one row a (token, layer)."""
+    return values.reshape(-1, values.shape[-1])

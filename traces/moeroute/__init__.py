@@ -17,6 +17,7 @@ from moeroute.schema import (
     Rows,
     TraceError,
     TraceMeta,
+    TraceUsageError,
     prediction_column,
 )
 from moeroute.summary import Statistic, summarize
@@ -31,6 +32,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "TraceMeta",
+    "TraceUsageError",
     "TraceWriter",
     "open_trace",
     "prediction_column",

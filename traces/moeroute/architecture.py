@@ -1,77 +1,47 @@
 """The weights of a mixture-of-experts model, by name and shape, from its config.json alone.
 
-Names are those of transformers' models, with the experts of a layer apart from the rest. A test
-holds each family against the parameters of the transformers model on the meta device.
+The names are those of transformers' models; the experts of a layer are listed apart from the rest.
+A test compares each family with the parameters of the transformers model on the meta device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from moeroute.families import FAMILIES, family_of
 from moeroute.schema import TraceError
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the models of one ``model_type`` are built.
-
-    attention  "grouped" heads, "latent" ones (MLA), or "mixed": one layer in several is of grouped
-               heads with an output gate, the others are gated delta nets
-    norms      of queries and keys: "" none, "head" over a head, "all" over all heads
-    biases     of queries, keys and values where the config says nothing
-    shared     experts that every token passes: "" none, "one" with a gate of its own, "several" as
-               one block
-    """
-
-    attention: str = "grouped"
-    norms: str = ""
-    biases: bool = False
-    shared: str = ""
-    router: str = "gate"
-    expert_field: str = "moe_intermediate_size"
-
-
-FAMILIES: dict[str, Family] = {
-    "deepseek_v2": Family("latent", shared="several"),
-    "deepseek_v3": Family("latent", shared="several"),
-    "glm4_moe": Family(shared="several"),
-    "gpt_oss": Family(biases=True, router="router", expert_field="intermediate_size"),
-    "mixtral": Family(expert_field="intermediate_size"),
-    "olmoe": Family(norms="all", expert_field="intermediate_size"),
-    "qwen2_moe": Family(biases=True, shared="one"),
-    "qwen3_5_moe_text": Family("mixed", norms="head", shared="one"),
-    "qwen3_moe": Family(norms="head"),
-    "qwen3_next": Family("mixed", norms="head", shared="one"),
-}
-ALIASES = {"qwen3_5_moe": "qwen3_5_moe_text"}
 # Without it these would take a constant of their own for it; every published config has it.
-_HEAD_DIM_IS_STATED = ("gpt_oss", "qwen3_next", "qwen3_5_moe_text")
+_HEAD_DIM_IS_STATED = ("gpt_oss", "qwen3_next", "qwen3_5_moe")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # versions differ
 CORRECTION_BIAS = "e_score_correction_bias"  # a buffer, float32 whatever the rest is
 
 
 class Architecture:
-    """One configuration's weights. Raises TraceError naming the field that is missing or wrong."""
+    """The weights of one configuration. Raises TraceError that names a missing or wrong field."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self.config: Mapping[str, Any] = config.get("text_config") or config
         self.name = name
         found = str(self.config.get("model_type", config.get("model_type", "")))
-        self.model_type = ALIASES.get(found, found)
-        if self.model_type not in FAMILIES:
+        family = family_of(found)
+        if family is None or family.weights is None:
+            known = ", ".join(each.model_type for each in FAMILIES if each.weights)
             raise TraceError(
                 f"{name}: a model of family {found or 'unknown'!r}, whose sizes are not known "
-                f"here; known are {', '.join(FAMILIES)}: give the sizes as numbers"
+                f"here; known are {known}: give the sizes as numbers"
             )
-        self.family = FAMILIES[self.model_type]
+        self.model_type = family.model_type
+        self.family = family.weights
         self.hidden = self.whole("hidden_size")
         self.n_layers = self.whole("num_hidden_layers")
         named = [field for field in _EXPERTS if self.config.get(field) is not None]
         self.n_experts = self.whole(named[0] if named else "num_experts")
+        self.top_k = self.whole(self.family.top_k_field)
         self.vocabulary = self.whole("vocab_size")
 
     def whole(self, field: str, default: int | None = None) -> int:
@@ -87,9 +57,12 @@ class Architecture:
     @property
     def moe_layers(self) -> list[int]:
         """The numbers of the layers that have experts."""
+        kinds = self.layer_kinds("mlp_layer_types")
+        if kinds is not None:
+            return [i for i, kind in enumerate(kinds) if kind != "dense"]
         if self.whole("moe_layer_freq", 1) != 1:
             raise TraceError(f"{self.name}: moe_layer_freq is not 1: give the sizes as numbers")
-        first = self.whole("first_k_dense_replace", 0)
+        first = self.whole("first_k_dense_replace", self.family.dense_first)
         dense = set(self.config.get("mlp_only_layers") or ())
         every = self.whole("decoder_sparse_step", 1) or 1
         return [
@@ -97,19 +70,35 @@ class Architecture:
         ]
 
     def tensors(self) -> Shapes:
-        """Every weight but the routed experts', the head last; a tied head is none of its own."""
+        """Every weight but those of routed experts, the head last. A tied head is not listed."""
         found: Shapes = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
-        moe = set(self.moe_layers)
         for i in range(self.n_layers):
-            block = self._experts_block() if i in moe else self._dense_block()
-            parts = self._attention(i) | block
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                parts[f"{norm}.weight"] = (self.hidden,)
-            found |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
-        found["model.norm.weight"] = (self.hidden,)
-        if not self.config.get("tie_word_embeddings", False):
+            found |= {f"model.layers.{i}.{name}": shape for name, shape in self.layer(i).items()}
+        found |= self.after_layers()
+        if not self.config.get("tie_word_embeddings", self.family.tied):
             found["lm_head.weight"] = (self.vocabulary, self.hidden)
         return found
+
+    def layer(self, layer: int) -> Shapes:
+        """Every weight of a layer but those of routed experts, by names within the layer."""
+        block = self._experts_block() if layer in self.moe_layers else self._dense_block()
+        parts = self._attention(layer) | block
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            parts[f"{norm}.weight"] = (self.hidden,)
+        return parts
+
+    def after_layers(self) -> Shapes:
+        """The weights between the last layer and the head."""
+        return {"model.norm.weight": (self.hidden,)}
+
+    def layer_kinds(self, field: str) -> list[str] | None:
+        """What ``field`` says of each layer; None where the config does not have it."""
+        kinds = self.config.get(field)
+        if kinds is None:
+            return None
+        if not isinstance(kinds, list | tuple) or len(kinds) < self.n_layers:
+            raise TraceError(f"{self.name}: {field} names not all {self.n_layers} layers")
+        return [str(kind) for kind in kinds[: self.n_layers]]
 
     def expert(self) -> Shapes:
         """One routed expert: matrices [output, input] and, where the family has them, biases."""
@@ -128,13 +117,13 @@ class Architecture:
         found: Shapes = {f"{router}.weight": (self.n_experts, self.hidden)}
         if self.model_type == "gpt_oss":
             found[f"{router}.bias"] = (self.n_experts,)
-        if self.model_type in ("deepseek_v3", "glm4_moe"):
+        if self.family.correction:
             found[f"{router}.{CORRECTION_BIAS}"] = (self.n_experts,)
         if self.family.shared == "one" and self.n_shared_experts:
-            found |= self._gated("mlp.shared_expert", self.whole("shared_expert_intermediate_size"))
+            found |= self.gated("mlp.shared_expert", self.whole("shared_expert_intermediate_size"))
             found["mlp.shared_expert_gate.weight"] = (1, self.hidden)
         elif n := self.n_shared_experts:
-            found |= self._gated("mlp.shared_experts", n * self.whole("moe_intermediate_size"))
+            found |= self.gated("mlp.shared_experts", n * self.whole("moe_intermediate_size"))
         return found
 
     @property
@@ -145,9 +134,10 @@ class Architecture:
         return self.whole("n_shared_experts", 0) if self.family.shared else 0
 
     def _dense_block(self) -> Shapes:
-        return self._gated("mlp", self.whole("intermediate_size"))
+        return self.gated("mlp", self.whole("intermediate_size"))
 
-    def _gated(self, prefix: str, inner: int) -> Shapes:
+    def gated(self, prefix: str, inner: int) -> Shapes:
+        """Two matrices up and one down, under ``prefix``."""
         return {
             f"{prefix}.gate_proj.weight": (inner, self.hidden),
             f"{prefix}.up_proj.weight": (inner, self.hidden),
@@ -164,11 +154,9 @@ class Architecture:
         return {f"self_attn.{name}": shape for name, shape in found.items()}
 
     def _is_full(self, layer: int) -> bool:
-        types = self.config.get("layer_types")
-        if types is not None:
-            if not isinstance(types, list | tuple) or len(types) < self.n_layers:
-                raise TraceError(f"{self.name}: layer_types names not all {self.n_layers} layers")
-            return bool(types[layer] == "full_attention")
+        kinds = self.layer_kinds("layer_types")
+        if kinds is not None:
+            return kinds[layer] == "full_attention"
         return not (layer + 1) % self.whole("full_attention_interval")
 
     def _grouped(self) -> Shapes:

@@ -1,7 +1,8 @@
 """Hit ratios of per-layer expert caches by size, for LRU and the two clairvoyant policies.
 
-All K experts of a token at a layer are one step: hits are those resident when it begins, and
-nothing the step uses is evicted by it. Caches start empty and live on between sequences.
+All K experts of a token at a layer are one step. Hits are the experts that are resident when the
+step begins. A step never evicts an expert that the step uses. Caches start empty and keep their
+contents from one sequence to the next.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ class HitRatios:
 def hit_ratios(routing: Routing, sizes: Sequence[int] | None = None) -> HitRatios:
     """Hit ratios for `sizes` (default: K .. E-1, thinned to ten).
 
-    Raises TraceError for a size below K: a step would not fit.
+    Raises TraceError for a size below K, in which a step would not fit, and for one above E.
     """
     if sizes is None:
         sizes = default_sizes(routing)
+    if large := [size for size in sizes if size > routing.n_experts]:
+        raise TraceError(
+            f"a cache of {large[0]} experts a layer: a layer has no more than {routing.n_experts}"
+        )
     if small := [size for size in sizes if size < routing.top_k]:
         raise TraceError(
             f"a cache of {small[0]} experts a layer cannot hold a step's {routing.top_k}"
@@ -64,28 +69,27 @@ def _lru(routing: Routing, sizes: Sequence[int]) -> Floats:
     used_at = np.full((n_layers, routing.n_experts), -1, dtype=np.int64)
     recency = np.arange(top_k, 0, -1)
     distances = np.zeros(routing.n_experts + 1, dtype=np.int64)
-    for step, (experts, valid) in enumerate(zip(routing.experts, routing.valid, strict=True)):
-        own = np.take_along_axis(used_at, experts, axis=1)  # [L, K]
+    for step, (experts, there) in enumerate(zip(routing.experts, routing.present, strict=True)):
+        own = np.take_along_axis(used_at, np.maximum(experts, 0), axis=1)  # [L, K]
         distance = (used_at[:, None, :] > own[:, :, None]).sum(axis=2)
         distance[own < 0] = routing.n_experts  # never used: a miss at any size
-        if valid.all():
+        if there.all():
             distances += np.bincount(distance.ravel(), minlength=len(distances))
             np.put_along_axis(used_at, experts, step * top_k + recency, axis=1)
         else:
-            distances += np.bincount(distance[valid].ravel(), minlength=len(distances))
-            layers = np.flatnonzero(valid)[:, None]
-            used_at[layers, experts[valid]] = step * top_k + recency
+            distances += np.bincount(distance[there], minlength=len(distances))
+            layers, order = np.nonzero(there)
+            used_at[layers, experts[there]] = step * top_k + recency[order]
     hits = np.cumsum(distances)[np.asarray(sizes, dtype=np.int64) - 1]
-    return hits / (int(routing.valid.sum()) * top_k)
+    return hits / int(routing.present.sum())
 
 
 def _belady(
     routing: Routing, next_use: NDArray[np.int64], sizes: Sequence[int], *, bypass: bool
 ) -> Floats:
-    """All sizes side by side. Of the cache and the step's own experts, keep the C needed soonest;
-    without bypass the step's own come first. Which of those needed in the same step does not
-    matter: they meet again in it.
-    """
+    """All sizes at once. Of the cache and the step's own experts, the C needed soonest are kept;
+    without bypass the step's own experts are kept first. Ties between experts that the same step
+    needs do not matter: all of them meet in that step."""
     n_layers, n_experts = routing.n_layers, routing.n_experts
     key = np.arange(n_experts)
     needed = np.full((n_layers, n_experts), _NEVER * n_experts) + key  # step * E + e: no ties
@@ -94,11 +98,12 @@ def _belady(
     last_kept = np.asarray(sizes, dtype=np.int64).reshape(-1, 1, 1) - 1
     hits = np.zeros(len(sizes), dtype=np.int64)
     layers = np.arange(n_layers)[:, None]
-    for experts, soonest, valid in zip(routing.experts, next_use, routing.valid, strict=True):
-        at = (layers, experts) if valid.all() else (layers[valid], experts[valid])
-        hits += held[:, *at].sum(axis=(1, 2))
+    for experts, soonest, there in zip(routing.experts, next_use, routing.present, strict=True):
+        whole = there.all()
+        at = (layers, experts) if whole else (np.nonzero(there)[0], experts[there])
+        hits += held[:, *at].reshape(len(sizes), -1).sum(axis=1)
         held[:, *at] = True
-        needed[at] = soonest[valid] * n_experts + at[1]
+        needed[at] = (soonest if whole else soonest[there]) * n_experts + at[1]
         urgency = needed
         if not bypass:
             urgency = needed.copy()
@@ -106,7 +111,7 @@ def _belady(
         score = np.where(held, urgency, absent)
         limit = np.take_along_axis(np.sort(score, axis=2), last_kept, axis=2)
         held &= score <= limit
-    return hits / (int(routing.valid.sum()) * routing.top_k)
+    return hits / int(routing.present.sum())
 
 
 def _next_use(routing: Routing) -> NDArray[np.int64]:
@@ -114,7 +119,7 @@ def _next_use(routing: Routing) -> NDArray[np.int64]:
     shape = routing.experts.shape
     step, layer, _ = (axis.ravel() for axis in np.indices(shape, sparse=False))
     key = layer * routing.n_experts + routing.experts.ravel()
-    key[~np.repeat(routing.valid.ravel(), shape[2])] = -1
+    key[~routing.present.ravel()] = -1
     order = np.argsort(key, kind="stable")
     again = key[order[1:]] == key[order[:-1]]
     result = np.full(key.shape, _NEVER)

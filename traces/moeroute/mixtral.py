@@ -1,6 +1,5 @@
-"""What is published about Mixtral-8x7B: its dimensions, its sizes, and the statistics of its
-routing that the synthetic trace is held against.
-"""
+"""The published facts about Mixtral-8x7B: dimensions, sizes, and the statistics of its routing with
+which the synthetic trace is compared."""
 
 from __future__ import annotations
 
@@ -76,7 +75,7 @@ def dense_bytes() -> DenseSizes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One statistic of a trace beside the published value for the real model."""
+    """One statistic of a trace next to the published value for the real model."""
 
     name: str
     measured: float

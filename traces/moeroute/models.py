@@ -1,14 +1,13 @@
-"""What a model weighs: one description from its config.json, for every number that needs sizes.
+"""The sizes of a model's weights, computed from its config.json.
 
-Traces, the simulator and `moerun bench` take the sizes of a model from here: bytes of an expert by
-precision, bytes of a layer's dense weights, bytes a token reads outside those layers. The usual
-models stand in ``models.toml`` by name; any other is its config.json, or the folder of one.
+Traces, the simulator and `moerun bench` take these sizes of a model from this module: bytes of an
+expert by precision, bytes of a layer's dense weights, bytes that a token reads outside those
+layers. ``models.toml`` lists well-known models by name; any other model is given by its config.json
+or the folder of one.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -17,23 +16,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moeroute.architecture import CORRECTION_BIAS, Architecture, Shapes
-from moeroute.schema import TraceError
+from moeroute.architecture import CORRECTION_BIAS, Shapes
+from moeroute.architectures import architecture_of
+from moeroute.jsontext import parse_json
+from moeroute.naming import meant
+from moeroute.schema import TraceError, TraceUsageError
 
 TABLE = Path(__file__).with_name("models.toml")
 PLAIN = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a weight
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Bits and weights of a group in the records of `moerun pack`, as moerun.format.bitplanes has them.
 PACKED = {"4bit": (4, 64), "3bit": (3, 64), "2bit": (2, 16)}
+# llama.cpp's: bits of a weight; a float16 scale for 32 of them, rows filled up to blocks of 16.
+BLOCKS = {"q4_0": 4, "q8_0": 8}
 # Those that checkpoints are published in: values of 4 bits with a scale byte for 32 of them, and of
 # 8 bits with a float32 for each block of 128 x 128.
 PUBLISHED_AS = ("mxfp4", "fp8")
 MXFP4_BLOCK, FP8_BLOCK = 32, 128
 NATIVE = "native"
-ATTENTION = (NATIVE, *PLAIN, *PACKED)
+ATTENTION = (NATIVE, *PLAIN, *PACKED, *BLOCKS)
 
 # Its rows are filled up to blocks of 64, scales to ranges of 128; parts and records are aligned.
 _ROWS, _META_GROUP, _PART, _RECORD, _LEAST_GROUP = 64, 128, 256, 4096, 32
+_BLOCK_ROWS, _BLOCK = 16, 32
 
 
 def matrix_bytes(shape: tuple[int, ...], precision: str) -> int:
@@ -49,7 +54,8 @@ def matrix_bytes(shape: tuple[int, ...], precision: str) -> int:
 def record_bytes(shapes: Iterable[tuple[int, ...]], precision: str, stored: str) -> int | None:
     """Bytes of a record of `moerun pack` with tensors of ``shapes``, matrices [output, input].
 
-    What is no matrix stays as it is ``stored``. None where a matrix does not divide into groups.
+    A tensor that is not a matrix keeps the precision ``stored``. None where a matrix cannot be
+    divided into groups.
     """
     position = 0
     for shape in shapes:
@@ -63,6 +69,12 @@ def record_bytes(shapes: Iterable[tuple[int, ...]], precision: str, stored: str)
             metas = _up(weights // group, _META_GROUP)
             codes = [weights // 4, weights // 8] if bits == 3 else [weights * bits // 8]
             sizes = [*codes, metas, metas, 2 * 4 * metas // _META_GROUP]
+        if precision in BLOCKS and len(shape) == 2:
+            rows, columns = shape
+            if columns % _BLOCK:
+                return None
+            weights = _up(rows, _BLOCK_ROWS) * columns
+            sizes = [weights * BLOCKS[precision] // 8, 2 * weights // _BLOCK]
         for size in sizes:
             position = _up(position, _PART) + size
     return _up(position, _RECORD)
@@ -75,7 +87,8 @@ def _up(value: int, to: int) -> int:
 class DenseSizes(NamedTuple):
     """Bytes of the weights other than routed experts.
 
-    layer_bytes  of a layer with experts (attention, norms, gate, shared experts), the mean of them
+    layer_bytes  of a layer with experts, the mean over layers: attention, norms, gate and shared
+                 experts
     token_bytes  that a token reads outside those: one embedding row, layers without experts, the
                  last norm, the head
     """
@@ -85,7 +98,7 @@ class DenseSizes(NamedTuple):
 
 
 def dense_sizes(tensors: Mapping[str, int], layers: Iterable[str], vocabulary: int) -> DenseSizes:
-    """Of ``tensors``, bytes by name of all but the routed experts, what layer and token read.
+    """What a layer and a token read of ``tensors``: bytes by name, without routed experts.
 
     ``layers`` names something in each layer with experts ("model.layers.3.mlp.experts"). A model
     without a head of its own reads the embedding in its place.
@@ -99,7 +112,8 @@ def dense_sizes(tensors: Mapping[str, int], layers: Iterable[str], vocabulary: i
 
 
 def layer_prefix(name: str) -> str:
-    """model.layers.3.mlp.experts -> model.layers.3. (with the dot that ends it)."""
+    """model.layers.3.mlp.experts -> model.layers.3. (with the last dot). Raises ValueError for a
+    name without a number."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if number is None:
@@ -128,6 +142,7 @@ class ModelShape:
     stored: str
     expert_stored: str
     assumed: bool = False
+    context_tokens: int | None = None  # of the longest text; None: the configuration does not say
 
     @property
     def expert_params(self) -> int:
@@ -143,8 +158,9 @@ class ModelShape:
     def expert_bytes(self) -> dict[str, int]:
         """Bytes of one expert by precision, that of the checkpoint first.
 
-        As the checkpoint has it where that is quantised; else of the record that `moerun pack`
-        makes. Precisions that the expert's shape does not divide into are left out.
+        The bytes at the checkpoint's precision are those of the checkpoint if it is quantised, and
+        else those of the record that `moerun pack` makes. A precision into whose groups the
+        expert's matrices cannot be divided is left out.
         """
         own = self.expert_stored
         sizes: dict[str, int] = {}
@@ -154,32 +170,36 @@ class ModelShape:
                 for shape in self.expert.values()
             )
         plain = own if own in PLAIN else self.stored
-        for precision in dict.fromkeys((plain, *PLAIN, *PACKED)):
+        for precision in dict.fromkeys((plain, *PLAIN, *PACKED, *BLOCKS)):
             size = record_bytes(self.expert.values(), precision, self.stored)
             if size is not None:
                 sizes[precision] = size
         return sizes
 
     def dense(self, attention: str = NATIVE) -> DenseSizes:
-        """Bytes of the dense weights, matrices of attention at a precision of their own.
+        """Bytes of the dense weights; matrices of attention may have a precision of their own.
 
-        Raises TraceError for a precision that there is not or that does not fit.
+        Raises TraceError for a precision that is unknown or does not fit.
         """
         if attention not in ATTENTION:
-            raise TraceError(f"attention in {attention!r}: choose from {', '.join(ATTENTION)}")
+            raise TraceUsageError(f"attention in {attention!r}: choose from {', '.join(ATTENTION)}")
         sizes = {name: self._bytes(name, shape, attention) for name, shape in self.tensors.items()}
         return dense_sizes(sizes, self.layers, self.vocabulary)
 
     def dense_label(self, attention: str = NATIVE) -> str:
-        """What `dense` counts the weights as, for a table's title."""
+        """The precisions that `dense` assumes, for a table's title."""
         label = "fp8" if self.expert_stored == "fp8" else self.stored
         label += " (the config names no dtype)" if self.assumed else ""
         return label if attention in (NATIVE, label) else f"{label}, attention {attention}"
 
     def first(self, n_layers: int) -> ModelShape:
-        """The model cut to its first ``n_layers`` layers, of which some must have experts."""
+        """The model cut to its first ``n_layers`` layers.
+
+        Raises TraceError for a number that the model does not have, and where no layer left has
+        experts.
+        """
         if not 1 <= n_layers <= self.n_all_layers:
-            raise TraceError(
+            raise TraceUsageError(
                 f"{self.name} has {self.n_all_layers} layers: layers must be 1 to that, not "
                 f"{n_layers}"
             )
@@ -196,7 +216,7 @@ class ModelShape:
         if CORRECTION_BIAS in name:
             return 4 * math.prod(shape)
         in_layer = ".layers." in name and len(shape) == 2
-        if in_layer and attention != NATIVE and ("_attn." in name):
+        if in_layer and attention != NATIVE and ("self_attn." in name):
             if attention in PLAIN:
                 return matrix_bytes(shape, attention)
             packed = record_bytes([shape], attention, self.stored)
@@ -211,7 +231,7 @@ class ModelShape:
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """The table: the fields of each config.json by the model's name."""
+    """The table of models: the fields of each config.json by the model's name."""
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     return {
         name: {
@@ -222,25 +242,33 @@ def published() -> dict[str, dict[str, Any]]:
     }
 
 
-def find_model(name_or_path: str) -> ModelShape:
-    """A model of the table by name, a config.json, or the folder that holds one.
+@cache
+def repositories() -> dict[str, str]:
+    """The repository of the Hugging Face hub that each model of the table is published in."""
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    return {name: entry["repository"] for name, entry in table.items()}
 
-    Raises TraceError for what does not exist, or what its sizes cannot be told of.
+
+def find_model(name_or_path: str) -> ModelShape:
+    """A model of the table by name, or by its config.json or the folder that holds one.
+
+    Raises TraceUsageError for a name that is no model's, TraceError for a file that is not there
+    and for a model whose sizes cannot be computed.
     """
     if name_or_path in published():
         return describe(published()[name_or_path], name_or_path)
     path = Path(name_or_path).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        near = difflib.get_close_matches(name_or_path, published(), n=1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        raise TraceError(
-            f"no model {name_or_path!r}: {meant}give one of {', '.join(published())}; or the path "
-            "of a config.json"
+        if path.suffix == ".json" or len(path.parts) != 1:
+            raise TraceError(f"{path} is not there: give the path of a model's config.json")
+        raise TraceUsageError(
+            f"no model {name_or_path!r}: {meant(name_or_path, published())}give one of "
+            f"{', '.join(published())}; or the path of a config.json"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise TraceError(f"{path} is no config.json: {error}") from None
     if not isinstance(config, dict):
         raise TraceError(f"{path} is no config.json: it holds no JSON object")
@@ -248,8 +276,11 @@ def find_model(name_or_path: str) -> ModelShape:
 
 
 def describe(config: Mapping[str, Any], name: str) -> ModelShape:
-    """What a configuration says of a model's counts and weights. Raises TraceError."""
-    built = Architecture(config, name)
+    """A model's counts and weights from its configuration.
+
+    Raises TraceError for a field that is missing or wrong.
+    """
+    built = architecture_of(config, name)
     inner = built.config
     dtype = inner.get("dtype") or inner.get("torch_dtype") or config.get("dtype")
     dtype = dtype or config.get("torch_dtype")
@@ -257,7 +288,7 @@ def describe(config: Mapping[str, Any], name: str) -> ModelShape:
         raise TraceError(f"{name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     stored = DTYPES[str(dtype).removeprefix("torch.")] if dtype else "bf16"
     layers = built.moe_layers
-    top_k = built.whole("num_experts_per_tok")
+    top_k = built.top_k
     if not layers or top_k > built.n_experts:
         raise TraceError(f"{name}: no mixture of experts: no layer has {top_k} experts or more")
     return ModelShape(
@@ -274,7 +305,19 @@ def describe(config: Mapping[str, Any], name: str) -> ModelShape:
         stored=stored,
         expert_stored=_published_as(config, name) or stored,
         assumed=dtype is None,
+        context_tokens=_context_tokens(inner),
     )
+
+
+def _context_tokens(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest text. Some configurations give the positions after stretching; others
+    give those before stretching, and the factor."""
+    limit = config.get("max_position_embeddings")
+    if not isinstance(limit, int):
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    before = rope.get("original_max_position_embeddings")
+    return max(limit, round(before * (rope.get("factor") or 1))) if before else limit
 
 
 def _published_as(config: Mapping[str, Any], name: str) -> str | None:

@@ -1,6 +1,6 @@
-"""Options by which commands are told a trace, and the sizes of the model that the trace is of.
+"""The options that name a trace and give the sizes of the trace's model.
 
-Of this package, only this module imports typer.
+This is the only module of the package that imports typer.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from moeroute.trace import sample_names
 
 
 def complete_traces(incomplete: str) -> list[str]:
-    """The samples whose names begin so; files are the shell's to complete."""
+    """The samples whose names begin with ``incomplete``. The shell completes files itself."""
     return [name for name in sample_names() if name.startswith(incomplete)]
 
 
 def complete_models(incomplete: str) -> list[str]:
-    """The models known by name whose names begin so."""
+    """The known models whose names begin with ``incomplete``."""
     return [name for name in published() if name.startswith(incomplete)]
 
 
 def complete_precisions(incomplete: str) -> list[str]:
-    """The precisions of attention whose names begin so."""
+    """The precisions of attention whose names begin with ``incomplete``."""
     return [name for name in ATTENTION if name.startswith(incomplete)]
 
 
@@ -85,5 +85,11 @@ class SizeOptions:
     ] = None
 
     def given(self, expert_bytes: dict[str, int] | None = None) -> GivenSizes:
-        """The same for the trace format, with bytes of an expert by precision."""
+        """These sizes for the trace format, and bytes of an expert by precision.
+
+        Wrong usage for an option that is about --like where that is not given.
+        """
+        for option, value in (("--layers", self.layers), ("--attention", self.attention)):
+            if value is not None and self.like is None:
+                raise typer.BadParameter(f"{option} is of the model that --like names: give --like")
         return GivenSizes(**asdict(self), expert_bytes=expert_bytes or {})

@@ -1,6 +1,6 @@
-"""Rows to polars frames and back: the one place that knows how the schema lies in Parquet.
+"""Rows to polars frames and back: only this module knows how the schema is stored in Parquet.
 
-polars is imported inside functions: the package must start without it.
+polars is imported inside functions: importing the package must not load polars.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAGIC = b"PAR1"
 
 
 def is_url(path: Place) -> bool:
-    """Whether ``path`` is a URL: s3://, gs://, hf://, https:// and what else polars knows."""
+    """Whether ``path`` is a URL: s3://, gs://, hf://, https:// and the others that polars knows."""
     return isinstance(path, str) and "://" in path
 
 
@@ -69,7 +69,8 @@ def array_from_series(series: pl.Series, where: str, first_row: int = 0) -> NDAr
     Null predictions become NaN rows. Raises TraceError on any other null.
     """
     spec = column_spec(series.name)
-    assert spec is not None
+    if spec is None:
+        raise TraceError(f"{where}: column {series.name!r} is none of a trace's")
     predicted = series.name.startswith(PREDICTED)
     if series.null_count() and not predicted:
         row = first_row + int(series.is_null().arg_max() or 0)
@@ -83,13 +84,13 @@ def array_from_series(series: pl.Series, where: str, first_row: int = 0) -> NDAr
 
 
 def write_part(frame: pl.DataFrame, path: Path) -> None:
-    """Write `frame` to `path` as uncompressed Arrow IPC: what costs a recorder least."""
+    """Write `frame` to `path` as uncompressed Arrow IPC, the cheapest format for a recorder."""
     with naming_errors(path):
         frame.write_ipc(path, compression="uncompressed")
 
 
 def read_part(path: Path) -> dict[str, NDArray[Any]]:
-    """The columns `write_part` wrote. Raises TraceError if the file is damaged."""
+    """The columns that `write_part` wrote. Raises TraceError if the file is damaged."""
     import polars as pl
 
     with naming_errors(path):
@@ -98,7 +99,7 @@ def read_part(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def join_parts(parts: list[Path], path: Path, metadata: dict[str, str]) -> None:
-    """Stream part files into one Parquet file, and that onto the disk."""
+    """Stream part files into one Parquet file, and flush that file to the disk."""
     import polars as pl
 
     with naming_errors(path):
@@ -115,7 +116,7 @@ def join_parts(parts: list[Path], path: Path, metadata: dict[str, str]) -> None:
 
 
 def scan(place: Place) -> pl.LazyFrame:
-    """A lazy frame over one trace. Raises TraceError if it is not a whole Parquet file."""
+    """A lazy frame over one trace. Raises TraceError if the file is not a whole Parquet file."""
     import polars as pl
 
     if isinstance(place, Path):
@@ -148,5 +149,5 @@ def check_whole(path: Path) -> None:
 
 
 def partial_folder(path: Path) -> Path:
-    """Where an unfinished trace that is to become `path` lies."""
+    """The folder of the unfinished trace that will become `path`."""
     return Path(f"{path}.partial")  # with_name would refuse "." and "/"

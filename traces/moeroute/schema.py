@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from moeroute.jsontext import parse_json
+from moeroute.weight_rules import WEIGHT_RULES
+
 FORMAT_VERSION = 1
 META_KEY = "moeroute"  # of the Parquet file's key-value metadata
 PHASES = ("prompt", "decode")  # row value = index
@@ -21,11 +24,29 @@ PROMPT, DECODE = 0, 1
 SOURCES = ("recorded", "live", "imported", "synthetic")
 
 PREDICTED = "predicted_logits_"
+NO_EXPERT = 0xFFFF
+"""Fills `experts` of a row that chose fewer than K, where the metadata says `variable_top_k`."""
 REQUIRED = ("sequence", "position", "phase", "layer", "experts")
 
 
 class TraceError(ValueError):
-    """A trace, or what is to become one, cannot be used; the message names file, row and column."""
+    """A trace, or what is to become one, cannot be used; the message names file, row and column.
+
+    The message is one line: a file's text in it may hold characters that would break it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message
+            if message.isprintable()
+            else "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        )
+
+
+class TraceUsageError(TraceError):
+    """A name or number that is wrong whatever the trace is, such as a model that does not exist."""
+
+    exit_code = 2  # of a command that ends with it, as for an option that does not exist
 
 
 class ColumnSpec(NamedTuple):
@@ -39,6 +60,9 @@ _SPECS: dict[str, ColumnSpec] = {
     "sequence": ColumnSpec(np.dtype(np.uint32), ""),
     "position": ColumnSpec(np.dtype(np.uint32), ""),
     "phase": ColumnSpec(np.dtype(np.uint8), ""),
+    # Rows of one pass and layer are one step. Without the column a prompt is one pass, and so is
+    # each decoded token.
+    "pass_id": ColumnSpec(np.dtype(np.uint32), ""),
     "token_id": ColumnSpec(np.dtype(np.uint32), ""),
     "layer": ColumnSpec(np.dtype(np.uint16), ""),
     "experts": ColumnSpec(np.dtype(np.uint16), "K"),
@@ -77,23 +101,25 @@ class Rows:
     """A batch of trace rows as NumPy columns, sorted by (sequence, position, layer).
 
     n rows, K experts a token, E experts a layer, h = the trace's horizon. `experts` and what is
-    beside it go by weight descending. `predicted[j-1][i]` is the gate of row i's layer applied to
+    beside it go by weight descending; a row that chose fewer than K ends in NO_EXPERT, of weight 0,
+    if the trace is of variable top-k. `predicted[j-1][i]` is the gate of row i's layer applied to
     the hidden state known j layers earlier; a row that has none is all NaN. An optional column is
     None, and then it must be None for the whole trace.
     """
 
-    sequence: NDArray[np.uint32]  # [n]
-    position: NDArray[np.uint32]  # [n]
+    sequence: NDArray[np.uint32]  # [n] which text, from 0
+    position: NDArray[np.uint32]  # [n] of the token in its text
     phase: NDArray[np.uint8]  # [n] PROMPT or DECODE
-    token_id: NDArray[np.uint32] | None  # [n]
+    token_id: NDArray[np.uint32] | None  # [n] of the vocabulary
     layer: NDArray[np.uint16]  # [n] counts mixture-of-experts layers only
-    experts: NDArray[np.uint16]  # [n, K]
+    experts: NDArray[np.uint16]  # [n, K] that the gate chose, by weight descending
     weights: NDArray[np.float32] | None  # [n, K] as applied
-    router_logits: NDArray[np.float16] | None = None  # [n, E]
+    router_logits: NDArray[np.float16] | None = None  # [n, E] the gate's, of all experts
     input_norm: NDArray[np.float32] | None = None  # [n] of the vector that enters the experts
-    predicted: tuple[NDArray[np.float16], ...] = ()  # h times [n, E]
+    predicted: tuple[NDArray[np.float16], ...] = ()  # h times [n, E] the gate's, applied early
     residency: NDArray[np.uint8] | None = None  # [n, K] 0 miss, 1 hit, 2 prefetch hit
     loaded_bytes: NDArray[np.uint32] | None = None  # [n, K] what fetching each expert moved
+    pass_id: NDArray[np.uint32] | None = None  # [n] rows of one forward pass, in order of time
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -140,6 +166,12 @@ class TraceMeta:
     top_k: int
     revision: str | None = None
     n_shared_experts: int = 0
+    """Experts that every token uses in each layer with experts; they are not among n_experts."""
+    variable_top_k: bool = False
+    """Whether rows may choose fewer than top_k experts (see NO_EXPERT)."""
+    physical_to_logical: list[list[int]] | None = None
+    """What the recorder's expert-parallel replicas were, [n_layers][physical experts]: the logical
+    expert each held at the end. None: the recorder had no replicas, or did not tell them."""
     expert_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of one expert by precision; the first is the precision the trace was made with. Empty:
     unknown."""
@@ -156,6 +188,11 @@ class TraceMeta:
     prediction: str | None = None
     """How the predicted logits were made; None if there are none."""
     horizon: int = 0
+    weight_rule: str | None = None
+    """How the model's gate makes weights of logits, one of `weight_rules.WEIGHT_RULES`. None:
+    unknown, or none of them reproduces the weights."""
+    weight_scale: float | None = None
+    """What `weight_rule`'s weights are multiplied by; None where the rule is None."""
     missing_rows: int = 0
     """(token, layer) records the recorder lost or skipped: the rows a whole trace lacks."""
     corpus_digest: str | None = None
@@ -174,13 +211,20 @@ class TraceMeta:
         return [
             (f"source is {self.source!r}, not one of {', '.join(SOURCES)}", self.source in SOURCES),
             (f"n_layers is {self.n_layers}, not 1..65536", 1 <= self.n_layers <= 65536),
-            (f"n_experts is {self.n_experts}, not 1..65536", 1 <= self.n_experts <= 65536),
+            (
+                f"n_experts is {self.n_experts}, not 1..{NO_EXPERT + 1 - self.variable_top_k}",
+                1 <= self.n_experts <= NO_EXPERT + 1 - self.variable_top_k,
+            ),
             (
                 f"top_k is {self.top_k}, not 1..n_experts ({self.n_experts})",
                 1 <= self.top_k <= self.n_experts,
             ),
             (f"horizon is {self.horizon}, not 0 or more", self.horizon >= 0),
             (f"missing_rows is {self.missing_rows}, not 0 or more", self.missing_rows >= 0),
+            (
+                f"weight_rule is {self.weight_rule!r}, not one of {', '.join(WEIGHT_RULES)}",
+                self.weight_rule is None or self.weight_rule in WEIGHT_RULES,
+            ),
             (
                 "an expert's bytes are not positive",
                 all(size > 0 for size in self.expert_bytes.values()),
@@ -213,10 +257,10 @@ class TraceMeta:
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> TraceMeta:
+    def from_json(cls, text: str | bytes) -> TraceMeta:
         """Parse `to_json`'s text. Raises TraceError saying what is wrong with it."""
         try:
-            found = json.loads(text)
+            found = parse_json(text)
         except json.JSONDecodeError as error:
             raise TraceError(f"trace metadata is not JSON ({error.msg})") from None
         if not isinstance(found, dict):
@@ -224,7 +268,8 @@ class TraceMeta:
         version = found.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise TraceError(
-                f"trace format version {version}; this program reads up to {FORMAT_VERSION}"
+                f"trace format version {version}; this program reads up to {FORMAT_VERSION}: a "
+                "newer moe-offload-lab made it, and reads it"
             )
         known = {name: found[name] for name in _FIELD_CHECKS if name in found}
         for name in _SIZES:
@@ -245,9 +290,14 @@ def _checker(hint: Any) -> Callable[[Any], bool]:
     if isinstance(hint, UnionType):
         options = [_checker(option) for option in get_args(hint)]
         return lambda value: any(option(value) for option in options)
+    if get_origin(hint) is list:
+        entry = _checker(get_args(hint)[0])
+        return lambda value: isinstance(value, list) and all(entry(v) for v in value)
     if get_origin(hint) is dict:
         item = _checker(get_args(hint)[1])
         return lambda value: isinstance(value, dict) and all(item(v) for v in value.values())
+    if hint is bool:
+        return lambda value: isinstance(value, bool)
     return lambda value: isinstance(value, hint) and not isinstance(value, bool)
 
 

@@ -1,28 +1,28 @@
-"""Sizes given to a trace that lacks them, or that is to be looked at with others."""
+"""Sizes that a person gives for a trace: for those that the trace lacks, or in place of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from moeroute.models import NATIVE, ModelShape, find_model
-from moeroute.schema import TraceError, TraceMeta
+from moeroute.models import NATIVE, PLAIN, ModelShape, find_model
+from moeroute.schema import TraceError, TraceMeta, TraceUsageError
 
 TOP_K_NOTE = "top_k"  # of a trace whose recorder chose fewer experts than its model does
 
 
 @dataclass(frozen=True)
 class GivenSizes:
-    """What a person says of the model a trace is of: another model's name, or numbers.
+    """The sizes that a person gives of a trace's model: another model's name, or numbers.
 
     like               a model of the table, a config.json, or its folder; gives every size that the
                        trace does not say itself
-    layers             only its first so many layers are in the trace
+    layers             the trace is of only so many of the first layers of ``like``
     attention          precision of its attention, as for `moerun pack`; then the dense weights are
                        the model's whatever the trace says
     expert_bytes       bytes of one expert by precision
     dense_layer_bytes  bytes of the dense weights of a layer with experts
-    dense_token_bytes  bytes a token reads outside those layers
+    dense_token_bytes  bytes that a token reads outside those layers
     """
 
     like: str | None = None
@@ -36,18 +36,19 @@ class GivenSizes:
         return self != GivenSizes()
 
     def on(self, meta: TraceMeta) -> TraceMeta:
-        """``meta`` with these sizes: numbers in the place of its own, ``like`` for what it lacks.
+        """``meta`` with these sizes: numbers replace the trace's own, ``like`` gives what is
+        missing.
 
-        Raises TraceError where a number is not positive, or the model named is none that the trace
-        can be of, by what differs.
+        Raises TraceError for a number that is not positive, and for a model that the trace cannot
+        be of; the error says in what they differ.
         """
         if self.like is None and (self.layers is not None or self.attention is not None):
             given = "layers" if self.layers is not None else "attention"
-            raise TraceError(f"{given} is of the model that like names: give like too")
+            raise TraceUsageError(f"{given} is of the model that like names: give like too")
         for name in ("dense_layer_bytes", "dense_token_bytes"):
             size = getattr(self, name)
             if size is not None and size <= 0:
-                raise TraceError(f"{name} is {size}: leave it out where it is unknown")
+                raise TraceUsageError(f"{name} is {size}: leave it out where it is unknown")
         if self.like is not None:
             meta = self._like(meta)
         if self.expert_bytes:
@@ -57,6 +58,23 @@ class GivenSizes:
         if self.dense_token_bytes is not None:
             meta = replace(meta, token_bytes=self.dense_token_bytes, dense_precision="as given")
         return meta
+
+    def notes(self, meta: TraceMeta) -> list[str]:
+        """A note where ``like`` cannot change the sizes that count, because a trace with ``meta``
+        has them all; empty elsewhere."""
+        if self.like is None or self.attention is not None or unknown_sizes(meta):
+            return []
+        # Weights of an expert are told by its bytes at 16 or 32 bits, too.
+        if meta.expert_params is None and not meta.expert_bytes.keys() & PLAIN.keys():
+            return []
+        added = [n for n in find_model(self.like).expert_bytes() if n not in meta.expert_bytes]
+        does = (
+            f"adds the experts' sizes in {', '.join(added)} alone" if added else "changes nothing"
+        )
+        return [
+            f"the trace of {meta.model} has its own sizes: --like {self.like} {does}; bytes of an "
+            "expert, a layer and a token can be given as numbers"
+        ]
 
     def _like(self, meta: TraceMeta) -> TraceMeta:
         assert self.like is not None
@@ -95,7 +113,7 @@ NO_SIZES = GivenSizes()
 
 
 def check_like(meta: TraceMeta, model: ModelShape) -> str | None:
-    """Raise TraceError where a trace cannot be of ``model``, by what differs.
+    """Raise TraceError where a trace cannot be of ``model``; the error says in what they differ.
 
     Returns a note where the recorder chose fewer experts a token than the model does.
     """
@@ -126,7 +144,7 @@ def check_like(meta: TraceMeta, model: ModelShape) -> str | None:
 
 
 def unknown_sizes(meta: TraceMeta) -> list[str]:
-    """What of a trace's sizes is unknown, in words."""
+    """The sizes that a trace lacks, in words."""
     found = [] if meta.expert_bytes else ["bytes of an expert"]
     missing = [
         name
@@ -137,7 +155,7 @@ def unknown_sizes(meta: TraceMeta) -> list[str]:
 
 
 def sizes_line(meta: TraceMeta) -> str:
-    """A line for people: the sizes a trace has, and which it lacks."""
+    """A line for people: the sizes that a trace has, and those that are unknown."""
     parts = []
     if meta.expert_bytes:
         (own, size), *others = meta.expert_bytes.items()

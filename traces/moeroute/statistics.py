@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeroute.schema import DECODE, PHASES, TraceError, TraceMeta, prediction_column
+from moeroute.schema import DECODE, NO_EXPERT, PHASES, TraceError, TraceMeta, prediction_column
 from moeroute.trace import Trace
 
 LAGS = (1, 2, 4, 8, 16, 32)
@@ -22,10 +23,10 @@ Floats = NDArray[np.float64]
 class Routing:
     """The experts of the tokens of one phase, as one stream of T steps a layer.
 
-    Where rows are missing the streams differ in length; what is past a stream's end is not valid.
+    Streams differ in length where rows are missing; ``valid`` is False past the end of a stream.
     """
 
-    experts: NDArray[np.int64]  # [T, L, K] by weight descending
+    experts: NDArray[np.int64]  # [T, L, K] by weight descending; -1 where a token chose fewer
     token: NDArray[np.uint64]  # [T, L] sequence << 32 | position
     valid: NDArray[np.bool_]  # [T, L]
     n_experts: int
@@ -40,8 +41,14 @@ class Routing:
         """Layers with experts."""
         return int(self.experts.shape[1])
 
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """[T, L, K]: where there is a choice of an expert."""
+        there: NDArray[np.bool_] = self.valid[:, :, None] & (self.experts >= 0)
+        return there
+
     def shuffled(self, seed: int) -> Routing:
-        """The steps in random order, which have their popularity but no locality."""
+        """The steps in random order: the popularity stays, the locality does not."""
         rng = np.random.default_rng(seed)
         experts = self.experts.copy()
         for layer in range(self.n_layers):
@@ -53,8 +60,9 @@ class Routing:
 def read_routing(trace: Trace, phase: int | None = None) -> Routing:
     """The routing of the tokens of `phase`; default: decode, or prompt if there is no decode.
 
-    Raises TraceError if the trace has no token of `phase`.
+    Raises TraceError if the trace has no token of `phase`, and for rows out of order.
     """
+    trace.check_order()
     column = trace.arrays("sequence", "position", "phase", "layer", "experts")
     if phase is None:
         phase = DECODE if (column["phase"] == DECODE).any() else 0
@@ -71,7 +79,10 @@ def read_routing(trace: Trace, phase: int | None = None) -> Routing:
     experts = np.zeros((*shape, trace.meta.top_k), dtype=np.int64)
     token = np.zeros(shape, dtype=np.uint64)
     valid = np.zeros(shape, dtype=np.bool_)
-    experts[at] = column["experts"][rows]
+    chosen = column["experts"][rows].astype(np.int64)
+    if trace.meta.variable_top_k:
+        chosen[chosen == NO_EXPERT] = -1
+    experts[at] = chosen
     token[at] = _token(column["sequence"][rows], column["position"][rows])
     valid[at] = True
     return Routing(experts, token, valid, trace.meta.n_experts)
@@ -104,8 +115,9 @@ def locality(routing: Routing, lags: Sequence[int] = LAGS) -> Locality:
             if not len(later):
                 continue
             same = experts[later][:, :, None] == experts[earlier][:, None, :]  # [pairs, K, K]
-            repeats = same.any(axis=2)
-            by_layer[layer, i] = repeats.mean()
+            there = experts[later] >= 0
+            repeats = same.any(axis=2) & there
+            by_layer[layer, i] = repeats.sum() / there.sum()
             if i == 0:
                 at_first[layer] = repeats.any(axis=1).mean(), same[:, 0, 0].mean()
     return Locality(tuple(lags), by_layer, at_first[:, 0], at_first[:, 1])
@@ -134,8 +146,8 @@ def popularity(routing: Routing) -> Popularity:
     """Use of the experts, layer by layer."""
     shares = np.zeros((routing.n_layers, routing.n_experts))
     for layer in range(routing.n_layers):
-        used = routing.experts[routing.valid[:, layer], layer]
-        shares[layer] = np.bincount(used.ravel(), minlength=routing.n_experts)
+        used = routing.experts[:, layer][routing.present[:, layer]]
+        shares[layer] = np.bincount(used, minlength=routing.n_experts)
     shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
     even = np.log(routing.n_experts) if routing.n_experts > 1 else 1.0
@@ -186,7 +198,8 @@ class Recall:
 def recall(trace: Trace, counts: Sequence[int] | None = None) -> Recall:
     """Recall of the trace's predictions if the `counts` likeliest (default 1..2K) are fetched.
 
-    Takes decode rows, or all where there are none. Raises TraceError without predictions.
+    Decode rows are used, or all rows where the trace has no decode rows. Raises TraceError without
+    predictions.
     """
     trace.require(prediction_column(1), "the recall of predictions")
     meta = trace.meta
@@ -200,13 +213,16 @@ def recall(trace: Trace, counts: Sequence[int] | None = None) -> Recall:
         name = prediction_column(j + 1)
         column = trace.arrays("layer", "experts", name)
         here = wanted & ~np.isnan(column[name][:, 0])
-        rank = _ranks(column[name][here], column["experts"][here])
+        chosen = column["experts"][here]
+        there = chosen != NO_EXPERT if meta.variable_top_k else np.ones_like(chosen, np.bool_)
+        rank = _ranks(column[name][here], np.where(there, chosen, 0))
         layer = column["layer"][here]
         total = np.bincount(layer, minlength=meta.n_layers).astype(np.float64)
         total[total == 0] = np.nan
         for i, count in enumerate(counts):
-            found = rank < count
-            every[j, i] = _sum_by(layer, found.mean(axis=1), meta) / total
+            found = (rank < count) & there
+            share = found.sum(axis=1) / there.sum(axis=1)
+            every[j, i] = _sum_by(layer, share, meta) / total
             first[j, i] = _sum_by(layer, found[:, 0], meta) / total
     return Recall(tuple(counts), every, first)
 

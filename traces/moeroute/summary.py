@@ -22,7 +22,7 @@ from moeroute.trace import Trace
 
 
 class Statistic(NamedTuple):
-    """One number about a trace, and the same of its token-shuffled copy where that differs."""
+    """One number about a trace, and the number of its token-shuffled copy where that differs."""
 
     name: str
     parameter: str  # what it depends on: "lag=1", "slots=4", "ahead=1 fetched=2"; may be empty
@@ -35,8 +35,8 @@ def summarize(
 ) -> list[Statistic]:
     """The statistics of `trace`; hit ratios for caches of `sizes` experts a layer.
 
-    `seed` is of the shuffled copy. Gate weights and recall are left out where the trace has no
-    weights or predictions. Raises TraceError for a size below K.
+    `seed` seeds the shuffled copy. Gate weights and recall are left out where the trace has no
+    weights or predictions. Raises TraceError for a size below K or above E.
     """
     routing = read_routing(trace)
     shuffled = routing.shuffled(seed)

@@ -1,11 +1,11 @@
 """A seeded generator of routing like Mixtral-8x7B's, for machines that cannot run the model.
 
-The gate's logits are a latent process: a bias an expert has for good, a component that holds
-through a few tokens, one that drifts over tens, and noise. Its constants were fitted so that the
-statistics come out as published (`moeroute.mixtral`). Layers do not know of one another, so the
+The gate's logits are the sum of four parts: a bias that an expert keeps, a component that holds
+through a few tokens, a component that drifts over tens of tokens, and noise. The constants were
+fitted to the published statistics (`moeroute.mixtral`). Layers are generated independently, so the
 trace says nothing about policies that predict one layer's experts from another's.
 
-The sample `mixtral-like` is made, in traces/moeroute/samples, by
+This command makes the sample `mixtral-like` in traces/moeroute/samples:
 
     python -m moeroute.synthetic --tokens 2048 --seed 0 --out mixtral-like.parquet
 """

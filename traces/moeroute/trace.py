@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import html
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeroute.check import RowChecker, check_names
-from moeroute.naming import Place, naming_errors
+from moeroute.check import OrderChecker, RowChecker, check_names
+from moeroute.naming import Place, meant, naming_errors, sha256_of
 from moeroute.parquet import array_from_series, column_type, is_url, scan
 from moeroute.schema import (
     META_KEY,
+    NO_EXPERT,
     Rows,
     TraceError,
     TraceMeta,
+    TraceUsageError,
     column_names,
     column_spec,
     rows_from_columns,
 )
+
+if TYPE_CHECKING:
+    import polars as pl
 
 SAMPLES = Path(__file__).parent / "samples"
 _BATCH_ROWS = 1 << 18
@@ -35,10 +40,10 @@ def sample_names() -> list[str]:
 
 
 def find_trace(path_or_name: str | Path) -> Place:
-    """The file a path or a sample's name stands for; a URL as it is.
+    """The file of a path or of a sample's name; a URL is returned unchanged.
 
-    A bare sample name means the sample; write ./tiny for a file of that name. Raises TraceError,
-    listing the samples.
+    A bare sample name means the sample; write ./tiny for a file of that name. Raises
+    TraceUsageError that lists the samples.
     """
     if is_url(path_or_name):
         return path_or_name
@@ -49,20 +54,29 @@ def find_trace(path_or_name: str | Path) -> Place:
     path = Path(path_or_name)
     if path.exists() or path.suffix or len(path.parts) != 1:
         return path
-    near = difflib.get_close_matches(text, names, n=1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    raise TraceError(
-        f"no trace {text!r}: {meant}there is no such file, and the samples are: "
+    raise TraceUsageError(
+        f"no trace {text!r}: {meant(text, names)}there is no such file, and the samples are: "
         f"{', '.join(names) or 'none'}"
     )
+
+
+def find_existing(path_or_name: str | Path) -> Place:
+    """As `find_trace`. Raises TraceError where it leads to no file; reads nothing."""
+    place = find_trace(path_or_name)
+    if isinstance(place, Path) and not place.is_file():
+        is_folder = place.is_dir()
+        raise TraceError(
+            f"{place}: {'is a folder, not a' if is_folder else 'there is no such'} trace"
+        )
+    return place
 
 
 def open_trace(path_or_name: str | Path) -> Trace:
     """Open a trace by its file, its URL or a sample's name; reads the metadata only.
 
-    A URL is read by polars: s3://, gs://, hf:// and others, with what the environment says about
-    endpoints and credentials. Raises TraceError if the file is missing, truncated, not a trace, or
-    lacks required columns.
+    polars reads URLs (s3://, gs://, hf:// and others), with the endpoints and credentials of the
+    environment. Raises TraceError for a file that is missing, truncated, not a trace, or without a
+    required column.
     """
     return Trace(find_trace(path_or_name))
 
@@ -79,6 +93,29 @@ class Trace:
     def __repr__(self) -> str:
         return f"Trace({str(self.path)!r}, {self.title}, {self.n_rows} rows)"
 
+    def _repr_html_(self) -> str:
+        meta = self.meta
+        about = {
+            "model": self.title,
+            "tokens": f"{self.n_rows // meta.n_layers:,}",
+            "layers": meta.n_layers,
+            "experts": f"{'up to ' if meta.variable_top_k else ''}top-{meta.top_k} of "
+            f"{meta.n_experts}",
+            "predictions": f"{meta.prediction}, {meta.horizon} layers ahead"
+            if meta.prediction
+            else "none",
+            "columns": ", ".join(self.columns),
+        }
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in about.items()
+        )
+        return f"<table>{rows}</table>"
+
+    def frame(self) -> pl.LazyFrame:
+        """The trace as a lazy polars frame, a row a (token, layer)."""
+        return self._frame
+
     @cached_property
     def n_rows(self) -> int:
         """Rows: (token, layer) pairs."""
@@ -89,22 +126,22 @@ class Trace:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the file, as sha256sum prints it; of a trace at a URL, of what it holds."""
+        """SHA-256 of the file, as sha256sum prints it; of a trace at a URL, of metadata and
+        columns."""
         if not isinstance(self.path, Path):
             return self._digest_contents()
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path).hex()
 
     @property
     def title(self) -> str:
-        """Model and, unless it was recorded from that model, where the trace is from."""
+        """The model and, unless the trace was recorded from that model, where the trace is from."""
         source = self.meta.source
         return self.meta.model + ("" if source == "recorded" else f" ({source})")
 
     def describe(self, *, notes: bool = True) -> str:
-        """A few lines for people: what the trace is of, how big, and what it can be used for.
+        """A few lines for people: the model, the size, and what the trace can be used for.
 
-        `notes`: also what its maker noted.
+        `notes`: with the notes of the trace's maker.
         """
         from moeroute.sizes import sizes_line
 
@@ -112,12 +149,15 @@ class Trace:
         tokens = (self.n_rows + meta.missing_rows) // meta.n_layers
         lines = [
             f"{self.title}: {tokens} tokens x {meta.n_layers} layers, "
-            f"top-{meta.top_k} of {meta.n_experts} experts",
+            f"{'up to ' if meta.variable_top_k else ''}top-{meta.top_k} of "
+            f"{meta.n_experts} experts",
             f"file: {self.path} (sha256 {self.digest[:12]})",
             f"columns: {', '.join(self.columns)}",
         ]
         if meta.source == "synthetic":
             lines.insert(1, f"synthetic: generated from seed {meta.seed}, not recorded")
+        if self.has("pass_id"):
+            lines.append("forward passes are recorded: tokens of one pass are one step a layer")
         if meta.missing_rows:
             lines.append(f"{meta.missing_rows} (token, layer) rows the recorder lost or skipped")
         if meta.prediction:
@@ -169,21 +209,32 @@ class Trace:
     def expert_counts(self) -> NDArray[np.int64]:
         """How often each expert is used, prompts included: int64[n_layers, n_experts]."""
         n_layers, n_experts = self.meta.n_layers, self.meta.n_experts
+        variable = self.meta.variable_top_k
         counts = np.zeros(n_layers * n_experts, np.int64)
         for start in range(0, self.n_rows, _BATCH_ROWS):
             columns = self.arrays("layer", "experts", start=start, stop=start + _BATCH_ROWS)
             keys = columns["layer"].astype(np.int64)[:, None] * n_experts + columns["experts"]
-            counts += np.bincount(keys.ravel(), minlength=len(counts))
+            chosen = keys[columns["experts"] != NO_EXPERT] if variable else keys.ravel()
+            counts += np.bincount(chosen, minlength=len(counts))
         return counts.reshape(n_layers, n_experts)
 
     def validate(self) -> None:
-        """Read everything and raise TraceError at the first thing wrong, by row and column."""
+        """Read everything. Raises TraceError that names the row and column of the first fault."""
         check = RowChecker(self.meta, str(self.path))
         for rows in self.batches():
             check.add(rows)
         check.finish()
         if not self.n_rows:
             raise TraceError(f"{self.path}: has no rows")
+
+    def check_order(self) -> None:
+        """Read where each row belongs. Raises TraceError that names the first row out of order, or
+        before which rows are missing; other readers give wrong answers to such a file."""
+        check = OrderChecker(self.meta, str(self.path))
+        for start in range(0, self.n_rows, _BATCH_ROWS):
+            of = self.arrays("sequence", "position", "layer", start=start, stop=start + _BATCH_ROWS)
+            check.add(of["sequence"], of["position"], of["layer"])
+        check.finish()
 
     def _digest_contents(self) -> str:
         """SHA-256 of the metadata and every column: polars does not hand out a file's bytes."""
@@ -210,7 +261,8 @@ class Trace:
 
 
 def is_trace(path: Place) -> bool:
-    """Whether a Parquet file is a trace of this project. Raises TraceError if it cannot be read."""
+    """Whether a Parquet file is a trace of this project. Raises TraceError for an unreadable
+    file."""
     import polars as pl
 
     scan(path)

@@ -7,10 +7,12 @@ them under a temporary name and renames that to `path`, so nothing at `path` is 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,7 +35,8 @@ class TraceWriter:
     `write` call hands over stays together: after a kill it is there as a whole or not at all, so a
     recorder that writes whole sequences resumes at a sequence boundary. `rows_of` is what errors
     about rows name instead of `path`, an importer's input, and `row_name` says where in it row i
-    stands. Raises TraceError for rows that are no
+    stands. ``counts_missing``: rows of a token's layers may be missing, and the metadata of the
+    file says how many are. Raises TraceError for rows that are no
     trace, metadata other than that of the trace to be resumed, or no rows at all.
     """
 
@@ -45,6 +48,7 @@ class TraceWriter:
         resume: bool = False,
         rows_of: str | None = None,
         row_name: Callable[[int], str] = "row {}".format,
+        counts_missing: bool = False,
     ) -> None:
         self.path = Path(path)
         self.meta = meta
@@ -53,7 +57,11 @@ class TraceWriter:
         self.folder = partial_folder(self.path)
         if not self.path.parent.is_dir():
             raise TraceError(f"{self.path}: the folder {self.path.parent} does not exist")
-        self._check = RowChecker(meta, rows_of or str(self.path), row_name)
+        self._held: int | None = None
+        self._counts_missing = counts_missing
+        self._check = RowChecker(
+            meta, rows_of or str(self.path), row_name, counts_missing=counts_missing
+        )
         self._parts = 0
         self._buffer: list[Rows] = []
         self._buffer_bytes = 0
@@ -63,10 +71,15 @@ class TraceWriter:
         self.last_sequence: int | None = None
         """Sequence and position of the last row written, resumed rows included."""
         self.last_position: int | None = None
-        if resume:
-            self._resume()
-        else:
-            self._start()
+        self._held = _hold(self.folder)
+        try:
+            if resume:
+                self._resume()
+            else:
+                self._start()
+        except BaseException:
+            self._let_go()
+            raise
 
     @property
     def n_rows(self) -> int:
@@ -89,6 +102,10 @@ class TraceWriter:
         waited_s = time.monotonic() - self._flushed_at
         if self._buffer_bytes >= PART_BYTES or waited_s >= PART_SECONDS:
             self.flush()
+
+    def note(self, **notes: str) -> None:
+        """Add to the notes of the trace that is being written."""
+        self.meta = self.meta.with_notes(**notes)
 
     def flush(self) -> None:
         """Make what was written so far survive a kill."""
@@ -114,7 +131,9 @@ class TraceWriter:
         try:
             if not self.n_rows:
                 raise TraceError(f"{self.path}: not written: there are no rows")
-            self._check.finish()
+            missing = self._check.finish()
+            if self._counts_missing:
+                self.meta = replace(self.meta, missing_rows=missing)
             self.flush()
             with self._finishing(self.path) as unfinished:
                 join_parts(self._part_paths(), unfinished, {META_KEY: self.meta.to_json()})
@@ -136,11 +155,28 @@ class TraceWriter:
         self._open = False
         if not self._parts:  # there is nothing to resume
             self.discard()
+        self._let_go()
 
     def discard(self) -> None:
         """Stop and remove the partial folder."""
         self._open = False
+        with suppress(OSError):
+            self._empty()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._let_go()
+
+    def _empty(self) -> None:
+        """Delete what could be resumed; killed in the middle, its beginning is left."""
+        for path in (*reversed(self._part_paths()), self.folder / "meta.json"):
+            path.unlink(missing_ok=True)
+
+    def _let_go(self) -> None:
+        """Leave the partial folder to others; an empty one goes."""
+        if self._held is not None:
+            with suppress(OSError):
+                self.folder.rmdir()
+            os.close(self._held)
+            self._held = None
 
     def __enter__(self) -> Self:
         return self
@@ -158,13 +194,11 @@ class TraceWriter:
             self.abort()
 
     def _start(self) -> None:
-        if self.folder.exists():
-            strangers = [path for path in self.folder.iterdir() if path.suffix != ".tmp"]
-            if strangers and not (self.folder / "meta.json").exists():
-                raise TraceError(f"{self.folder}: is in the way and holds no unfinished trace")
-            shutil.rmtree(self.folder)
-        self.folder.mkdir()
+        strangers = [path for path in self.folder.iterdir() if path.suffix != ".tmp"]
+        if strangers and not (self.folder / "meta.json").exists():
+            raise TraceError(f"{self.folder}: is in the way and holds no unfinished trace")
         try:
+            self._empty()
             with (
                 self._finishing(self.folder / "meta.json") as unfinished,
                 naming_errors(unfinished),
@@ -180,7 +214,8 @@ class TraceWriter:
         unfinished = self.folder / f"{path.stem}.tmp"
         try:
             yield unfinished
-            unfinished.replace(path)
+            with naming_errors(path):
+                _settle(unfinished, path)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
@@ -192,13 +227,21 @@ class TraceWriter:
                 raise TraceError(f"{self.path}: is whole; there is nothing to resume")
             self._start()
             return
-        self._refuse_other_meta(TraceMeta.from_json(noted.read_text(encoding="utf-8")))
+        self._refuse_other_meta(self._begun_as(noted))
         for part in self._part_paths():
             rows = rows_from_columns(read_part(part))
             self._check.add(rows)
             self._note_last(rows)
             self._parts += 1
         self.resumed_rows = self.n_rows
+
+    def _begun_as(self, noted: Path) -> TraceMeta:
+        try:
+            return TraceMeta.from_json(noted.read_bytes())
+        except TraceError as error:
+            raise TraceError(
+                f"{self.folder}: cannot resume: {noted.name}: {error}; remove it to start over"
+            ) from None
 
     def _refuse_other_meta(self, begun: TraceMeta) -> None:
         old, new = (json.loads(meta.to_json()) for meta in (begun, self.meta))
@@ -215,3 +258,43 @@ class TraceWriter:
     def _note_last(self, rows: Rows) -> None:
         self.last_sequence = int(rows.sequence[-1])
         self.last_position = int(rows.position[-1])
+
+
+def _settle(finished: Path, path: Path) -> None:
+    """Give a finished file its name, its bytes being on the disk before the name is.
+
+    After a power cut there is the old file or the new one, whole.
+    """
+    for synced in (finished, path.absolute().parent):
+        fd = os.open(synced, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if synced == finished:
+            finished.replace(path)
+
+
+def _hold(folder: Path) -> int:
+    """Make a partial folder, or take it up, for one process at a time; an open descriptor of it.
+
+    Raises TraceError where another process is writing there.
+    """
+    while True:
+        folder.mkdir(exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            import fcntl  # not everywhere
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise TraceError(
+                f"{folder}: another process is writing this trace: wait for it to end, or give "
+                "another name"
+            ) from None
+        except (ImportError, OSError):  # a file system without locks
+            return fd
+        if folder.exists() and os.path.samestat(os.fstat(fd), folder.stat()):
+            return fd
+        os.close(fd)  # removed by one that is done, between the two calls

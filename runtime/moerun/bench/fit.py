@@ -93,7 +93,7 @@ def fit_slots(
     plan = plan_policies(store, settings, schedule.policies, context)
     plan = replace(plan, slots=min(plan.slots, store.n_experts))
     if plan.slots < 0:
-        raise UsageError(f"slots must be 0 or more, not {plan.slots}")
+        raise UsageError.of("slots", f"must be 0 or more, not {plan.slots}")
     if plan.slots < 1 and schedule.released:
         raise UsageError("the released engine needs 1 slot a layer or more: leave --baseline out")
     return plan

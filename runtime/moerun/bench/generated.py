@@ -70,7 +70,8 @@ class GeneratedModel:
         self.attention: RandomAttention | None = None
         if self.precisions.packs_attention:
             self.attention = RandomAttention(self._model, self.precisions.attention, seed)
-        self.dense = RandomDense(self._dense_tensors(), seed)
+        buffers = self._buffers()
+        self.dense = RandomDense(self._dense_tensors() | buffers, seed, buffers)
         self.index = self._index()
 
     def at(self, precision: str) -> GeneratedModel:
@@ -90,10 +91,6 @@ class GeneratedModel:
         model.load_state_dict(state, strict=False, assign=True)
         model.requires_grad_(False)
         model.tie_weights()
-        for module in model.modules():  # biases of the ranking and the like
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                if buffer.is_meta and name in module.state_dict():
-                    module._buffers[name] = torch.zeros_like(buffer, device=device)
         rebuild_buffers(model, device)
         from transformers import GenerationConfig
 
@@ -111,6 +108,15 @@ class GeneratedModel:
             name: (parameter.dtype, tuple(parameter.shape))
             for name, parameter in self._model.named_parameters()
             if name not in packed
+        }
+
+    def _buffers(self) -> TensorShapes:
+        """What a checkpoint has besides parameters: biases of the ranking, tables of tokens."""
+        kept = self._model.state_dict().keys()
+        return {
+            name: (buffer.dtype, tuple(buffer.shape))
+            for name, buffer in self._model.named_buffers()
+            if name in kept
         }
 
     def _packed_bytes(self) -> dict[str, int]:

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from moepolicy.outputs import sync_folder, sync_tree
 
 from moerun.bench.generated import GeneratedModel, GeneratedStore
 from moerun.bench.random_weights import RandomAttention, record_tensors
 from moerun.errors import RunError
-from moerun.format.layout import RECORD_ALIGN
+from moerun.format.names import RECORD_ALIGN
 from moerun.format.tensorfile import TensorFileWriter, write_tensors
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import DENSE_FILE, INDEX_FILE, write_json
@@ -65,7 +66,9 @@ def write_store(
     write_json(partial_folder / INDEX_FILE, described)
     if folder.exists():
         folder.rmdir()
+    sync_tree(partial_folder)
     partial_folder.rename(folder)
+    sync_folder(folder.absolute().parent)
     return ExpertStore.open(folder)
 
 

@@ -8,7 +8,7 @@ more than copying it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ import torch
 from moerun.checkpoint.families import find_attention
 from moerun.format.bitplanes import SCALE_UNIT
 from moerun.format.expert import ExpertShape
-from moerun.format.layout import RECORD_ALIGN
-from moerun.format.precision import SCHEMES, Scheme, scheme_of
+from moerun.format.names import RECORD_ALIGN
+from moerun.format.precision import PACKED_SCHEMES, BlockScheme, Scheme, scheme_of
 from moerun.format.tensorfile import bytes_of, header_of
 from moerun.store.index import ATTENTION_FILE, AttentionRecords, LinearRecord
 
@@ -64,7 +64,7 @@ class RandomAttention:
         self._records: dict[str, RandomRecords] = {}
         for name, linear in self._linears:
             rows, columns = linear.weight.shape
-            SCHEMES[precision].check(name, columns)
+            PACKED_SCHEMES[precision].check(name, columns)
             if (rows, columns) not in drawn:
                 shape = ExpertShape.matrix(rows, columns)
                 drawn[rows, columns] = RandomRecords(shape, precision, seed)
@@ -80,7 +80,7 @@ class RandomAttention:
         self._records[module].write(list(self._records).index(module), buffer)
 
     def described(self) -> AttentionRecords:
-        """What an index says of them, the checksums aside."""
+        """What an index says of them, without checksums."""
         file_bytes, offsets = laid_out(self.record_bytes)
         linears = tuple(
             LinearRecord(name, linear.out_features, linear.in_features, offset, crc32=0)
@@ -90,10 +90,12 @@ class RandomAttention:
 
 
 class RandomDense:
-    """Weights that are neither an expert's nor packed attention's: norms 1, the others normal."""
+    """Weights that are neither an expert's nor packed attention's: norms 1, the others normal, and
+    ``zeros`` (biases of the ranking, tables of tokens) 0."""
 
-    def __init__(self, tensors: TensorShapes, seed: int) -> None:
+    def __init__(self, tensors: TensorShapes, seed: int, zeros: Collection[str] = ()) -> None:
         self.tensors = tensors
+        self._zeros = frozenset(zeros)
         self._seed = seed
 
     @property
@@ -105,7 +107,9 @@ class RandomDense:
         """Draw each tensor on the CPU, with its name."""
         generator = torch.Generator().manual_seed(self._seed + 1)
         for name, (dtype, shape) in self.tensors.items():
-            if len(shape) == 1 and name.endswith("weight"):
+            if name in self._zeros:
+                yield name, torch.zeros(shape, dtype=dtype)
+            elif len(shape) == 1 and name.endswith("weight"):
                 yield name, torch.ones(shape, dtype=dtype)
             else:
                 yield name, _normals(math.prod(shape), dtype, generator).view(shape)
@@ -123,10 +127,17 @@ def laid_out(lengths: dict[str, int]) -> tuple[int, list[int]]:
     return file_bytes, [entry.offset for entry in entries.values()]
 
 
-def _draw(name: str, part: torch.Tensor, scheme: Scheme | None, generator: torch.Generator) -> None:
+def _draw(
+    name: str,
+    part: torch.Tensor,
+    scheme: Scheme | BlockScheme | None,
+    generator: torch.Generator,
+) -> None:
     if part.is_floating_point() and name.rpartition(".")[2] == "ranges":
-        assert scheme is not None
+        assert isinstance(scheme, Scheme)
         part.copy_(_ranges(scheme)[:, None].expand_as(part))
+    elif isinstance(scheme, BlockScheme) and name.rpartition(".")[2] == "scales":
+        part.fill_(WEIGHT_STD / math.sqrt(((1 << 2 * scheme.bits) - 1) / 12))
     elif part.is_floating_point():
         part.view(-1).copy_(_normals(part.numel(), part.dtype, generator))
     else:

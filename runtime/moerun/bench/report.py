@@ -9,11 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
+from moepolicy.amounts import counted
+from moepolicy.lossy import CHANGES, OPEN_LOOP, changed, marked
+from moepolicy.outputs import Output
+from moepolicy.refusals import refusal_notes, with_refused
+from moepolicy.tables import Table, wrapped
 
 from moerun.bench.run import RELEASED, Bench, Timed
-from moerun.live.report import changed
-from moerun.policies import refusal_notes, with_refused
 from moerun.versions import run_packages
 
 if TYPE_CHECKING:
@@ -29,9 +31,8 @@ class Row:
     """One policy. Medians over the rounds; spread is (largest - smallest) / median.
 
     cpu_ratio          of the experts wanted, those computed on the CPU
-    skipped_share, substituted_share, low_share
-                       of the gates' weight, what was left out, computed by another expert or at
-                       the lower precision; all 0 but for policies that are ``lossy``
+    *_share            of the gates' weight, what was left out, computed by another expert or at
+                       the lower precision, or routed elsewhere; all 0 but for ``lossy`` policies
     compute_s_per_token  of the device alone, with every expert there; without those that the policy
                        has computed elsewhere or nowhere
     bound_s_per_token  max(bytes / link rate, compute): no engine that moves these bytes is faster
@@ -50,6 +51,7 @@ class Row:
     skipped_share: float
     substituted_share: float
     low_share: float
+    rerouted_share: float
     useless_prefetches: int
     gb_per_token: float
     link_gb_per_s: float
@@ -60,6 +62,11 @@ class Row:
     simulated_tokens_per_s: float | None
     rounds: tuple[float, ...]
     """tokens/s of each round."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What the policy changed, by the names of the columns."""
+        return {name: getattr(self, name) for name in CHANGES}
 
 
 def rows_of(bench: Bench, simulated: dict[str, float]) -> list[Row]:
@@ -183,22 +190,21 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
-def render(rows: list[Row], format: Format, made_by: dict[str, Any]) -> str:
-    """The report in ``format``; ``made_by`` has the options and versions of the measurement."""
-    if format is Format.table:
-        return _table(rows, made_by)
+def deliver(to: Output, rows: list[Row], made_by: dict[str, Any]) -> None:
+    """Print or write the report; ``made_by`` has the options and versions of the measurement."""
     plain = with_refused([asdict(row) for row in rows], made_by["refused"])
-    return to_json({"rows": plain, **made_by}) if format is Format.json else to_csv(plain)
+    to.deliver(plain, lambda: table_of(rows, made_by), {"rows": plain, **made_by})
 
 
-def _table(rows: list[Row], made_by: dict[str, Any]) -> str:
+def table_of(rows: list[Row], made_by: dict[str, Any]) -> str:
+    """The report for people: a line for each policy, and what its columns and marks mean."""
     names = ["tok/s", "spread", "hit | late | miss %", "GB/token", "GB/s", "bound ms", "over"]
     simulated = any(row.simulated_tokens_per_s is not None for row in rows)
     table = Table(["policy"], [*names, *["sim tok/s"] * simulated])
     for row in rows:
         shares = (row.hit_ratio, row.late_ratio, row.miss_ratio)
         cells = [
-            row.policy.partition(" (")[0],
+            marked(row.policy.partition(" (")[0], row.lossy),
             f"{row.tokens_per_s:.2f}",
             f"{100 * row.spread:.0f} %",
             " | ".join(f"{100 * share:.1f}" for share in shares),
@@ -229,17 +235,20 @@ def _bound(link_bytes_per_s: float | None, compute_ms: float) -> str:
 def _legend(rows: list[Row], made_by: dict[str, Any]) -> list[str]:
     machine = made_by["hardware"]
     lines = [
-        f"{made_by['shape']}, {made_by['layers']} layers, {made_by['attention']} attention, "
+        f"{made_by['shape']}, {counted(made_by['layers'], 'layer')}, "
+        f"{made_by['attention']} attention, "
         f"{made_by['precision']} experts of "
         f"{made_by['expert_bytes'] / 1e6:,.3g} MB (random weights) in {made_by['experts_in']}; "
-        f"{made_by['slots']} slots a layer, cache per {made_by['scope']}, on {made_by['device']}",
+        f"{counted(made_by['slots'], 'slot')} a layer, cache per {made_by['scope']}, "
+        f"on {made_by['device']}",
         f"routing forced: {made_by['routing']} (sha256 {made_by['routing_sha256'][:12]}), "
         f"{made_by['tokens']} tokens after {made_by['warm_up']} of warm-up, "
-        f"{made_by['rounds']} rounds in turns, medians",
+        f"{counted(made_by['rounds'], 'round')} in turns, medians",
         _bound(made_by["link_bytes_per_s"], 1e3 * made_by["compute_alone_s_per_token"]),
-        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads",
+        f"{machine.get('gpu') or machine['cpu']}, {counted(machine['threads'], 'thread')}",
     ]
     lines += [_answers(row) for row in rows if row.lossy or row.cpu_ratio]
+    lines += [f"{row.policy}: {OPEN_LOOP}" for row in rows if row.rerouted_share]
     lines += refusal_notes(made_by["refused"])
     if any(row.policy == RELEASED_LABEL for row in rows):
         lines.append(
@@ -255,5 +264,5 @@ def _answers(row: Row) -> str:
     if row.cpu_ratio:
         found.append(f"{100 * row.cpu_ratio:.1f} % of the experts computed on the CPU")
     if row.lossy:
-        found.append(f"changes what the model computes: {changed(row)}")
-    return f"{row.policy}: {'; '.join(found)}"
+        found.append(f"changes what the model computes: {changed(row.shares)}")
+    return f"{marked(row.policy, row.lossy)}: {'; '.join(found)}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from moepolicy import RoutingRule
 from numpy.typing import NDArray
 
+from moerun.checkpoint.families import family_of_model
 from moerun.errors import RunError
 from moerun.live.gates import SessionExperts
 from moerun.offload.gate import GateOutput
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 MIXTRAL = "mixtral-like"
 UNIFORM = "uniform"
+_SHOWING = 4096  # rows that show by which rule gates make weights
 _SAMPLE_SEED = 0  # of the sample that moeroute.synthetic makes
 
 
@@ -35,6 +39,9 @@ class ForcedRouting:
     ids [T, L, K], weights float32[T, L, K], logits float16[T, L, E], predicted
     float16[h, T, L, E]: entry j is what was predicted for this layer j + 1 layers before, NaN
     where there is no such layer. ``sha256`` is of all of these.
+
+    ``token_ids`` int32[T], None where the source has none; ``weight_rule`` is how the gates made
+    the weights of their logits, None where by no rule that is known.
     """
 
     source: str
@@ -42,6 +49,8 @@ class ForcedRouting:
     weights: NDArray[np.float32]
     logits: NDArray[np.float16]
     predicted: NDArray[np.float16]
+    token_ids: NDArray[np.int32] | None = None
+    weight_rule: RoutingRule | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,12 +72,13 @@ class ForcedRouting:
 
     def cut(self, tokens: int, layers: int) -> ForcedRouting:
         """The same routing of the first ``tokens`` tokens and ``layers`` layers alone."""
-        return ForcedRouting(
-            self.source,
-            self.ids[:tokens, :layers],
-            self.weights[:tokens, :layers],
-            self.logits[:tokens, :layers],
-            self.predicted[:, :tokens, :layers],
+        return replace(
+            self,
+            ids=self.ids[:tokens, :layers],
+            weights=self.weights[:tokens, :layers],
+            logits=self.logits[:tokens, :layers],
+            predicted=self.predicted[:, :tokens, :layers],
+            token_ids=None if self.token_ids is None else self.token_ids[:tokens],
         )
 
     def counts(self) -> NDArray[np.int64]:
@@ -88,6 +98,40 @@ class ForcedRouting:
         except BaseException:
             writer.discard()
             raise
+
+
+def choose_routing(
+    layers: int, experts: int, top_k: int, *, of_layers: int | None = None
+) -> tuple[str, str]:
+    """The routing of a shape: the sample of the same experts, recorded before synthetic, and how
+    it was found, as a line; ``uniform`` where no sample has them.
+
+    A sample must have the shape's layers or more. One of ``of_layers`` layers, which are the whole
+    model's where the shape is a part of it, stands first.
+    """
+    from moeroute import open_trace, sample_names
+
+    of = f"{layers} layers, top-{top_k} of {experts} experts"
+    if importlib.util.find_spec("polars") is None:
+        return UNIFORM, (
+            "routing: uniform, drawn without locality: traces cannot be read without polars, which "
+            "is not installed"
+        )
+    found = [(name, open_trace(name).meta) for name in sample_names()]
+    fit = [
+        (meta.n_layers != (of_layers or layers), meta.source == "synthetic", meta.n_layers, name)
+        for name, meta in found
+        if (meta.n_experts, meta.top_k) == (experts, top_k) and meta.n_layers >= layers
+    ]
+    if not fit:
+        return UNIFORM, (
+            f"routing: uniform, drawn without locality: no sample is of {of}; a recorded trace "
+            "(--routing FILE) gives truer rates"
+        )
+    _, synthetic, has_layers, name = min(fit)
+    kind = "synthetic" if synthetic else "recorded"
+    more = f", of whose {has_layers} layers the first count" if has_layers > layers else ""
+    return name, f"routing: the sample {name} ({kind}), of {of}{more}"
 
 
 def load_routing(
@@ -122,12 +166,19 @@ def _of_trace(source: str) -> ForcedRouting:
         from moeroute import open_trace
     except ImportError as error:
         if source == MIXTRAL:
-            return _routing(source, [*_mixtral_rows()])
+            return _routing(source, [*_mixtral_rows()], None)
         raise RunError(f"reading routing '{source}' needs polars: install it") from error
     trace = open_trace(source)
+    if trace.meta.variable_top_k:
+        raise RunError(
+            f"routing '{source}': its tokens choose different numbers of experts, and the bench "
+            "forces as many on each: give --routing another trace"
+        )
     for column in ("weights", "router_logits"):
         trace.require(column, "moerun bench")
-    return _routing(source, [*trace.batches()])
+    meta = trace.meta
+    named = meta.weight_rule and RoutingRule(meta.weight_rule, meta.weight_scale or 1.0)
+    return _routing(source, [*trace.batches()], named or None)
 
 
 def _mixtral_rows() -> Iterator[Rows]:
@@ -137,7 +188,8 @@ def _mixtral_rows() -> Iterator[Rows]:
     return generate(SAMPLE_TOKENS, _SAMPLE_SEED)
 
 
-def _routing(source: str, batches: list[Rows]) -> ForcedRouting:
+def _routing(source: str, batches: list[Rows], rule: RoutingRule | None) -> ForcedRouting:
+    """``rule`` is what the source says of its gates' weights; None: what its rows show."""
     columns = [batch.columns() for batch in batches if len(batch)]
     rows = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     n_layers = int(rows["layer"].max()) + 1
@@ -150,14 +202,28 @@ def _routing(source: str, batches: list[Rows]) -> ForcedRouting:
         return taken.reshape(-1, n_layers, taken.shape[1])
 
     ahead = [column(name) for name in sorted(rows) if name.startswith("predicted")]
-    logits = column("router_logits")
+    logits, weights = column("router_logits"), column("weights")
+    ids = column("experts").astype(np.int64)
+    token_ids = rows.get("token_id")
     return ForcedRouting(
         source,
-        column("experts").astype(np.int64),
-        column("weights"),
+        ids,
+        weights,
         logits,
         np.stack(ahead) if ahead else np.empty((0, *logits.shape), np.float16),
+        None if token_ids is None else token_ids[kept[::n_layers]].astype(np.int32),
+        rule or _shown_rule(logits, weights, ids),
     )
+
+
+def _shown_rule(
+    logits: NDArray[Any], weights: NDArray[Any], ids: NDArray[Any]
+) -> RoutingRule | None:
+    from moeroute.weight_rules import detect_weight_rule
+
+    some = (each.reshape(-1, each.shape[-1])[:_SHOWING] for each in (logits, weights, ids))
+    found = detect_weight_rule(*some)
+    return RoutingRule(found.name, found.scale) if found else None
 
 
 def _whole_decode_tokens(rows: dict[str, NDArray[Any]], n_layers: int) -> NDArray[np.int64]:
@@ -178,7 +244,14 @@ def _uniform(tokens: int, layers: int, experts: int, top_k: int) -> ForcedRoutin
     ahead = logits.copy()  # a predictor that is always right
     ahead[:, 0] = np.nan
     weights = chosen / chosen.sum(axis=2, keepdims=True)
-    return ForcedRouting(UNIFORM, ids, weights.astype(np.float32), logits, ahead[None])
+    return ForcedRouting(
+        UNIFORM,
+        ids,
+        weights.astype(np.float32),
+        logits,
+        ahead[None],
+        weight_rule=RoutingRule("softmax-topk-renorm"),
+    )
 
 
 class ForcedGates:
@@ -188,7 +261,14 @@ class ForcedGates:
     """
 
     def __init__(self, model: Any, routing: ForcedRouting) -> None:
-        """Raises RunError where the model's gates are not the routing's."""
+        """Raises RunError where the model's gates are not the routing's, or give no choice that
+        could be replaced."""
+        family = family_of_model(model)
+        if family is not None and family.gate_gives == "scores":
+            raise RunError(
+                f"the gates of {family.model_type} give scores alone, so no routing can be forced "
+                "on them: take a shape of another family"
+            )
         self.routing = routing
         self.experts: SessionExperts | None = None
         self.horizon = 0  # how many layers ahead the policy reads predictions
@@ -219,15 +299,25 @@ class ForcedGates:
     @torch.no_grad()
     def _decide(self, layer: int, _router: Any, arguments: Any, output: Any) -> Any:
         logits, weights, ids = self._forced(output)
-        if self.horizon:
+        if layer == 0 and self.experts is not None:
+            self.experts.pass_begins(self._token_id(), begins_sequence=self._token == 0)
+        asked = bool(self.horizon)
+        if asked and self.experts is not None:
+            asked = self.experts.wants_predictions(layer)
+        if asked:
             self._predictors[self.horizon].predict(layer, arguments[0])
         token = slice(self._token, self._token + 1)
         if self.experts is not None:
-            ahead = self._ahead[: self.horizon, token, layer] if self.horizon else None
-            self.experts.gate_ran(layer, GateOutput(logits[token, layer], ahead))
+            ahead = self._ahead[: self.horizon, token, layer] if asked else None
+            self.experts.gate_ran(layer, GateOutput(self._recorded[token, layer], ahead))
         if layer == len(self._routers) - 1:
             self._token += 1
         return logits[token, layer], weights[token, layer], ids[token, layer]
+
+    def _token_id(self) -> torch.Tensor | None:
+        """The id of the token whose pass it is, int32[1, 1]; None where the routing has none."""
+        ids = self.routing.token_ids
+        return None if ids is None else torch.from_numpy(ids[None, self._token : self._token + 1])
 
     def _forced(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits, weights and ids of all tokens, in the types the gate itself gives."""
@@ -237,6 +327,8 @@ class ForcedGates:
                 torch.from_numpy(np.ascontiguousarray(array)).to(like)
                 for array, like in zip(arrays, output, strict=True)
             )
+            # As they were recorded, whatever the gate's type: a replay decides by the same.
+            self._recorded = torch.from_numpy(self.routing.logits).to(output[0].device)
             self._ahead = _by_predicting_layer(self.routing).to(output[0].device)
         logits, weights, ids = self._tensors
         return logits, weights, ids
@@ -254,6 +346,7 @@ def _meta(routing: ForcedRouting, index: StoreIndex) -> TraceMeta:
     from moeroute import TraceMeta
 
     _, layers, experts = routing.logits.shape
+    rule = routing.weight_rule
     return TraceMeta(
         source="imported",
         model=index.model,
@@ -266,6 +359,8 @@ def _meta(routing: ForcedRouting, index: StoreIndex) -> TraceMeta:
         token_bytes=index.token_bytes,
         prediction="forced" if routing.horizon else None,
         horizon=routing.horizon,
+        weight_rule=rule.name if rule else None,
+        weight_scale=rule.scale if rule else None,
         notes={"routing": routing.source},
     )
 
@@ -274,6 +369,7 @@ def _rows(routing: ForcedRouting) -> Rows:
     from moeroute import DECODE, Rows
 
     tokens, layers, _ = routing.ids.shape
+    ids = routing.token_ids
     position, layer = (axis.ravel() for axis in np.indices((tokens, layers)))
 
     def flat(values: NDArray[Any]) -> NDArray[Any]:
@@ -283,7 +379,7 @@ def _rows(routing: ForcedRouting) -> Rows:
         sequence=np.zeros(tokens * layers, np.uint32),
         position=position.astype(np.uint32),
         phase=np.full(tokens * layers, DECODE, np.uint8),
-        token_id=None,
+        token_id=None if ids is None else np.repeat(ids, layers).astype(np.uint32),
         layer=layer.astype(np.uint16),
         experts=flat(routing.ids).astype(np.uint16),
         weights=flat(routing.weights),

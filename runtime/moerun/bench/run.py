@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from moepolicy import Context, PolicyError, PolicySpec
+from moepolicy.refusals import Refusals
 
 from moerun.bench.decoding import ForcedDecoder, MeasuredTimings
 from moerun.bench.engines import HitsOnly, LentLink, ReleasedEngine, link_bytes_per_s
@@ -17,17 +18,17 @@ from moerun.bench.generated import GeneratedModel
 from moerun.bench.ondisk import make_store
 from moerun.bench.routing import ForcedRouting
 from moerun.bench.schedule import BenchSchedule
-from moerun.devices import calm_collector
+from moerun.devices import freeze_loaded_objects
 from moerun.kernels.slots import SlotForm
 from moerun.links import Link, Throttle
-from moerun.live.assembly import make_aside, make_link
+from moerun.live.assembly import make_cpu_experts, make_link
 from moerun.live.gates import SessionExperts
 from moerun.live.session import Session
 from moerun.live.totals import Totals
 from moerun.memory.peak import Peak
-from moerun.offload.cpu_experts import Aside
+from moerun.offload.cpu_experts import CpuExperts
 from moerun.offload.experts import Sums
-from moerun.policies import Refusals, require_some
+from moerun.policies import require_some, with_constants
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.progress import Notify, RecordProgress, silent
@@ -62,7 +63,10 @@ class BenchResults:
 
 
 class Bench(AbstractContextManager["Bench"]):
-    """A model, its gates forced, and a link whose slots every policy takes over in its turn."""
+    """A model, its gates forced, and a link whose slots every policy takes over in its turn.
+
+    The class is long because the runs of a round share one model, one link and one memory plan.
+    """
 
     def __init__(
         self,
@@ -77,12 +81,12 @@ class Bench(AbstractContextManager["Bench"]):
         report: Notify | None = None,
         progress: RecordProgress | None = None,
     ) -> None:
-        """``settings`` say what `moerun` is told, the policy aside; ``low`` is a second precision
+        """``settings`` say what `moerun` is told, without the policy; ``low`` is a second precision
         of the experts. ``folder``: keep them there, on disk. ``sums`` is as for `attach`.
 
         Raises RunError for what does not fit.
         """
-        schedule.check(low=low is not None)
+        schedule.check(low=low is not None, machine=settings.machine is not None)
         tell, released = report or silent, schedule.released
         self.generated, self.routing, self.schedule = generated, routing, schedule
         self.on_disk = folder
@@ -92,6 +96,7 @@ class Bench(AbstractContextManager["Bench"]):
         context_tokens = 1 + schedule.forced_tokens
         self.settings = replace(settings, context_tokens=context_tokens, prompt_tokens=1)
         lower = generated.at(low) if low is not None else None
+        self._low_bytes = lower.index.layout.record_bytes if lower else None
         self._fit(lower, tell)
         with ExitStack() as opened:
             self._make(lower, sums, opened, tell, progress)
@@ -165,7 +170,7 @@ class Bench(AbstractContextManager["Bench"]):
 
     def _context(self, slots: int) -> Context:
         index = self.generated.index
-        return Context(
+        context = Context(
             n_layers=index.n_layers,
             n_experts=index.n_experts,
             top_k=index.top_k,
@@ -173,6 +178,8 @@ class Bench(AbstractContextManager["Bench"]):
             scope=self.settings.scope,
             counts=self.routing.counts(),
         )
+        policies, machine = self.schedule.policies, self.settings.machine
+        return with_constants(context, index, self._low_bytes, machine, policies)
 
     def run(self, report: Notify | None = None) -> None:
         """All rounds; each measures the link, compute alone, then every policy."""
@@ -180,7 +187,7 @@ class Bench(AbstractContextManager["Bench"]):
         tell("warming up")
         self._measure_link()
         self._decoder.decode(self._hits_only(), MeasuredTimings(0), tokens=2)
-        calm_collector()
+        freeze_loaded_objects()
         for number in range(1, self.schedule.rounds + 1):
             of = f"round {number} of {self.schedule.rounds}"
             tell(f"{of}: the link, and compute alone")
@@ -228,9 +235,11 @@ class Bench(AbstractContextManager["Bench"]):
             lambda _n_slots: cast(Link, self._link),
             record_bytes=self.store.record_bytes,
             low_record_bytes=self.low.record_bytes if self.low else 0,
-            make_aside=self._make_aside if "cpu" in policy.requires else None,
+            make_cpu_experts=self._make_cpu_experts if "cpu" in policy.requires else None,
             compiling=self.memory.compiling,
         )
+        if self.routing.weight_rule is not None:
+            session.set_weight_rule(self.routing.weight_rule)
         with session:
             session.wait_compiled()
             warm: list[Totals] = []
@@ -244,8 +253,8 @@ class Bench(AbstractContextManager["Bench"]):
                 session.settle()  # the link is another's next
         return Timed(timings.measured_s, totals, totals.bytes_loaded)
 
-    def _make_aside(self, _lent: Link) -> Aside:
-        return make_aside(self.store, self.settings, self._link.owned)
+    def _make_cpu_experts(self, _lent: Link) -> CpuExperts:
+        return make_cpu_experts(self.store, self.settings, self._link.owned)
 
     def _run_released(self) -> Timed:
         rate = self.settings.link_bytes_per_s

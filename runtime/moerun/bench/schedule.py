@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moepolicy import PolicyError, PolicySpec
+from moepolicy import WEIGHT_RULES, PolicyError, PolicySpec
+from moepolicy.refusals import Refusals
 
 from moerun.bench.routing import ForcedRouting
-from moerun.errors import UsageError
-from moerun.policies import Refusals, refuse_beyond, refuse_unservable, require_some
+from moerun.policies import refuse_beyond, refuse_unservable, require_some
+from moerun.ranges import check_counts
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,22 @@ class BenchSchedule:
         """Tokens that a run decodes: a first one stands for the prompt."""
         return 1 + self.warm_up + self.tokens
 
-    def check(self, *, low: bool = False) -> None:
+    def check(self, *, low: bool = False, machine: bool = False) -> None:
         """Raises UsageError or PolicyError naming what is out of range, or that a policy needs the
-        experts at a lower precision, too, and there is none (``low``)."""
-        for name, least in (("tokens", 1), ("warm_up", 0), ("rounds", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(
-                    f"{name.replace('_', '-')} must be {least} or more, not {getattr(self, name)}"
-                )
+        experts at a lower precision (``low``), or a machine profile (``machine``), and there is
+        none."""
+        check_counts(self.tokens, self.warm_up, self.rounds)
         for policy in self.policies:
-            refuse_unservable(policy, low=low)
+            refuse_unservable(policy, low=low, machine=machine)
 
     def within(self, routing: ForcedRouting, refused: Refusals) -> BenchSchedule:
-        """The schedule without the policies that read predictions further ahead than ``routing``
-        has them, which join ``refused``. PolicyError where none is left."""
+        """The schedule without the policies that ``routing`` lacks something for, which join
+        ``refused``. PolicyError where none is left."""
         fit = []
         for policy in self.policies:
             try:
                 refuse_beyond(policy, routing.horizon, f"routing '{routing.source}'")
+                _refuse_lacking(policy, routing)
             except PolicyError as error:
                 refused[policy.label] = str(error)
             else:
@@ -58,6 +57,28 @@ class BenchSchedule:
         return replace(self, policies=tuple(fit))
 
     @property
+    def n_steps(self) -> int:
+        """Steps of which a bench tells: warming up, then in each round the link and compute, each
+        policy, and the released engine."""
+        return 1 + self.rounds * (1 + len(self.policies) + self.released)
+
+    @property
     def spares(self) -> bool:
         """Whether a policy may have experts computed elsewhere than on the device, or nowhere."""
         return any(policy.policy.lossy or "cpu" in policy.requires for policy in self.policies)
+
+
+def _refuse_lacking(policy: PolicySpec, routing: ForcedRouting) -> None:
+    """PolicyError where ``policy`` reads token ids or gives tokens other experts, and ``routing``
+    has no ids or does not show how its gates make weights."""
+    if "tokens" in policy.requires and routing.token_ids is None:
+        raise PolicyError(
+            f"policy '{policy.label}' reads the tokens' ids, and routing '{routing.source}' has "
+            "none: give --routing a trace with the column token_id"
+        )
+    if policy.routes and routing.weight_rule is None:
+        raise PolicyError(
+            f"policy '{policy.label}' gives tokens other experts, and the gates of routing "
+            f"'{routing.source}' make their weights by none of the rules known: "
+            f"{', '.join(WEIGHT_RULES)}"
+        )

@@ -1,1 +1,1 @@
-"""Checkpoints as people download them: found, recognised, read a tensor at a time."""
+"""Finding and recognising published checkpoints, and reading them a tensor at a time."""

@@ -1,7 +1,7 @@
-"""Every tensor of a checkpoint is accounted for, before any is read.
+"""Checks that every tensor of a checkpoint is accounted for, before any is read.
 
-A tensor that nothing takes, that would be read as something else, or that is missing makes a model
-that runs and speaks nonsense. Only headers are looked at, so a refusal costs nothing.
+A model runs but speaks nonsense if a tensor of its checkpoint is not used, is read as something
+else, or is missing. The check reads headers only, so a refusal costs next to nothing.
 """
 
 from __future__ import annotations
@@ -12,23 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moeroute.families import family_of
 
 from moerun.checkpoint.expert_accounts import ExpertAccounts, ShapesAlone
 from moerun.checkpoint.folder import INDEX, weight_map
 from moerun.checkpoint.mapping import TensorMap
-from moerun.checkpoint.quantised import declared, find_format
-from moerun.checkpoint.weights import Checkpoint
+from moerun.checkpoint.opening import open_weights
+from moerun.checkpoint.published.declared import declared
+from moerun.checkpoint.published.table import UNQUANTISED, find_format
+from moerun.checkpoint.published.weights import PublishedCheckpoint
+from moerun.checkpoint.weights import Weights
 from moerun.errors import RunError
 from moerun.format.expert import ExpertParam
 
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_NEXT_TOKENS = re.compile(r"(?:^|\.)mtp\.")
+OTHER_PARTS, NEXT_TOKENS = "other parts", "next tokens"
+_REASONS = {
+    OTHER_PARTS: "being of parts for images or sound, where text alone is run",
+    NEXT_TOKENS: "being of layers that predict further tokens (MTP), which are not run",
+    None: "as stock transformers does not either",
+}
 
 
 class Accounts:
-    """The tensors of one checkpoint against those of its model."""
+    """Compares the tensors of one checkpoint with those of its model."""
 
-    def __init__(self, checkpoint: Checkpoint, mapping: TensorMap) -> None:
+    def __init__(self, checkpoint: Weights, mapping: TensorMap) -> None:
         self._checkpoint = checkpoint
         self._mapping = mapping
         self._path = checkpoint.path
@@ -37,12 +48,11 @@ class Accounts:
     def check(
         self, layers: Sequence[str] = (), params: Sequence[ExpertParam] = (), n_experts: int = 0
     ) -> list[str]:
-        """The tensors that are left out because stock transformers says that it leaves them out.
+        """The tensors that are left out because stock transformers declares them ignored.
 
-        `layers` are the names of the fused experts to be read one at a time, `params` what each of
-        `n_experts` consists of.
-        Raises RunError that names the first tensor that is left over, cannot be read as what the
-        model wants, or is missing.
+        `layers` are the names of the fused experts that are read one at a time, `params` the
+        parameters of each of `n_experts`. Raises RunError that names the first tensor that is left
+        over, cannot be read as the model's, or is missing.
         """
         left_out = self._check_taken()
         self._check_missing()
@@ -62,7 +72,7 @@ class Accounts:
         mapping = self._mapping
         nobody = [target for target in mapping.targets if target not in mapping.state]
         ignored = set(nobody) - told_by_stock(mapping.model, unexpected=nobody)
-        ignored |= {target for target in nobody if _is_next_token_layer(target, mapping.config)}
+        ignored |= {target for target in nobody if why_not_read(target, mapping.config)}
         left_out = [
             n for target in nobody if target in ignored for n in mapping.targets[target].names
         ]
@@ -76,7 +86,8 @@ class Accounts:
         return left_out
 
     def _fits(self, name: str, target: str) -> bool:
-        """Whether a tensor's values are those of the model's tensor: no codes, no bare bits."""
+        """Whether a tensor's values are those of the model's tensor: neither codes nor packed
+        bits."""
         if self._checkpoint.unread(name) is not None:
             return False
         dtype = self._checkpoint.entry(name).dtype
@@ -99,9 +110,10 @@ class Accounts:
         if wrong or found:
             looks = found.format.name if found else "a quantised checkpoint"
             stated = f" ({said})" if said else ""
+            instead = found.format.instead if found else UNQUANTISED
             return RunError(
                 f"{what} cannot be read as a plain weight: it looks like {looks}{stated}, which is "
-                "not supported; give the unquantised checkpoint, 'moerun pack' quantises it itself"
+                f"not supported; {instead}"
             )
         more = f", nor {len(left_over) - 1} more" if len(left_over) > 1 else ""
         return RunError(
@@ -111,7 +123,7 @@ class Accounts:
         )
 
     def _why_left_over(self, name: str) -> str:
-        n_layers = getattr(self._mapping.config, "num_hidden_layers", None)
+        n_layers = getattr(self._mapping.config.get_text_config(), "num_hidden_layers", None)
         layer = _LAYER.search(name)
         if layer and n_layers is not None and int(layer[1]) >= n_layers:
             return f"config.json says num_hidden_layers {n_layers}; give that of these weights"
@@ -170,14 +182,21 @@ class Accounts:
 
 
 def check_tensors(path: Path, model: Any, config: Any) -> None:
-    """Raises RunError when stock transformers would lose, misread or make up a tensor of `model`.
+    """Raises RunError where stock transformers would drop, misread or invent a tensor of `model`.
 
-    For whoever loads a checkpoint by transformers, which only warns. `model` may be on the meta
-    device.
+    For code that loads a checkpoint that declares no quantisation by transformers, which only
+    warns. `model` may be on the meta device.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_weights(path)
     try:
-        Accounts(checkpoint, TensorMap(path, model, config, checkpoint.names)).check()
+        if isinstance(checkpoint, PublishedCheckpoint) and checkpoint.quantised:
+            weight = next(iter(checkpoint.quantised.values()))
+            raise RunError(
+                f"{path}: {weight.name} is quantised ({weight.format.name}) and config.json does "
+                "not say so: stock transformers would drop its scales. Add the publisher's "
+                "quantization_config to config.json"
+            )
+        Accounts(checkpoint, TensorMap(checkpoint, model, config)).check()
     finally:
         checkpoint.close()
 
@@ -185,7 +204,8 @@ def check_tensors(path: Path, model: Any, config: Any) -> None:
 def told_by_stock(
     model: Any, *, unexpected: Collection[str] = (), missing: Collection[str] = ()
 ) -> set[str]:
-    """The names that stock transformers does not declare ignored."""
+    """Those of ``unexpected`` and ``missing`` names that stock transformers does not declare
+    ignored."""
     from transformers.modeling_utils import LoadStateDictInfo
 
     info = LoadStateDictInfo(
@@ -200,13 +220,36 @@ def told_by_stock(
     return {*info.unexpected_keys, *info.missing_keys}
 
 
-def _is_next_token_layer(target: str, config: Any) -> bool:
-    """Whether a tensor is of a layer past the last that predicts further tokens (MTP).
+def why_not_read(name: str, config: Any) -> str | None:
+    """OTHER_PARTS or NEXT_TOKENS for a tensor that is no part of the text model as it runs."""
+    family = family_of(config.model_type)
+    if family is not None and name.startswith(family.others):
+        return OTHER_PARTS
+    return NEXT_TOKENS if _is_next_token_layer(name, config.get_text_config()) else None
 
-    Stock transformers knows the published models' by number, and this by the config's own count.
+
+def notes_of_left_out(names: Sequence[str], config: Any) -> list[str]:
+    """A line for each kind of tensor that is not read, with how many and an example."""
+    kinds: dict[str | None, list[str]] = {}
+    for name in names:
+        kinds.setdefault(why_not_read(name, config), []).append(name)
+    return [
+        f"not read, {_REASONS[kind]}: {len(of)} tensors, such as {of[0]}"
+        for kind, of in kinds.items()
+    ]
+
+
+def _is_next_token_layer(name: str, config: Any) -> bool:
+    """Whether a tensor is of a layer that predicts further tokens (MTP): by its name, or as a layer
+    past the last.
+
+    Stock transformers lists such layers of the published models by number; this function takes the
+    number of layers from the configuration.
     """
+    if _NEXT_TOKENS.search(name):
+        return True
     extra = getattr(config, "num_nextn_predict_layers", None)
-    layer = _LAYER.search(target)
+    layer = _LAYER.search(name)
     if not isinstance(extra, int) or layer is None:
         return False
     return 0 <= int(layer[1]) - int(config.num_hidden_layers) < extra

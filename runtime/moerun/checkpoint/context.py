@@ -1,4 +1,4 @@
-"""How long a text a model was made for."""
+"""The length of text that a model was made for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def context_limit(config: Any) -> int | None:
-    """Tokens of the longest text, by a model's configuration; None where that does not say.
+    """Tokens of the longest text, by a model's configuration; None where it does not say.
 
     Positions may be stretched beyond those that were trained first. Some configurations give the
-    longest text after that, some the longest before it with the factor.
+    longest text after stretching; others give the longest text before stretching, and the factor.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""The tensors that experts are made of: as many as there are experts, and of fitting shapes."""
+"""Checks the tensors that experts are made of: their number and their shapes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from moerun.checkpoint.mapping import Target, TensorMap
-from moerun.checkpoint.weights import Checkpoint
+from moerun.checkpoint.weights import Weights
 from moerun.errors import RunError
 
 
 class ShapesAlone:
-    """Makes a model's tensors of shapes alone, so that what does not fit is found unread."""
+    """Makes a model's tensors from shapes alone, so that a misfit is found without reading."""
 
-    def __init__(self, checkpoint: Checkpoint, mapping: TensorMap) -> None:
+    def __init__(self, checkpoint: Weights, mapping: TensorMap) -> None:
         self._checkpoint = checkpoint
         self._mapping = mapping
 
     def check(self, name: str, sources: list[str]) -> None:
-        """RunError where the model's tensor cannot be made of ``sources``."""
+        """Raises RunError where the model's tensor cannot be made of ``sources``."""
         try:
             self._mapping.make(name, self.empty)
         except RunError:
@@ -43,9 +43,9 @@ class ShapesAlone:
 
 
 class ExpertAccounts:
-    """The tensors of a layer's experts, fused or one of each expert."""
+    """The tensors of a layer's experts: fused, or one of each expert."""
 
-    def __init__(self, checkpoint: Checkpoint, mapping: TensorMap, n_experts: int) -> None:
+    def __init__(self, checkpoint: Weights, mapping: TensorMap, n_experts: int) -> None:
         self._checkpoint = checkpoint
         self._path = checkpoint.path
         self._mapping = mapping
@@ -53,8 +53,8 @@ class ExpertAccounts:
         self._n_experts = n_experts
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """RunError where the sources of the fused tensor ``name`` are too many, too few, or make
-        experts of another ``shape``."""
+        """Raises RunError where the sources of the fused tensor ``name`` are too many, too few, or
+        make experts of another ``shape``."""
         target, n_experts = self._mapping.targets[name], self._n_experts
         for pattern, names in target.sources.items():
             if is_fused(target, names, n_experts):
@@ -67,7 +67,7 @@ class ExpertAccounts:
             self._check_made(name, target, shape)
 
     def _check_made(self, name: str, target: Target, shape: tuple[int, ...]) -> None:
-        """The first expert's tensors make one of the model's shape."""
+        """Check that the first expert's tensors make one of the model's shape."""
         parts: dict[str, Any] = {
             p: self._shapes.empty(names[0])[None] for p, names in target.sources.items()
         }
@@ -94,7 +94,7 @@ class ExpertAccounts:
             )
 
     def _check_numbers(self, name: str, pattern: str, names: list[str]) -> None:
-        """One tensor for each expert, numbered from 0, all of one shape."""
+        """Check that there is one tensor for each expert, numbered from 0, all of one shape."""
         numbered, n_experts = _numbered(names, pattern), self._n_experts
         missing = [expert for expert in range(n_experts) if expert not in numbered]
         if missing:
@@ -122,7 +122,7 @@ def is_fused(target: Target, names: list[str], n_experts: int) -> bool:
 
 
 def _numbered(names: list[str], pattern: str) -> set[int]:
-    """The numbers of the experts, which stand where the pattern has its star."""
-    star = re.escape(pattern).replace(r"\*", r"(\d+)")
-    found = (re.search(star, name) for name in names)
+    """The numbers of the experts, which stand where the pattern has its star. Such a pattern is a
+    regular expression but for the star."""
+    found = (re.search(pattern.replace("*", r"(\d+)"), name) for name in names)
     return {int(match[1]) for match in found if match is not None}

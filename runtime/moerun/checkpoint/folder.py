@@ -1,11 +1,13 @@
-"""Which files of a folder hold a checkpoint's weights, and what a folder without any is instead."""
+"""The files of a folder that hold a checkpoint's weights, and what a folder without weights
+holds."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from moeroute.jsontext import parse_json
 
 from moerun.errors import RunError
 
@@ -20,9 +22,10 @@ _VARIANT = re.compile(
 
 
 def weight_files(path: Path) -> list[str]:
-    """The safetensors files of a checkpoint, sorted: stock transformers' choice of them.
+    """The safetensors files of a checkpoint, sorted: those that stock transformers would choose.
 
-    Raises RunError that says what is there instead where there are none, and which are missing.
+    Raises RunError where there are none, that says what is there instead, or where some are
+    missing, that names them.
     """
     single, index = path / SINGLE, path / INDEX
     if single.is_file():
@@ -40,13 +43,18 @@ def weight_files(path: Path) -> list[str]:
     return shards
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a folder has weights in transformers' safetensors format, whole or not."""
+    return any((path / name).is_file() for name in (SINGLE, INDEX))
+
+
 def weight_map(path: Path) -> dict[str, str]:
-    """By tensor, the file that the index says it is in; empty where there is no index."""
+    """The file of each tensor according to the index; empty where there is no index."""
     index = path / INDEX
     if not index.is_file():
         return {}
     try:
-        named: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        named: dict[str, str] = parse_json(index.read_bytes())["weight_map"]
         whole = bool(named) and all(isinstance(file, str) for file in named.values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RunError(f"{index} is damaged: download it again") from error
@@ -112,11 +120,6 @@ def _known_kind(path: Path, names: list[str]) -> str | None:
             f"it is a {kind} adapter of {base or 'another model'}, not a whole model: merge it "
             "into that model (PEFT's merge_and_unload) and give the result"
         )
-    if files := [name for name in names if name.endswith(".gguf")]:
-        return (
-            f"it has its weights as GGUF ({files[0]}), which is not read: give the unquantised "
-            "checkpoint in safetensors format"
-        )
     if files := [name for name in names if name.endswith((".incomplete", ".part", ".aria2"))]:
         return f"its download is not complete ({files[0]}): finish it"
     return None
@@ -143,7 +146,7 @@ def _names(path: Path) -> list[str]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        described = json.loads(file.read_bytes())
+        described = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return described if isinstance(described, dict) else {}

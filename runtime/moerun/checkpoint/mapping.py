@@ -1,27 +1,29 @@
-"""Which tensors of a checkpoint make which tensor of the model, and making it.
+"""Makes the model's tensors from those of a checkpoint, and knows which are made from which.
 
-Names and layouts are translated by transformers' own conversion mapping, so every family it can
-load is read as it loads it.
+transformers' own conversion mapping translates names and layouts. So this module reads every family
+that transformers can load, in the same way.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from moeroute.families import family_of
 from torch import nn
 
+from moerun.checkpoint.weights import Weights
 from moerun.errors import RunError
 
 
 @dataclass
 class Target:
-    """What makes up one tensor of the model: its converter, and by pattern the source names."""
+    """The sources of one tensor of the model: the converter, and the source names by pattern."""
 
     converter: Any = None
     sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -33,33 +35,32 @@ class Target:
 
 
 class TensorMap:
-    """The targets of a checkpoint: by the name transformers gives it, what each is made of.
+    """The targets of a checkpoint, by the name that transformers gives to each.
 
-    Names that the model has not are among them, with the tensors that nothing takes.
+    Targets that the model does not have are included: their tensors are used by nothing.
     """
 
-    def __init__(self, path: Path, model: nn.Module, config: Any, names: Iterable[str]) -> None:
-        self.path = path
+    def __init__(self, weights: Weights, model: nn.Module, config: Any) -> None:
+        self.path = weights.path
         self.model: Any = model
         self.config = config
         self.state: dict[str, torch.Tensor] = model.state_dict()
-        self.targets = self._match(names)
+        self.targets = self._match(weights)
 
-    def _match(self, names: Iterable[str]) -> dict[str, Target]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
+    def _match(self, weights: Weights) -> dict[str, Target]:
         from transformers.core_model_loading import (
             WeightConverter,
             dot_natural_key,
             rename_source_key,
         )
 
-        mapping = get_model_conversion_mapping(self.model)
+        mapping = [*self._to_text_alone(), *weights.transforms(self.model)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix = self.model.base_model_prefix
         targets: dict[str, Target] = {}
-        for name in sorted(names, key=dot_natural_key):
+        for name in sorted(weights.names, key=dot_natural_key):
             renamed, pattern = rename_source_key(name, renamings, converters, prefix, self.state)
             if renamed not in self.state and name in self.state:
                 renamed, pattern = name, None
@@ -69,8 +70,19 @@ class TensorMap:
                 target.converter = by_pattern[pattern]
         return targets
 
+    def _to_text_alone(self) -> list[Any]:
+        """The renaming of a text model's tensors that a checkpoint of text and images has."""
+        from transformers.core_model_loading import WeightRenaming
+
+        family = family_of(self.config.model_type)
+        if family is None or family.text is None or self.config.model_type not in family.also:
+            return []
+        source = "^" + re.escape(family.text.prefix)
+        return [WeightRenaming(source_patterns=source, target_patterns=family.text.becomes)]
+
     def make(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """A tensor of the model from those that `read` gives, in the checkpoint's dtype."""
+        """A tensor of the model, made from the tensors that `read` gives, in the checkpoint's
+        dtype."""
         parts: dict[str, Any] = {
             pattern: [read(source) for source in names]
             for pattern, names in self.targets[name].sources.items()
@@ -81,7 +93,8 @@ class TensorMap:
         return tensor
 
     def convert(self, name: str, made: dict[str, Any]) -> torch.Tensor:
-        """Apply the converter to `made`, by source pattern; empties it, to hold nothing twice."""
+        """Apply the converter to `made`, tensors by source pattern. `made` is emptied, so that no
+        tensor is held twice."""
         converter = self.targets[name].converter
         for operation in converter.operations if converter else ():
             made = copy.copy(operation).convert(
@@ -98,7 +111,7 @@ class TensorMap:
         return only
 
     def wrong_shape(self, name: str, found: Iterable[int], wanted: Iterable[int]) -> RunError:
-        """The error of a tensor whose shape is not that of the configuration."""
+        """The error for a tensor whose shape is not that of the configuration."""
         return RunError(
             f"{self.path} has {name} as {tuple(found)} where the configuration says "
             f"{tuple(wanted)}: config.json and weights do not belong together"

@@ -1,7 +1,7 @@
-"""Reading a checkpoint one expert, or one dense tensor, at a time, in bounded memory.
+"""Reads a checkpoint one expert, or one dense tensor, at a time, in bounded memory.
 
-Names and layouts are translated by transformers' own conversion mapping, applied to the slices
-that belong to one expert, so every family it can load is read as it loads it.
+transformers' own conversion mapping translates names and layouts, applied to the slices of one
+expert. So this module reads every family that transformers can load, in the same way.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moeroute.families import family_of
 from torch import nn
 
-from moerun.checkpoint.accounting import PLAIN_FLOATS, Accounts
+from moerun.checkpoint.accounting import PLAIN_FLOATS, Accounts, notes_of_left_out
 from moerun.checkpoint.expert_accounts import is_fused
 from moerun.checkpoint.families import (
     attention_left_out,
+    config_place,
     count_experts,
     empty_model,
     expert_shape,
@@ -27,25 +29,28 @@ from moerun.checkpoint.families import (
     read_config,
 )
 from moerun.checkpoint.mapping import TensorMap
-from moerun.checkpoint.weights import Checkpoint
+from moerun.checkpoint.opening import open_weights
+from moerun.checkpoint.published.experts import CodedExperts
 from moerun.errors import RunError
 from moerun.format.expert import ExpertParam, ExpertShape
+from moerun.format.precision import NATIVE
 from moerun.format.tensorfile import CACHE_LINE, bytes_of
 
 
 class ModelSource:
-    """A checkpoint as its model wants it: dense tensors by name, experts by layer and number."""
+    """A checkpoint in the model's terms: dense tensors by name, experts by layer and number."""
 
     def __init__(
         self, path: Path, *, dtype: torch.dtype | None = None, attention_apart: bool = False
     ) -> None:
-        """`dtype` of the dense tensors, cast as transformers would; None: the checkpoint's own.
+        """`path` is a folder, or a GGUF file.
 
-        `attention_apart`: the projections in `attention` are not among the dense tensors.
-        Raises RunError for what is no supported checkpoint, or lacks tensors.
+        `dtype` of the dense tensors, cast as transformers would; None: the checkpoint's own.
+        `attention_apart`: the projections in `attention` are not among the dense tensors. Raises
+        RunError for what is not a supported checkpoint, and for a checkpoint that lacks tensors.
         """
         self.config = read_config(path)
-        self.checkpoint = Checkpoint(path)
+        self.checkpoint = open_weights(path)
         try:
             self._describe(dtype, attention_apart)
         except BaseException:
@@ -55,6 +60,8 @@ class ModelSource:
     def _describe(self, dtype: torch.dtype | None, attention_apart: bool) -> None:
         native = self._native_dtype()
         self.dtype = dtype or native
+        self._refuse_float16()
+        self.checkpoint.dtype = self.dtype
         self.model = empty_model(self.config, self.dtype)
         found = find_experts(self.model)
         self.layers = tuple(name for name, _ in found)
@@ -64,18 +71,21 @@ class ModelSource:
         }
         """Rows and columns of each projection of attention, by its module's name."""
         self._apart = {f"{name}.weight" for name in self.attention} if attention_apart else set()
-        self._mapping = TensorMap(
-            self.checkpoint.path, self.model, self.config, self.checkpoint.names
-        )
+        self._mapping = TensorMap(self.checkpoint, self.model, self.config)
         self._state, self._targets = self._mapping.state, self._mapping.targets
         self._dtypes = _dtypes_of(self.model, self._state, self.dtype)
         left_out = Accounts(self.checkpoint, self._mapping).check(
             self.layers, self.shape.params, self.n_experts
         )
-        self.notes = [*_notes(self.checkpoint.path, left_out), *self._tie()]
-        """What a person should know of how the checkpoint is taken, one line each."""
         params = tuple(replace(p, skew=self._expert_skew(p)) for p in self.shape.params)
-        self.shape = ExpertShape(params)
+        self._coded = CodedExperts(self.checkpoint, self._mapping, self.layers, self.n_experts)
+        self.shape = ExpertShape(self._with_codings(params))
+        self.notes = [
+            *_notes(self.checkpoint.path, left_out, self.config),
+            *self.checkpoint.notes(self.shape.coding(NATIVE)),
+            *self._tie(),
+        ]
+        """What a person should know of how the checkpoint is taken, one line each."""
 
     def _native_dtype(self) -> torch.dtype:
         stated = getattr(self.config, "dtype", None)
@@ -83,31 +93,52 @@ class ModelSource:
             return self.checkpoint.first_float() or torch.float32
         if stated not in PLAIN_FLOATS:
             raise RunError(
-                f"{self.checkpoint.path / 'config.json'} says dtype {stated}, in which no model "
+                f"{config_place(self.checkpoint.path)} says dtype {stated}, in which no model "
                 "computes: it must be float32, float16 or bfloat16"
             )
         return stated
 
+    def _refuse_float16(self) -> None:
+        family = family_of(self.config.model_type)
+        if self.dtype is torch.float16 and family is not None and family.no_float16:
+            raise RunError(
+                f"{self.checkpoint.path}: stock transformers cannot compute a {family.model_type} "
+                "model in float16: give --precision bf16 or fp32"
+            )
+
     def _one_shape(self, modules: list[nn.Module], native: torch.dtype) -> tuple[ExpertShape, int]:
-        """The shape of an expert, and how many a layer has: the same of all layers."""
+        """The shape of an expert and the number of experts a layer, which all layers share."""
         kinds = {(expert_shape(module, native), count_experts(module)) for module in modules}
         if not kinds or any(n < 1 for _, n in kinds):
             raise RunError(
-                f"{self.checkpoint.path / 'config.json'} describes a {self.config.model_type} "
+                f"{config_place(self.checkpoint.path)} describes a {self.config.model_type} "
                 "model without any experts, which needs no offloading of them"
             )
         if len(kinds) > 1:
             raise RunError(
-                f"{self.checkpoint.path / 'config.json'} describes layers whose experts differ in "
+                f"{config_place(self.checkpoint.path)} describes layers whose experts differ in "
                 "shape or number, which is not supported"
             )
         return kinds.pop()
 
-    def _tie(self) -> list[str]:
-        """Follow stock transformers in which tensors are one; notes of what differs from config.
+    def _with_codings(self, params: tuple[ExpertParam, ...]) -> tuple[ExpertParam, ...]:
+        """The parameters with the coding that native records keep, where all matrices have one."""
+        coded = [
+            replace(p, coding=self._coded.coding(p, self._expert_param), dtype=self.dtype)
+            for p in params
+            if p.is_matrix
+        ]
+        if not coded or any(param.coding is None for param in coded):
+            return params
+        by_name = {param.name: param for param in coded}
+        return tuple(by_name.get(param.name, param) for param in params)
 
-        A head of its own that differs from the embeddings is kept, one that equals them is left
-        out, and one that is alone stands for both.
+    def _tie(self) -> list[str]:
+        """Tie the tensors that stock transformers ties; returns notes of what differs from the
+        configuration.
+
+        A head that differs from the embeddings is kept, a head that equals them is left out, and
+        where only one of the two is there it stands for both.
         """
         notes = []
         ties: dict[str, str] = self._mapping.model.all_tied_weights_keys
@@ -127,7 +158,8 @@ class ModelSource:
         return notes
 
     def dense_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of all but experts (and attention, if apart), in model order."""
+        """Name, dtype and shape of all tensors but the experts' (and attention's, if apart), in
+        model order."""
         return {
             name: (self._dtypes[name], tuple(tensor.shape))
             for name, tensor in self._state.items()
@@ -144,14 +176,14 @@ class ModelSource:
     def dense_skew(self) -> dict[str, int]:
         """The dense tensors that a stock load leaves at odd addresses: bytes past a multiple of 64.
 
-        It maps the file where nothing is converted, and the last bit of a float32 product can
-        depend on how its operands are aligned.
+        A stock load maps the file where nothing is converted, and the last bit of a float32 product
+        can depend on the alignment of its operands.
         """
         skews = {n: self._skew(n, dtype) for n, (dtype, _) in self.dense_tensors().items()}
         return {name: skew for name, skew in skews.items() if skew}
 
     def _expert_skew(self, param: ExpertParam) -> int:
-        """The skew that all experts of all layers share; 0 where they do not."""
+        """The skew that all experts of all layers share; 0 where they differ."""
         if bytes_of(param.dtype, param.shape) % CACHE_LINE:
             return 0
         skews = {self._skew(f"{layer}.{param.name}", param.dtype) for layer in self.layers}
@@ -165,11 +197,22 @@ class ModelSource:
         return skew if mapped and skew % dtype.itemsize == 0 else 0
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """The parameters of one expert as they are stored, without the dimension of the experts."""
+        """The stored parameters of one expert, without the dimension of the experts."""
         return {param.name: self._expert_param(layer, expert, param) for param in self.shape.params}
 
+    def read_coded_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """The parts of one expert's native record, matrices in the bits of their publication."""
+        parts: dict[str, torch.Tensor] = {}
+        for param in self.shape.params:
+            if param.coding is None:
+                parts[param.name] = self._expert_param(layer, expert, param)
+                continue
+            coded = self._coded.read(layer, expert, param)
+            parts |= {f"{param.name}.{part}": tensor for part, tensor in coded.items()}
+        return parts
+
     def read_attention(self, module: str) -> dict[str, torch.Tensor]:
-        """The weight of one projection of attention, as it is stored."""
+        """The stored weight of one projection of attention."""
         return {"weight": self._mapping.make(f"{module}.weight", self.checkpoint.read)}
 
     def _expert_param(self, layer: int, expert: int, param: ExpertParam) -> torch.Tensor:
@@ -187,26 +230,23 @@ class ModelSource:
         return self._mapping.convert(name, parts).squeeze(0)
 
     def close(self) -> None:
-        """Close the checkpoint. Harmless when repeated."""
+        """Close the checkpoint. May be called again."""
         self.checkpoint.close()
 
 
-def _notes(path: Path, left_out: list[str]) -> Iterator[str]:
+def _notes(path: Path, left_out: list[str], config: Any) -> Iterator[str]:
     if (asked := attention_left_out(path)) is not None:
         yield (
             f"config.json asks for attention by {asked!r}: torch's own is used, which computes the "
             "same up to rounding"
         )
-    if left_out:
-        yield (
-            f"left out, as stock transformers does: {len(left_out)} tensors, such as {left_out[0]}"
-        )
+    yield from notes_of_left_out(left_out, config)
 
 
 def _dtypes_of(
     model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
-    """The dtype transformers would load each tensor in: some stay float32 whatever is asked."""
+    """The dtype that transformers would load each tensor in: some always stay float32."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[operator]
     patterns = [(re.compile(glob.replace("*", ".*")), kept) for glob, kept in plan.items()]
     return {

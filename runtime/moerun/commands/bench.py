@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from moepolicy import find_policy
+from moepolicy import PolicySpec, find_policy
+from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
-from moepolicy.console import emit
+from moepolicy.console import nearest, note
 from moepolicy.options import taking
-from moepolicy.tables import Format
-from rich.console import Console
+from moepolicy.outputs import Output
+from moepolicy.refusals import Refusals
+from moeroute.trace import find_existing
 
+from moerun.bench.shapes import Shape, find_shape
 from moerun.commands import names, prepare
-from moerun.commands.options import CacheOptions, DeviceOptions, Machine, ModelOptions, Output
-from moerun.commands.progress import pack_progress
-from moerun.errors import RunError
-from moerun.policies import Refusals, servable
+from moerun.commands.options import CacheOptions, DeviceOptions, Machine, ModelOptions
+from moerun.commands.progress import pack_progress, steps_progress, warn, warn_where_busy
+from moerun.errors import RunError, UsageError
+from moerun.format.names import Precisions
+from moerun.policies import servable
+from moerun.ranges import check_counts
+
+if TYPE_CHECKING:
+    from moerun.bench.run import Bench
+    from moerun.settings import Settings
 
 
 class Baseline(StrEnum):
@@ -27,17 +39,19 @@ class Baseline(StrEnum):
     released = "released"
 
 
-def bench(
-    *,
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What is decoded under which policies, and how often."""
+
     shape: Annotated[
         str,
         typer.Option(
-            help="A model's dimensions: mixtral-8x7b, mixtral-8x22b, qwen3-30b-a3b, gpt-oss-20b, "
-            "gpt-oss-120b, deepseek-v2-lite, deepseek-v3, glm-4.5-air, olmoe-1b-7b, tiny "
-            "(bundled), or the path of a config.json.",
+            help="A model's dimensions: a name of 'moerun families', or tiny (bundled); the path "
+            "of a config.json or a GGUF file; or owner/name on the Hugging Face hub, of which "
+            "config.json alone is fetched.",
             autocompletion=among(names.shapes),
         ),
-    ] = "mixtral-8x7b",
+    ] = "mixtral-8x7b"
     low: Annotated[
         str | None,
         typer.Option(
@@ -46,15 +60,17 @@ def bench(
             show_default=False,
             autocompletion=among(names.lower_precisions),
         ),
-    ] = None,
+    ] = None
     routing: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="What the gates decide: a recorded trace (a file, or the sample mixtral-like or "
-            "tiny), or 'uniform', drawn without any locality.",
+            "tiny), or 'uniform', drawn without any locality. Default: the sample whose layers, "
+            "experts and experts a token are the shape's, else uniform.",
+            show_default=False,
             autocompletion=among(names.routings),
         ),
-    ] = "mixtral-like",
+    ] = None
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,7 +78,7 @@ def bench(
             show_default=False,
             autocompletion=among(names.policies),
         ),
-    ] = None,
+    ] = None
     baseline: Annotated[
         Baseline | None,
         typer.Option(
@@ -71,32 +87,40 @@ def bench(
             "speculation).",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     layers: Annotated[
         int | None,
         typer.Option(help="Keep only this many of the shape's layers.", show_default=False),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Measured tokens of each run.")] = 64,
+    ] = None
+    tokens: Annotated[int, typer.Option(help="Measured tokens of each run.")] = 64
     warm_up: Annotated[
         int,
         typer.Option(
             help="Tokens that each run decodes before the measured ones, from an empty cache."
         ),
-    ] = 16,
-    rounds: Annotated[int, typer.Option(help="Runs of each policy, in turns.")] = 3,
+    ] = 16
+    rounds: Annotated[int, typer.Option(help="Runs of each policy, in turns.")] = 3
     store: Annotated[
         Path | None,
         typer.Option(
             help="Keep the experts in files in this folder. Default: in memory.",
             show_default=False,
         ),
-    ] = None,
-    machine: Machine = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    format: Output = Format.table,
+    ] = None
+    machine: Machine = None
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0
+
+
+def bench(
+    *,
+    options: BenchOptions,
     model: Annotated[ModelOptions, taking("precision", "attention", precision="2bit")],
     cache: Annotated[CacheOptions, taking("slots", "memory", "scope", "host_memory")],
-    device: DeviceOptions,
+    device: Annotated[
+        DeviceOptions,
+        taking("device", "streams", "chunk", "link_gbps", "direct", "threads"),
+    ],
+    output: OutputOptions,
 ) -> None:
     """Decode with random weights of a model's true size under recorded routing.
 
@@ -104,34 +128,66 @@ def bench(
     bound that its link and its compute set, before anyone downloads 90 GB. With --machine it
     prints what moesim predicts, too.
     """
+    to = output.checked()
+    prepare.check(cache=cache, device=device)
+    Precisions.chosen(model.precision, model.attention, None)
+    check_counts(options.tokens, options.warm_up, options.rounds)
+    if options.low is not None and options.low not in names.lower_precisions():
+        raise UsageError(f"--low {options.low}: {nearest(options.low, names.lower_precisions())}")
+    prepare.check_low_name(options.low, [model.precision])
+    if options.routing not in (None, names.UNIFORM):
+        find_existing(str(options.routing))
+    prepare.check_machine(options.machine)
     refused: Refusals = {}
-    asked = [find_policy(name) for name in policy or ("lru", "lru-spec")]
-    specs = servable(asked, refused, low=low is not None)
+    asked = [find_policy(name) for name in options.policy or ("lru", "lru-spec")]
+    specs = servable(
+        asked, refused, low=options.low is not None, machine=options.machine is not None
+    )
     for given, name in ((device.direct, "--direct"), (cache.host_memory, "--host-memory")):
-        if given and store is None:
+        if given and options.store is None:
             raise typer.BadParameter(f"{name} is about experts in files: give --store")
-    settings = prepare.settings(cache, device, policy=specs[0].label)
+    shape = find_shape(options.shape)
+    shape.check_family()
+    shape.check_layers(options.layers)
+    settings = prepare.settings(cache, device, policies=specs, machine=options.machine)
+    with _made(options, shape, model, specs, settings, refused) as made:
+        _run(made, options.machine, to)
+
+
+def _made(
+    options: BenchOptions,
+    shape: Shape,
+    model: ModelOptions,
+    specs: tuple[PolicySpec, ...],
+    settings: Settings,
+    refused: Refusals,
+) -> Bench:
+    """The bench with its weights drawn; policies that the routing is too poor for join
+    ``refused``."""
     prepare.quiet_libraries()
-    from moerun.bench import report as reports
     from moerun.bench.generated import GeneratedModel
-    from moerun.bench.models import find_config, shape_name
-    from moerun.bench.routing import load_routing
+    from moerun.bench.models import find_config
+    from moerun.bench.routing import choose_routing, load_routing
     from moerun.bench.run import Bench
     from moerun.bench.schedule import BenchSchedule
-    from moerun.bench.simulated import simulated_tokens_per_s
 
-    schedule = BenchSchedule(specs, tokens, warm_up, rounds, baseline is Baseline.released)
-    schedule.check(low=low is not None)
-    prepare.check_machine(machine)
-    config = find_config(shape, layers)
+    released = options.baseline is Baseline.released
+    schedule = BenchSchedule(specs, options.tokens, options.warm_up, options.rounds, released)
+    schedule.check(low=options.low is not None, machine=options.machine is not None)
     generated = GeneratedModel(
-        config,
-        name=shape_name(shape),
+        find_config(shape, options.layers),
+        name=shape.name,
         precision=model.precision,
-        seed=seed,
+        seed=options.seed,
         attention=model.attention,
     )
     index = generated.index
+    routing = options.routing
+    if routing is None:
+        routing, why = choose_routing(
+            index.n_layers, index.n_experts, index.top_k, of_layers=shape.n_layers
+        )
+        note(why)
     forced = load_routing(
         routing,
         layers=index.n_layers,
@@ -140,35 +196,51 @@ def bench(
         tokens=schedule.forced_tokens,
     )
     schedule = schedule.within(forced, refused)
-    console = Console(stderr=True)
-
-    def tell(text: str) -> None:
-        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-    with pack_progress(console) as progress:
+    with pack_progress() as progress:
         made = Bench(
             generated,
             forced,
             settings,
             schedule,
-            low=low,
-            folder=store,
-            report=tell,
+            low=options.low,
+            folder=options.store,
+            report=note,
             progress=progress,
         )
-        made.results.refused.update(refused)
-    with made:
-        with console.status("starting") as status:
-            made.run(status.update)
-        simulated: dict[str, float] = {}
-        failure = None
-        if machine is not None:
-            tell("simulating")
-            try:
-                simulated = simulated_tokens_per_s(made, machine)
-            except RunError as error:
-                failure = error  # what was measured is worth having all the same
-        rows = reports.rows_of(made, simulated)
-        emit(reports.render(rows, format, reports.provenance(made)))
-        if failure is not None:
-            raise failure
+    made.results.refused.update(refused)
+    return made
+
+
+def _run(made: Bench, machine: str | None, to: Output) -> None:
+    """Run the bench and print its rows, with the simulator's figures where a machine is named."""
+    from moerun.bench import report as reports
+    from moerun.profiling.undisturbed import waited_note, waiting_s
+
+    warn_where_busy()
+    steps = made.schedule.n_steps + (machine is not None)
+    with steps_progress(steps) as begin:
+        began_s, before_s = time.perf_counter(), waiting_s()
+        made.run(begin)
+        waited = (waiting_s() - before_s) / (time.perf_counter() - began_s)
+        simulated, failure = _simulate(made, machine, begin)
+    if (said := waited_note(waited)) is not None:
+        warn(said)
+    rows = reports.rows_of(made, simulated)
+    reports.deliver(to, rows, reports.provenance(made))
+    if failure is not None:
+        raise failure
+
+
+def _simulate(
+    made: Bench, machine: str | None, begin: Callable[[str], None]
+) -> tuple[dict[str, float], RunError | None]:
+    """What moesim predicts, and its failure: what was measured is worth having all the same."""
+    from moerun.bench.simulated import simulated_tokens_per_s
+
+    if machine is None:
+        return {}, None
+    begin("simulating")
+    try:
+        return simulated_tokens_per_s(made, machine), None
+    except RunError as error:
+        return {}, error

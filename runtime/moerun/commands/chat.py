@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from moepolicy import console
+from moepolicy.console import say
 from moepolicy.options import taking
 
 from moerun.commands import prepare
-from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions, SamplingOptions
+from moerun.commands.options import (
+    CacheOptions,
+    DeviceOptions,
+    ModelOptions,
+    OnPolicyError,
+    Reuse,
+    SamplingOptions,
+)
 
 
 def chat(
@@ -18,6 +25,8 @@ def chat(
         str | None,
         typer.Option(help="What the model is told before the first message.", show_default=False),
     ] = None,
+    reuse: Reuse = None,
+    on_policy_error: OnPolicyError = "fallback",
     model: ModelOptions,
     cache: CacheOptions,
     device: DeviceOptions,
@@ -27,19 +36,29 @@ def chat(
 
     The model's own chat template makes the prompt. A model without a template continues a script
     of "User:" and "Assistant:" lines. The oldest turns are dropped when the context is full.
-    Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D leaves. Commands: /reset, /stats,
-    /memory, /quit.
+    Ctrl-C stops an answer; at the prompt, Ctrl-C or Ctrl-D leaves. Commands: /help, /reset,
+    /stats, /memory, /quit.
     """
-    settings = prepare.settings(cache, device)
+    prepare.check(
+        model=model,
+        cache=cache,
+        device=device,
+        sampling=sampling,
+        on_policy_error=on_policy_error,
+        reuse=reuse,
+    )
+    settings = prepare.settings(cache, device, on_policy_error=on_policy_error)
     chosen = prepare.sampling(sampling)
     found, settings = prepare.opened(model, settings)
-    from moerun.commands.run import say, tell_plan
-    from moerun.devices import calm_collector
+    settings = prepare.reusing(settings, found, reuse)
+    from moerun.commands.run import exit_code, tell_plan
+    from moerun.devices import freeze_loaded_objects
     from moerun.live.runner import Runner
     from moerun.serving.terminal import TerminalChat
 
     with Runner(found, settings, report=say) as runner:
         tell_plan(runner)
-        calm_collector()
-        if TerminalChat(runner, chosen, system).hold():
-            raise typer.Exit(console.INTERRUPTED)
+        freeze_loaded_objects()
+        interrupted = TerminalChat(runner, chosen, system).hold()
+        if code := exit_code(runner, interrupted=interrupted):
+            raise typer.Exit(code)

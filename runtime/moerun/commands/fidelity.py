@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from moepolicy import find_policy
+from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
-from moepolicy.console import emit
+from moepolicy.console import note
+from moepolicy.lossy import MARKED, marked
 from moepolicy.options import formerly, taking
-from moepolicy.tables import Format, Table, to_csv, to_json, wrapped
-from rich.console import Console
+from moepolicy.refusals import Refusals, refusal_notes, with_refused
+from moepolicy.tables import Table, wrapped
 
 from moerun.commands import names, prepare
 from moerun.commands.options import (
@@ -19,11 +21,12 @@ from moerun.commands.options import (
     DeviceOptions,
     Machine,
     ModelOptions,
-    Output,
     SamplingOptions,
 )
-from moerun.policies import Refusals, refusal_notes, servable, with_refused
-from moerun.profiling.undisturbed import CALM
+from moerun.commands.progress import steps_progress, warn_where_busy
+from moerun.policies import servable
+from moerun.profiling.undisturbed import UNDISTURBED_WAIT
+from moerun.ranges import check_rounds
 
 if TYPE_CHECKING:
     from moerun.profiling.fidelity import Comparison
@@ -51,12 +54,24 @@ def fidelity(
         typer.Option(help="Live runs of each policy, in turns."),
         formerly("--repeats"),
     ] = 5,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Begin no turn that would likely end later than this, after the first: a busy "
+            "machine makes turns longer, and makes some again. Default: no limit.",
+            show_default=False,
+            min=1,
+        ),
+    ] = None,
     machine: Machine = None,
-    format: Output = Format.table,
     model: ModelOptions,
-    cache: Annotated[CacheOptions, taking("slots", "scope", "calibration")],
+    cache: Annotated[
+        CacheOptions,
+        taking("slots", "memory", "context_tokens", "host_memory", "scope", "calibration"),
+    ],
     device: Annotated[DeviceOptions, taking("device", "streams", "link_gbps", "direct", "threads")],
     sampling: Annotated[SamplingOptions, taking("max_new_tokens", max_new_tokens=200)],
+    output: OutputOptions,
 ) -> None:
     """Compare what the simulator predicts with what this machine does.
 
@@ -64,16 +79,22 @@ def fidelity(
     simulated on --machine, by default with a profile measured now. The simulator (moesim) must be
     installed. Measure while nothing else keeps the machine busy.
     """
+    destination = output.checked()
+    check_rounds(rounds)
+    prepare.check_machine(machine)
+    prepare.check(model=model, cache=cache, device=device, sampling=sampling)
     refused: Refusals = {}
     asked = [find_policy(name) for name in policies or ("lru", "lfu", "lru-spec")]
-    specs = servable(asked, refused, low=model.low is not None)
-    settings = prepare.settings(cache, device, policy=specs[0].label)
+    specs = servable(asked, refused, low=model.low is not None, machine=machine is not None)
+    settings = prepare.settings(cache, device, policies=specs, machine=machine)
     chosen = prepare.sampling(sampling)
-    prepare.check_machine(machine)
     found, settings = prepare.opened(model, settings)
     from moerun.profiling.fidelity import compare
 
-    with Console(stderr=True).status("preparing") as status:
+    warn_where_busy()
+    # A turn measures the machine, unless it is given, and runs each policy.
+    steps = rounds * (len(specs) + (machine is None)) + 1
+    with steps_progress(steps) as begin:
         rows = compare(
             found,
             specs,
@@ -82,17 +103,18 @@ def fidelity(
             chosen,
             repeats=rounds,
             machine=machine,
-            report=status.update,
+            report=begin,
             refused=refused,
+            within_s=seconds,
         )
-    emit(_render(rows, format, refused))
+    made = max(len(row.live_runs) for row in rows)
+    if seconds is not None and made < rounds:
+        note(f"the {seconds:g} s were up after {made} of {rounds} turns")
+    destination.deliver(_plain(rows, refused), lambda: _table(rows, refused))
 
 
-def _render(rows: list[Comparison], format: Format, refused: Refusals) -> str:
-    if format is Format.table:
-        return _table(rows, refused)
-    plain = with_refused([asdict(row) | {"error": row.error} for row in rows], refused)
-    return to_json(plain) if format is Format.json else to_csv(plain)
+def _plain(rows: list[Comparison], refused: Refusals) -> list[dict[str, Any]]:
+    return with_refused([asdict(row) | {"error": row.error} for row in rows], refused)
 
 
 def _table(rows: list[Comparison], refused: Refusals) -> str:
@@ -106,7 +128,7 @@ def _table(rows: list[Comparison], refused: Refusals) -> str:
             (row.live_useless, row.simulated_useless),
         )
         table.add_row(
-            row.policy,
+            marked(row.policy, row.lossy),
             str(row.slots),
             f"{row.live_tokens_per_s:.2f}",
             f"{row.simulated_tokens_per_s:.2f}",
@@ -116,12 +138,13 @@ def _table(rows: list[Comparison], refused: Refusals) -> str:
     for name in refused:
         table.add_row(name, *[""] * (1 + len(names)))
     notes = ["hit, late, miss, useless: live | simulated, in % of the experts wanted"]
+    notes += [MARKED] * any(row.lossy for row in rows)
     waited = rows[0].waited
-    if waited > CALM:
+    if waited > UNDISTURBED_WAIT:
         notes.append(
             f"unreliable: other programs kept these runs waiting for {100 * waited:.0f} % of their "
             "time"
         )
     notes += refusal_notes(refused)
-    title = wrapped(["live (measured) beside simulated (predicted)"])
+    title = wrapped(["live (measured) next to simulated (predicted)"])
     return f"{title}\n{table.render()}{wrapped(notes)}"

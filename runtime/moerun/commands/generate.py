@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moepolicy import console
 from moepolicy.apps import Force
-from moepolicy.outputs import check_free, check_suffix
 from moepolicy.tables import Format
 
 from moerun.commands import prepare
-from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions, SamplingOptions
+from moerun.commands.options import (
+    CacheOptions,
+    DeviceOptions,
+    ModelOptions,
+    OnPolicyError,
+    SamplingOptions,
+)
 from moerun.errors import RunError
 
 
@@ -42,7 +46,20 @@ def generate(
     ] = None,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Print what would take how much memory, and load nothing."),
+        typer.Option(
+            "--plan",
+            help="Print what would take how much memory, and load nothing: --model may be a "
+            "shape's name, too (see 'moerun families'), and of a model on the hub config.json "
+            "alone is fetched. --device cuda plans for a GPU that is not here, too.",
+        ),
+    ] = False,
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats",
+            help="Show tokens/s, hits, loads and stall while the text is generated: at the "
+            "bottom of the terminal, or a line every 5 s where stderr is none.",
+        ),
     ] = False,
     force: Force = False,
     format: Annotated[
@@ -52,6 +69,7 @@ def generate(
             "print everything on stdout at the end."
         ),
     ] = Format.table,
+    on_policy_error: OnPolicyError = "fallback",
     model: ModelOptions,
     cache: CacheOptions,
     device: DeviceOptions,
@@ -64,22 +82,53 @@ def generate(
     Try: moerun generate --policy lru-spec --slots 3 --prompt "Once upon a time"
     """
     _refuse_words(context)
-    from moerun.commands.run import run, show_plan
-
-    for path, suffix, what in ((record, ".parquet", "--record"), (journal, ".json", "--journal")):
-        if path is not None:
-            check_suffix(path, [suffix], what)
-            check_free(path, force=force, what=what)
+    prepare.check(
+        model=model,
+        planned=plan,
+        cache=cache,
+        device=device,
+        sampling=sampling,
+        on_policy_error=on_policy_error,
+    )
+    prepare.check_recording(record, journal, force=force)
+    if stats and plan:
+        raise typer.BadParameter("--stats is of a run, and --plan makes none")
     unprompted = plan and prompt is None and prompt_file is None
     text = None if unprompted else _prompt(prompt, prompt_file)
-    settings = prepare.settings(cache, device, recording=record is not None)
+    if text == "":
+        raise RunError("the prompt is empty")
+    settings = prepare.settings(
+        cache,
+        device,
+        on_policy_error=on_policy_error,
+        recording=record is not None,
+        planned=plan,
+    )
     chosen = prepare.sampling(sampling)
+    if plan and not prepare.is_packed(model.model):
+        prepare.quiet_libraries()
+        from moerun.commands.plan import show_shape_plan
+
+        show_shape_plan(model, settings, chosen, text, format)
+        return
     found, settings = prepare.opened(model, settings)
+    from moerun.commands.run import run, show_plan
+
     if text is None or plan:
         show_plan(found, settings, chosen, text, format)
         return
-    if run(found, settings, chosen, text, trace=record, journal=journal, format=format):
-        raise typer.Exit(console.INTERRUPTED)
+    code = run(
+        found,
+        settings,
+        chosen,
+        text,
+        trace=record,
+        journal=journal,
+        format=format,
+        stats=stats,
+    )
+    if code:
+        raise typer.Exit(code)
 
 
 def _refuse_words(context: typer.Context) -> None:

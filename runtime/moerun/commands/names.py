@@ -10,8 +10,10 @@ from moeroute import sample_names
 from moeroute.models import ATTENTION, PLAIN, published
 
 from moerun.policies import unserved
+from moerun.ranges import REUSES
 
 UNIFORM = "uniform"
+ON_POLICY_ERROR = ("fallback", "stop")
 
 
 def policies() -> dict[str, str]:
@@ -69,6 +71,16 @@ def lower_precisions() -> list[str]:
 def scopes() -> list[str]:
     """Whether each layer has its own slots or all layers share theirs."""
     return ["layer", "global"]
+
+
+def answers_to_errors() -> list[str]:
+    """What a run does when its policy fails."""
+    return list(ON_POLICY_ERROR)
+
+
+def reuses() -> list[str]:
+    """How a text goes on from what is kept of another."""
+    return list(REUSES)
 
 
 def devices() -> list[str]:

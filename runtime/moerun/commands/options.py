@@ -26,6 +26,28 @@ Machine = Annotated[
     ),
 ]
 
+Reuse = Annotated[
+    str | None,
+    typer.Option(
+        help="How a text goes on from what is kept of another. exact: with the bits of a run from "
+        "the start; prompts are read in chunks, and answers again. near: from the first token that "
+        "differs; the last digits of logits may be others. Default: exact where the model computes "
+        "in float32, else near.",
+        show_default=False,
+        autocompletion=among(names.reuses),
+    ),
+]
+
+OnPolicyError = Annotated[
+    str,
+    typer.Option(
+        help="When the policy fails. fallback: tell on stderr, go on under LRU, and exit with 1 at "
+        "the end. stop: end at once.",
+        rich_help_panel="Cache",
+        autocompletion=among(names.answers_to_errors),
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -36,16 +58,16 @@ class ModelOptions:
     model: Annotated[
         str,
         typer.Option(
-            help="The model: tiny (bundled), a checkpoint's folder, owner/name on the Hugging "
-            "Face hub, or the folder of a store that 'moerun pack' made.",
+            help="The model: tiny (bundled), a checkpoint's folder, a GGUF file, owner/name on the "
+            "Hugging Face hub, or the folder of a store that 'moerun pack' made.",
             autocompletion=among(names.models),
         ),
     ] = "tiny"
     precision: Annotated[
         str,
         typer.Option(
-            help="Precision of the experts: native (as they are), fp32, fp16, bf16, 4bit, 3bit or "
-            "2bit (HQQ).",
+            help="Precision of the experts: native (as they are published), fp32, fp16, bf16, "
+            "4bit, 3bit or 2bit (HQQ), q4_0 or q8_0 (llama.cpp's blocks, on a CPU).",
             autocompletion=among(names.precisions),
         ),
     ] = "native"
@@ -124,6 +146,16 @@ class CacheOptions:
             show_default=False,
         ),
     ] = None
+    prompt_chunk: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Read prompts so many tokens at a time. A long prompt takes less memory, which "
+            "--memory then gives to experts, and more time: experts are loaded anew for each "
+            "chunk. Default: a prompt is read in one pass.",
+            show_default=False,
+        ),
+    ] = None
     host_memory: Annotated[
         str | None,
         typer.Option(
@@ -148,10 +180,19 @@ class CacheOptions:
             show_default=False,
         ),
     ] = None
+    learned: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file that keeps what the policy learns: a run begins with what the last one "
+            "has left there. For policies that learn, such as foresight.",
+            show_default=False,
+        ),
+    ] = None
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="The trace in which policies that need counts count experts. Default: the sample "
+            help="The trace, or file of counts (SGLang, EPLB), that tells policies how often each "
+            "expert is used. Default: the sample "
             "'tiny' where it is of this model's shape.",
             show_default=False,
             autocompletion=among(names.samples),
@@ -198,6 +239,15 @@ class DeviceOptions:
         ),
         formerly("--cold"),
     ] = False
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            help="A profile (TOML) of this machine that 'moerun profile' wrote, or a machine's "
+            "name (see 'moesim machines'): for policies that ask how fast the machine is.",
+            show_default=False,
+            autocompletion=among(names.machines),
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         typer.Option(

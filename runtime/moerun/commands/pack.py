@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from moepolicy.completion import among
-from moepolicy.console import emit
+from moepolicy.console import emit, keeping, note
 from moepolicy.options import taking
 
 from moerun.amounts import decimal_bytes
+from moerun.checkpoint.local import check_there
 from moerun.commands import names, prepare
 from moerun.commands.options import ModelOptions
+from moerun.errors import RunError
+from moerun.format.names import Precisions
+from moerun.ranges import check_device
 
 if TYPE_CHECKING:
     from moerun.store.expert_store import ExpertStore
@@ -24,8 +29,8 @@ def pack(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="The checkpoint to pack: tiny (bundled), a folder, or owner/name on the Hugging "
-            "Face hub.",
+            help="The checkpoint to pack: tiny (bundled), a folder, a GGUF file (any part of a "
+            "split one), or owner/name on the Hugging Face hub.",
             autocompletion=among(names.models),
         ),
     ],
@@ -67,8 +72,11 @@ def pack(
     moment the same command goes on where it stopped. Stores of one checkpoint in one folder share
     equal files as hard links: another precision of attention takes no second packing of experts.
     """
-    from rich.console import Console
-
+    Precisions.chosen(model.precision, model.attention, dense_precision)
+    check_there(checkpoint)
+    if device is not None:
+        check_device(device)
+    _check_out(out, force=force)
     from moerun.checkpoint.hub import resolve
     from moerun.commands.progress import pack_progress
     from moerun.devices import find_device
@@ -79,13 +87,9 @@ def pack(
     folder = resolve(checkpoint, revision=revision)
     if device is not None:
         device = str(find_device(device))
-    name = folder.resolve().name if Path(checkpoint).is_dir() else checkpoint
-    console = Console(stderr=True)
-
-    def report(text: str) -> None:
-        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-    with pack_progress(console) as progress:
+    name = folder.resolve().name if Path(checkpoint).exists() else checkpoint
+    kept = f"finished experts are kept in {out}.partial: the same command goes on"
+    with keeping(kept), pack_progress() as progress:
         store = pack_store(
             folder,
             out,
@@ -98,12 +102,31 @@ def pack(
             device=device,
             reuse=stores_in(out.absolute().parent),
             force=force,
-            report=report,
+            report=note,
             progress=progress,
         )
     with store:
         for line in _sizes(store):
             emit(f"{line}\n")
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    """RunError where no store can be made at ``out``, before libraries are imported; what `pack`
+    itself finds out later is the rest."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise RunError(f"--out {out}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise RunError(f"--out {out}: the folder {there} cannot be written to")
+    if there != out or force or not any(out.iterdir()):
+        return
+    if prepare.is_packed(str(out)):  # what kind of store is there takes torch to tell
+        from moerun.store.pack_folder import refuse_taken
+
+        refuse_taken(out, force=force)
+    raise RunError(
+        f"--out {out} exists already and is no expert store: give a new folder, or remove it first"
+    )
 
 
 def _sizes(store: ExpertStore) -> Iterator[str]:
@@ -113,11 +136,11 @@ def _sizes(store: ExpertStore) -> Iterator[str]:
     index, total = store.index, store.total_bytes
     yield (
         f"{store.path}: {index.model}, {store.n_layers} layers of {store.n_experts} experts in "
-        f"{index.precision}, {store.record_bytes:,} bytes each; {decimal_bytes(total)} with the "
+        f"{index.expert_label}, {store.record_bytes:,} bytes each; {decimal_bytes(total)} with the "
         f"dense weights ({index.dense_precision}), packed from {decimal_bytes(index.source_bytes)}"
     )
     parts = {
-        f"experts ({index.precision})": store.n_keys * store.record_bytes,
+        f"experts, {index.expert_label}": store.n_keys * store.record_bytes,
         f"attention ({index.attention_precision})": store.attention_bytes,
         f"everything else ({index.dense_precision})": index.dense_bytes,
     }

@@ -9,10 +9,11 @@ import typer
 from moepolicy.apps import Force
 from moepolicy.options import formerly, taking
 from moepolicy.outputs import check_free, check_suffix, written_whole
-from rich.console import Console
 
 from moerun.commands import prepare
 from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions
+from moerun.commands.progress import steps_progress, warn_where_busy
+from moerun.ranges import check_rounds
 
 
 def profile(
@@ -39,12 +40,15 @@ def profile(
     """
     check_suffix(out, [".toml"])
     check_free(out, force=force)
+    prepare.check(model=model, cache=cache, device=device)
+    check_rounds(rounds)
     settings = prepare.settings(cache, device)
     found = prepare.store(model)
     from moerun.profiling.profiler import measure
 
-    with Console(stderr=True).status("preparing") as status:
-        measured = measure(found, settings, name or out.stem, repeats=rounds, report=status.update)
+    warn_where_busy()
+    with steps_progress(rounds) as begin:
+        measured = measure(found, settings, name or out.stem, repeats=rounds, report=begin)
     with written_whole(out) as partial:
         partial.write_text(measured.to_toml(), encoding="utf-8")
     link, cost = measured.link, measured.compute

@@ -1,37 +1,52 @@
-"""A progress bar on stderr for work that counts records."""
+"""Bars of packing and of measurements, and warnings of a machine too busy to measure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from moepolicy.console import note
+from moepolicy.progress import Bar
 
 
 @contextmanager
-def pack_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to tell (records done, records in all); the bar appears with the first.
-
-    Only a terminal gets one; to a file or pipe nothing is written.
-    """
-    bar = Progress(
-        TextColumn("packing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_interactive,  # or stop() ends a line that nothing began
-    )
-    task = bar.add_task("pack", total=None, visible=False)
+def pack_progress() -> Iterator[Callable[[int, int], None]]:
+    """Yields a function to tell (records done, records in all); the bar begins with the first."""
+    bar: Bar | None = None
 
     def report(done: int, total: int) -> None:
-        if not bar.live.is_started:
-            bar.start()
-        bar.update(task, completed=done, total=total, visible=True)
+        nonlocal bar
+        if bar is None:
+            bar = Bar("packing", total, "record")
+            bar.__enter__()
+            bar.go_on_from(done)
+        bar.update(done, total)
 
     try:
         yield report
     finally:
-        bar.stop()
+        if bar is not None:
+            bar.__exit__()
+
+
+@contextmanager
+def steps_progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function to tell the step that begins now; the bar counts those before it.
+
+    ``steps`` are as many as are known; more steps make the bar longer.
+    """
+    with Bar("starting", steps) as bar:
+        yield bar.begin
+
+
+def warn_where_busy() -> None:
+    """Warn on stderr where the machine is too busy to measure."""
+    from moerun.profiling.undisturbed import busy_note
+
+    if (said := busy_note()) is not None:
+        warn(said)
+
+
+def warn(said: str) -> None:
+    """A warning on stderr, one line."""
+    note(f"warning: {said}", "yellow")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moerun.format.coding import Coding
 from moerun.format.layout import RecordLayout
-from moerun.format.precision import PLAIN, PartSpec, scheme_of
+from moerun.format.precision import NATIVE, PLAIN, PartSpec, scheme_of
 from moerun.format.tensorfile import DTYPE_NAMES, DTYPES
 
 
@@ -21,6 +22,8 @@ class ExpertParam:
     `transposed`: a matrix [K, N] that multiplies from the right (x @ W), not [N, K].
     `skew`: bytes past a multiple of 64 at which stock transformers has every expert's (0 but for
     checkpoints with fused experts), which a product's last bit can depend on.
+    `coding`: of a matrix that is published quantised, how native records keep it; computed in
+    `dtype`.
     """
 
     name: str
@@ -28,6 +31,7 @@ class ExpertParam:
     dtype: torch.dtype
     transposed: bool = False
     skew: int = 0
+    coding: Coding | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -57,6 +61,12 @@ class ExpertShape:
         """Numbers in one expert's parameters, biases included."""
         return sum(math.prod(param.shape) for param in self.params)
 
+    def coding(self, precision: str) -> Coding | None:
+        """How records at `precision` keep the first matrix in the bits of its publication; None
+        where they do not."""
+        codings = [param.coding for param in self.params if param.is_matrix]
+        return codings[0] if precision == NATIVE and codings else None
+
     def record(self, precision: str) -> RecordLayout:
         """The record of one expert at `precision`. Raises RunError when it does not exist."""
         scheme = scheme_of(precision)
@@ -67,6 +77,11 @@ class ExpertShape:
                 tensors += [
                     (f"{param.name}.{part}", dtype, shape)
                     for part, dtype, shape in scheme.parts(*param.rows_columns)
+                ]
+            elif precision == NATIVE and param.coding:
+                tensors += [
+                    (f"{param.name}.{part}", dtype, shape)
+                    for part, dtype, shape in param.coding.parts(param.shape)
                 ]
             else:
                 dtype = PLAIN.get(precision, param.dtype)
@@ -83,12 +98,13 @@ class ExpertShape:
                 "dtype": DTYPE_NAMES[param.dtype],
                 "transposed": param.transposed,
                 "skew": param.skew,
+                **({"coding": param.coding.to_json()} if param.coding else {}),
             }
             for param in self.params
         ]
 
     @classmethod
-    def from_json(cls, described: list[Mapping[str, Any]]) -> ExpertShape:
+    def from_json(cls, described: Sequence[Mapping[str, Any]]) -> ExpertShape:
         """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
         return cls(
             tuple(
@@ -98,6 +114,7 @@ class ExpertShape:
                     DTYPES[p["dtype"]],
                     bool(p["transposed"]),
                     int(p["skew"]),
+                    Coding.from_json(p["coding"]) if p.get("coding") else None,
                 )
                 for p in described
             )

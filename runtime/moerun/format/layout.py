@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from moerun.format.names import RECORD_ALIGN
 from moerun.format.tensorfile import DTYPE_NAMES, DTYPES, as_bytes, bytes_of
 
 PART_ALIGN = 256  # what vector loads on the CPU and coalesced ones on a GPU ask for
-RECORD_ALIGN = 4096  # so that reads past the page cache (O_DIRECT) may take whole records
 
 
 def align_up(value: int, to: int) -> int:

@@ -1,4 +1,4 @@
-"""Precisions: what "4bit", "3bit" and "2bit" mean, and which plain ones there are."""
+"""Precisions: what "4bit", "2bit", "q4_0" and the others mean, and which plain ones there are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from moerun.errors import RunError, UsageError
+from moerun.errors import RunError
 from moerun.format.layout import align_up
+from moerun.format.names import NATIVE, PRECISIONS, Precisions, check_precision
+
+__all__ = [
+    "BLOCK_SCHEMES",
+    "NATIVE",
+    "PACKED_SCHEMES",
+    "PLAIN",
+    "PRECISIONS",
+    "SCHEMES",
+    "BlockScheme",
+    "Precisions",
+    "Scheme",
+    "check_precision",
+    "scheme_of",
+]
 
 ROWS = 64  # rows of one block of the nibble order
 META_GROUP = 128  # scales (and zeros) that share one range, at 8 bits
@@ -73,58 +88,50 @@ SCHEMES = {
 }
 
 
-PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NATIVE = "native"
-PRECISIONS = (NATIVE, *PLAIN, *SCHEMES)
-
-
-def scheme_of(precision: str) -> Scheme | None:
-    """The quantisation of a precision, None for a plain one. Raises RunError for an unknown one."""
-    if precision not in PRECISIONS:
-        raise UsageError(
-            f"there is no precision {precision!r}: choose from {', '.join(PRECISIONS)}"
-        )
-    return SCHEMES.get(precision)
-
-
 @dataclass(frozen=True, slots=True)
-class Precisions:
-    """What a store keeps its parts in.
+class BlockScheme:
+    """Blocks of llama.cpp (ggml/src/ggml-common.h): 32 weights of a row share a float16 scale, and
+    weight = (code - 2^(bits - 1)) x scale.
 
-    expert     native, fp32, fp16, bf16, 4bit, 3bit or 2bit
-    attention  the same of its projections; plain ones are those of the dense weights
-    dense      everything else: native, fp32, fp16 or bf16
+    A record holds the same codes and scales as a GGUF file of type Q4_0 or Q8_0, in the order in
+    which `moerun.kernels.blocks_cpu` multiplies 16 rows at once.
     """
 
-    expert: str
-    attention: str
-    dense: str
-
-    @classmethod
-    def chosen(cls, expert: str, attention: str, dense: str | None) -> Precisions:
-        """By default dense weights are as plain attention, then as plain experts.
-
-        Raises RunError for an unknown precision, or plain attention that is not the dense weights'.
-        """
-        scheme_of(expert)
-        if attention not in PRECISIONS:
-            raise UsageError(
-                f"attention cannot be {attention!r}: choose from {', '.join(PRECISIONS)}"
-            )
-        plain = next((p for p in (attention, expert) if p in PLAIN), NATIVE)
-        chosen = dense or plain
-        if chosen != NATIVE and chosen not in PLAIN:
-            raise UsageError(
-                f"dense weights cannot be {chosen!r}: choose from {', '.join((NATIVE, *PLAIN))}"
-            )
-        if attention in PLAIN and attention != chosen:
-            raise UsageError(
-                f"attention in {attention} takes dense weights in {attention}, not {chosen}: "
-                "unquantised they are multiplied together"
-            )
-        return cls(expert, attention if attention in SCHEMES else chosen, chosen)
+    name: str
+    bits: int
+    group: int = 32
 
     @property
-    def packs_attention(self) -> bool:
-        """Whether the matrices of attention are quantised too."""
-        return self.attention in SCHEMES
+    def zero(self) -> int:
+        """The code of a weight of 0."""
+        return 1 << (self.bits - 1)
+
+    def check(self, name: str, columns: int) -> None:
+        """Raises RunError when a matrix of so many input columns does not divide into blocks."""
+        if columns % self.group:
+            raise RunError(
+                f"{name} has {columns} input columns, which {self.name} cannot divide into blocks "
+                f"of {self.group}: pack with another precision"
+            )
+
+    def parts(self, rows: int, columns: int) -> list[PartSpec]:
+        """The tensors of one packed matrix [rows, columns]: name, dtype, shape."""
+        at_once, blocks = align_up(rows, TILE_ROWS) // TILE_ROWS, columns // self.group
+        code_bytes = TILE_ROWS * self.group * self.bits // 8
+        return [
+            ("codes", torch.uint8, (at_once, blocks, code_bytes)),
+            ("scales", torch.float16, (at_once, blocks, TILE_ROWS)),
+        ]
+
+
+TILE_ROWS = 16  # rows that the kernel multiplies at once
+BLOCK_SCHEMES = {scheme.name: scheme for scheme in (BlockScheme("q4_0", 4), BlockScheme("q8_0", 8))}
+PACKED_SCHEMES: dict[str, Scheme | BlockScheme] = {**SCHEMES, **BLOCK_SCHEMES}
+
+PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def scheme_of(precision: str) -> Scheme | BlockScheme | None:
+    """The quantisation of a precision, None for a plain one. Raises RunError for an unknown one."""
+    check_precision(precision)
+    return PACKED_SCHEMES.get(precision)

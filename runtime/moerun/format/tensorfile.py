@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from moepolicy.outputs import naming
+from moeroute.jsontext import parse_json
 
 from moerun.errors import RunError
 
@@ -115,6 +116,17 @@ def read_at(fd: int, offset: int, buffer: torch.Tensor) -> int:
     return done
 
 
+def bytes_at(fd: int, offset: int, n_bytes: int) -> bytes:
+    """Bytes of a file from `offset`, fewer at its end."""
+    found = b""
+    while len(found) < n_bytes:
+        part = os.pread(fd, min(n_bytes - len(found), _READ_BYTES), offset + len(found))
+        if not part:
+            break
+        found += part
+    return found
+
+
 def _open(path: Path) -> int:
     """Raises RunError that says whether the file, or what a link points to, is not there."""
     try:
@@ -164,7 +176,7 @@ class TensorFile:
         )
 
     def _read_header(self) -> tuple[int, dict[str, Any]]:
-        prefix = os.pread(self.fd, len(_LFS_POINTER), 0)
+        prefix = bytes_at(self.fd, 0, len(_LFS_POINTER))
         if prefix == _LFS_POINTER:
             raise RunError(
                 f"{self.path} is a Git LFS pointer, not the file it stands for: run 'git lfs pull' "
@@ -176,7 +188,7 @@ class TensorFile:
         if length > min(self.file_bytes - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise self._corrupt(f"its header claims {length} bytes of {self.file_bytes}")
         try:
-            header = json.loads(os.pread(self.fd, length, _LENGTH_BYTES))
+            header = parse_json(bytes_at(self.fd, _LENGTH_BYTES, length))
         except ValueError as error:
             raise self._corrupt("its header is not JSON") from error
         if not isinstance(header, dict):
@@ -236,7 +248,9 @@ class TensorFile:
             tensor = memory[skew:].view(entry.dtype).view(shape)
         else:
             tensor = torch.empty(shape, dtype=entry.dtype)
-        if read_at(self.fd, offset, tensor) != tensor.nbytes:
+        with naming(self.path):
+            got = read_at(self.fd, offset, tensor)
+        if got != tensor.nbytes:
             raise self._corrupt(f"it ends inside tensor {entry.name!r}")
         return tensor
 
@@ -306,9 +320,13 @@ class TensorFileWriter:
         self.total_bytes = len(header) + sum(e.nbytes for e in self.entries.values())
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resume else os.O_TRUNC)
         self._fd = os.open(path, flags, 0o644)
-        with naming(path):
-            os.ftruncate(self._fd, self.total_bytes)
-        self._write_at(0, memoryview(header))
+        try:
+            with naming(path):
+                os.ftruncate(self._fd, self.total_bytes)
+            self._write_at(0, memoryview(header))
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor; safe from several threads at once."""
@@ -319,7 +337,8 @@ class TensorFileWriter:
 
     def read(self, name: str, buffer: torch.Tensor) -> None:
         """Fill ``buffer``, uint8[nbytes of the tensor], with what was written of it."""
-        read_at(self._fd, self.entries[name].offset, buffer)
+        with naming(self.path):
+            read_at(self._fd, self.entries[name].offset, buffer)
 
     def _write_at(self, offset: int, data: memoryview) -> None:
         done = 0
@@ -330,10 +349,12 @@ class TensorFileWriter:
     def close(self) -> None:
         """Close after the bytes have reached the disk."""
         if self._fd >= 0:
-            with naming(self.path):
-                os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            try:
+                with naming(self.path):
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def __enter__(self) -> TensorFileWriter:
         return self

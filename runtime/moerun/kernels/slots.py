@@ -10,10 +10,13 @@ from typing import Protocol
 
 import torch
 
+from moerun.errors import RunError
 from moerun.format.bitplanes import expand_codes, expand_scales
 from moerun.format.expert import ExpertParam, ExpertShape
 from moerun.format.layout import RecordLayout, align_up
-from moerun.format.precision import ROWS, Scheme, scheme_of
+from moerun.format.precision import ROWS, BlockScheme, Scheme, scheme_of
+from moerun.kernels.blocks import BlockExpert, BlockLinear
+from moerun.kernels.coded import CodedLinear, Scratch, scratch_bytes
 from moerun.kernels.linears import (
     FusedLinear,
     Linear,
@@ -57,10 +60,19 @@ class SlotForm:
 
     def __init__(self, shape: ExpertShape, precision: str, device: torch.device) -> None:
         self._shape = shape
-        self._scheme = scheme_of(precision)
+        scheme = scheme_of(precision)
+        self._blocks = scheme if isinstance(scheme, BlockScheme) else None
+        self._scheme = None if isinstance(scheme, BlockScheme) else scheme
         self._device = device
+        if self._blocks and device.type != "cpu":
+            raise RunError(
+                f"weights in {precision} are computed on the CPU alone: give --device cpu, or pack "
+                "with 4bit"
+            )
         self.layout = shape.record(precision)
         self.record_bytes = self.layout.record_bytes
+        coded = shape.coding(precision) is not None
+        self._scratch = Scratch(scratch_bytes(shape), device) if coded else None
         self._extra = self._extra_layout()
         self.slot_bytes = self._extra.record_bytes
         """Bytes of memory one slot takes, at least those of the record where it lands inside."""
@@ -78,6 +90,11 @@ class SlotForm:
         return not self._takes_nibbles or (
             scheme is not None and scheme.bits == 4 and kernel_reads_nibbles()
         )
+
+    @property
+    def expands(self) -> bool:
+        """Whether a slot holds an expert's codes in more bits than its record."""
+        return not self._lands_inside and self._scheme is not None and self._scheme.bits < 4
 
     def _extra_layout(self) -> RecordLayout:
         """What a slot holds besides a record that landed in it."""
@@ -104,8 +121,10 @@ class SlotForm:
         """The slot that lives in `memory`, uint8[slot_bytes] on the form's device."""
         if not self._takes_nibbles:
             views = self.layout.views(memory)
+            if self._blocks:
+                return BlockSlot(self._shape, self._blocks, views, memory[: self.record_bytes])
             if self._scheme is None:
-                return PlainSlot(self._shape, views, memory[: self.record_bytes])
+                return PlainSlot(self._shape, views, memory[: self.record_bytes], self._scratch)
             return FusedSlot(self._shape, self._scheme, views, memory[: self.record_bytes])
         assert self._scheme is not None
         landing = memory[: self.record_bytes] if self._lands_inside else None
@@ -132,12 +151,21 @@ class _Slot:
 
 
 class PlainSlot(_Slot):
-    """Unquantised matrices, multiplied just as the stock experts do it."""
+    """Matrices as they were published, multiplied just as the stock experts do it: unquantised, or
+    dequantised in `scratch` each time that they are used."""
 
     def __init__(
-        self, shape: ExpertShape, views: dict[str, torch.Tensor], landing: torch.Tensor
+        self,
+        shape: ExpertShape,
+        views: dict[str, torch.Tensor],
+        landing: torch.Tensor,
+        scratch: Scratch | None = None,
     ) -> None:
-        super().__init__(landing, tuple(PlainLinear(param, views) for param in _matrices(shape)))
+        linears = (
+            CodedLinear(param, views, scratch) if scratch else PlainLinear(param, views)
+            for param in _matrices(shape)
+        )
+        super().__init__(landing, tuple(linears))
 
 
 class FusedSlot(_Slot):
@@ -152,6 +180,31 @@ class FusedSlot(_Slot):
     ) -> None:
         linears = (FusedLinear(param, scheme, views) for param in _matrices(shape))
         super().__init__(landing, tuple(linears))
+
+
+class BlockSlot(_Slot):
+    """Matrices in blocks of llama.cpp, which the CPU multiplies by from the record where it landed.
+
+    ``whole`` computes the expert at once, where the expert's gate is a SiLU and its matrices fit.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        scheme: BlockScheme,
+        views: dict[str, torch.Tensor],
+        landing: torch.Tensor,
+    ) -> None:
+        linears = tuple(BlockLinear(param, scheme, views) for param in _matrices(shape))
+        whole = BlockExpert(*linears) if len(linears) == 2 else None
+        self.whole = whole if whole and whole.fits else None
+        super().__init__(landing, linears)
+
+
+def whole_of(slot: object) -> BlockExpert | None:
+    """What computes all of the expert in a slot at once, where its gate is a SiLU; None where
+    nothing does."""
+    return slot.whole if isinstance(slot, BlockSlot) else None
 
 
 class NibbleSlot(_Slot):

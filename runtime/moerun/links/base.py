@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
-from moerun.errors import UsageError
-from moerun.format.layout import RECORD_ALIGN
 from moerun.links.arena import Arena
 from moerun.links.bus import Pieces
 from moerun.links.slot import Destinations, DualSlot, Sizes, Slot, Variant
 from moerun.links.throttle import Throttle
+from moerun.ranges import check_ways
 
 Done = Callable[[int, Exception | None, float], None]
 """Called for each copy, by a thread of the link, with three arguments: the key, what went wrong
@@ -99,14 +98,6 @@ class Link(Protocol):
 
     def close(self) -> None:
         """End the threads, after the copies under way. Harmless when repeated."""
-
-
-def check_ways(streams: int, chunk_bytes: int) -> None:
-    """UsageError where no link could carry records so."""
-    if not 1 <= streams <= 3:
-        raise UsageError(f"streams must be 1, 2 or 3, not {streams}")
-    if chunk_bytes < 0 or chunk_bytes % RECORD_ALIGN:
-        raise UsageError(f"a chunk must be a multiple of {RECORD_ALIGN} bytes, not {chunk_bytes}")
 
 
 class SlotLink:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from moerun.errors import RunError
-from moerun.format.layout import RECORD_ALIGN
+from moerun.format.names import RECORD_ALIGN
 from moerun.format.tensorfile import read_at
 from moerun.links.bus import Pieces
 from moerun.store.expert_store import ExpertStore

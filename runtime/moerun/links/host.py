@@ -1,4 +1,4 @@
-"""The middle of three tiers: a cache of records in host memory between the disk and a device."""
+"""A cache of records in host memory: the middle of three tiers, between the disk and a device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-from moerun.amounts import format_bytes
-from moerun.errors import RunError
+from moerun.amounts import counted, format_bytes, unit_hint
+from moerun.errors import RunError, as_error
 from moerun.links.base import Records
 from moerun.links.bus import Job, Pieces
 from moerun.links.host_memory import NOTHING_READ, Entry, Readable, RecordMemory
@@ -23,9 +23,9 @@ Listener = Callable[[], None]
 
 
 class Hold:
-    """A record that stays in host memory until it is dropped, though it may not be there yet.
+    """A record that stays in host memory until it is dropped. It may not have been read yet.
 
-    A context manager, which drops it.
+    A context manager; leaving it drops the record.
     """
 
     __slots__ = ("_entry", "_listener", "_tier")
@@ -43,7 +43,7 @@ class Hold:
 
     @property
     def readable(self) -> Readable:
-        """How much of the record is there, and since when."""
+        """How many bytes of the record are there, and since when."""
         return NOTHING_READ if self._entry.moving else self._entry.readable
 
     @property
@@ -53,11 +53,12 @@ class Hold:
 
     @property
     def record(self) -> torch.Tensor:
-        """uint8[record_bytes], of which only what is ``readable`` may be looked at."""
+        """uint8[record_bytes], of which only the bytes that are ``readable`` may be read."""
         return self._tier.record_of(self._entry)
 
     def wait(self, n_bytes: int | None = None) -> torch.Tensor:
-        """The record, once so many bytes are there (None: all). Raises what reading it raised."""
+        """The record, once so many bytes are there (None: all). Raises the error of reading the
+        record."""
         self._tier.wait(self, self._entry.n_bytes if n_bytes is None else n_bytes)
         return self.record
 
@@ -69,12 +70,14 @@ class Hold:
 class HostTier:
     """The records used last, of both variants, in host memory; others are read when asked for.
 
-    Least recently used goes first, by bytes, as in the simulator's host cache; the order is that
-    in which copies begin. Safe to share between threads: what several want is read once, and a
-    record for which there is no memory is read when a copy has ended.
+    The least recently used records are evicted first, by bytes, as in the simulator's host cache;
+    the order of use is the order in which copies begin. The tier may be shared between threads. A
+    record that several threads want is read once; a record for which there is no memory is read
+    when a copy has ended.
 
-    `RecordMemory` says what lies where, `RecordReaders` read; which records are there, who holds
-    them and what is evicted is decided here.
+    `RecordMemory` keeps the places of records, `RecordReaders` read them; this class decides which
+    records are there, who holds them and which are evicted. The class is long because all of that
+    is decided under one lock.
     """
 
     def __init__(
@@ -85,8 +88,9 @@ class HostTier:
         *,
         read_bytes: int = READ_BYTES,
     ) -> None:
-        """Memory of ``n_bytes`` (None: for all), not yet filled: one record's at least, and of all
-        that are held at once. Raises RunError where there is not so much."""
+        """Memory of ``n_bytes`` (None: for all), not yet filled. ``n_bytes`` must hold one record
+        at least, and all that are held at once. Raises RunError where the machine has less
+        memory."""
         stores = [records, *([low] if low else [])]
         self.n_keys = records.n_keys
         self.record_bytes = records.record_bytes
@@ -103,11 +107,11 @@ class HostTier:
 
     @property
     def memory(self) -> torch.Tensor:
-        """All of it, uint8[n_bytes]: what a device must pin."""
+        """All of the memory, uint8[n_bytes], which a device must pin."""
         return self._memory.memory
 
     def fill(self) -> None:
-        """Read everything, which there must be room for; raises RunError for damaged records."""
+        """Read all records; there must be memory for all. Raises RunError for damaged records."""
         assert self.whole
         with ThreadPoolExecutor(2) as pool:  # one is checked while the other is read
             for variant in Variant:
@@ -117,7 +121,8 @@ class HostTier:
         self.hits = self.reads = 0
 
     def record(self, key: int) -> torch.Tensor:
-        """The record of ``key``, uint8[record_bytes], not to be written to. All must be there."""
+        """The record of ``key``, uint8[record_bytes], not to be written to. All records must be
+        there."""
         assert self.whole, "not all records are there"
         return self.record_of(self._entries[key, Variant.FULL])
 
@@ -129,11 +134,11 @@ class HostTier:
         job: Job | None = None,
         listener: Listener | None = None,
     ) -> Hold:
-        """The record, which stays where it is until it is dropped. Returns at once.
+        """Keep a record in its place until the hold is dropped. Returns at once.
 
-        It is read, if it must be, as ``job`` is (None: as what is wanted); ``listener`` is called
-        from a reading thread whenever more of it is there, or it has failed. Reading's errors name
-        expert and file.
+        A record that is not there is read as ``job`` (None: as a demand). A reading thread calls
+        ``listener`` whenever more of the record is there, or reading has failed. Errors of reading
+        name expert and file.
         """
         with self._changed:
             entry = self._entries.get((key, variant))
@@ -156,7 +161,8 @@ class HostTier:
         self._readers.want(job)
 
     def wait(self, hold: Hold, n_bytes: int) -> None:
-        """Wait until ``n_bytes`` of a hold's record are there. Raises what reading raised."""
+        """Wait until ``n_bytes`` of a hold's record are there. Raises the error of reading the
+        record."""
         with self._changed:
             while hold.readable.n_bytes < n_bytes:
                 if hold.error is not None:
@@ -164,7 +170,7 @@ class HostTier:
                 self._changed.wait()
 
     def drop(self, entry: Entry, listener: Listener | None) -> None:
-        """Let the record of a hold go when memory is needed."""
+        """Release a hold: its record may be evicted when memory is needed."""
         with self._changed:
             if listener is not None:
                 entry.listeners.remove(listener)
@@ -183,7 +189,8 @@ class HostTier:
         variant: Variant = Variant.FULL,
         job: Job | None = None,
     ) -> None:
-        """Copy a record out, in ``pieces`` or as it is read. Raises what reading it raised."""
+        """Copy a record out, in ``pieces`` or as it is read. Raises the error of reading the
+        record."""
         with self.hold(key, variant, job=job) as held:
             if pieces:
                 held.wait()  # or a piece would have the bus while it is waited for
@@ -191,8 +198,7 @@ class HostTier:
                 buffer[piece].copy_(held.wait(piece.stop)[piece])
 
     def close(self) -> None:
-        """End the readers, and close what they read from if that is the tier's own. Harmless when
-        repeated."""
+        """End the readers, and close their store if the tier owns it. May be called again."""
         self._readers.close()
 
     def _read(self, entry: Entry, job: Job) -> None:
@@ -200,9 +206,9 @@ class HostTier:
         try:
             self._find_room(entry)
             self._readers.read(job, self.record_of(entry), partial(self._arrived, entry))
-        except Exception as error:
+        except BaseException as error:
             with self._changed:
-                entry.error = error
+                entry.error = as_error(error)
                 del self._entries[entry.key, entry.variant]
                 self._let_go(entry)
         else:
@@ -218,23 +224,25 @@ class HostTier:
         self._notify(entry)
 
     def _notify(self, entry: Entry) -> None:
-        """Tell who holds the entry. Not under the lock: they may go on to hold others."""
+        """Tell the holders of the entry. The lock must not be held: listeners may hold other
+        records."""
         with self._changed:
             listeners = list(entry.listeners)
         for listener in listeners:
             listener()
 
     def _let_go(self, entry: Entry) -> None:
-        """One holder less. The lock is held."""
+        """One holder less. The lock must be held."""
         entry.holders -= 1
         if entry.error is not None and not entry.holders:  # nobody will find it any more
             self._memory.remove(entry)
         self._changed.notify_all()
 
     def _find_room(self, entry: Entry) -> None:
-        """Give an entry memory, when copies have ended if there is none before.
+        """Give an entry memory, waiting for copies to end where there is none.
 
-        Nothing is evicted while moving would do, so that what stays depends on the bytes alone.
+        Records are moved before any is evicted, so that which records stay depends on the bytes
+        alone.
         """
         while True:
             with self._changed:
@@ -275,14 +283,17 @@ def _bring(tier: HostTier, variant: Variant, key: int) -> None:
 def host_tier(
     records: Records, host_bytes: int | None, copies: int = 1, low: Records | None = None
 ) -> HostTier:
-    """A tier of ``host_bytes``, or with room for all. Each of ``copies`` under way holds a record.
+    """A tier of ``host_bytes``, or of memory for all records. Each of ``copies`` under way holds a
+    record.
 
-    Raises RunError where that is too little, or more than there is.
+    Raises RunError where ``host_bytes`` is too little, or more than the memory there is.
     """
     largest = max(records.record_bytes, low.record_bytes if low else 0)
     if host_bytes is not None and host_bytes < copies * largest:
         raise RunError(
-            f"{format_bytes(host_bytes)} of host memory hold {host_bytes // largest} experts of "
+            f"{format_bytes(host_bytes)} of host memory hold "
+            f"{counted(host_bytes // largest, 'expert')} of "
             f"{format_bytes(largest)}: give --host-memory {copies * largest} (bytes) or more"
+            f"{unit_hint(host_bytes)}"
         )
     return HostTier(records, host_bytes, low)

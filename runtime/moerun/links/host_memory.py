@@ -12,7 +12,7 @@ import torch
 from moerun.amounts import format_bytes
 from moerun.devices import free_bytes
 from moerun.errors import RunError
-from moerun.format.layout import RECORD_ALIGN
+from moerun.format.names import RECORD_ALIGN
 from moerun.links.arena import device_memory
 from moerun.links.slot import Sizes, Variant
 from moerun.links.two_sizes import TwoSizeAllocator

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moerun.errors import as_error
 from moerun.links.base import Done, SlotLink
 from moerun.links.bus import BusArbiter, Job, Pieces
 from moerun.links.slot import Variant
@@ -102,9 +103,9 @@ class ThreadedLink(SlotLink):
         pieces = partial(self._pieces, job, begin_s) if self.chunked else None
         try:
             self.copy(stream, job, pieces)
-        except Exception as error:
+        except BaseException as error:
             self._bus.release(job)  # it may have failed in the middle of a piece
-            return error, time.perf_counter()
+            return as_error(error), time.perf_counter()
         ended_s = time.perf_counter()
         if self._throttle and not self.chunked:
             deadline_s = self._throttle.deadline_s(begin_s, self._sizes[job.variant])

@@ -6,20 +6,15 @@ from functools import partial
 
 import torch
 
-from moerun.errors import RunError, UsageError
+from moerun.errors import RunError
 from moerun.kernels.slots import ExpertSlot, SlotForm
 from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Link, Records, Throttle
 from moerun.links.arena import Arena, device_memory, lacking
 from moerun.links.host import host_tier
-from moerun.offload.cpu_experts import Aside
+from moerun.offload.cpu_experts import CpuExperts
+from moerun.ranges import check_rate
 from moerun.settings import CPU, Settings
 from moerun.store.expert_store import ExpertStore
-
-
-def check_rate(bytes_per_s: float) -> None:
-    """UsageError for a cap that no link could have."""
-    if not 0 < bytes_per_s < float("inf"):
-        raise UsageError(f"link-gbps must be above 0, not {bytes_per_s / 1e9:g}")
 
 
 def make_link(store: ExpertStore, form: SlotForm, settings: Settings, n_slots: int) -> Link:
@@ -79,7 +74,7 @@ def make_slot(form: SlotForm, settings: Settings) -> ExpertSlot | DualSlot:
     return DualSlot(slot, low.bind(memory[: low.slot_bytes]))
 
 
-def make_aside(store: ExpertStore, settings: Settings, link: Link) -> Aside:
+def make_cpu_experts(store: ExpertStore, settings: Settings, link: Link) -> CpuExperts:
     """What computes experts on the CPU: from the link's host memory where it has that, else from
     the store."""
     form = SlotForm(store.index.shape, store.index.precision, CPU)
@@ -87,8 +82,8 @@ def make_aside(store: ExpertStore, settings: Settings, link: Link) -> Aside:
         from moerun.links.pinned import PinnedLink
 
         assert isinstance(link, PinnedLink)
-        return Aside(form, link.tier, link.tier if link.tier.whole else None)
-    return Aside(form, DirectRecords(store) if settings.cold else store)
+        return CpuExperts(form, link.tier, link.tier if link.tier.whole else None)
+    return CpuExperts(form, DirectRecords(store) if settings.cold else store)
 
 
 def check_low(store: ExpertStore, low: ExpertStore | None) -> None:

@@ -12,20 +12,22 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from moepolicy import ExpertCache, Kind, Step
+from moepolicy import ExpertCache, Kind, PolicyFailed, Step, TokenRows
 from moepolicy.cache import Transfer
 
-from moerun.errors import RunError
+from moerun.errors import RunError, as_error
+from moerun.kernels.slots import whole_of
 from moerun.links import Link, Variant, in_form
 from moerun.live.step import Opened, opened
 
 
 @dataclass
 class StepCounts:
-    """Counters that the cache itself does not have."""
+    """Counters that the cache itself does not have (see `Totals`)."""
 
     steps: int = 0
     stall_s: float = 0.0
+    decide_s: float = 0.0
 
 
 class LiveCache:
@@ -44,6 +46,9 @@ class LiveCache:
         self.link = link
         self.counts = StepCounts()
         self._has_low = has_low
+        # Experts of two precisions are of two forms.
+        slots = () if has_low else link.slots[:1]
+        self._together = any(whole_of(slot) is not None for slot in slots)
         self._memory = SlotMemory(link, cache.n_slots)
         self._streams = Streams(link)
         self._awaited: set[int] = set()
@@ -54,14 +59,25 @@ class LiveCache:
         """Start the link's threads."""
         self.link.start(self._on_copied)
 
-    def begin(self, step: Step) -> Opened:
-        """Open a step: what each of its experts is, with the copies of those absent begun."""
+    @property
+    def computes_together(self) -> bool:
+        """Whether several experts may be computed in one call."""
+        return self._together
+
+    def begin(self, step: Step, rows: TokenRows | None = None) -> Opened:
+        """Open a step: what each of its experts is, with the copies of those absent begun.
+
+        A policy that routes rewrites ``rows``."""
         with self.lock:
             self.raise_failure()
-            outcome = self.cache.begin(step).tolist()
+            began_s = time.perf_counter()
+            outcome = self.cache.begin(step, rows).tolist()
+            self.counts.decide_s += time.perf_counter() - began_s
+            if self.cache.step is not None:
+                step = self.cache.step  # with the demand that the policy's routing came to
             if self._memory.shrinking:
                 self._memory.fit(self.cache)
-            self.counts.steps += 1
+            self.counts.steps = step.number + 1
             step_keys = opened(self.cache, step.experts.tolist(), outcome)
             self._awaited = set(step_keys.absent)
             for key in self._awaited & self._streams.guesses:
@@ -98,7 +114,11 @@ class LiveCache:
     def end(self) -> None:
         """All of the step's experts have been computed, or their compute has been issued."""
         with self.lock:
+            if isinstance(self._failure, PolicyFailed):
+                raise self._failure  # what it left behind may not be fit to go on with
+            began_s = time.perf_counter()
             self.cache.end()
+            self.counts.decide_s += time.perf_counter() - began_s
             if self._memory.shrinking:
                 self._memory.fit(self.cache)
             self._pump()
@@ -133,11 +153,15 @@ class LiveCache:
                 self.copy_ended.wait()
 
     def renew(self, cache: ExpertCache) -> None:
+        """Start over with ``cache``, as `replace` goes on with it."""
+        self.replace(cache)
+        self.counts = StepCounts()
+
+    def replace(self, cache: ExpertCache) -> None:
         """Go on with ``cache``, which is empty, and without what has failed. The lock is held and
         no copy is under way."""
         self.cache = cache
         self._memory.fit(cache)
-        self.counts = StepCounts()
         self._awaited.clear()
         self._arrived.clear()
         self._failure = None
@@ -150,7 +174,9 @@ class LiveCache:
             and (kind := self.cache.queued()) is not None
             and self._streams.free(kind)
         ):
+            started_s = time.perf_counter()
             copy = self.cache.start()
+            self.counts.decide_s += time.perf_counter() - started_s
             if copy is None:  # a demand waits for a staging buffer
                 return
             self._streams.take(copy)
@@ -171,12 +197,14 @@ class LiveCache:
                     raise error
                 if self._failure is None:
                     self._arrive(key, ended_s)
-            except Exception as failure:
-                self._failure = self._failure or failure
+            except BaseException as failure:  # SystemExit would end the thread, and all wait for it
+                self._failure = self._failure or as_error(failure)
             self.copy_ended.notify_all()
 
     def _arrive(self, key: int, ended_s: float) -> None:
+        began_s = time.perf_counter()
         self.cache.finish(key)
+        self.counts.decide_s += time.perf_counter() - began_s
         if self._memory.shrinking:
             self._memory.fit(self.cache)
         if key in self._awaited:

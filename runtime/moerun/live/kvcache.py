@@ -1,7 +1,7 @@
-"""The cache of keys and values that a generation writes to: transformers' own, with room to grow.
+"""The cache of keys and values of a generation: transformers' own, with layers that grow in place.
 
-Its stock layers copy all they hold for each token that comes. And where no mask says otherwise,
-torch attends to grouped heads in bfloat16 on the CPU one head after the other.
+A stock layer copies all that it holds for each new token. And where no mask says otherwise, torch
+attends to grouped heads in bfloat16 on the CPU one head after the other.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-STEP_TOKENS = 256  # room is made for so many more
+from moerun.checkpoint.families import layer_configs
+
+STEP_TOKENS = 256  # by which a buffer grows
+_KEEPING = ("update", "store_compression_weights")  # methods after which a layer keeps other states
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of a layer, written behind those there are; their room grows in steps."""
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer, appended in buffers that grow by STEP_TOKENS."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def __init__(self, limit_tokens: int) -> None:
-        """No room is made beyond ``limit_tokens`` before it is needed."""
+        """A buffer holds ``limit_tokens`` at most, unless a text needs more."""
         super().__init__()
-        self._limit_tokens = limit_tokens
-        self._rooms: dict[str, torch.Tensor] = {}
+        self.limit_tokens = limit_tokens
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take type and device from the first states; forget the rooms of an earlier text."""
+        """Take type and device from the first states; drop the buffers of an earlier text."""
         super().lazy_initialization(key_states, value_states)
-        self._rooms.clear()
+        self._buffers.clear()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take up the states [batch, heads, tokens, width]; returns those of all tokens."""
+        """Append the states [batch, heads, tokens, width]; returns the states of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()
@@ -45,21 +48,22 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def _append(self, name: str, held: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         total = held + new.shape[-2]
-        room = self._rooms.get(name)
-        # The stock layer's other methods replace what is held: it lies in the room no more then.
-        if room is None or room.shape[-2] < total or not _begins_with(room, old, held):
-            tokens = max(total, min(total + STEP_TOKENS, self._limit_tokens))
-            room = new.new_empty(*new.shape[:-2], tokens, new.shape[-1])
+        buffer = self._buffers.get(name)
+        # The stock layer's other methods replace the held tensor by one outside the buffer.
+        if buffer is None or buffer.shape[-2] < total or not _begins_with(buffer, old, held):
+            tokens = max(total, min(total + STEP_TOKENS, self.limit_tokens))
+            buffer = new.new_empty(*new.shape[:-2], tokens, new.shape[-1])
             if held:
-                room[..., :held, :] = old
-            self._rooms[name] = room
-        room[..., held:total, :] = new
-        return room[..., :total, :]
+                buffer[..., :held, :] = old
+            self._buffers[name] = buffer
+        buffer[..., held:total, :] = new
+        return buffer[..., :total, :]
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """Keys and values of a layer that looks back so far only, in memory of that size: the stock
-    layer's are part of those of the whole prompt, which they keep alive until the next token."""
+    """Keys and values of a layer that looks back over a window, in memory of the window's size. The
+    stock layer's are views of those of the whole prompt, and so keep those alive until the next
+    token."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -67,7 +71,7 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take up the states [batch, heads, tokens, width]; returns all in reach."""
+        """Append the states [batch, heads, tokens, width]; returns all states in reach."""
         states: tuple[torch.Tensor, torch.Tensor] = super().update(
             key_states, value_states, *args, **kwargs
         )
@@ -76,23 +80,29 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
 
 def _alone(states: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy where the tensor is the smaller part of a larger one."""
-    return states.clone() if states.untyped_storage().nbytes() > 2 * states.nbytes else states
+    """The tensor [..., tokens, width] itself, or a copy where the tensor is part of one that has
+    more than a token more."""
+    tokens = states.shape[-2] if states.ndim > 1 else 1
+    one_bytes = states.nbytes // tokens if tokens else 0
+    return (
+        states.clone() if states.untyped_storage().nbytes() > states.nbytes + one_bytes else states
+    )
 
 
-def _begins_with(room: torch.Tensor, held: torch.Tensor, tokens: int) -> bool:
-    """Whether the ``tokens`` held [batch, heads, tokens, width] are the first ones of a room."""
+def _begins_with(buffer: torch.Tensor, held: torch.Tensor, tokens: int) -> bool:
+    """Whether the ``tokens`` held [batch, heads, tokens, width] are the first of ``buffer``."""
     if not tokens:
         return True
-    same = room.data_ptr() == held.data_ptr() and room.stride() == held.stride()
-    return same and room.shape[:2] == held.shape[:2]
+    same = buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
+    return same and buffer.shape[:2] == held.shape[:2]
 
 
 def new_cache(model: Any, limit_tokens: int) -> DynamicCache:
-    """An empty cache for one text of at most ``limit_tokens``; sliding windows keep no more."""
+    """An empty cache for one text of at most ``limit_tokens``. Layers with a sliding window keep
+    the window only."""
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
-    cache.layers = [_roomy(layer, limit_tokens) for layer in cache.layers]
+    cache.layers = [_replacement(layer, limit_tokens) for layer in cache.layers]
     if _attends_quicker_with_a_mask(model, config):
         for layer in cache.layers:
             # All that this says of a layer of a DynamicCache is that decoding has a mask.
@@ -100,20 +110,62 @@ def new_cache(model: Any, limit_tokens: int) -> DynamicCache:
     return cache
 
 
-def _roomy(layer: Any, limit_tokens: int) -> Any:
-    """A layer that does the same as an empty stock one in less time or memory; if none does, it."""
+def set_limit(cache: DynamicCache, limit_tokens: int) -> None:
+    """Let the buffers of ``cache`` grow to ``limit_tokens`` from now on."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.limit_tokens = limit_tokens
+
+
+def _replacement(layer: Any, limit_tokens: int) -> Any:
+    """A layer that does the same as an empty stock layer in less time or memory, or the stock layer
+    itself where there is none."""
     if type(layer) is DynamicLayer:
-        return RoomyLayer(limit_tokens)
+        return GrowingLayer(limit_tokens)
     if type(layer) is DynamicSlidingWindowLayer:
         return WindowLayer(layer.sliding_window)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.__class__ = _sparing(type(layer))
     return layer
 
 
+def _sparing(kind: Any) -> Any:
+    """The same as a ``kind`` of layer that keeps a window and more (DeepSeek-V4), in memory of its
+    own: what the stock layer keeps of a prompt are parts of tensors of the whole prompt."""
+
+    def keeping(name: str) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            made = getattr(super(spared, self), name)(*args, **kwargs)
+            _make_alone(vars(self))
+            return made
+
+        return method
+
+    names = [name for name in _KEEPING if hasattr(kind, name)]
+    # Without a type of layer of its own, by which transformers would take it for the stock class.
+    body = {"_layer_type": None, **{name: keeping(name) for name in names}}
+    spared = type(kind.__name__, (kind,), body)
+    return spared
+
+
+def _make_alone(states: dict[str, Any]) -> None:
+    copies: dict[int, torch.Tensor] = {}  # keys may be the values, too
+    for name, state in states.items():
+        if isinstance(state, torch.Tensor):
+            states[name] = copies.setdefault(id(state), _alone(state))
+        elif isinstance(state, dict):
+            _make_alone(state)
+
+
 def _attends_quicker_with_a_mask(model: Any, config: Any) -> bool:
-    """Whether transformers, having a mask, takes the heads of a group together: one token to 2048
-    of Mixtral's in 0.9 ms, where torch's own way of grouped heads takes 11.8 (one core, bfloat16;
-    in float32 1.1 and 1.9, which is not worth another rounding than the stock model's)."""
-    heads = config.num_attention_heads
-    grouped = (getattr(config, "num_key_value_heads", None) or heads) < heads
+    """Whether transformers attends to the heads of a group together if there is a mask. One token
+    of Mixtral's that looks back to 2048 takes 0.9 ms then, and 11.8 ms without a mask (one core,
+    bfloat16). In float32 the times are 1.1 and 1.9 ms, which does not justify another rounding than
+    the stock model's."""
+    grouped = any(
+        (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+        < layer.num_attention_heads
+        for layer in layer_configs(config)
+    )
     on_cpu = model.device.type == "cpu" and model.dtype.itemsize == 2
     return bool(grouped and on_cpu and config._attn_implementation == "sdpa")

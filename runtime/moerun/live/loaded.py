@@ -9,13 +9,13 @@ from typing import Any, Self
 
 from moepolicy import PolicySpec
 
-from moerun.format.precision import NATIVE, PRECISIONS
+from moerun.format.precision import NATIVE
 from moerun.live.assembly import check_lower
 from moerun.live.options import budget_bytes, read_settings
 from moerun.live.runner import Runner
 from moerun.live.totals import Totals
 from moerun.store.expert_store import ExpertStore
-from moerun.store.find import find_store
+from moerun.store.find import find_lower_store, find_store
 
 
 class Offloaded:
@@ -82,6 +82,9 @@ def load(
     streams: int = 1,
     link_gbps: float | None = None,
     calibration: str | None = None,
+    machine: str | Path | None = None,
+    learned: str | Path | None = None,
+    on_policy_error: str = "fallback",
 ) -> Any:
     """A transformers model, ready for ``generate()``, that keeps some of its experts in memory.
 
@@ -90,8 +93,11 @@ def load(
     ``slots`` experts a layer are cached, or as many as ``memory`` ("9GiB", "auto", or bytes) leaves
     room for besides weights and the KV cache of ``context`` tokens; half of a layer's experts
     where neither is given. ``low`` is a lower precision, or its store, for policies that load some
-    misses lighter. Sizes are texts with a unit or bytes; ``link_gbps`` caps the link at so many
-    10^9 bytes/s.
+    misses lighter; ``machine`` is a profile of this machine, for policies that ask how fast it is;
+    ``learned`` is a file that keeps what a policy learns from one run to the next.
+    Sizes are texts with a unit or bytes; ``link_gbps`` caps the link at so many 10^9 bytes/s.
+    ``on_policy_error``: when the policy fails, "fallback" warns (RuntimeWarning) and goes on under
+    LRU, "stop" raises the PolicyError from ``generate()``.
 
     Returns the model: an instance of its own transformers class, and of `Offloaded`, which gives it
     ``totals``, ``tokenizer``, ``set_memory`` and ``close``. Raises RunError or PolicyError where it
@@ -114,6 +120,9 @@ def load(
         streams=streams,
         link_gbps=link_gbps,
         calibration=calibration,
+        machine=None if machine is None else str(machine),
+        learned=None if learned is None else Path(learned),
+        on_policy_error=on_policy_error,
     )
     found = model if isinstance(model, ExpertStore) else _store(model, precision, attention, store)
     if low is not None:
@@ -143,6 +152,4 @@ def _store(
 
 
 def _lower_store(model: str | Path | ExpertStore, low: str | Path) -> ExpertStore:
-    if str(low) in PRECISIONS and not isinstance(model, ExpertStore):
-        return find_store(str(model), precision=str(low))
-    return ExpertStore.open(low)
+    return find_lower_store(str(model.path if isinstance(model, ExpertStore) else model), str(low))

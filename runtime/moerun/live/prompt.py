@@ -10,11 +10,14 @@ from moerun.checkpoint.context import context_limit
 from moerun.errors import RunError
 
 
-def encode(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tensor:
-    """The prompt's token ids, int64[1, tokens]. Raises RunError when there are none."""
+def encode(
+    tokenizer: Any, prompt: str, device: torch.device, *, special: bool = True
+) -> torch.Tensor:
+    """The prompt's token ids, int64[1, tokens], with the ``special`` tokens that the tokenizer puts
+    around a text. Raises RunError when there are none."""
     if tokenizer is None:
         raise RunError("the model has no tokenizer: it cannot take text")
-    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=special).input_ids
     if ids.shape[1] == 0:
         raise RunError("the prompt is empty")
     return ids.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from moepolicy.outputs import written_whole
 
 from moerun.errors import RunError
 from moerun.format.precision import NATIVE, PLAIN, PRECISIONS
-from moerun.live.passes import PassRecorder, rows_of
+from moerun.live.passes import Pass, PassRecorder, rows_of
 from moerun.store.index import StoreIndex
 from moerun.versions import run_packages
 
@@ -23,51 +24,97 @@ if TYPE_CHECKING:
 class LiveRecording:
     """The files a live run leaves: its trace, its journal, or both.
 
-    Nothing is written while tokens are being decoded, and no file is there until ``finish`` has
-    made it whole.
+    No file is there until ``finish`` has made it whole. Until then passes are kept in memory, or
+    those of texts that have ended on disk, where ``write_ended`` is called.
     """
 
-    def __init__(self, runner: Runner, trace: Path | None, journal: Path | None, seed: int) -> None:
-        """Raises TraceError or RunError when a file could not be written there."""
+    def __init__(
+        self, runner: Runner, trace: Path | None, journal: Path | None, seed: int | None
+    ) -> None:
+        """``seed``: None where each text has its own. Raises TraceError or RunError when a file
+        could not be written there."""
         if journal is not None and not journal.parent.is_dir():
             raise RunError(f"{journal}: the folder {journal.parent} does not exist")
         self._runner = runner
         self._trace, self._journal = trace, journal
+        self._discarded = False
         self._writer: TraceWriter | None = None
         if trace is not None:
             from moeroute import TraceWriter
 
-            self._writer = TraceWriter(trace, live_meta(runner, seed))
-        self.recorder = PassRecorder(runner.model, runner.session)
+            self._writer = TraceWriter(trace, live_meta(runner, seed), counts_missing=True)
+        self.recorder = PassRecorder(runner.model, runner.session, journal=journal is not None)
 
-    def finish(self) -> None:
-        """Write all whole passes so far; a run without one leaves nothing."""
+    def write_ended(self) -> None:
+        """Bring what has been recorded of texts that have ended to disk, as far as the file's
+        order of texts allows. Raises TraceError or OSError, after which there is no recording."""
+        passes = self.recorder.take_ended()
+        if self._writer is None or not passes:
+            return
+        try:
+            self._writer.write(rows_of(passes, self._runner.settings.predicts))
+        except BaseException:
+            self.discard()
+            raise
+
+    def finish(self) -> list[Path]:
+        """Write all whole passes; the files that are there now. A run without a pass leaves none.
+
+        Where the policy failed and LRU went on, no journal could repeat the run: none is written.
+        Where one of the files cannot be written, neither is left.
+        """
+        if self._discarded:
+            return []
         self.recorder.detach()
         passes = self.recorder.take()
-        if self._writer is not None:
-            if not passes:
+        try:
+            return self._write(passes)
+        except BaseException:
+            if self._writer is not None:
                 self._writer.discard()
-                return
-            self._writer.write(rows_of(passes, self._runner.settings.predicts))
-            self._writer.close()
-        if self._journal is not None:
-            document = journal_document(self.recorder, self._runner, self._trace)
-            with written_whole(self._journal) as unfinished:
+            raise
+
+    def _write(self, passes: list[Pass]) -> list[Path]:
+        written: list[Path] = []
+        writer = self._writer
+        if writer is not None and passes:
+            writer.write(rows_of(passes, self._runner.settings.predicts))
+        if writer is not None and not writer.n_rows:
+            writer.discard()
+            return written
+        with ExitStack() as stack:
+            if self._journal is not None and self._runner.session.policy_failure is None:
+                # Written before there is a trace, and named after that.
+                unfinished = stack.enter_context(written_whole(self._journal))
+                document = journal_document(self.recorder, self._runner, self._trace)
                 text = json.dumps(document, separators=(",", ":"))
                 unfinished.write_text(text, encoding="utf-8")
+                written.append(self._journal)
+            if writer is not None:
+                writer.close()
+                written.insert(0, writer.path)
+        return written
 
     def discard(self) -> None:
         """Leave nothing behind."""
+        if self._discarded:
+            return
+        self._discarded = True
         self.recorder.detach()
         if self._writer is not None:
             self._writer.discard()
 
 
-def live_meta(runner: Runner, seed: int) -> TraceMeta:
-    """The metadata of a trace of this runner's model, as it is run."""
+def live_meta(runner: Runner, seed: int | None) -> TraceMeta:
+    """The metadata of a trace of this runner's model, as it is run.
+
+    The trace holds the gates' own choice, also where a policy's routing gives tokens other experts:
+    such a policy is asked again when the trace is replayed.
+    """
     from moeroute import TraceMeta
 
     index, context, predictor = runner.store.index, runner.context, runner.predictor
+    rule = runner.weight_rule
     return TraceMeta(
         source="live",
         model=index.model,
@@ -83,6 +130,8 @@ def live_meta(runner: Runner, seed: int) -> TraceMeta:
         dense_precision=dense_label(index),
         prediction=predictor.method if predictor else None,
         horizon=predictor.horizon if predictor else 0,
+        weight_rule=rule.name if rule else None,
+        weight_scale=rule.scale if rule else None,
         tokenizer=index.model,
         seed=seed,
         packages=run_packages(),
@@ -98,7 +147,7 @@ def live_meta(runner: Runner, seed: int) -> TraceMeta:
 
 def expert_bytes(index: StoreIndex) -> dict[str, int]:
     """Bytes of one expert's record by precision, the store's own first."""
-    own = index.precision
+    own = index.expert_format
     if own == NATIVE:
         own = plain_name(index.layout.parts[0].dtype)
     sizes = {own: index.layout.record_bytes}

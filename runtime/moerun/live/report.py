@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from moepolicy.amounts import counted
 from moepolicy.counts import CountColumns, as_row
+from moepolicy.lossy import changed
 from moepolicy.tables import Format, described, to_csv, to_json
 
 from moerun.versions import run_packages
@@ -40,12 +42,15 @@ class Report(CountColumns, _ReportOf):
     """One live run; times are measured seconds, counts are of experts
     (see `CountColumns`).
 
-    tokens_per_s is of decoding: tokens after the first over the time they took.
+    decide_s           that the policy took, with the state machine that asks it
+    tokens_per_s       of decoding: tokens after the first over the time they took
+    policy_failure     what the policy failed of, where LRU went on without it
     """
 
     bytes_loaded: int
     time_s: float
     stall_s: float
+    decide_s: float
     tokens_per_s: float
     prompt_tokens_per_s: float
     disk_reads: int | None  # of loads, where host memory holds some experts and the disk all
@@ -57,6 +62,7 @@ class Report(CountColumns, _ReportOf):
     peak_device_bytes: int | None
     lossy: bool
     interrupted: bool
+    policy_failure: str | None
 
 
 def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> Report:
@@ -64,6 +70,7 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
     from moerun.devices import peak_device_bytes, peak_host_bytes
 
     settings, totals = runner.settings, generated.totals
+    failure = runner.session.policy_failure
     return Report(
         policy=settings.policy.label,
         slots=runner.context.slots,
@@ -80,6 +87,7 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
         **totals.counted(),
         bytes_loaded=totals.bytes_loaded,
         stall_s=round(totals.stall_s, 6),
+        decide_s=round(totals.decide_s, 6),
         time_s=round(generated.prompt_s + generated.decode_s, 6),
         tokens_per_s=round(generated.tokens_per_s, 3),
         prompt_tokens_per_s=round(generated.prompt_tokens_per_s, 3),
@@ -92,6 +100,7 @@ def report_of(runner: Runner, generated: Work, *, interrupted: bool = False) -> 
         peak_device_bytes=peak_device_bytes(settings.device),
         lossy=settings.policy.policy.lossy,
         interrupted=interrupted,
+        policy_failure=None if failure is None else str(failure),
     )
 
 
@@ -104,6 +113,18 @@ def provenance(sampling: Sampling) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": run_packages(),
     }
+
+
+def in_a_line(work: Work) -> str:
+    """How a run is going, short enough for a line."""
+    totals = work.totals
+    if not work.new_tokens:
+        return f"reading the prompt: {totals.steps:,} layers of it"
+    parts = [f"{work.new_tokens:,} tokens", f"{work.tokens_per_s:.2f} tokens/s"]
+    if totals.requests:
+        parts.append(f"{_share(totals.hits, totals.requests)} hits")
+    parts.append(f"{totals.loads:,} loads")
+    return ", ".join([*parts, f"{totals.stall_s:.1f} s stalled"])
 
 
 def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -> str:
@@ -119,9 +140,10 @@ def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -
 def _table(report: Report) -> str:
     """Lines for people; what a run broken off early has no value of is left out."""
     lossy = "  (changes what the model computes)" if report.lossy else ""
-    cache = f"{report.slots} slots a layer, cache per {report.scope}, on {report.device}"
+    cache = f"{counted(report.slots, 'slot')} a layer, cache per {report.scope}, on {report.device}"
     lines = {
         "policy": f"{report.policy}{lossy}: {cache}",
+        "failed": f"{report.policy_failure}: LRU went on" if report.policy_failure else "",
         "speed": _speed(report),
         **(_experts(report) if report.requests else {}),
         "memory": _memory(report),
@@ -151,9 +173,20 @@ def _experts(report: Report) -> dict[str, str]:
         "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
         f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses{beside}"
         + ("" if report.disk_reads is None else f"; {report.disk_reads:,} read from disk"),
-        **({"changed": changed(report)} if report.lossy else {}),
+        **({"changed": changed(report.shares)} if report.lossy else {}),
         "stall": f"{report.stall_s:.2f} s{of_time} waiting for experts",
+        "deciding": _deciding(report),
     }
+
+
+def _deciding(report: Report) -> str:
+    if not (report.steps and report.time_s):
+        return ""
+    share = 100 * report.decide_s / report.time_s
+    return (
+        f"{1e6 * report.decide_s / report.steps:,.0f} us a step ({share:.1f} % of the time) by the "
+        "policy and the state machine"
+    )
 
 
 def _memory(report: Report) -> str:
@@ -177,33 +210,6 @@ def _against_budget(report: Report) -> str:
         f"{format_bytes(report.memory_peak_bytes)} taken of "
         f"{format_bytes(report.memory_budget_bytes)}; "
     )
-
-
-class Shares(Protocol):
-    """What a lossy policy changed, of the gates' weight."""
-
-    @property
-    def skipped_share(self) -> float:
-        """Share of the gates' weight that was left out."""
-
-    @property
-    def substituted_share(self) -> float:
-        """Share of the gates' weight that another expert computed."""
-
-    @property
-    def low_share(self) -> float:
-        """Share of the gates' weight that was computed from lower-precision records."""
-
-
-def changed(row: Shares) -> str:
-    """The changed shares in words."""
-    shares = {
-        "left out": row.skipped_share,
-        "computed by another expert": row.substituted_share,
-        "computed at the lower precision": row.low_share,
-    }
-    changes = [f"{100 * share:.1f} % {what}" for what, share in shares.items() if share]
-    return f"of the gates' weight {', '.join(changes) or 'nothing'}"
 
 
 def _share(count: int, of: int) -> str:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from moepolicy import Context
+from moepolicy import WEIGHT_RULES, Context, PolicyError, RoutingRule
 
 from moerun.devices import naming_lack_of_memory
 from moerun.kernels.slots import SlotForm
 from moerun.links import HostTier
-from moerun.live.assembly import check_low, make_aside, make_link
+from moerun.live.assembly import check_low, make_cpu_experts, make_link
+from moerun.live.batch import Batch, BatchedGeneration
 from moerun.live.gates import GateHooks, SessionExperts
 from moerun.live.generate import Generation
+from moerun.live.kept import CHUNK_TOKENS, KeptCache
+from moerun.live.learned import keep
 from moerun.live.prompt import context_tokens, encode
 from moerun.live.session import Session
 from moerun.live.sizing import Sizing
+from moerun.live.weight_rule import find_weight_rule
 from moerun.memory.budget import BudgetWatch
 from moerun.memory.fit import plan_memory
 from moerun.memory.peak import Peak
@@ -40,9 +46,14 @@ class Runner:
     ) -> None:
         """Raises RunError or PolicyError before anything big is loaded where it cannot run.
 
-        ``report`` is told, from another thread, what became of a change of ``memory_file``.
+        ``report`` is told that a policy failed and LRU goes on (else: a RuntimeWarning) and, from
+        another thread, what became of a change of ``memory_file``.
         """
-        refuse_unservable(settings.policy, low=settings.low is not None)
+        refuse_unservable(
+            settings.policy,
+            low=settings.low is not None,
+            machine=settings.machine is not None,
+        )
         check_low(store, settings.low)
         self.store = store
         self.settings = settings
@@ -55,10 +66,13 @@ class Runner:
             partial(make_link, store, self.form, settings),
             record_bytes=store.record_bytes,
             low_record_bytes=settings.low.record_bytes if settings.low else 0,
-            make_aside=(
-                partial(make_aside, store, settings) if "cpu" in settings.policy.requires else None
+            make_cpu_experts=(
+                partial(make_cpu_experts, store, settings)
+                if "cpu" in settings.policy.requires
+                else None
             ),
             compiling=plan.compiling,
+            on_policy_failure=(report or _warn) if settings.falls_back else None,
         )
         self._sizing = Sizing(self.session, plan, settings.device)
         self.experts = SessionExperts(self.session)
@@ -70,6 +84,11 @@ class Runner:
                 GatePredictor(self.model, settings.predicts) if settings.predicts else None
             )
             self._gates = GateHooks(self.model, self.experts, self.predictor)
+            chunk = (settings.prompt_chunk or CHUNK_TOKENS) if settings.exact_reuse else 0
+            self.kept = KeptCache(self.model, settings.texts, chunk)
+            """The keys and values of the last texts that were to be kept."""
+            if settings.policy.routes:
+                self._tell_weight_rule()
             self._watch = self._watch_budget(report)
         except BaseException:
             self.session.close()
@@ -137,16 +156,40 @@ class Runner:
         self,
         on_text: Callable[[str], None] | None = None,
         on_reasoning: Callable[[str], None] | None = None,
+        *,
+        reuse: bool = False,
     ) -> Generation:
-        """A generation by this model, not begun yet; the callbacks receive text as it comes."""
-        return Generation(
-            self.model,
-            self.tokenizer,
-            self.session,
-            on_text,
-            on_reasoning=on_reasoning,
-            context_tokens=self.context_tokens,
-        )
+        """A generation by this model, not begun yet; the callbacks receive text as it comes.
+
+        ``reuse``: go on from the keys and values of a text that was generated so, where one begins
+        alike, and keep this one's.
+        """
+        return Generation(*self._for_generation(on_text, on_reasoning, reuse))
+
+    def batched_generation(
+        self,
+        on_text: Callable[[str], None] | None = None,
+        on_reasoning: Callable[[str], None] | None = None,
+        *,
+        reuse: bool = False,
+    ) -> BatchedGeneration:
+        """The same for a `Batch`."""
+        return BatchedGeneration(*self._for_generation(on_text, on_reasoning, reuse))
+
+    def batch(self) -> Batch:
+        """A batch of no texts yet. Raises RunError where the model's cannot be decoded together."""
+        return Batch(self.model, self.settings.device)
+
+    def _for_generation(
+        self,
+        on_text: Callable[[str], None] | None,
+        on_reasoning: Callable[[str], None] | None,
+        reuse: bool,
+    ) -> tuple[Any, ...]:
+        kept = self.kept if reuse else None
+        made_of = (self.model, self.tokenizer, self.session)
+        chunk = self.settings.prompt_chunk or 0
+        return (*made_of, on_text, on_reasoning, self.context_tokens, kept, chunk)
 
     def close(self) -> None:
         """End the threads, and take the hooks off the model."""
@@ -156,9 +199,34 @@ class Runner:
         if self.predictor:
             self.predictor.close()
         self.session.close()
+        if self.settings.learned is not None and self.session.policy_failure is None:
+            policy = self.session.cache.policy
+            keep(self.settings.learned, policy, self.settings.policy, self.store)
+
+    def _tell_weight_rule(self) -> None:
+        """PolicyError where the model's gates make weights by no rule that is known."""
+        if (rule := self.weight_rule) is None:
+            raise PolicyError(
+                f"policy '{self.settings.policy.label}' gives tokens other experts, and the gates "
+                f"of {self.store.index.model} make their weights by none of the rules known: "
+                f"{', '.join(WEIGHT_RULES)}"
+            )
+        self.session.set_weight_rule(rule)
+
+    @cached_property
+    def weight_rule(self) -> RoutingRule | None:
+        """How the model's gates make weights of their logits; None: by no rule that is known.
+
+        The model is asked when this is read first, which must not be while it generates.
+        """
+        return find_weight_rule(self.model, self.experts)
 
     def _watch_budget(self, report: Callable[[str], None] | None) -> BudgetWatch | None:
         if (path := self.settings.memory_file) is None:
             return None
         device = self.settings.device
         return BudgetWatch(path, device, self.set_memory, report or (lambda _: None))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)

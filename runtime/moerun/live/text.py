@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moerun.live.turn import REASONING, hidden_ids
+from moerun.live.turn import REASONING, TOOL_CALLS, hidden_ids
 
 UNFINISHED = "\ufffd"  # what a decoder shows for the first bytes of a character
 
@@ -33,6 +33,8 @@ class TextStream:
         self.text = ""
         """What has been handed on; a stop string is not part of it."""
         self.reasoning = ""
+        self.tool_calls: list[Any] = []
+        """Calls of tools that are complete, as the response template gives them."""
         self.stopped = False
         self._tokenizer = tokenizer
         self._on_text = on_text
@@ -41,6 +43,7 @@ class TextStream:
         self._parser = parser
         self._hidden = hidden_ids(tokenizer) if stop_strings or parser else frozenset()
         self._hidden_texts: dict[str, None] = {}  # of the special tokens that came
+        self._call = ""  # of a tool, not complete yet
         self._parted = False  # the region that is open follows another of its channel
         self._ids: list[int] = []  # from the last piece shown on
         self._shown = 0  # how many of them have been decoded for good
@@ -110,6 +113,7 @@ class TextStream:
             events = self._parser.feed(text)
         except Exception:  # what it takes for JSON may be none: it is shown as it came
             self._parser = None
+            self._say_call()
             self._say(text if shown else "")
             return
         self._hear(events)
@@ -121,12 +125,21 @@ class TextStream:
         try:
             _, events = parser.finalize()
         except Exception:  # a field that is required has not come, or one is not whole
+            self._say_call()
             return
         self._hear(events)
+
+    def _say_call(self) -> None:
+        """Show what was taken for a call of a tool and is none."""
+        text, self._call = self._call, ""
+        self._say(self._without_hidden(text))
 
     def _hear(self, events: list[dict[str, Any]]) -> None:
         """Hand on the channels' text; two regions of one channel are two paragraphs."""
         for event in events:
+            if event["field"] == TOOL_CALLS:
+                self._hear_call(event)
+                continue
             reasoning = event["field"] in REASONING
             if event["type"] == "region_open":
                 self._parted = bool(self.reasoning if reasoning else self.text)
@@ -136,6 +149,13 @@ class TextStream:
                     self._parted = False
                     text = f"\n{text}"
                 self._say(text, reasoning=reasoning)
+
+    def _hear_call(self, event: dict[str, Any]) -> None:
+        """A part of a call of a tool, which counts when it is complete."""
+        self._call += event.get("text", "")
+        if event["type"] == "region_close":
+            found, self._call = event["value"], ""
+            self.tool_calls += found if isinstance(found, list) else [found]
 
     def _without_hidden(self, text: str) -> str:
         for special in self._hidden_texts:

@@ -15,11 +15,13 @@ class Totals(Counts):
     steps         that were served
     bytes_loaded  over the link
     stall_s       seconds that compute waited for experts
+    decide_s      seconds that the policy took, with the state machine that asks it
     """
 
     steps: int = 0
     bytes_loaded: int = 0
     stall_s: float = 0.0
+    decide_s: float = 0.0
 
 
 def totals_of(
@@ -29,6 +31,7 @@ def totals_of(
     record_bytes: int,
     low_record_bytes: int,
     stall_s: float,
+    decide_s: float,
 ) -> Totals:
     """The counts of ``cache``, whose driver knows the rest."""
     counted = counts_of(cache.arrays)
@@ -37,4 +40,5 @@ def totals_of(
         steps=steps,
         bytes_loaded=counted.bytes_over_link(record_bytes, low_record_bytes),
         stall_s=stall_s,
+        decide_s=decide_s,
     )

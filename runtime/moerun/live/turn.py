@@ -18,6 +18,8 @@ from moerun.errors import RunError
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """What response templates call the reasoning before an answer, in the order of preference."""
+TOOL_CALLS = "tool_calls"
+"""What response templates call the calls of tools in an answer."""
 
 # Contents that no template has: where they come out, the template's own text begins and ends.
 _ASKED, _MUSED, _ANSWERED, _CALLED = "zqaskedqz", "zqmusedqz", "zqansweredqz", "zqcalledqz"
@@ -36,18 +38,23 @@ class Turn:
     response_template  transformers' description of its channels; None: it has but one
     prefill            what the template has written of the answer already; None: it is in the
                        prompt, where the response template's anchor finds it
+    tools              that the model may call, in OpenAI's form: their arguments are read by their
+                       types
     """
 
     end_ids: tuple[int, ...] = ()
     response_template: dict[str, Any] | None = None
     prefill: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     def parser(self, tokenizer: Any, prompt_ids: torch.Tensor) -> Any:
         """Transformers' parser of an answer to prompt_ids [1, tokens]; None: one channel."""
         if self.response_template is None:
             return None
         prefix = tokenizer.decode(prompt_ids[0]) if self.prefill is None else ""
-        parser = tokenizer.get_response_parser(self.response_template, prefix=prefix)
+        parser = tokenizer.get_response_parser(
+            self.response_template, prefix=prefix, tools=list(self.tools)
+        )
         if self.prefill:
             parser.feed(self.prefill)
         return parser
@@ -99,16 +106,16 @@ def turn_of(tokenizer: Any) -> Turn:
 
 def _end_ids(tokenizer: Any) -> tuple[int, ...]:
     """The token behind a finished answer, and the last one of a turn that calls a tool."""
-    finished = _render(tokenizer, [_USER, _ANSWER])
+    finished = render_chat(tokenizer, [_USER, _ANSWER])
     ends = _tokens(tokenizer, _behind(finished, _ANSWERED))[:1]
     if not ends:  # some templates end a turn by beginning the next
-        followed = _behind(_render(tokenizer, [_USER, _ANSWER, _AGAIN]), _ANSWERED)
+        followed = _behind(render_chat(tokenizer, [_USER, _ANSWER, _AGAIN]), _ANSWERED)
         ends = _tokens(tokenizer, followed.partition(_CALLED)[0])[:1]
     for arguments in ({"x": _CALLED}, f'{{"x": "{_CALLED}"}}'):  # templates take one or the other
         function = {"name": "f", "arguments": arguments}
         call = {"type": "function", "id": "call00000", "function": function}
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-        called = _tokens(tokenizer, _behind(_render(tokenizer, [_USER, turn]), _CALLED))
+        called = _tokens(tokenizer, _behind(render_chat(tokenizer, [_USER, turn]), _CALLED))
         special = hidden_ids(tokenizer)
         ends += [token for token in called if token in special][-1:]
     return tuple(dict.fromkeys(ends))
@@ -116,10 +123,12 @@ def _end_ids(tokenizer: Any) -> tuple[int, ...]:
 
 def _derived(tokenizer: Any, turn: Turn) -> Turn:
     """``turn`` with the channels that the template gives an answer with reasoning."""
-    prompt = _behind(_render(tokenizer, [_USER], generation=True), _ASKED)
-    plain = _behind(_render(tokenizer, [_USER, _ANSWER]), _ASKED)
+    prompt = _behind(render_chat(tokenizer, [_USER], generation=True), _ASKED)
+    plain = _behind(render_chat(tokenizer, [_USER, _ANSWER]), _ASKED)
     mused = {**_ANSWER, "reasoning_content": _MUSED}
-    before, found, behind = _behind(_render(tokenizer, [_USER, mused]), _ASKED).partition(_MUSED)
+    before, found, behind = _behind(render_chat(tokenizer, [_USER, mused]), _ASKED).partition(
+        _MUSED
+    )
     if found and _ANSWERED in behind:
         begun = _shared(prompt, before)
         opening, between = before[len(begun) :].strip(), behind.partition(_ANSWERED)[0]
@@ -143,7 +152,7 @@ def _left_out(tokenizer: Any) -> tuple[str, str]:
     for close in dict.fromkeys(_SPLIT.findall(str(tokenizer.chat_template))):
         opening = close.replace("/", "", 1)
         said = {"role": "assistant", "content": f"{opening}{_MUSED}{close}{_ANSWERED}"}
-        rendered = _render(tokenizer, [_USER, said, _AGAIN])  # some leave the last answer whole
+        rendered = render_chat(tokenizer, [_USER, said, _AGAIN])  # some leave the last answer whole
         if opening != close and _ANSWERED in rendered and _MUSED not in rendered:
             return opening, close
     return "", ""
@@ -183,8 +192,11 @@ def _fields(
     }
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
-    """The template's text; empty where the template refuses such messages."""
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
+    """The text that a chat template makes of messages; empty where it refuses such messages.
+
+    ``generation``: with what it writes before an answer.
+    """
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation

@@ -10,7 +10,7 @@ import torch
 from moepolicy import PolicyError
 
 from moerun.amounts import format_bytes, parse_bytes
-from moerun.devices import free_bytes
+from moerun.devices import free_bytes, is_here
 from moerun.errors import RunError
 
 AUTO = "auto"
@@ -22,6 +22,11 @@ def parse_budget(text: str, device: torch.device) -> int:
     """Bytes of '9GiB', or of 'auto': what the device has free, less a tenth. Raises RunError."""
     if text.strip().lower() != AUTO:
         return parse_bytes(text)
+    if not is_here(device):
+        raise RunError(
+            f"auto takes what is free on the device, and {device} is not here: give --memory an "
+            "amount, such as 24GiB"
+        )
     free = free_bytes(device)
     return max(free - max(free // 10, LEAST_MARGIN_BYTES), 0)
 

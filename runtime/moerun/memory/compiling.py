@@ -14,8 +14,9 @@ from moepolicy.compiled import NotCompilable
 from moepolicy.reasons import why_not
 
 COMPILE_AFTER_S = 20.0
-"""How long a run must last before a policy is compiled for it: compiling takes seconds, and most
-of the interpreter. Code that an earlier run left on disk is taken at once."""
+"""How long a run must last before what serves every policy is compiled for it: that takes some ten
+seconds, and most of the interpreter. Code that an earlier run left on disk is taken at once, and
+with that there, a policy's own code, which takes less than a second, is compiled at once."""
 
 
 class Compiling(Enum):
@@ -32,7 +33,7 @@ class Compiling(Enum):
 
 
 class Told:
-    """Which policies' owners have been told why their calls are not compiled: each once."""
+    """Remembers which policies it was said of that their calls are not compiled, to say it once."""
 
     def __init__(self) -> None:
         self._policies: set[type[Policy]] = set()
@@ -45,10 +46,11 @@ class Told:
 
 
 TOLD_IN_THIS_PROCESS = Told()
-"""For sessions that are given none of their own."""
+"""Of all sessions of the process: a bench or a comparison opens one for each run of a policy, and
+says of each policy once that it runs interpreted."""
 
 
-class CompileBeside:
+class BackgroundCompiler:
     """Brings one cache its compiled calls; until then, and without them, it runs interpreted."""
 
     def __init__(
@@ -94,10 +96,11 @@ class CompileBeside:
 
     def _work(self) -> None:
         try:
-            kept = self._cache.is_compiled()
-            if not kept:
-                if self._allowed is Compiling.KEPT:
-                    return
+            lacks = self._cache.lacks()
+            kept = not any(lacks)
+            if not kept and self._allowed is Compiling.KEPT:
+                return
+            if not lacks.nothing_general:
                 self._at_once.wait(COMPILE_AFTER_S)
             with self._beginning:
                 if self._closing.is_set():
@@ -126,49 +129,49 @@ class Compilation:
         horizon: int,
         allowed: Compiling,
     ) -> None:
-        """The arguments are those of `CompileBeside`, but that ``allowed`` may be NEVER."""
+        """The arguments are those of `BackgroundCompiler`, but that ``allowed`` may be NEVER."""
         self._cache = cache
         self._lock = lock
         self._horizon = horizon
         self._allowed = allowed
         self._before = Compiling.NEVER  # for earlier caches
-        self._beside = self._begin()
+        self._compiler = self._begin()
 
     @property
     def done(self) -> Compiling:
         """What memory has been spent for, or is about to be, over all caches."""
-        begun = self._beside.taken if self._beside else Compiling.NEVER
+        begun = self._compiler.taken if self._compiler else Compiling.NEVER
         return max(begun, self._before, key=lambda each: each.rank)
 
     def allow(self, allowed: Compiling) -> Compiling:
         """Do no more than ``allowed`` from now on. Returns what has been done, which stays."""
         with self._lock:
-            if self._beside and self._beside.give_up() is Compiling.NEVER:
-                self._beside = None
+            if self._compiler and self._compiler.give_up() is Compiling.NEVER:
+                self._compiler = None
             done = self.done
             self._allowed = max(allowed, done, key=lambda each: each.rank)
-            if self._beside is None:
-                self._beside = self._begin()
+            if self._compiler is None:
+                self._compiler = self._begin()
             return done
 
-    def renew(self, cache: ExpertCache) -> CompileBeside | None:
+    def renew(self, cache: ExpertCache) -> BackgroundCompiler | None:
         """Begin again for ``cache``. Returns what worked for the one before, to be closed once
         the lock, which is held now, is not."""
         self._cache, self._before = cache, self.done
-        former, self._beside = self._beside, self._begin()
+        former, self._compiler = self._compiler, self._begin()
         return former
 
     def finish(self) -> None:
         """Wait until the calls are compiled, where they can be and are to be."""
-        if self._beside:
-            self._beside.finish()
+        if self._compiler:
+            self._compiler.finish()
 
     def close(self) -> None:
         """Give up compilations that have not begun, and wait for those that have."""
-        if self._beside:
-            self._beside.close()
+        if self._compiler:
+            self._compiler.close()
 
-    def _begin(self) -> CompileBeside | None:
+    def _begin(self) -> BackgroundCompiler | None:
         if self._allowed is Compiling.NEVER:
             return None
-        return CompileBeside(self._cache, self._lock, self._horizon, self._allowed)
+        return BackgroundCompiler(self._cache, self._lock, self._horizon, self._allowed)

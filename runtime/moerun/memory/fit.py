@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from moepolicy import Context, PolicySpec
+from moepolicy.sharing import sharing_class
 
 from moerun.amounts import format_bytes
-from moerun.devices import free_bytes, who_holds
+from moerun.devices import free_bytes, is_here, who_holds
 from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.memory.compiling import Compiling
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def plan_memory(store: ExpertStore, settings: Settings) -> MemoryPlan:
     """How the run's memory is spent. RunError where a budget is too small, or is not there."""
     plan = plan_policies(store, settings, [settings.policy], plan_context(store, settings, 0))
-    if plan.budget_bytes is not None:
+    if plan.budget_bytes is not None and is_here(settings.device):
         require_free(plan.total_bytes, plan.budget_bytes, settings.device)
     return plan
 
@@ -37,7 +38,10 @@ def plan_policies(
 
     ``context`` is the cache they are made for, but for its slots.
     """
+    # Staging may depend on the parameters, so policies are made to ask them.
+    made = [policy.build(context) for policy in policies]
     stores = [each for each in (store, settings.low) if each is not None]
+    forms = [SlotForm(each.index.shape, each.index.precision, settings.device) for each in stores]
     all_bytes = sum(each.n_keys * each.record_bytes for each in stores)
     budget_bytes, host_bytes = settings.memory_bytes, settings.host_bytes
     plan = MemoryPlan(
@@ -45,13 +49,15 @@ def plan_policies(
             store,
             settings.device,
             context_tokens=settings.context_tokens,
-            prompt_tokens=settings.prompt_tokens,
+            prompt_tokens=_tokens_of_a_pass(settings),
             horizon=max(settings.ahead(policy) for policy in policies),
             copies=settings.copies,
             low=settings.low,
-            aside=any("cpu" in policy.requires for policy in policies),
+            computes_on_cpu=any("cpu" in policy.requires for policy in policies),
             host_tier_bytes=0 if host_bytes is None else min(host_bytes, all_bytes),
             logit_tokens=settings.logit_tokens,
+            texts=settings.texts,
+            marks=settings.exact_reuse,
         ),
         budget_bytes=None,
         # A slot more than a layer has experts would never be filled.
@@ -60,9 +66,13 @@ def plan_policies(
         ),
         n_layers=store.n_layers,
         n_experts=store.n_experts,
-        # Staging may depend on the parameters, so policies are made to ask them.
-        staging=max(policy.build(context).staging for policy in policies),
-        slot_bytes=max(_slot_bytes(each, settings.device) for each in stores),
+        staging=max(policy.staging for policy in made),
+        shared=context.scope == "layer" and any(sharing_class(policy) for policy in made),
+        slot_bytes=max(form.slot_bytes for form in forms),
+        device=_described(settings.device),
+        expands=tuple(
+            each.index.precision for each, form in zip(stores, forms, strict=True) if form.expands
+        ),
     )
     if budget_bytes is None:
         return plan
@@ -71,8 +81,14 @@ def plan_policies(
     return plan.within(budget_bytes)
 
 
-def _slot_bytes(store: ExpertStore, device: torch.device) -> int:
-    return SlotForm(store.index.shape, store.index.precision, device).slot_bytes
+def _tokens_of_a_pass(settings: Settings) -> int | None:
+    """The most that one pass reads; None: all of the context."""
+    given = (settings.prompt_tokens, settings.prompt_chunk)
+    return min((tokens for tokens in given if tokens is not None), default=None)
+
+
+def _described(device: torch.device) -> str:
+    return f"{device}" if is_here(device) else f"{device}, which is not here"
 
 
 def require_free(n_bytes: int, budget_bytes: int, device: torch.device) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from moepolicy.tables import described
 
-from moerun.amounts import format_bytes
+from moerun.amounts import counted, format_bytes, unit_hint
 from moerun.errors import RunError
 from moerun.memory.compiling import Compiling
 
 MIB = 1 << 20
+MUCH_BYTES = 1 << 30  # of workspace, which a long prompt takes
 
 
 # What numba takes to load a policy's kept code (measured: 103 to 105 MiB, whichever the policy),
@@ -26,18 +27,24 @@ COMPILED_SHARE = 16  # compiled calls may cost slots of no more than this part o
 class Needs:
     """What a run holds besides its expert slots, in bytes.
 
-    aside_bytes      of what computes experts on the CPU, where that is the device
+    cpu_expert_bytes      of what computes experts on the CPU, where that is the device
     host_tier_bytes  of the experts kept between disk and device, where the host is the device
     compiled_bytes   of numba and the policy's compiled code, where the host is the device
+    texts            that may be decoded together
     """
 
     weights_bytes: int
     kv_cache_bytes: int
     workspace_bytes: int
     context_tokens: int
-    aside_bytes: int = 0
+    cpu_expert_bytes: int = 0
     host_tier_bytes: int = 0
     compiled_bytes: int = 0
+    texts: int = 1
+
+    def _context(self) -> str:
+        tokens = f"{self.context_tokens:,} tokens of context"
+        return tokens if self.texts == 1 else f"{self.texts} texts of {tokens}"
 
     @property
     def total_bytes(self) -> int:
@@ -47,13 +54,13 @@ class Needs:
     def rows(self) -> list[tuple[str, int, str]]:
         """What takes how many bytes, and why; what a run does not have is left out."""
         optional = [
-            ("CPU experts", self.aside_bytes, "memory to compute experts on the CPU"),
+            ("CPU experts", self.cpu_expert_bytes, "memory to compute experts on the CPU"),
             ("host memory", self.host_tier_bytes, "experts between disk and slots"),
             ("compiled", self.compiled_bytes, "numba and the policy's code"),
         ]
         return [
             ("weights", self.weights_bytes, "all but the experts"),
-            ("KV cache", self.kv_cache_bytes, f"{self.context_tokens:,} tokens of context"),
+            ("KV cache", self.kv_cache_bytes, self._context()),
             ("workspace", self.workspace_bytes, "activations, logits, libraries"),
             *(row for row in optional if row[1]),
         ]
@@ -70,6 +77,9 @@ class MemoryPlan:
     n_experts: int
     staging: int
     slot_bytes: int
+    shared: bool = False  # the policy says how many slots each layer has; ``slots`` is the average
+    device: str = "cpu"  # that it was made for, and whether this machine has it
+    expands: tuple[str, ...] = ()  # precisions that slots hold in 4 bits
     compiling: Compiling = Compiling.ALWAYS  # what may be done to have the policy's calls compiled
 
     @property
@@ -94,6 +104,7 @@ class MemoryPlan:
                 f"{format_bytes(budget_bytes)} of memory is too little: the least that works is "
                 f"{exact(self.least_bytes)} ({self._least()}); each slot in all "
                 f"{self.n_layers} layers takes {format_bytes(self.n_layers * self.slot_bytes)} more"
+                f"{self._chunk_hint()}{unit_hint(budget_bytes)}"
             )
         slots = (budget_bytes - self.least_bytes) // (self.n_layers * self.slot_bytes)
         return replace(self, budget_bytes=budget_bytes, slots=min(slots, self.n_experts))
@@ -130,31 +141,44 @@ class MemoryPlan:
                 "with --memory loads no such code"
             ) from error
 
+    def _chunk_hint(self) -> str:
+        """Where reading a long prompt takes the most, how to read it."""
+        most = self.needs.workspace_bytes > max(self.least_bytes / 2, MUCH_BYTES)
+        return "; --prompt-chunk 512 reads prompts in less" if most else ""
+
     def _least(self) -> str:
         """What the smallest budget would be spent on."""
         parts = [f"{name} {format_bytes(n_bytes)}" for name, n_bytes, _ in self.needs.rows()]
-        buffers = f"{self.staging} staging buffer{'s' if self.staging > 1 else ''}"
+        buffers = counted(self.staging, "staging buffer")
         return ", ".join([*parts, f"{buffers} {format_bytes(self.staging * self.slot_bytes)}"])
 
     def rows(self) -> list[tuple[str, int, str]]:
         """What takes how many bytes, and why: for a table."""
-        slots = f"{self.slots} of {self.n_experts} experts in each of {self.n_layers} layers"
+        slots = f"{self.slots} of {self.n_experts} experts in each of "
+        slots += counted(self.n_layers, "layer")
+        slots += ", on average" * self.shared
+        if self.expands:
+            slots += f"; {' and '.join(self.expands)} codes take 4 bits in slots on the CPU"
         return [
             *self.needs.rows(),
-            ("staging", self.staging * self.slot_bytes, f"{self.staging} experts in passing"),
+            (
+                "staging",
+                self.staging * self.slot_bytes,
+                f"{counted(self.staging, 'expert')} in passing",
+            ),
             ("slots", self.slots * self.n_layers * self.slot_bytes, slots),
             ("total", self.total_bytes, "" if self.budget_bytes is None else self._unused()),
         ]
 
     def table(self) -> str:
         """The plan as a table: a line for each part, with its size and its reason."""
-        return described(
-            {f"{name:11} {format_bytes(size):>11}": why for name, size, why in self.rows()}
-        )
+        rows = {f"{name:11} {format_bytes(size):>11}": why for name, size, why in self.rows()}
+        return described({f"{'device':23}": self.device, **rows})
 
     def to_json(self) -> dict[str, Any]:
         """Sizes in bytes under the names of the plan's parts."""
         return {
+            "device": self.device.partition(",")[0],
             **asdict(self.needs),
             "staging_bytes": self.staging * self.slot_bytes,
             "slots_bytes": self.slots * self.n_layers * self.slot_bytes,

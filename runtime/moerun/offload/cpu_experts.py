@@ -22,7 +22,7 @@ class HostRecords(Protocol):
         """uint8[record_bytes], not to be written to."""
 
 
-class Aside:
+class CpuExperts:
     """A worker thread that computes experts, one after the other, in the form of the CPU.
 
     Records that lie in host memory in that very form are computed where they are; others are
@@ -40,12 +40,12 @@ class Aside:
         self._pending: list[Future[torch.Tensor]] = []
         # A thread of its own would take the environment's number of threads, not the run's.
         self._pool = ThreadPoolExecutor(
-            1, "aside", torch.set_num_threads, (torch.get_num_threads(),)
+            1, "cpu-experts", torch.set_num_threads, (torch.get_num_threads(),)
         )
 
-    def expert(self, key: int) -> AsideExpert:
+    def expert(self, key: int) -> CpuExpert:
         """``key``, to be computed by the worker."""
-        return AsideExpert(self, key)
+        return CpuExpert(self, key)
 
     def submit(self, key: int, compute: Compute, x: torch.Tensor) -> Future[torch.Tensor]:
         """Have ``compute`` called with the weights of ``key`` and x[T, H], which is on the CPU."""
@@ -101,17 +101,17 @@ class Aside:
         return self._buffer
 
 
-class AsideExpert:
+class CpuExpert:
     """One expert, where ``ExpertWeights`` would be, that another thread computes."""
 
-    def __init__(self, aside: Aside, key: int) -> None:
-        self._aside = aside
+    def __init__(self, cpu_experts: CpuExperts, key: int) -> None:
+        self._cpu_experts = cpu_experts
         self._key = key
 
     def begin(self, compute: Compute, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start ``compute(weights, x)``; what is returned waits for it and gives its result, on
         another device than the CPU as that one's own compute would: there, and of x's type."""
-        future = self._aside.submit(self._key, compute, x.cpu())
+        future = self._cpu_experts.submit(self._key, compute, x.cpu())
         if x.device.type == "cpu":
             return future.result
         return lambda: future.result().to(x)

@@ -6,8 +6,9 @@ the order of the stock implementations, so that the logits are the stock model's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -15,10 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.integrations import moe
 
+from moerun.checkpoint.families import family_of_model
 from moerun.errors import RunError
-from moerun.kernels.slots import ExpertWeights
-from moerun.offload.cpu_experts import AsideExpert
+from moerun.kernels.blocks import compute_experts
+from moerun.kernels.slots import ExpertWeights, whole_of
+from moerun.offload.cpu_experts import CpuExpert
 
 IMPLEMENTATION = "offloaded"
 Sums = Literal["grouped_mm", "eager"]
@@ -27,7 +32,7 @@ token's experts at the precision of the gate weights and rounds once; eager roun
 SUMS: tuple[Sums, ...] = ("grouped_mm", "eager")
 
 
-Item = tuple[int, ExpertWeights | AsideExpert | None]
+Item = tuple[int, ExpertWeights | CpuExpert | None]
 
 
 class Served(Iterable[Item]):
@@ -37,10 +42,22 @@ class Served(Iterable[Item]):
     thread does it; when there are no more, that has ended, too. The weights may be another
     expert's that stands in. None: the expert is skipped and adds nothing. ``ids`` is what was asked
     for, integer[T, K], on the host, so that nobody has to wait for the device a second time.
+    ``weights`` [T, K] are those of ``ids`` where a policy chose other experts than the gate, else
+    None. The first ``together`` experts may be computed at once: each is whole, and stays until
+    it is advanced beyond the last of them.
     """
 
-    def __init__(self, ids: NDArray[Any], experts: Generator[Item]) -> None:
+    def __init__(
+        self,
+        ids: NDArray[Any],
+        experts: Generator[Item],
+        weights: torch.Tensor | None = None,
+        *,
+        together: int = 0,
+    ) -> None:
         self.ids = ids
+        self.weights = weights
+        self.together = together
         self._experts = experts
 
     def __iter__(self) -> Generator[Item]:
@@ -74,6 +91,11 @@ class Offload:
     layer: int
     provider: ExpertProvider
     sums: Sums
+    wide: bool = False  # eager sums have the dtype of the gate's weights until the end
+
+    def serving(self, provider: ExpertProvider) -> Offload:
+        """The same with another provider."""
+        return replace(self, provider=provider)
 
 
 def register() -> None:
@@ -90,7 +112,9 @@ def attach(
     if sums not in SUMS:
         raise RunError(f"there are no sums {sums!r}: choose from {', '.join(SUMS)}")
     for layer, module in enumerate(modules):
-        module.offload = Offload(layer, provider, sums)  # type: ignore[assignment]
+        family = family_of_model(module)
+        wide = family is not None and family.wide_sums
+        module.offload = Offload(layer, provider, sums, wide)  # type: ignore[assignment]
 
 
 def offloaded_experts(
@@ -101,34 +125,52 @@ def offloaded_experts(
 ) -> torch.Tensor:
     """hidden_states[T, H] through the experts top_k_index[T, K]; their weighted sum [T, H]."""
     offload = module.offload
-    sum_up = _sum_grouped if offload.sums == "grouped_mm" else _sum_eager
-    if len(hidden_states) == 1:
-        sum_up = _one_token
     served = offload.provider.serve(offload.layer, top_k_index, top_k_weights)
-    return sum_up(module, hidden_states, served, top_k_weights)
+    weights = top_k_weights if served.weights is None else served.weights
+    return sum_experts(module, hidden_states, served, weights)
+
+
+def sum_experts(
+    module: ExpertsModule, x: torch.Tensor, served: Served, weights: torch.Tensor
+) -> torch.Tensor:
+    """The sums [T, H] over each token's experts of ``weights`` [T, K] times their outputs for
+    x[T, H]."""
+    if len(x) == 1:
+        return _one_token(module, x, served, weights)
+    sum_up = _sum_grouped if module.offload.sums == "grouped_mm" else _sum_eager
+    return sum_up(module, x, served, weights)
 
 
 def compute_expert(module: ExpertsModule, weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
     """x[T, H] through one expert of ``module``; the norm that some put behind it is still to do."""
+    if (whole := whole_of(weights)) is not None and _gates_by_silu(module):
+        return compute_experts([whole], x)[0]
     h = weights.up(x)
     return weights.down(module._apply_gate(h) if module.has_gate else module.act_fn(h))
 
 
-def _outputs(
+def outputs_of(
     module: ExpertsModule, served: Served, rows: Callable[[int], torch.Tensor]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, its output for ``rows(expert)``) for each that is not skipped, as they are ready."""
-    aside: list[tuple[int, Callable[[], torch.Tensor]]] = []
+    """(expert, its output for ``rows(expert)`` [T, H]) for each that is not skipped, as they are
+    ready."""
+    on_cpu: list[tuple[int, Callable[[], torch.Tensor]]] = []
     compute = partial(compute_expert, module)
     norm = module.post_expert_norm if module.has_post_expert_norm else None
     for expert, found in served:
-        if isinstance(found, AsideExpert):
-            aside.append((expert, found.begin(compute, rows(expert))))
+        if isinstance(found, CpuExpert):
+            on_cpu.append((expert, found.begin(compute, rows(expert))))
         elif found is not None:
             y = compute(found, rows(expert))
             yield expert, norm(y) if norm else y
-    for expert, result in aside:
+    for expert, result in on_cpu:
         yield expert, norm(result()) if norm else result()
+
+
+def _gates_by_silu(module: ExpertsModule) -> bool:
+    """Whether an expert is down(SiLU(gate) x up), by transformers' own rule for the gate."""
+    plain = module.has_gate and type(module)._apply_gate is moe._default_apply_gate
+    return plain and isinstance(module.act_fn, SiLUActivation | nn.SiLU)
 
 
 def _one_token(
@@ -136,16 +178,45 @@ def _one_token(
 ) -> torch.Tensor:
     """Decode: the same sums as below without the indexing."""
     order: list[int] = served.ids[0].tolist()
-    ready: dict[int, torch.Tensor] = {}
-    for expert, y in _outputs(module, served, lambda _: x):
-        ready[expert] = y * weights[:, order.index(expert), None]
-    if module.offload.sums == "grouped_mm":
-        kept = [ready[expert] for expert in order if expert in ready]
-        return torch.stack(kept, 1).sum(dim=1).to(x.dtype) if kept else torch.zeros_like(x)
-    total = torch.zeros_like(x)
-    for expert in sorted(ready):
-        total += ready[expert].to(x.dtype)
-    return total
+    first, outputs = _first_together(module, x, served)
+    if len(first) == len(order):
+        list(served)  # which ends the step
+        if first != order:
+            outputs = outputs[[first.index(expert) for expert in order]]
+        return _sum_of_one(x, outputs.transpose(0, 1), weights)
+    ready = dict(zip(first, outputs, strict=True))
+    ready.update(outputs_of(module, served, lambda _: x))
+    if module.offload.sums != "grouped_mm":
+        total = torch.zeros_like(x, dtype=_total_dtype(module, x, weights))
+        for expert in sorted(ready):
+            y = ready[expert] * weights[:, order.index(expert), None]
+            total += y.to(total.dtype)
+        return total.to(x.dtype)
+    kept = [rank for rank, expert in enumerate(order) if expert in ready]
+    if not kept:
+        return torch.zeros_like(x)
+    if len(kept) < len(order):
+        weights = weights[:, kept]
+    return _sum_of_one(x, torch.stack([ready[order[rank]] for rank in kept], 1), weights)
+
+
+def _first_together(
+    module: ExpertsModule, x: torch.Tensor, served: Served
+) -> tuple[list[int], torch.Tensor]:
+    """The experts that are there first and their outputs [experts, 1, H], computed in one call;
+    none where that cannot be."""
+    whole = module.offload.sums == "grouped_mm" and not module.has_post_expert_norm
+    if served.together < 2 or not (whole and _gates_by_silu(module)):
+        return [], x.new_empty(0)
+    found = dict(itertools.islice(served, served.together))
+    wholes = [one for weights in found.values() if (one := whole_of(weights))]
+    assert len(wholes) == len(found)  # or the session had not told of them
+    return list(found), compute_experts(wholes, x)
+
+
+def _sum_of_one(x: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sum [1, H] of ``weights`` [1, K] times outputs [1, K, H], in router order."""
+    return (outputs * weights[..., None]).sum(dim=1).to(x.dtype)
 
 
 def _sum_grouped(
@@ -162,7 +233,7 @@ def _sum_grouped(
     def of(expert: int) -> torch.Tensor:
         return places[ends[expert - 1] if expert else 0 : ends[expert]]
 
-    for expert, y in _outputs(module, served, lambda expert: x[of(expert) // top_k]):
+    for expert, y in outputs_of(module, served, lambda expert: x[of(expert) // top_k]):
         mine = of(expert)
         outputs[mine] = (y * flat_weights[mine]).to(dtype)
     return outputs.view(tokens, top_k, -1).sum(dim=1).to(x.dtype)
@@ -174,6 +245,7 @@ def _sum_eager(
     """Outputs added expert by expert, by ascending number: as the eager implementation does."""
     ready: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    dtype = _total_dtype(module, x, weights)
 
     def rows(expert: int) -> torch.Tensor:
         # Rows by rank first, as eager takes them: a row's place can show in a product's last bit.
@@ -182,13 +254,17 @@ def _sum_eager(
         chosen[expert] = ranks, tokens
         return x[tokens]
 
-    for expert, y in _outputs(module, served, rows):
+    for expert, y in outputs_of(module, served, rows):
         ranks, tokens = chosen[expert]
-        ready[expert] = tokens, (y * weights[tokens, ranks, None]).to(x.dtype)
-    total = torch.zeros_like(x)
+        ready[expert] = tokens, (y * weights[tokens, ranks, None]).to(dtype)
+    total = torch.zeros_like(x, dtype=dtype)
     for expert in sorted(ready):
         total.index_add_(0, *ready[expert])
-    return total
+    return total.to(x.dtype)
+
+
+def _total_dtype(module: ExpertsModule, x: torch.Tensor, weights: torch.Tensor) -> torch.dtype:
+    return weights.dtype if module.offload.wide else x.dtype
 
 
 def served_in_order(top_k_index: torch.Tensor, of: Callable[[int], ExpertWeights | None]) -> Served:

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from moepolicy import pool_logits
+from moeroute.families import GateGives
 from numpy.typing import NDArray
+
+from moerun.checkpoint.families import family_of_model
 
 
 class Gate(NamedTuple):
@@ -37,6 +40,33 @@ class GateOutput(NamedTuple):
     logits: torch.Tensor | None = None
     predicted: torch.Tensor | None = None
 
+
+def logits_reader(model: Any) -> Callable[[Any], torch.Tensor]:
+    """What makes the logits [T, E] of what a gate's module of the ``model`` gives."""
+    return _LOGITS[_gives(model)]
+
+
+def choice_reader(model: Any) -> Callable[[Any], tuple[torch.Tensor, torch.Tensor]]:
+    """What makes the weights and ids [T, K] of the chosen experts of what a gate's module gives."""
+    return _chosen_of_scores if _gives(model) == "scores" else lambda output: output[1:3]
+
+
+def _gives(model: Any) -> GateGives:
+    family = family_of_model(model)
+    return "logits" if family is None else family.gate_gives
+
+
+def _chosen_of_scores(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, _ = output
+    chosen: tuple[torch.Tensor, torch.Tensor] = scores.topk(int((scores > 0).sum(-1).max()), dim=-1)
+    return chosen
+
+
+_LOGITS: dict[GateGives, Callable[[Any], torch.Tensor]] = {
+    "logits": lambda output: output[0],
+    "probabilities": lambda output: output[0].log(),
+    "scores": lambda output: output[1],
+}
 
 GateObserver = Callable[[int, Gate], None]
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moerun.checkpoint.families import family_of_model
 from moerun.errors import RunError
+from moerun.offload.gate import logits_reader
 
 OWN_NORM = "own-norm"
 GATE_INPUT = "gate-input"
@@ -24,21 +26,25 @@ METHODS = {
 }
 # What families call the norm between the residual stream and their experts, surest name first.
 _NORM_NAMES = ("pre_feedforward_layernorm", "post_attention_layernorm")
+_TABLE, _TOKENS = "tid2eid", "input_ids"  # of a gate that chooses by a table of tokens
 _PROBE_TOLERANCE = 0.02  # of the largest value: bfloat16 rounding passes, another formula does not
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:
-    """The gates of a transformers model in layer order: what the model records router logits of.
+    """The gates of a transformers model in layer order: what the model records router logits of,
+    and what its family's entry names besides.
 
-    A forward hook on one sees its output (logits [T, E], weights [T, K], expert ids [T, K]).
-    Raises RunError when the model is no mixture of experts.
+    A forward hook on one sees its output, of which `moerun.offload.gate` makes logits [T, E],
+    weights [T, K] and expert ids [T, K]. Raises RunError when the model is no mixture of experts.
     """
     kinds: set[Any] = set()
     for module in model.modules():
         recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
         for recorder in recorders if isinstance(recorders, list | tuple) else (recorders,):
             kinds.add(getattr(recorder, "target_class", recorder))
-    routers = [module for module in model.modules() if type(module) in kinds]
+    family = family_of_model(model)
+    more = family.more_gates if family else ()
+    routers = [m for m in model.modules() if type(m) in kinds or type(m).__name__ in more]
     if not routers:
         raise RunError(f"{type(model).__name__} is no mixture of experts: it has no gate")
     return routers
@@ -60,6 +66,7 @@ class GatePredictor:
             raise RunError(f"unknown prediction {method!r}; there are: {', '.join(METHODS)}")
         self.horizon = horizon
         self.routers = find_routers(model)
+        self._tables = _TokenTables(self.routers)
         self._gates = [_gate_logits(model, router) for router in self.routers]
         with torch.no_grad():
             self.n_experts = self._gates[0](_probe(self.routers[0])).shape[-1]
@@ -71,6 +78,7 @@ class GatePredictor:
         self._products = self._join_gates()
         self._residual: Tensor | None = None
         self._hooks = [norm.register_forward_pre_hook(self._keep_input) for norm in self._norms]
+        self._hooks += self._tables.hooks()
 
     @torch.no_grad()
     def predict(self, layer: int, gate_input: Tensor) -> Tensor:
@@ -116,12 +124,13 @@ class GatePredictor:
         if not self._targets(layer):
             return hidden.new_empty(0, hidden.shape[0], self.n_experts)
         if self._products is not None:
-            return self._products[layer].apply(hidden, len(self._targets(layer)))
-        logits = []
-        for target in self._targets(layer):
-            normed = self._norms[target].forward(hidden) if self._norms else hidden
-            logits.append(self._gates[target](normed))
-        return torch.stack(logits)
+            found = self._products[layer].apply(hidden, len(self._targets(layer)))
+        else:
+            found = torch.stack([self._gate(t, hidden) for t in self._targets(layer)])
+        return self._tables.raised(found, self._targets(layer))
+
+    def _gate(self, target: int, hidden: Tensor) -> Tensor:
+        return self._gates[target](self._norms[target].forward(hidden) if self._norms else hidden)
 
     def _join_gates(self) -> list[_Product] | None:
         """One product a layer for all its later gates, or None if a gate or norm is not plain.
@@ -147,6 +156,35 @@ class GatePredictor:
         return joined
 
 
+class _TokenTables:
+    """Gates that choose experts by a table of tokens (DeepSeek-V4's first layers). What such a gate
+    will choose is known as soon as the tokens are: its predicted logits have those experts above
+    all others."""
+
+    def __init__(self, routers: list[nn.Module]) -> None:
+        self._tables = {i: r for i, r in enumerate(routers) if hasattr(r, _TABLE)}
+        self._ids: Tensor | None = None  # of the tokens of this pass
+
+    def hooks(self) -> list[Any]:
+        """Hooks on the gates that learn the tokens of a pass; none where no gate has a table."""
+        return [r.register_forward_pre_hook(self._keep_ids) for r in self._tables.values()]
+
+    def raised(self, logits: Tensor, targets: range) -> Tensor:
+        """Logits [j, T, E] of the gates of ``targets`` with the chosen raised above the others."""
+        for row, target in enumerate(targets):
+            router = self._tables.get(target)
+            if router is None or self._ids is None or len(self._ids) != logits.shape[1]:
+                continue
+            chosen = getattr(router, _TABLE)[self._ids].long()
+            of = logits[row]
+            above = of.amax(-1, keepdim=True) - of.amin(-1, keepdim=True) + 1
+            logits[row] = of.scatter(-1, chosen, of.gather(-1, chosen) + above)
+        return logits
+
+    def _keep_ids(self, _router: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self._ids = arguments[1].reshape(-1)
+
+
 class _Product:
     """Several linear gates, each behind its own root-mean-square norm, as one matrix product."""
 
@@ -167,22 +205,29 @@ def _gate_logits(model: nn.Module, router: nn.Module) -> Callable[[Tensor], Tens
     """The logits [T, E] of a gate for hidden states [T, H], as a function.
 
     By way of `forward`: calling the module would fire the hooks that record its routing. What a
-    gate is given beside the hidden state (MiniMax: a bias of the ranking) lies in its block.
+    gate is given beside the hidden state (MiniMax: a bias of the ranking) lies in its block; tokens
+    (DeepSeek-V4) decide about the choice alone, so that any will do.
     """
     paths = {module: path for path, module in model.named_modules()}
     block = model.get_submodule(paths[router].rpartition(".")[0])
     _, *others = inspect.signature(router.forward).parameters.values()
-    needed = {p.name: getattr(block, p.name) for p in others if p.default is p.empty}
+    named = [parameter.name for parameter in others if parameter.default is parameter.empty]
+    needed = {name: getattr(block, name) for name in named if name != _TOKENS}
+    read = logits_reader(model)
 
     def logits(hidden: Tensor) -> Tensor:
-        found: Tensor = router.forward(hidden, **needed)[0]
-        return found
+        tokens = {_TOKENS: hidden.new_zeros(len(hidden), dtype=torch.long)}
+        given = needed | (tokens if _TOKENS in named else {})
+        found = read(router.forward(hidden[None], **given))
+        return found.reshape(len(hidden), -1)
 
     return logits
 
 
 def norms_before(model: nn.Module, routers: list[nn.Module]) -> list[nn.Module] | None:
     """For each gate the norm whose output it is given; None where the gates have none."""
+    family = family_of_model(model)
+    names = (family.gate_norms if family else ()) or _NORM_NAMES
     modules = dict(model.named_modules())
     paths = {module: path for path, module in modules.items()}
     norms = []
@@ -192,7 +237,7 @@ def norms_before(model: nn.Module, routers: list[nn.Module]) -> list[nn.Module] 
         path, norm = paths[router], None
         while path and norm is None:
             path = path.rpartition(".")[0]
-            named = (modules.get(f"{path}.{name}") for name in _NORM_NAMES)
+            named = (modules.get(f"{path}.{name}") for name in names)
             norm = next((module for module in named if module is not None), None)
         if norm is None:
             return None

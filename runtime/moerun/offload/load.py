@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from moerun.checkpoint.families import empty_model, find_experts, read_config
+from moerun.checkpoint.gguf.header import is_gguf
+from moerun.checkpoint.gguf.tokenizer import gguf_tokenizer
 from moerun.errors import RunError
 from moerun.format.tensorfile import bytes_of
 from moerun.offload.attention import install_attention
 from moerun.offload.experts import IMPLEMENTATION, ExpertProvider, Sums, attach, register
+from moerun.offload.scaled_inputs import install_scaled_inputs
 from moerun.store.expert_store import ExpertStore
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -45,21 +48,26 @@ def dense_model(store: ExpertStore, device: torch.device | str) -> Any:
     config.dtype = dtype
     model: Any = empty_model(config, dtype, experts=IMPLEMENTATION)
     _empty_experts(model, store)
+    install_scaled_inputs(model)
     install_attention(model, store, torch.device(device))
     _load_dense(model, store, torch.device(device))
     rebuild_buffers(model, torch.device(device))
-    model.generation_config = _generation_config(store.path, config)
+    model.generation_config = own_tokens(store.path, config)
     return model
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a store or checkpoint; None where it has no tokenizer files."""
+    """The tokenizer of a store, checkpoint or GGUF file; None where it has none."""
+    if is_gguf(path):
+        return gguf_tokenizer(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer("a")  # some of what its files say is looked at only now
+        return tokenizer
     except Exception as error:  # tokenizer classes fail in their own ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"the tokenizer of {path} cannot be used: {reason}") from error
@@ -107,6 +115,9 @@ def _load_dense(model: Any, store: ExpertStore, device: torch.device) -> None:
 
 def rebuild_buffers(model: Any, device: torch.device) -> None:
     """Buffers that no checkpoint holds (rotary frequencies): computed as at a stock load."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor._is_hf_initialized = True  # so that transformers leaves what was loaded as it is
     for module in model.modules():
         names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
         if not names:
@@ -120,17 +131,25 @@ def rebuild_buffers(model: Any, device: torch.device) -> None:
         raise AssertionError(f"not loaded: {left}")
 
 
-def _generation_config(path: Path, config: Any) -> Any:
+def own_tokens(path: Path, config: Any) -> Any:
     """The model's special tokens, and nothing else: generate() takes from here whatever it was not
     told, such as a penalty for repetition or a cache of another kind."""
     from transformers import GenerationConfig
 
-    if (path / "generation_config.json").is_file():
+    file = path / "generation_config.json"
+    if file.is_file():
         own = GenerationConfig.from_pretrained(path)
     else:
+        file = path / "config.json"
         own = GenerationConfig.from_model_config(config)
-    return GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        eos_token_id=own.eos_token_id,
-        pad_token_id=own.pad_token_id,
-    )
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: _token_ids(getattr(own, name), name, file) for name in names})
+
+
+def _token_ids(value: Any, name: str, file: Path) -> Any:
+    """A special token's id, or several; stock transformers fails on anything else at the first
+    token."""
+    several = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(one) is int and one >= 0 for one in several):
+        raise RunError(f"{file}: {name} is {value!r:.80}, not the id of a token")
+    return value

@@ -46,7 +46,7 @@ class Measurement:
         tokens: int | None = None,
         by_token: bool = False,
     ) -> None:
-        """`settings` say how it is run, the policy aside. `tokens`: only the first so many;
+        """`settings` say how to run, but for the policy. `tokens`: only the first so many;
         `by_token`: decode as `nats_by_token` does. Raises RunError for what cannot be measured."""
         self.by_token = by_token
         self._subject = Subject.of(model)
@@ -71,11 +71,12 @@ class Measurement:
     def _check(self, limit: int | None) -> None:
         if self.context < 2 or (limit is not None and self.context > limit):
             most = "" if limit is None else f" and at most the model's {limit}"
-            raise UsageError(f"context must be 2 or more{most}, not {self.context}")
+            raise UsageError.of("context", f"must be 2 or more{most}, not {self.context}")
         if not 1 <= self.stride <= self.context:
-            raise UsageError(
-                f"stride must be 1 to the context of {self.context}, not {self.stride}: "
-                "more would leave tokens out"
+            raise UsageError.of(
+                "stride",
+                f"must be 1 to the context of {self.context}, not {self.stride}: "
+                "more would leave tokens out",
             )
         if self._text.n_tokens < 2:
             raise RunError(f"the text has {self._text.n_tokens} tokens: give one of 2 or more")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
-from moepolicy.outputs import naming
+from moepolicy.lossy import CHANGES
+from moepolicy.outputs import naming, written_whole
+from moeroute.jsontext import parse_json
 
 from moerun.errors import RunError
 
@@ -24,13 +27,14 @@ Key = tuple[str, str, str]
 
 class Scored(NamedTuple):
     """One window: its negative log-likelihood, and of the gates' weights the sum, what was left
-    out, computed by another expert, and computed at the lower precision."""
+    out, computed by another expert, computed at the lower precision, and routed elsewhere."""
 
     nats: float
     gate_mass: float = 0.0
     skipped_mass: float = 0.0
     substituted_mass: float = 0.0
     low_mass: float = 0.0
+    rerouted_mass: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +74,31 @@ class Cell:
     published: Published | None
     expert_data_bytes: int = 0
     attention_data_bytes: int = 0
+    rerouted_share: float = 0.0
 
     @property
     def key(self) -> Key:
         """What the cell is filed under: precision of attention, precision of experts, policy."""
         return self.attention, self.experts, self.policy
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """What the policy changed, by the names of the columns."""
+        return {name: getattr(self, name) for name in CHANGES}
+
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> Cell:
-        """Raises TypeError when the description is not one of a cell."""
+        """Raises TypeError, ValueError or OverflowError when the description is not of a cell."""
+        for one in fields(cls):
+            if one.type in ("int", "float") and one.name in described:
+                _check_number(one.name, described[one.name])
         row = described.pop("published")
         return cls(**described, published=Published(**row) if row else None)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{name} is {value!r}, not a number")
 
 
 class Results:
@@ -98,7 +116,7 @@ class Results:
             self._read_cells()
             self._read_windows()
         except BaseException:
-            self._journal.close()
+            self._drop_journal()
             raise
 
     def __enter__(self) -> Self:
@@ -116,6 +134,7 @@ class Results:
         with naming(Path(self._journal.name)):
             self._journal.write(json.dumps([*key, number, *scored]) + "\n")
             self._journal.flush()
+            os.fsync(self._journal.fileno())
 
     def add_cell(self, cell: Cell) -> None:
         """Add a measured cell, and write the file of cells anew."""
@@ -139,6 +158,13 @@ class Results:
             ) from error
         return journal
 
+    def _drop_journal(self) -> None:
+        """Close the journal, and remove it where it holds nothing."""
+        name = Path(self._journal.name)
+        if not name.stat().st_size:
+            name.unlink()
+        self._journal.close()
+
     def _refuse(self, why: str) -> RunError:
         return RunError(f"{self.path} {why}: give another --out, or remove the file")
 
@@ -148,9 +174,10 @@ class Results:
             self._write_cells()
             return
         try:
-            header, *rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+            header, *rows = map(parse_json, self.path.read_text(encoding="utf-8").splitlines())
+            header = dict(header)
             cells = [Cell.from_json(row) for row in rows]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise self._refuse("holds no results of 'moerun perplexity'") from error
         for name, value in self._identity.items():
             if header.get(name) != value:
@@ -164,19 +191,22 @@ class Results:
         self._journal.seek(0)
         whole = 0
         for line in self._journal.read().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break  # the last line of a killed run
-            attention, experts, policy, number, *scored = json.loads(line)
-            self._windows.setdefault((attention, experts, policy), {})[number] = Scored(*scored)
+            if not line.endswith("\n") or "\0" in line:
+                break  # the last line of a killed run, or zeros after a power cut
+            try:
+                attention, experts, policy, number, *scored = parse_json(line)
+                for value in (number, *scored):
+                    _check_number("a window's value", value)
+                window = Scored(*scored)
+                self._windows.setdefault((attention, experts, policy), {})[number] = window
+            except (ValueError, TypeError, OverflowError) as error:
+                raise RunError(
+                    f"{self._journal.name} holds no windows of 'moerun perplexity': remove the file"
+                ) from error
             whole += len(line)
         self._journal.truncate(whole)
 
     def _write_cells(self) -> None:
         lines = [self._identity, *(asdict(cell) for cell in self.cells.values())]
-        partial = self.path.with_name(f"{self.path.name}.new")
-        with naming(self.path, partial):
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+        with written_whole(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))

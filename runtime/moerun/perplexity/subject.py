@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from moerun.checkpoint.hub import resolve
-from moerun.checkpoint.weights import Checkpoint
+from moerun.checkpoint.opening import open_weights
 from moerun.errors import RunError, UsageError
 from moerun.offload.load import load_tokenizer
 from moerun.store.find import is_store
@@ -32,9 +32,9 @@ class Subject(NamedTuple):
             index = read_index(folder)
             return cls(folder, index.source_digest, index.model)
         folder = resolve(model)
-        checkpoint = Checkpoint(folder)
+        checkpoint = open_weights(folder)
         try:
-            name = folder.resolve().name if Path(model).is_dir() else model
+            name = folder.resolve().name if Path(model).exists() else model
             return cls(folder, checkpoint.digest(), name)
         finally:
             checkpoint.close()
@@ -62,7 +62,7 @@ class Text:
         if tokens is None or tokens >= ids.shape[1]:
             return cls(ids.long(), len(text.encode()), sha256)
         if tokens < 2:
-            raise UsageError(f"tokens must be 2 or more, not {tokens}")
+            raise UsageError.of("tokens", f"must be 2 or more, not {tokens}")
         ids = ids[:, :tokens].long()
         kept = tokenizer.decode(
             ids[0], skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -55,5 +55,5 @@ def published(index: StoreIndex) -> Table1Row | None:
     if shape != _EXPERT:
         return None
     attention = _BITS.get(index.attention_precision)
-    experts = _BITS.get(index.precision)
+    experts = _BITS.get(index.expert_format)
     return ROWS.get((attention, experts)) if attention and experts else None

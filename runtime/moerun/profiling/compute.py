@@ -1,4 +1,5 @@
-"""Measures what compute takes while a model decodes: each layer and expert, and waking up."""
+"""Measures the times of compute while a model decodes: of each layer and expert, and of waking
+up."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class ComputeCost:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """One step: when its gate had chosen, when its last expert was done, what each one took."""
+    """One step: when its gate had chosen, when its last expert was done, and the time of each
+    expert."""
 
     layer: int
     tokens: int
@@ -61,7 +63,7 @@ class StepTimes:
 
     @property
     def serving_s(self) -> float:
-        """What serving took besides computing experts and waiting for them: policy and locks."""
+        """Seconds of serving without computing experts and waiting for them: policy and locks."""
         return self.left_s - self.entered_s - self.stall_s - self.computing_s
 
     @property
@@ -71,7 +73,7 @@ class StepTimes:
 
 
 class Stopwatch:
-    """Stands between the model and its session, and notes when each step and expert ran."""
+    """Passes a model's calls on to its session, and notes when each step and expert ran."""
 
     def __init__(self, experts: SessionExperts, session: Session, device: torch.device) -> None:
         """``experts`` are those of ``session``."""
@@ -116,12 +118,12 @@ class Stopwatch:
 
 
 class Lap(NamedTuple):
-    """A decoded token's step, and what the model does from there to the next step's gate."""
+    """A decoded token's step, and the model's work from there to the next step's gate."""
 
     step: StepTimes
     after_s: float
     ends_pass: bool
-    calm: bool  # neither it nor the one before it stood still for an expert
+    stall_free: bool  # neither it nor the one before it stood still for an expert
 
     @property
     def total_s(self) -> float:
@@ -135,16 +137,16 @@ def costs(
     """The constants of one run: of whole passes, a prompt's first, then one token each.
 
     ``watching_s`` is how much longer than an unwatched one a step took.
-    Calm steps give medians. What compute beside a copy takes longer is off the clock and so
-    nowhere. All else, such as what a stall leaves behind in the steps after it, is the arrivals':
-    the constants add up to the decoding.
+    ``expert_s`` and ``layer_s`` are medians over steps without a stall. ``arrival_s`` takes up all
+    time that no other constant counts, such as what a stall costs the steps after it, so the
+    constants add up to the decoding. Compute that a copy slows down is counted nowhere.
     """
     laps = _laps([step for step in steps if step.tokens == 1])
     inner = [lap for lap in laps if not lap.ends_pass] or laps
     last = [lap for lap in laps if lap.ends_pass] or laps
-    calm = [lap for lap in inner if lap.calm] or inner
-    expert_s = median(lap.step.computing_s / len(lap.step.experts) for lap in calm)
-    layer_s = median(lap.step.serving_s + lap.after_s for lap in calm)
+    steady = [lap for lap in inner if lap.stall_free] or inner
+    expert_s = median(lap.step.computing_s / len(lap.step.experts) for lap in steady)
+    layer_s = median(lap.step.serving_s + lap.after_s for lap in steady)
     copy_s = record_bytes / link.bytes_per_s
     stalls = sum(lap.step.stall_s > 0 for lap in inner)
     flow_s = sum(layer_s + _flow_s(lap.step, expert_s, link, copy_s) for lap in inner)
@@ -169,14 +171,14 @@ def _laps(steps: list[StepTimes]) -> list[Lap]:
             step=one,
             after_s=other.entered_s - one.left_s,
             ends_pass=other.layer == 0,
-            calm=not (stood[i] or stood[i + 1]),
+            stall_free=not (stood[i] or stood[i + 1]),
         )
         for i, (one, other) in enumerate(pairwise(steps))
     ]
 
 
 def _flow_s(step: StepTimes, expert_s: float, link: LinkCost, copy_s: float) -> float:
-    """From the gate's choice to the last expert's end, were nobody to wake up for an arrival."""
+    """Seconds from the gate's choice to the last expert's end, without waking up for an arrival."""
     now_s = (len(step.experts) - step.misses) * expert_s
     for n in range(1, step.misses + 1):
         now_s = max(now_s, link.latency_s + n * copy_s) + expert_s
@@ -186,7 +188,7 @@ def _flow_s(step: StepTimes, expert_s: float, link: LinkCost, copy_s: float) -> 
 def _of_further_tokens(
     prompt: list[StepTimes], layer_s: float, expert_s: float
 ) -> tuple[float, float]:
-    """What each further token of a prompt's pass takes in a layer, and in an expert."""
+    """The seconds that each further token of a prompt's pass takes in a layer, and in an expert."""
     if not prompt:
         return 0.0, 0.0
     layers_s = [b.entered_s - a.left_s + b.serving_s for a, b in pairwise(prompt) if b.layer > 0]

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import torch
 
-from moerun.live.assembly import make_aside
-from moerun.offload.cpu_experts import Aside
+from moerun.live.assembly import make_cpu_experts
+from moerun.offload.cpu_experts import CpuExperts
 from moerun.offload.experts import compute_expert
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
@@ -42,11 +42,11 @@ class CpuCost:
         )
 
 
-class AsideBench:
+class CpuExpertBench:
     """Times experts of a store on the CPU. ``link`` is a link of the same store."""
 
     def __init__(self, store: ExpertStore, settings: Settings, link: Any, module: Any) -> None:
-        self._aside: Aside = make_aside(store, settings, link)
+        self._cpu_experts: CpuExperts = make_cpu_experts(store, settings, link)
         self._compute = partial(compute_expert, module)
         self._keys = range(0, store.n_keys, max(1, store.n_keys // KEYS))
         first = next(param for param in store.index.shape.params if param.is_matrix)
@@ -56,7 +56,7 @@ class AsideBench:
 
     def close(self) -> None:
         """End the workers."""
-        self._aside.close()
+        self._cpu_experts.close()
 
     def run(self) -> CpuCost:
         """Measure an expert on one token and on many: the difference is the further tokens'."""
@@ -66,6 +66,6 @@ class AsideBench:
 
     def _time(self, key: int, tokens: int) -> float:
         began_s = time.perf_counter()
-        self._aside.expert(key).begin(self._compute, self._x[:tokens])()
-        self._aside.join()
+        self._cpu_experts.expert(key).begin(self._compute, self._x[:tokens])()
+        self._cpu_experts.join()
         return time.perf_counter() - began_s

@@ -6,22 +6,26 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from moepolicy import PolicyError, PolicySpec
+from moepolicy.refusals import Refusals
 
-from moerun.devices import calm_collector
-from moerun.errors import RunError, UsageError
+from moerun.devices import freeze_loaded_objects
+from moerun.errors import RunError
 from moerun.live.generate import Generated
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.policies import CALIBRATION, Refusals, require_some, servable
+from moerun.memory.fit import plan_memory
+from moerun.policies import CALIBRATION, require_some, servable
 from moerun.profiling.profiler import Profiler, Turn
-from moerun.profiling.undisturbed import Measured, calmest
+from moerun.profiling.undisturbed import Measured, least_disturbed
+from moerun.ranges import check_rounds
 from moerun.settings import Settings
 from moerun.simulation import simulated_row
 from moerun.store.expert_store import ExpertStore
@@ -50,6 +54,8 @@ class Comparison:
     """tokens/s of each of the interleaved runs whose median is ``live_tokens_per_s``."""
     waited: float
     """The largest share of a turn's time that was spent waiting for a processor."""
+    lossy: bool = False
+    """Whether the policy changes what the model computes."""
 
     @property
     def error(self) -> float:
@@ -68,20 +74,24 @@ def compare(
     machine: str | Path | None = None,
     report: Notify | None = None,
     refused: Refusals | None = None,
+    within_s: float | None = None,
 ) -> list[Comparison]:
     """Run each policy live ``repeats`` times, in turns, and simulate its recorded trace.
 
     ``machine`` is a profile of this machine, or a machine that moesim knows by name; without one
     the machine is measured, in the same turns. Turns that other programs disturbed are made again,
-    twice as many as asked for at most. A policy that cannot run, live or simulated, has no row, but
+    twice as many as asked for at most; none begins that would likely end after ``within_s``
+    seconds, but the first. A policy that cannot run, live or simulated, has no row, but
     its reason in ``refused``. Raises RunError as a run does, and PolicyError where no policy could
     run.
     """
     refused = {} if refused is None else refused
     tell = report or silent
-    if repeats < 1:
-        raise UsageError(f"rounds must be 1 or more, not {repeats}")
-    policies = servable(policies, refused, low=settings.low is not None)
+    check_rounds(repeats)
+    policies = servable(
+        policies, refused, low=settings.low is not None, machine=machine is not None
+    )
+    settings = replace(settings, machine=None if machine is None else str(machine))
     with tempfile.TemporaryDirectory(prefix="moerun-fidelity-") as name, ExitStack() as stack:
         profiler = None
         if machine is None:
@@ -89,11 +99,16 @@ def compare(
             profiler = Profiler(store, settings, prompt=prompt, decoded_tokens=tokens)
             stack.enter_context(profiler)
         runs = LiveRuns(store, settings, policies, prompt, sampling, Path(name), refused)
-        turns = calmest(
-            lambda: LiveTurn(profiler.turn() if profiler else None, runs.turn()),
-            repeats,
-            lambda n: tell(f"measuring and running, turn {n}"),
-        )
+        numbers = count(1)
+
+        def turn() -> LiveTurn:
+            of, measured = f"turn {next(numbers)}", None
+            if profiler:
+                tell(f"{of}: measuring this machine")
+                measured = profiler.turn()
+            return LiveTurn(measured, runs.turn(lambda policy: tell(f"{of}: {policy}")))
+
+        turns = least_disturbed(turn, repeats, lambda _: None, within_s)
         if profiler:
             machine = _write_profile(profiler, turns, Path(name))
         assert machine is not None
@@ -123,10 +138,14 @@ class LiveRuns:
     folder: Path
     refused: Refusals
 
-    def turn(self) -> list[Generated | None]:
-        """Each policy run once; None for one that fails. PolicyError where all fail."""
+    def turn(self, report: Notify = silent) -> list[Generated | None]:
+        """Each policy run once; None for one that fails. ``report`` is told each one's name.
+
+        Raises PolicyError where all fail.
+        """
         found: list[Generated | None] = []
         for number, policy in enumerate(self.policies):
+            report(policy.label)
             chosen, trace = self.chosen(policy), self.trace(number)
             try:
                 if policy.label in self.refused:
@@ -186,12 +205,19 @@ def _simulated(
         policy.label,
         trace,
         machine,
-        slots=store.n_experts // 2 if settings.slots is None else settings.slots,
+        slots=_slots(store, settings),
         scope=settings.scope,
         low_bytes=settings.low.record_bytes if settings.low else None,
         calibration=calibration,
         more=("--no-limits",),
     )
+
+
+def _slots(store: ExpertStore, settings: Settings) -> int:
+    """The slots a layer that a live run with these settings has."""
+    if settings.memory_bytes is not None:
+        return plan_memory(store, settings).slots
+    return store.n_experts // 2 if settings.slots is None else settings.slots
 
 
 def run_live(
@@ -208,14 +234,13 @@ def run_live(
         runner.session.settle()
         runner.session.reset()
         runner.session.wait_compiled()
-        calm_collector()
+        freeze_loaded_objects()
         return runner.generation().run(ids, sampling)
 
 
 def _record(runner: Runner, ids: torch.Tensor, sampling: Sampling, trace: Path) -> None:
     """Recording takes time, so what is recorded is not what is timed."""
     recording = LiveRecording(runner, trace, None, sampling.seed)
-    recording.recorder.begin_sequence()
     try:
         runner.generation().run(ids, sampling)
     except BaseException:
@@ -232,6 +257,7 @@ def _comparison(
     wanted, simulated_wanted = middle.requests, row["requests"]
     return Comparison(
         policy=policy.label,
+        lossy=policy.policy.lossy,
         slots=row["slots"],
         live_tokens_per_s=median(run.tokens_per_s for run in live),
         simulated_tokens_per_s=row["tokens_per_s"],

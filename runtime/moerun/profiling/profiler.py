@@ -17,10 +17,10 @@ from typing import NamedTuple, Self
 
 import torch
 from moepolicy import find_policy
+from moepolicy.amounts import counted
 
 from moerun.checkpoint.families import find_experts
-from moerun.devices import calm_collector
-from moerun.errors import UsageError
+from moerun.devices import freeze_loaded_objects
 from moerun.live.gates import SessionExperts
 from moerun.live.generate import Generated
 from moerun.live.prompt import context_tokens
@@ -28,9 +28,10 @@ from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.offload.experts import attach
 from moerun.profiling.compute import ComputeCost, StepTimes, Stopwatch, costs
-from moerun.profiling.cpu import AsideBench, CpuCost
+from moerun.profiling.cpu import CpuCost, CpuExpertBench
 from moerun.profiling.link import LinkCost, measure_link
-from moerun.profiling.undisturbed import CALM, calmest
+from moerun.profiling.undisturbed import UNDISTURBED_WAIT, least_disturbed
+from moerun.ranges import check_rounds
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.progress import Notify, silent
@@ -64,7 +65,7 @@ class MachineProfile:
     @property
     def note(self) -> str:
         """A warning where other programs disturbed the measurement, else ""."""
-        if self.waited <= CALM:
+        if self.waited <= UNDISTURBED_WAIT:
             return ""
         return (
             f"unreliable: other programs kept the measurement waiting for "
@@ -107,11 +108,10 @@ def measure(
     Where other programs keep the processors from it, up to three times as long, and the profile's
     description says so if that did not help. ``report`` is told of each turn.
     """
-    if repeats < 1:
-        raise UsageError(f"rounds must be 1 or more, not {repeats}")
+    check_rounds(repeats)
     tell = report or silent
     with Profiler(store, settings) as profiler:
-        turns = calmest(profiler.turn, repeats, lambda n: tell(f"measuring, turn {n}"))
+        turns = least_disturbed(profiler.turn, repeats, lambda n: tell(f"measuring, turn {n}"))
         profile = profiler.result(name, [turn.found for turn in turns])
     return replace(profile, waited=max(turn.waited for turn in turns))
 
@@ -147,12 +147,12 @@ class Profiler:
             )
             runner = self._plain.runner
             module = find_experts(runner.model)[0][1]
-            self._aside = AsideBench(store, settings, runner.session.link, module)
-            stack.callback(self._aside.close)
+            self._cpu_experts = CpuExpertBench(store, settings, runner.session.link, module)
+            stack.callback(self._cpu_experts.close)
             self._stack = stack.pop_all()
         self._plain.run()  # the first one warms up
         self._guessing.run()
-        calm_collector()
+        freeze_loaded_objects()
 
     def __enter__(self) -> Self:
         return self
@@ -171,16 +171,17 @@ class Profiler:
         experts = self._store.index.top_k
         extra_s = guessing.layer_s - cost.layer_s + experts * (guessing.expert_s - cost.expert_s)
         cost = replace(cost, prefetch_s=max(extra_s, 0.0))
-        return Turn(link, cost, self._aside.run())
+        return Turn(link, cost, self._cpu_experts.run())
 
     def result(self, name: str, turns: Sequence[Turn]) -> MachineProfile:
         """The medians over ``turns``."""
         index = self._store.index
         return MachineProfile(
             name=name,
-            description=f"Measured by moerun profile with {index.model} ({index.precision} "
+            description=f"Measured by moerun profile with {index.model} ({index.expert_label} "
             f"experts of {self._store.record_bytes} bytes) on {self._settings.device}, "
-            f"{torch.get_num_threads()} threads: right for this model at this precision.",
+            f"{counted(torch.get_num_threads(), 'thread')}: right for this model at this "
+            "precision.",
             link=LinkCost.median_of([turn.link for turn in turns]),
             compute=ComputeCost.median_of([turn.compute for turn in turns]),
             cpu=CpuCost.median_of([turn.cpu for turn in turns]),

@@ -1,1 +1,1 @@
-"""An HTTP server that speaks OpenAI's protocol: one model, one answer at a time."""
+"""An HTTP server that speaks OpenAI's protocol for one model, and chat on the terminal."""

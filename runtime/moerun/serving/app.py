@@ -2,62 +2,80 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
-import torch
+from moepolicy.versions import installed
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from moerun.errors import RunError
-from moerun.live.prompt import encode
+from moerun.live.generate import Generated
+from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
-from moerun.live.turn import turn_of
-from moerun.serving.answering import PendingAnswer
+from moerun.serving.answering import ChoiceEvent, PendingAnswers
 from moerun.serving.answers import Answer
 from moerun.serving.api_error import ApiError
-from moerun.serving.chat import encode_chat, stops_of
+from moerun.serving.limits import read_body
 from moerun.serving.metrics import CONTENT_TYPE, Metrics
 from moerun.serving.middleware import Counted, Guarded
-from moerun.serving.protocol import CompletionRequest, Defaults, parse
-from moerun.serving.worker import Completed, GenerationWorker, Piece
+from moerun.serving.openapi import describe
+from moerun.serving.prompts import Prompts
+from moerun.serving.protocol import Defaults, check_model, parse, read
+from moerun.serving.requests import (
+    ChatRequest,
+    DetokenizeRequest,
+    Kind,
+    TextRequest,
+    TokenizeRequest,
+)
+from moerun.serving.worker import GenerationWorker, Piece
 
-BODY_BYTES = 16 << 20  # no prompt that a model can take is longer
+LOG = logging.getLogger("moerun")
+Asked = TypeVar("Asked", TokenizeRequest, DetokenizeRequest)
 
 
 class Service:
     """One runner behind HTTP. ``app`` is the ASGI application; ``worker`` is to be started."""
 
     def __init__(
-        self, runner: Runner, *, queue: int, defaults: Defaults, api_key: str | None
+        self,
+        runner: Runner,
+        *,
+        queue: int,
+        defaults: Defaults,
+        api_key: str | None,
+        names: Sequence[str] = (),
+        origins: Sequence[str] = (),
+        recording: LiveRecording | None = None,
     ) -> None:
-        index = runner.store.index
-        self.model = index.model
-        self.metrics = Metrics(index.model, runner.settings.policy.label)
-        self.worker = GenerationWorker(runner, queue, self.metrics.generated)
-        self._runner = runner
+        """``names`` the model goes by, in the place of its own; ``origins`` of pages whose scripts
+        may use the server; ``recording`` of the runner, which whoever gives it finishes."""
+        self.models = tuple(names) or (runner.store.index.model,)
+        self.model = self.models[0]
+        self.metrics = Metrics(self.model, runner.settings.policy.label)
+        self.worker = GenerationWorker(runner, queue, self.metrics.generated, recording=recording)
         self._defaults = defaults
-        self._limit = runner.limit_tokens
-        # Fast tokenizers do not bear two threads: the worker decodes with the runner's.
-        self._tokenizer = copy.deepcopy(runner.tokenizer)
-        self._encoding = asyncio.Lock()
-        self._stops = stops_of(runner.tokenizer)
-        self._turn = turn_of(runner.tokenizer)
+        self._prompts = Prompts(runner)
         self._began_s = int(time.time())
+        version = installed(("moe-offload-lab",)).get("moe-offload-lab", "0")
+        self._description = describe(version, keyed=api_key is not None)
         routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
             "/v1/chat/completions": ("POST", self._chat),
             "/v1/completions": ("POST", self._complete),
             "/v1/models": ("GET", self._models),
             "/v1/models/{name:path}": ("GET", self._one_model),
+            "/tokenize": ("POST", self._tokenize),
+            "/detokenize": ("POST", self._detokenize),
+            "/openapi.json": ("GET", self._openapi),
             "/metrics": ("GET", self._metrics),
             "/health": ("GET", self._health),
         }
@@ -67,6 +85,7 @@ class Service:
             ],
             middleware=[
                 Middleware(Counted, metrics=self.metrics, paths=frozenset(routes)),
+                *_cors(origins),
                 Middleware(Guarded, api_key=api_key),
             ],
             exception_handlers={
@@ -83,73 +102,70 @@ class Service:
     async def _complete(self, request: Request) -> Response:
         return await self._answer("text", request)
 
-    async def _answer(self, kind: Literal["chat", "text"], request: Request) -> Response:
-        asked = parse(kind, await _body(request), self.model, self._defaults)
-        chat = kind == "chat"
-        # A long prompt takes a while to encode, and others are being answered meanwhile.
-        async with self._encoding:
-            ids = await asyncio.to_thread(self._encode, asked)
-        sampling = asked.sampling(
-            ids.shape[1],
-            self._limit,
-            self._defaults.most_tokens,
-            self._stops if chat else (),
-            self._turn if chat else None,
-        )
-        answer = Answer(asked, self.model, int(time.time()))
+    async def _answer(self, kind: Kind, request: Request) -> Response:
+        asked = parse(kind, await read_body(request), self.models)
+        wanted = await self._prompts.wanted(asked, self._defaults)
         headers = {"x-moerun-seed": str(asked.seed)}
-        pending = PendingAnswer(self.worker, ids, sampling, lead=chat)
+        pending = PendingAnswers(self.worker, wanted, lead=asked.chat)
+        prompts = [each.prompt_ids[0].tolist() for each in wanted[:: asked.choices]]
+        texts = self._prompts.echoed(asked, prompts)
+        n_tokens = sum(map(len, prompts))
+        answer = Answer(asked, self.model, int(time.time()), self._prompts.names, n_tokens)
         handed_on = False
         try:
             first = await pending.first(request)
             if not asked.stream:
-                text, generated = await pending.whole(first)
-                return JSONResponse(answer.whole(text, generated), headers=headers)
+                said, generated = await pending.whole(first)
+                whole = answer.whole(prompts, texts, said, generated)
+                return JSONResponse(whole, headers=headers)
             handed_on = True
-            return EventStream(pending, first, answer, headers)
+            events = _sse(pending, first, answer, asked, texts)
+            return EventStream(pending, events, headers)
         finally:
             if not handed_on:
                 pending.leave()
 
-    def _encode(self, asked: CompletionRequest) -> torch.Tensor:
-        tokenizer, device = self._tokenizer, self._runner.settings.device
-        try:
-            if asked.kind == "chat":
-                return encode_chat(tokenizer, asked.messages, device)
-            if isinstance(asked.prompt, str):
-                return encode(tokenizer, asked.prompt, device)
-        except RunError as error:
-            raise ApiError(400, str(error)) from error
-        n_tokens = self._runner.model.get_input_embeddings().num_embeddings
-        if wrong := [token for token in asked.prompt if not 0 <= token < n_tokens]:
-            raise ApiError(
-                400,
-                f"there is no token {wrong[0]}: the model has 0 to {n_tokens - 1}",
-                param="prompt",
-            )
-        return torch.tensor([asked.prompt], device=device)
+    async def _tokenize(self, request: Request) -> Response:
+        asked = await self._read(TokenizeRequest, request)
+        ids = await self._prompts.tokens(asked)
+        found: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": self._prompts.limit,
+            "tokens": ids,
+        }
+        if asked.return_token_strs:
+            found["token_strs"] = [self._prompts.names(token) for token in ids]
+        return JSONResponse(found)
+
+    async def _detokenize(self, request: Request) -> Response:
+        asked = await self._read(DetokenizeRequest, request)
+        return JSONResponse({"prompt": await self._prompts.text(asked.tokens)})
+
+    async def _read(self, kind: type[Asked], request: Request) -> Asked:
+        asked = read(kind, await read_body(request))
+        check_model(asked.model, self.models)
+        return asked
 
     async def _models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        cards = [self._card(name) for name in self.models]
+        return JSONResponse({"object": "list", "data": cards})
 
     async def _one_model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self.model:
-            raise ApiError(
-                404,
-                f"there is no model '{name}' here; there is '{self.model}'",
-                param="model",
-                code="model_not_found",
-            )
-        return JSONResponse(self._card())
+        check_model(name, self.models)
+        return JSONResponse(self._card(name))
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         return {
-            "id": self.model,
+            "id": name,
             "object": "model",
             "created": self._began_s,
             "owned_by": "moerun",
+            "max_model_len": self._prompts.limit,
         }
+
+    async def _openapi(self, _request: Request) -> Response:
+        return JSONResponse(self._description)
 
     async def _metrics(self, _request: Request) -> Response:
         return Response(self.metrics.render(self.worker), headers={"content-type": CONTENT_TYPE})
@@ -160,32 +176,31 @@ class Service:
         return JSONResponse({"status": "shutting down"}, status_code=503)
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES:
-            raise ApiError(413, f"the request is longer than {BODY_BYTES} bytes")
-    return bytes(body)
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-moerun-seed", "retry-after"],
+        )
+    ]
 
 
 class EventStream(StreamingResponse):
-    """An answer on its way; when the client leaves, its generation is cancelled."""
+    """An answer on its way; when the client leaves, its generations are cancelled."""
 
     def __init__(
-        self,
-        pending: PendingAnswer,
-        first: Piece | Completed,
-        answer: Answer,
-        headers: dict[str, str],
+        self, pending: PendingAnswers, events: AsyncIterator[str], headers: dict[str, str]
     ) -> None:
-        super().__init__(
-            _sse(pending, first, answer), media_type="text/event-stream", headers=headers
-        )
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer; the generation is cancelled when the client has gone."""
+        """Send the answer; the generations are cancelled when the client has gone."""
         self._pending.unwatch()  # the response itself listens for that
         try:
             await super().__call__(scope, receive, send)
@@ -194,18 +209,36 @@ class EventStream(StreamingResponse):
 
 
 async def _sse(
-    pending: PendingAnswer, first: Piece | Completed, answer: Answer
+    pending: PendingAnswers,
+    first: ChoiceEvent,
+    answer: Answer,
+    asked: ChatRequest | TextRequest,
+    texts: Sequence[str],
 ) -> AsyncIterator[str]:
-    """The answer as server-sent events; an error in the middle is one of them."""
+    """The answers as server-sent events; an error in the middle is one of them. ``texts`` are the
+    prompts to echo."""
+    begun: set[int] = set()
+    ended: dict[int, Generated] = {}
+    silent = asked.length == 0
     try:
-        if (opening := answer.first()) is not None:
-            yield _data(opening)
-        async for event in pending.pieces(first):
-            if isinstance(event, Piece):
-                yield _data(answer.piece(event.text, reasoning=event.reasoning))
+        async for index, what in pending.events(first):
+            if index not in begun:
+                begun.add(index)
+                echo = pending.echoed(index, texts[index // asked.choices]) if texts else None
+                if (opening := answer.first(index, echo)) is not None:
+                    yield _data(opening)
+            part = pending.part(index, what)
+            if silent:
+                part = part._replace(text="", token_ids=(), logprobs=())
+            if isinstance(what, Piece):
+                if not silent:
+                    yield _data(answer.piece(index, part))
             else:
-                for part in answer.last(event.generated):
-                    yield _data(part)
+                ended[index] = what.generated
+                for chunk in answer.last(index, what.generated, part):
+                    yield _data(chunk)
+        if (total := answer.total([ended[i] for i in sorted(ended)])) is not None:
+            yield _data(total)
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _data(error.body)
@@ -235,5 +268,6 @@ async def _client_left(_request: Request, _error: Exception) -> Response:
 
 
 async def _defect(request: Request, error: Exception) -> Response:
-    told = ApiError(500, f"{type(error).__name__}: {error}", type="server_error")
+    LOG.error("error: %s", error, exc_info=error)
+    told = ApiError(500, "the server failed at this request; its log says why", type="server_error")
     return await _api_error(request, told)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from moerun.errors import RunError
 from moerun.live.prompt import encode
 
-Message = dict[str, str]
-"""``role`` (system, user or assistant) and ``content``, as chat templates take them."""
+Message = dict[str, Any]
+"""``role`` (system, user, assistant or tool), ``content`` and what else chat templates take."""
 
 PLAIN_STOPS = ("\nUser:", "\nAssistant:")
 """Where an answer ends that no template of its own ends: the model goes on with the next role."""
@@ -34,22 +35,50 @@ def stops_of(tokenizer: Any) -> tuple[str, ...]:
     return () if has_template(tokenizer) else PLAIN_STOPS
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message], device: torch.device) -> torch.Tensor:
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    device: torch.device,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
+    generation: bool = True,
+) -> torch.Tensor:
     """Token ids, int64[1, tokens], of a conversation whose next answer is the model's.
 
-    Without a template it is the text that ``plain_text`` gives. Raises RunError where the
-    template refuses the messages or there is no tokenizer.
+    ``tools`` are functions that the model may call, ``variables`` more of what the template reads;
+    ``generation``: with what the template writes before an answer. Without a template it is the
+    text that ``plain_text`` gives. Raises RunError where the template refuses the messages, ignores
+    the tools, or there is no tokenizer.
     """
     if not has_template(tokenizer):
+        if tools:
+            raise RunError("the model has no chat template that could tell it of tools")
         return encode(tokenizer, plain_text(messages), device)
-    try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+
+    def rendered(tools: Sequence[dict[str, Any]], **how: Any) -> Any:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            add_generation_prompt=generation,
+            **how,
+            **(variables or {}),
         )
+
+    try:
+        ids: torch.Tensor = rendered(tools, return_tensors="pt", return_dict=True)["input_ids"]
+        ignored = tools and rendered(tools, tokenize=False) == rendered((), tokenize=False)
     except Exception as error:  # a template raises what it likes
         raise RunError(f"the model's chat template refuses the messages: {error}") from error
-    ids: torch.Tensor = rendered["input_ids"]
+    if ignored:
+        raise RunError("the model's chat template has no place for tools")
     return ids.to(device)
+
+
+def template_arguments(tokenizer: Any) -> frozenset[str]:
+    """Names that are no variables of a chat template: arguments of what renders it."""
+    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+    return frozenset(parameters) | {"messages", "raise_exception", "strftime_now"}
 
 
 def plain_text(messages: Sequence[Message]) -> str:

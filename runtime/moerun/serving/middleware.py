@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moerun.serving.api_error import ApiError
+from moerun.serving.limits import check_head
 from moerun.serving.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/health"})  # asked by what has no key: load balancers, containers
@@ -44,22 +45,32 @@ class Counted:
 
 
 class Guarded:
-    """Rejects requests without the API key, where there is an API key."""
+    """Rejects requests with too long a head, and those without the API key, where there is one."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer by the application, or with 401 where a request has a wrong key or none."""
-        if scope["type"] != "http" or self._expected is None or scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, send)
+        """Answer by the application, or with 431 or 401 where it is not to be asked."""
+        if scope["type"] == "http":
+            try:
+                check_head(scope)
+                self._check_key(scope)
+            except ApiError as error:
+                refusal = JSONResponse(error.body, status_code=error.status, headers=error.headers)
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._expected is None or scope["path"] in OPEN_PATHS:
             return
         given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+        # In the same time, however much of a wrong key is right.
         if secrets.compare_digest(given, self._expected):
-            await self._app(scope, receive, send)
             return
-        error = ApiError(
+        raise ApiError(
             401,
             "the API key is wrong: send it as 'Authorization: Bearer KEY'"
             if given
@@ -68,5 +79,3 @@ class Guarded:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        refusal = JSONResponse(error.body, status_code=error.status, headers=error.headers)
-        await refusal(scope, receive, send)

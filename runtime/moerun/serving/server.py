@@ -11,34 +11,10 @@ from typing import Any
 
 import uvicorn
 
-from moerun.errors import RunError
+from moerun.serving.limits import CONNECTIONS, HEAD_BYTES, BoundedProtocol
 from moerun.serving.worker import GenerationWorker
 
 SLACK_S = 10.0  # for a cancelled answer's last layer, or token, and the goodbye to its client
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that nobody can connect to until the server listens. Raises RunError.
-
-    Taken before a model is loaded, so that an address that cannot be had is known at once.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        taken = socket.socket(family, kind, protocol)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"cannot listen on {host}:{port}: {reason}") from error
-    return taken
-
-
-def address_of(taken: socket.socket) -> str:
-    """URL of a listening socket."""
-    host, port = taken.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -59,6 +35,10 @@ class Server(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                http=BoundedProtocol,
+                ws="none",
+                h11_max_incomplete_event_size=HEAD_BYTES,
+                limit_concurrency=CONNECTIONS,
                 timeout_graceful_shutdown=max(1, round(drain_s + SLACK_S)),
             )
         )

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from moepolicy import PolicyError
-from moepolicy.console import emit
-from moepolicy.tables import Format
+from moepolicy.console import emit, note, say
+from moepolicy.tables import Format, described
 from rich.console import Console
 
 from moerun.errors import RunError
@@ -26,6 +26,7 @@ from moerun.memory.budget import parse_budget
 from moerun.serving.chat import Conversation, Lead, stops_of
 
 COMMANDS = {
+    "/help": "these commands",
     "/reset": "forget the conversation",
     "/stats": "statistics until now",
     "/memory": "how memory is spent; /memory 6GiB: another budget from now on",
@@ -53,8 +54,8 @@ class TerminalChat:
         """Answer until the input ends; True when the user interrupted the conversation."""
         interrupted = False
         if self._terminal:
-            what = "; ".join(f"{name}: {does}" for name, does in COMMANDS.items())
-            self._err.print(f"{self._runner.store.index.model}. {what}.", style="dim")
+            model = self._runner.store.index.model
+            note(f"{model}: one message a line; /help has the commands")
         try:
             for line in self._lines():
                 if not self._command(line):
@@ -104,6 +105,8 @@ class TerminalChat:
             self._note("the conversation is forgotten")
         elif line == "/stats":
             self._statistics()
+        elif line == "/help":
+            note(described(COMMANDS).rstrip())
         else:
             self._note(f"unknown command '{line}'; there are: {', '.join(COMMANDS)}")
         return True
@@ -125,13 +128,14 @@ class TerminalChat:
             try:
                 self._conversation.answer(self._answer(prompt_ids).text)
             except Exception:
+                self._runner.kept.drop()
                 self._runner.session.reset()
                 raise
         except (RunError, PolicyError, OSError) as error:
             if not self._terminal:
                 raise
             del self._conversation.turns[-1:]
-            self._err.print(f"error: {error}", style="red", markup=False)
+            say(f"error: {error}")
 
     def _prompt(self) -> torch.Tensor:
         """The conversation as int64[1, tokens]; RunError where even its last turn is too long."""
@@ -146,7 +150,7 @@ class TerminalChat:
         seed = (self._sampling.seed + self._asked) % 2**32  # or each answer draws alike
         self._asked += 1
         printer = AnswerPrinter(self._err)
-        generation = self._runner.generation(Lead(printer.answer), printer.reasoning)
+        generation = self._runner.generation(Lead(printer.answer), printer.reasoning, reuse=True)
         try:
             with _stopped_by_ctrl_c(generation):
                 generation.run(prompt_ids, replace(self._sampling, seed=seed))
@@ -173,7 +177,7 @@ class TerminalChat:
         sys.stderr.write(render(report, Format.table, "", {}))
 
     def _note(self, text: str) -> None:
-        self._err.print(f"({text})", style="dim", markup=False)
+        note(f"({text})")
 
 
 @contextmanager
@@ -202,7 +206,7 @@ class AnswerPrinter:
         """Print a part of the answer on stdout."""
         if self._reasoning:
             self._end_reasoning()
-        _stream(text)
+        emit(text)
 
     def reasoning(self, text: str) -> None:
         """Print a part of the reasoning on stderr."""
@@ -214,12 +218,8 @@ class AnswerPrinter:
         """End the last line."""
         if self._reasoning:
             self._end_reasoning()
-        _stream("\n")
+        emit("\n")
 
     def _end_reasoning(self) -> None:
         self._reasoning = False
         self._err.print(")", style="dim")
-
-
-def _stream(text: str) -> None:
-    emit(text)

@@ -103,6 +103,15 @@ class ExpertStore:
         with TensorFile(self.dense_path) as file:
             return {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
 
+    def dense_dtype(self) -> torch.dtype:
+        """In what the model computes: the widest dtype of its dense matrices."""
+        found = [
+            dtype
+            for dtype, shape in self.dense_tensors().values()
+            if len(shape) > 1 and dtype.is_floating_point
+        ]
+        return max(found, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
     def read_dense(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         """Read, check and move each of these weights, one in host memory at a time.
 

@@ -9,12 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moerun.checkpoint.hub import resolve
-from moerun.checkpoint.weights import Checkpoint
-from moerun.errors import RunError
-from moerun.format.precision import NATIVE, Precisions
+from moerun.checkpoint.opening import open_weights
+from moerun.errors import RunError, UsageError
+from moerun.format.precision import NATIVE, PRECISIONS, Precisions
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import FORMAT_VERSION, INDEX_FILE
 from moerun.store.pack import pack
+from moerun.store.pack_folder import PLAN_FILE
 from moerun.store.progress import Notify, RecordProgress
 
 
@@ -62,15 +63,46 @@ def find_store(
         )
 
 
+def find_lower_store(
+    model: str,
+    low: str,
+    *,
+    report: Notify | None = None,
+    progress: RecordProgress | None = None,
+) -> ExpertStore:
+    """The second store that ``low`` names: ``model`` at that precision, or a store's folder.
+
+    ``report`` and ``progress`` as for `find_store`. Raises UsageError where ``low`` is neither,
+    RunError where ``model`` is a store already, which cannot be packed again.
+    """
+    if low not in PRECISIONS:
+        if not is_store(Path(low).expanduser()):
+            raise UsageError(
+                f"--low {low} is neither a precision ({', '.join(PRECISIONS)}) nor a store's folder"
+            )
+        return find_store(low)
+    if is_store(Path(model).expanduser()):
+        raise RunError(
+            f"{model} is a packed store, which cannot be packed again at {low}: give --low the "
+            "folder of a store packed from the same checkpoint"
+        )
+    return find_store(model, precision=low, report=report, progress=progress)
+
+
 def is_store(folder: Path) -> bool:
     """Whether a folder is an expert store, whole or damaged."""
     return (folder / INDEX_FILE).is_file()
 
 
 def stores_in(folder: Path) -> list[ExpertStore]:
-    """The whole stores that lie in a folder; none where it is not there."""
+    """The whole stores that lie in a folder; none where it is not there.
+
+    A pack that was killed just before its end has an index, and its files are to move yet.
+    """
     found = []
     for index in sorted(folder.glob(f"*/{INDEX_FILE}")):
+        if index.with_name(PLAN_FILE).exists():
+            continue
         with suppress(RunError):
             found.append(ExpertStore.open(index.parent))
     return found
@@ -85,7 +117,7 @@ def cache_folder() -> Path:
 def _name(model: str) -> str:
     """A model's name as one would cite it: a folder's own name, not the way to it."""
     path = Path(model)
-    return path.resolve().name if path.is_dir() else model
+    return path.resolve().name if path.exists() else model
 
 
 def _described(precisions: Precisions) -> str:
@@ -101,7 +133,7 @@ def _store_name(model: str, digest: str, precisions: Precisions) -> str:
 
 
 def _digest(checkpoint: Path) -> str:
-    opened = Checkpoint(checkpoint)
+    opened = open_weights(checkpoint)
     try:
         return opened.digest()
     finally:

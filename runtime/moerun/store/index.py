@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moepolicy.outputs import naming
+from moepolicy.outputs import written_whole
+from moeroute.jsontext import parse_json
 
 from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RecordLayout
-from moerun.format.precision import SCHEMES
+from moerun.format.precision import PACKED_SCHEMES
 
 INDEX_FILE = "index.json"
 DENSE_FILE = "dense.safetensors"
 ATTENTION_FILE = "attention.safetensors"
 FORMAT = "moerun expert store"
 FORMAT_VERSION = 1
+CODED_VERSION = 2
+"""Of stores whose experts are kept in the bits of their publication, which version 1 had not."""
 
 
 def experts_file(layer: int) -> str:
@@ -56,7 +58,9 @@ class LayerRecords:
         crc32 = tuple(map(int, described["crc32"]))
         if not len(offsets) == len(crc32) == n_experts:
             raise ValueError("layers and experts do not match")
-        return cls(described["module"], described["file"], int(described["bytes"]), offsets, crc32)
+        n_bytes = int(described["bytes"])
+        _check_offsets(offsets, n_bytes)
+        return cls(_text(described["module"]), _file(described["file"]), n_bytes, offsets, crc32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +99,11 @@ class AttentionRecords:
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> AttentionRecords:
         """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
-        if described["precision"] not in SCHEMES:
+        if described["precision"] not in PACKED_SCHEMES:
             raise ValueError(f"attention in {described['precision']!r}")
         linears = tuple(
             LinearRecord(
-                record["module"],
+                _text(record["module"]),
                 int(record["rows"]),
                 int(record["columns"]),
                 int(record["offset"]),
@@ -107,7 +111,30 @@ class AttentionRecords:
             )
             for record in described["linears"]
         )
-        return cls(described["precision"], described["file"], int(described["file_bytes"]), linears)
+        n_bytes = int(described["file_bytes"])
+        _check_offsets([linear.offset for linear in linears], n_bytes)
+        return cls(described["precision"], _file(described["file"]), n_bytes, linears)
+
+
+def _text(value: Any) -> str:
+    """Raises TypeError where ``value`` is no text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.60} where a text belongs")
+    return value
+
+
+def _file(value: Any) -> str:
+    """Raises TypeError or ValueError where ``value`` is not the name of a file in the store."""
+    if Path(name := _text(value)).name != name or "\0" in name:
+        raise ValueError(f"{name!r:.60} is no name of a file of the store")
+    return name
+
+
+def _check_offsets(offsets: Sequence[int], n_bytes: int) -> None:
+    """Raises ValueError where a record would begin outside a file of so many bytes."""
+    for offset in offsets:
+        if not 0 <= offset < n_bytes:
+            raise ValueError(f"a record at {offset} of a file of {n_bytes} bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +175,19 @@ class StoreIndex:
         return self.attention.precision if self.attention else self.dense_precision
 
     @property
+    def expert_format(self) -> str:
+        """What the experts' weights are kept as: the precision, or at native precision how they
+        are published, fp8 or mxfp4, where they are kept in those bits."""
+        coding = self.shape.coding(self.precision)
+        return coding.name if coding else self.precision
+
+    @property
+    def expert_label(self) -> str:
+        """The experts' precision for people: native (fp8), 4bit."""
+        kept = self.expert_format
+        return kept if kept == self.precision else f"{self.precision} ({kept})"
+
+    @property
     def n_layers(self) -> int:
         """Number of MoE layers."""
         return len(self.layers)
@@ -161,7 +201,7 @@ class StoreIndex:
         """The whole content of `index.json`."""
         return {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": CODED_VERSION if self.shape.coding(self.precision) else FORMAT_VERSION,
             "model": {
                 "name": self.model,
                 "revision": self.revision,
@@ -192,7 +232,8 @@ class StoreIndex:
 
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> StoreIndex:
-        """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
+        """Raises AttributeError, KeyError, TypeError or ValueError when the description is not one
+        of to_json."""
         model, dense, expert = described["model"], described["dense"], described["expert"]
         # Older stores have neither.
         attention, dense_crc32 = described.get("attention"), dense.get("crc32")
@@ -201,13 +242,13 @@ class StoreIndex:
         if not layers:
             raise ValueError("layers and experts do not match")
         return cls(
-            model=model["name"],
-            revision=model["revision"],
-            model_type=model["type"],
+            model=_text(model["name"]),
+            revision=None if model["revision"] is None else _text(model["revision"]),
+            model_type=_text(model["type"]),
             top_k=int(model["top_k"]),
             n_shared_experts=int(model["shared_experts"]),
-            precision=expert["precision"],
-            dense_precision=dense["precision"],
+            precision=_text(expert["precision"]),
+            dense_precision=_text(dense["precision"]),
             dense_bytes=int(dense["bytes"]),
             dense_skew={name: int(skew) for name, skew in dense["skew"].items()},
             layer_bytes=int(dense["layer_bytes"]),
@@ -215,9 +256,9 @@ class StoreIndex:
             shape=ExpertShape.from_json(expert["params"]),
             layout=RecordLayout.from_json(expert["record"]),
             layers=layers,
-            source_digest=described["source"]["digest"],
+            source_digest=_text(described["source"]["digest"]),
             source_bytes=int(described["source"]["bytes"]),
-            packages=dict(described["packages"]),
+            packages={name: _text(v) for name, v in dict(described["packages"]).items()},
             attention=AttentionRecords.from_json(attention) if attention else None,
             dense_crc32=(
                 {name: int(crc) for name, crc in dict(dense_crc32).items()} if dense_crc32 else None
@@ -245,20 +286,15 @@ def checksums(
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a whole file or none."""
-    partial = path.with_name(f"{path.name}.new")
-    with naming(path, partial):
-        with partial.open("w") as file:
-            json.dump(content, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
 
 
 def read_index(folder: Path) -> StoreIndex:
     """Raises RunError when the folder holds no store that this version reads."""
     path = folder / INDEX_FILE
     try:
-        described = json.loads(path.read_bytes())
+        described = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         hint = "the folder of a pack that was finished" if folder.is_dir() else "an existing folder"
         raise RunError(
@@ -271,12 +307,12 @@ def read_index(folder: Path) -> StoreIndex:
         raise RunError(
             f"{path} is not the index of an expert store: give a folder made by 'moerun pack'"
         )
-    if described.get("version") != FORMAT_VERSION:
+    if described.get("version") not in (FORMAT_VERSION, CODED_VERSION):
         raise RunError(
             f"{path} has store format version {described.get('version')!r}, this moerun reads "
-            f"{FORMAT_VERSION}: pack the store again"
+            f"{FORMAT_VERSION} and {CODED_VERSION}: pack the store again"
         )
     try:
         return StoreIndex.from_json(described)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:  # 1e999 is infinite
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:  # 1e999, too
         raise RunError(f"{path} is damaged ({error}): pack the store again") from error

@@ -21,9 +21,7 @@ from moerun.store.pack_plan import RecordFile, build_index, plan_pack
 from moerun.store.pack_records import RecordMaker, UnfitError
 from moerun.store.progress import Notify, RecordProgress, silent
 from moerun.store.shared_files import SharedFiles, find_shared
-
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-_NOT_COPIED = ("index.json", "safetensors.index.json")
+from moerun.store.side_files import write_side_files
 
 
 def pack(
@@ -42,9 +40,10 @@ def pack(
     report: Notify | None = None,
     progress: RecordProgress | None = None,
 ) -> ExpertStore:
-    """Pack the checkpoint folder `source` into the new store `out`; continues what was begun.
+    """Pack the checkpoint `source` into the new store `out`; continues what was begun.
 
-    precision        of the experts: native, fp32, fp16, bf16, 4bit, 3bit or 2bit
+    source           a folder of safetensors files, or a GGUF file
+    precision        of the experts: native, fp32, fp16, bf16, 4bit, 3bit, 2bit, q4_0 or q8_0
     attention        the same of attention's projections (the base paper's Table 1 has them apart);
                      plain ones are the dense weights'
     dense_precision  of everything else: native, fp32, fp16 or bf16; by default attention's or the
@@ -120,8 +119,8 @@ class _Packer:
 
     def finish(self, name: str, revision: str | None) -> None:
         """Dense weights, tokenizer and index; then the folder gets its name."""
-        folder, model = self.folder.path, self._model
-        _copy_side_files(model.checkpoint.path, folder)
+        folder, model = self.folder.store, self._model
+        write_side_files(model, folder)
         self._shared.link_into(folder)
         dense_crc32 = write_tensors(folder / DENSE_FILE, model.dense_tensors(), model.read_dense())
         index = build_index(
@@ -134,14 +133,6 @@ class _Packer:
         )
         write_json(folder / INDEX_FILE, replace(index, dense_crc32=dense_crc32).to_json())
         self.folder.become_store()
-
-
-def _copy_side_files(source: Path, folder: Path) -> None:
-    """Configuration, tokenizer and the like."""
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if not file.name.endswith(_NOT_COPIED):
-                shutil.copyfile(file, folder / file.name)
 
 
 def _best_device() -> str:

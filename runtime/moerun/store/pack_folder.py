@@ -1,7 +1,7 @@
 """The folder that a pack works in, `<out>.partial`: whose it is, and what is done.
 
-It becomes `<out>` by one rename when everything is written, so that an unfinished pack never reads
-as a store.
+Its folder `store` becomes `<out>` by one rename when everything is written, so that an unfinished
+pack never reads as a store.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from moepolicy.outputs import PARTIAL, exchange, sync_folder, sync_tree
+from moeroute.jsontext import journal_entries, parse_json
 
 from moerun.errors import RunError
-from moerun.format.layout import RECORD_ALIGN
+from moerun.format.names import RECORD_ALIGN
 from moerun.format.tensorfile import TensorFileWriter
 from moerun.store.index import INDEX_FILE, read_index, write_json
 from moerun.store.pack_plan import RecordFile, crc32_of
@@ -33,11 +35,12 @@ class PartialFolder:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.path = out.with_name(f"{out.name}.partial")
+        self.path = out.with_name(f"{out.name}{PARTIAL}")
+        self.store = self.path / "store"
 
     def refuse_another(self, identity: dict[str, Any]) -> None:
         """RunError where what was begun is another pack than the one of ``identity``."""
-        begun = self.path.exists() and any(f.suffix != ".new" for f in self.path.iterdir())
+        begun = self.path.exists() and any(f.suffix != PARTIAL for f in self.path.iterdir())
         if begun and _read_json(self.path / PLAN_FILE) != identity:
             raise RunError(
                 f"{self.path} holds another unfinished pack (of another checkpoint or "
@@ -46,7 +49,7 @@ class PartialFolder:
 
     def check_space(self, total_bytes: int, shared: SharedFiles) -> None:
         """RunError where the disk has too little for what is not there yet of ``total_bytes``."""
-        present = sum(f.stat().st_blocks * 512 for f in self.path.glob("*.safetensors"))
+        present = sum(f.stat().st_blocks * 512 for f in self.store.glob("*.safetensors"))
         parent = next(p for p in (self.path, *self.path.parents) if p.exists())
         present += shared.bytes_on(parent.stat().st_dev)
         free, needed = shutil.disk_usage(parent).free, total_bytes - present
@@ -60,6 +63,7 @@ class PartialFolder:
         """Make the folder, or take it up, and note whose it is."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / PLAN_FILE, identity)
+        self.store.mkdir(exist_ok=True)
 
     def finished_records(self, files: Iterable[RecordFile]) -> dict[tuple[str, str], int]:
         """The records of ``files`` that an earlier run wrote and their CRC-32, as far as the disk
@@ -83,12 +87,10 @@ class PartialFolder:
         noted: dict[tuple[str, str], int] = {}
         if not journal.exists():
             return noted
-        for line in journal.read_text().splitlines():
-            try:
-                file_name, record_name, crc32 = json.loads(line)
-            except ValueError:
-                continue  # the last line of a killed run
-            noted[file_name, record_name] = crc32
+        with journal.open("rb") as lines:
+            for _, (file_name, record_name, crc32) in journal_entries(lines, 3):
+                if isinstance(file_name, str) and isinstance(record_name, str):
+                    noted[file_name, record_name] = crc32
         return noted
 
     @contextmanager
@@ -105,23 +107,22 @@ class PartialFolder:
 
     def writer(self, file: RecordFile) -> TensorFileWriter:
         """Writes records of ``file``, of which some may be there."""
-        path = self.path / file.name
+        path = self.store / file.name
         if path.exists() and path.stat().st_nlink > 1:
             path.unlink()  # shared by an earlier run with a store that is not to be written to
         return TensorFileWriter(path, file.tensors, align=RECORD_ALIGN, resume=True)
 
     def become_store(self) -> None:
         """Give the finished folder its name; a store that had it goes only then."""
-        old = None
+        sync_tree(self.store)
         if _is_store(self.out):
-            old = self.out.rename(self.out.with_name(f"{self.out.name}.old"))
-        elif self.out.exists():
-            self.out.rmdir()  # an empty folder, as checked before
-        self.path.rename(self.out)
-        if old is not None:
-            shutil.rmtree(old)
-        (self.out / PLAN_FILE).unlink()
-        (self.out / JOURNAL_FILE).unlink()
+            exchange(self.store, self.out)
+        else:
+            if self.out.exists():
+                self.out.rmdir()  # an empty folder, as checked before
+            self.store.rename(self.out)
+        sync_folder(self.out.absolute().parent)
+        shutil.rmtree(self.path)
 
 
 class Journal:
@@ -147,7 +148,7 @@ def refuse_taken(out: Path, *, force: bool) -> None:
     if not force:
         found = read_index(out)
         raise RunError(
-            f"{out} exists already, a finished store of {found.model} with {found.precision} "
+            f"{out} exists already, a finished store of {found.model} with {found.expert_label} "
             f"experts and {found.attention_precision} attention: --force replaces it"
         )
 
@@ -172,6 +173,6 @@ def _is_store(folder: Path) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None

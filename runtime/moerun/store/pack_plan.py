@@ -13,8 +13,9 @@ from moeroute.models import dense_sizes
 from moerun.checkpoint.families import shared_experts_of, top_k_of, vocabulary_of
 from moerun.checkpoint.source import ModelSource
 from moerun.format.expert import ExpertShape
-from moerun.format.layout import RECORD_ALIGN, RecordLayout
-from moerun.format.precision import SCHEMES, Precisions
+from moerun.format.layout import RecordLayout
+from moerun.format.names import RECORD_ALIGN
+from moerun.format.precision import PACKED_SCHEMES, Precisions
 from moerun.format.tensorfile import TensorEntry, bytes_of, header_of, memory_of
 from moerun.store.index import (
     ATTENTION_FILE,
@@ -103,13 +104,14 @@ def plan_pack(model: ModelSource, precisions: Precisions) -> PackPlan:
 
 
 def _experts_of(model: ModelSource, layer: int, layout: RecordLayout, precision: str) -> RecordFile:
+    read = model.read_coded_expert if model.shape.coding(precision) else model.read_expert
     records = (
         Record(
             name=f"expert.{expert}",
             what=f"expert {expert} of layer {layer}",
             shape=model.shape,
             layout=layout,
-            read=partial(model.read_expert, layer, expert),
+            read=partial(read, layer, expert),
         )
         for expert in range(model.n_experts)
     )
@@ -119,7 +121,7 @@ def _experts_of(model: ModelSource, layer: int, layout: RecordLayout, precision:
 def _attention_of(model: ModelSource, precisions: Precisions) -> RecordFile:
     records = []
     for module, (rows, columns) in model.attention.items():
-        SCHEMES[precisions.attention].check(module, columns)
+        PACKED_SCHEMES[precisions.attention].check(module, columns)
         shape = ExpertShape.matrix(rows, columns)
         layout = shape.record(precisions.attention)
         records.append(Record(module, module, shape, layout, partial(model.read_attention, module)))

@@ -11,7 +11,8 @@ from typing import Self
 import torch
 
 from moerun.errors import RunError
-from moerun.format.precision import SCHEMES, Scheme
+from moerun.format.blocks import quantise_blocks
+from moerun.format.precision import PACKED_SCHEMES, BlockScheme, Scheme
 from moerun.format.quantise import quantise
 from moerun.format.tensorfile import TensorFileWriter
 from moerun.store.pack_plan import Record, crc32_of
@@ -53,7 +54,7 @@ class RecordMaker:
         self, records: Iterable[Record], precision: str, writer: TensorFileWriter
     ) -> Iterator[tuple[str, int]]:
         """Names of records as they are written, with their CRC-32."""
-        scheme = SCHEMES.get(precision)
+        scheme = PACKED_SCHEMES.get(precision)
 
         def one(record: Record) -> tuple[str, int]:
             made = self._make(record, scheme)
@@ -73,7 +74,7 @@ class RecordMaker:
             wait(pending)  # nothing may write to a file that is being closed
             raise
 
-    def _make(self, record: Record, scheme: Scheme | None) -> torch.Tensor:
+    def _make(self, record: Record, scheme: Scheme | BlockScheme | None) -> torch.Tensor:
         """The record's bytes, uint8[record_bytes]."""
         parts: dict[str, torch.Tensor] = {}
         dtypes = {part.name: part.dtype for part in record.layout.parts}
@@ -85,13 +86,20 @@ class RecordMaker:
             assert scheme is not None
             weight = tensor.T.contiguous() if params[name].transposed else tensor
             try:
-                packed = quantise(weight, scheme, device=self._device, run=self._blocks.map)
+                packed = self._quantised(weight, scheme)
             except RunError as error:
                 raise UnfitError(f"{name} of {record.what}: {error}") from error
             parts |= {f"{name}.{part}": value for part, value in packed.items()}
         made = torch.empty(record.layout.record_bytes, dtype=torch.uint8)
         record.layout.write(parts, made)
         return made
+
+    def _quantised(
+        self, weight: torch.Tensor, scheme: Scheme | BlockScheme
+    ) -> dict[str, torch.Tensor]:
+        if isinstance(scheme, BlockScheme):
+            return quantise_blocks(weight, scheme)
+        return quantise(weight, scheme, device=self._device, run=self._blocks.map)
 
 
 def _one_thread() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from moepolicy.outputs import naming
 
 from moerun.format.tensorfile import read_at
 from moerun.store.expert_store import ExpertStore
@@ -75,7 +76,8 @@ def _whole(path: Path, file: RecordFile, crc32: Mapping[str, int]) -> bool:
     try:
         for record in file.records:
             buffer = torch.empty(record.layout.record_bytes, dtype=torch.uint8)
-            read_at(fd, entries[record.name].offset, buffer)
+            with naming(path):
+                read_at(fd, entries[record.name].offset, buffer)
             if crc32_of(buffer) != crc32[record.name]:
                 return False
         return True

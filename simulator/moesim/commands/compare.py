@@ -2,74 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import typer
-from moepolicy import find_policy
+from moepolicy import find_policy, policy_names
+from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
+from moepolicy.console import FAILED, say
+from moepolicy.lists import numbers
 from moepolicy.options import formerly
 from moepolicy.outputs import check_free, check_suffix
-from moeroute.options import SizeOptions, TraceName, complete_precisions, complete_traces
-from rich.console import Console
-from rich.progress import track
+from moepolicy.progress import watched
+from moepolicy.tables import wrapped
+from moeroute.options import SizeOptions, TraceName, complete_precisions
 
-from moesim.commands.options import Cold, OutputOptions, PolicyNames, Scope, Tokens
-from moesim.comparison import PolicyComparison, Setting, SizedPolicy, run
+from moesim.commands.options import (
+    ENGINE_HELP,
+    Cold,
+    PolicyNames,
+    Scope,
+    Tokens,
+    bytes_of,
+    calibration_option,
+    low_option,
+    size_option,
+    slots_option,
+    tell,
+)
+from moesim.commands.plot import PlotOptions
+from moesim.comparison import PolicyComparison, Setting, SizedPolicy, prepare, run
 from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, UsageError
 from moesim.machine.profile import DEFAULT_MACHINE, machine_names
 from moesim.machine.unknown import size_notes
+from moesim.pictures.tables import compared
+from moesim.reading import sentence
 from moesim.report import Compared, rows_of, table
-from moesim.sizes import quarters
+from moesim.sizes import spare_slots
 from moesim.workload.loading import DEFAULT_TRACE
 
 
-def compare(
-    policies: PolicyNames,
-    *,
-    trace: TraceName = DEFAULT_TRACE,
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """What is replayed, in caches of which sizes, on which machine."""
+
+    trace: TraceName = DEFAULT_TRACE
     slots: Annotated[
         str | None,
-        typer.Option(
-            help="Experts cached per layer, one number or several: 2,4,6. A global cache holds as "
-            "many times the layers. Default: a quarter, half and three quarters of a layer's "
-            "experts.",
-            show_default=False,
+        slots_option(
+            ", one number or several: 2,4,6. A global cache holds as many times the layers.",
+            "sizes at which policies differ.",
         ),
-    ] = None,
-    scope: Scope = "layer",
+    ] = None
+    scope: Scope = "layer"
     machine: Annotated[
-        str,
-        typer.Option(
-            help="The machine to simulate: a name (see 'moesim machines') or a profile (TOML).",
-            autocompletion=among(machine_names),
-        ),
-    ] = DEFAULT_MACHINE,
-    engine: Annotated[
-        Engine,
-        typer.Option(help="simpy is the reference, replay the fast loop. The results are equal."),
-    ] = Engine.auto,
-    tokens: Tokens = None,
-    calibration: Annotated[
         str | None,
         typer.Option(
-            help="The trace in which policies that need counts count experts. Default: the trace "
-            "that is replayed, so that the policies know it.",
+            help="The machine to simulate: a name (see 'moesim machines') or a profile (TOML). "
+            "Default: one on which policies differ; the table says why.",
             show_default=False,
-            autocompletion=complete_traces,
+            autocompletion=among(machine_names),
         ),
-    ] = None,
-    cold: Cold = False,
+    ] = None
+    engine: Annotated[Engine, typer.Option(help=ENGINE_HELP)] = Engine.auto
+    tokens: Tokens = None
+    calibration: Annotated[
+        str | None,
+        calibration_option(". Default: the trace that is replayed, so that the policies know it."),
+    ] = None
+    cold: Cold = False
+    held_out: Annotated[
+        bool,
+        typer.Option(
+            "--held-out",
+            help="Replay only the sequences that no policy was fitted on (see 'moesim fit').",
+        ),
+    ] = False
+    fitted_too: Annotated[
+        bool,
+        typer.Option(
+            "--fitted-too", help="Score policies on the sequences that they were fitted on, too."
+        ),
+    ] = False
     limits: Annotated[
         bool,
         typer.Option(
             "--limits/--no-limits",
             help="Show next to every policy what no policy can beat; takes a pass or two.",
         ),
-    ] = True,
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSizeOptions:
+    """How big an expert is, at the precision that counts and at the lower one."""
+
+    panel: ClassVar[str] = SizeOptions.panel
+
+    precision: Annotated[
+        str | None,
+        size_option(
+            "Precision of the experts, which says their size: one that the trace or --like lists. "
+            "Default: the trace's own.",
+            complete_precisions,
+        ),
+    ] = None
+    expert_bytes: Annotated[
+        str | None,
+        size_option("Instead of --precision: bytes of an expert, such as 94MiB or 66.7MB."),
+    ] = None
+    low: Annotated[
+        str | None, low_option("one that the trace or --like lists."), formerly("--low-precision")
+    ] = None
+    low_expert_bytes: Annotated[
+        str | None, size_option("Instead of --low: bytes of an expert at the lower precision.")
+    ] = None
+
+
+def compare(
+    policies: PolicyNames = None,
+    *,
+    all: Annotated[
+        bool, typer.Option("--all", help="Compare every policy of 'moesim policies'.")
+    ] = False,
+    replay: ReplayOptions,
     timeline: Annotated[
         Path | None,
         typer.Option(
@@ -78,44 +138,9 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Precision of the experts, which says their size: one that the trace or --like "
-            "lists. Default: the trace's own.",
-            show_default=False,
-            rich_help_panel=SizeOptions.panel,
-            autocompletion=complete_precisions,
-        ),
-    ] = None,
-    expert_bytes: Annotated[
-        int | None,
-        typer.Option(
-            help="Instead of --precision: bytes of an expert.",
-            show_default=False,
-            rich_help_panel=SizeOptions.panel,
-        ),
-    ] = None,
-    low: Annotated[
-        str | None,
-        typer.Option(
-            help="A second precision of the experts, for policies that load some misses at a "
-            "lower one: one that the trace or --like lists.",
-            show_default=False,
-            rich_help_panel=SizeOptions.panel,
-            autocompletion=complete_precisions,
-        ),
-        formerly("--low-precision"),
-    ] = None,
-    low_expert_bytes: Annotated[
-        int | None,
-        typer.Option(
-            help="Instead of --low: bytes of an expert at the lower precision.",
-            show_default=False,
-            rich_help_panel=SizeOptions.panel,
-        ),
-    ] = None,
+    experts: ExpertSizeOptions,
     sizes: SizeOptions,
+    plot: PlotOptions,
     output: OutputOptions,
 ) -> None:
     """Replay a trace under each policy and cache size, and print them side by side.
@@ -126,45 +151,83 @@ def compare(
     least, how much the policy saves (0 is lru, 100 the limit).
     """
     destination = output.checked()
+    plot.check(force=output.force)
     if timeline is not None:
         check_suffix(timeline, SUFFIXES, "--timeline")
         check_free(timeline, force=output.force, what="--timeline")
-    specs = [find_policy(name) for name in policies]
-    setting = Setting.of(
-        trace,
-        machine,
-        precision=precision,
-        expert_bytes=expert_bytes,
-        low_precision=low,
-        low_expert_bytes=low_expert_bytes,
-        given=sizes.given(),
-        calibration=calibration,
-        scope=scope,
-        engine=engine,
-        tokens=tokens,
-        cold=cold,
-        limits=limits,
-    )
+    specs = [find_policy(name) for name in _names(policies, everything=all)]
+    setting = _setting(replay, experts, sizes)
     if timeline is not None and setting.expert_bytes is None:
         raise SimulationError(
             "a timeline needs times, and nothing says how big an expert is: give --like or "
             "--expert-bytes"
         )
-    counts = _slots(slots, setting.meta.n_experts)
+    named = None if replay.machine is None else setting.machine
+    slots = numbers(replay.slots, "--slots")
+    tell([*sizes.given().notes(setting.trace.meta), *spare_slots(slots or (), setting.meta)])
+    ready = prepare(setting, specs, named, slots)
+    setting = ready.setting
     found = run(
         setting,
         specs,
-        counts,
+        ready.slots,
         compilations=Compilations(),
         timeline=timeline is not None,
         watch=_progress,
+        workload=ready.workload,
     )
     if timeline is not None and setting.expert_bytes is not None:
         _write_timeline(timeline, found, setting, setting.expert_bytes)
+        say(f"{timeline}: to see it, open https://ui.perfetto.dev and drop the file there")
+    plot.write(lambda: compared(*_drawn(found, setting)), "Policies compared")
     like = {} if sizes.like is None else {"sizes_like": sizes.like}
     provenance = setting.provenance | like
-    destination.deliver(
-        rows_of(found.rows, provenance), lambda: table(found.rows, found.title, found.alike)
+    destination.deliver(rows_of(found.rows, provenance), lambda: _table(found, ready.why))
+    if found.failed:
+        raise typer.Exit(FAILED)
+
+
+def _table(found: PolicyComparison, why: str) -> str:
+    """The table, and what it says in a sentence."""
+    title = f"{found.title}\n{why}" if why else found.title
+    said = sentence(found.rows)
+    return table(found.rows, title, found.alike) + (f"\n{wrapped([said])}" if said else "")
+
+
+def _drawn(found: PolicyComparison, setting: Setting) -> tuple[list[dict[str, Any]], str, str]:
+    """The rows to draw, what they are, and of which trace and machine."""
+    machine = setting.machine
+    where = f"{setting.trace.title} on {machine.name} ({machine.source} constants)"
+    return [one.row() for one in found.rows], f"simulated, {setting.meta.source} routing", where
+
+
+def _names(policies: list[str] | None, *, everything: bool) -> list[str]:
+    if everything:
+        return list(dict.fromkeys([*(policies or []), *policy_names()]))
+    if not policies:
+        raise UsageError("name a policy or more, or give --all; 'moesim policies' lists them")
+    return policies
+
+
+def _setting(replay: ReplayOptions, experts: ExpertSizeOptions, sizes: SizeOptions) -> Setting:
+    if replay.held_out and replay.fitted_too:
+        raise UsageError("give --held-out or --fitted-too, not both")
+    return Setting.of(
+        replay.trace,
+        replay.machine or DEFAULT_MACHINE,
+        precision=experts.precision,
+        expert_bytes=bytes_of(experts.expert_bytes, "--expert-bytes"),
+        low_precision=experts.low,
+        low_expert_bytes=bytes_of(experts.low_expert_bytes, "--low-expert-bytes"),
+        given=sizes.given(),
+        calibration=replay.calibration,
+        scope=replay.scope,
+        engine=replay.engine,
+        tokens=replay.tokens,
+        cold=replay.cold,
+        limits=replay.limits,
+        held_out=replay.held_out,
+        fitted_too=replay.fitted_too,
     )
 
 
@@ -182,20 +245,7 @@ def _write_timeline(
     )
 
 
-def _progress(points: list[SizedPolicy]) -> Iterable[SizedPolicy]:
-    console = Console(stderr=True)
-    return track(
-        points, "simulating", console=console, transient=True, disable=not console.is_terminal
-    )
-
-
-def _slots(text: str | None, n_experts: int) -> list[int]:
-    if text is None:
-        return quarters(n_experts)
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--slots is '{text}', not whole numbers such as 2,4,6") from None
-    if min(counts) < 0:
-        raise typer.BadParameter(f"--slots is '{text}': a cache has 0 slots or more")
-    return counts
+def _progress(points: list[SizedPolicy]) -> Iterator[SizedPolicy]:
+    """The points, with how many are done, how fast, and the time left."""
+    named = ((f"{spec.label}, {slots} slots", (slots, spec)) for slots, spec in points)
+    return watched("compare", "point", named, len(points))

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from moepolicy import policy_names
+from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
+from moepolicy.progress import watched
+from moepolicy.refusals import REFUSED, Refusals, empty_row, ran, refused_row
 from moepolicy.tables import Table, wrapped
-from moeroute import open_trace
+from moeroute import Trace, open_trace
 from moeroute.options import TraceName
+from numpy.typing import NDArray
 
 from moesim import __version__
-from moesim.commands.options import Cold, OutputOptions, Scope
+from moesim.commands.options import Cold, Scope
+from moesim.commands.plot import PlotOptions
 from moesim.curves.hit_ratios import LIMIT, ONE_PASS, check_one_pass, hit_curve, shuffled
 from moesim.errors import UsageError
-from moesim.workload.loading import load_workload
+from moesim.pictures.tables import curves
+from moesim.simulate import IN_MEMORY
+from moesim.workload.loading import DEFAULT_TRACE, load_workload
+from moesim.workload.steps import Workload
+
+COLUMNS = ("policy", "slots", "scope", "hit_ratio", "shuffled_hit_ratio")  # the others follow
 
 
 def _with_curves() -> list[str]:
@@ -32,10 +45,11 @@ def curve(
         ),
     ],
     *,
-    trace: TraceName = "tiny",
+    trace: TraceName = DEFAULT_TRACE,
     scope: Scope = "layer",
     cold: Cold = False,
     seed: Annotated[int, typer.Option(help="Seed of the shuffled copy of the trace.", min=0)] = 0,
+    plot: PlotOptions,
     output: OutputOptions,
 ) -> None:
     """Print the hit ratio of every cache size, from one pass over the trace.
@@ -45,44 +59,77 @@ def curve(
     that a policy without prefetching can have, knowing the future.
     """
     destination = output.checked()
+    plot.check(force=output.force)
     opened = open_trace(trace)
-    workload = load_workload(opened)
-    mixed = shuffled(workload, seed)
     refused = _refused(policies)
-    curves = {
+    workload, mixed = _workloads(opened, seed)
+    wanted = [name for name in dict.fromkeys([*policies, LIMIT]) if name not in refused]
+    found = {
         name: [hit_curve(of, name, scope, cold=cold) for of in (workload, mixed)]
-        for name in dict.fromkeys([*policies, LIMIT])
-        if name not in refused
+        for name in watched("curve", "policy", ((name, name) for name in wanted), len(wanted))
     }
-    rows: list[dict[str, Any]] = [
-        {
-            "policy": policy,
-            "slots": slots,
-            "scope": scope,
-            "hit_ratio": None if policy in refused else float(curves[policy][0][slots]),
-            "shuffled_hit_ratio": None if policy in refused else float(curves[policy][1][slots]),
-            "limit_hit_ratio": float(curves[LIMIT][0][slots]),
-            "shuffled_limit_hit_ratio": float(curves[LIMIT][1][slots]),
-            "cold": cold,
-            "seed": seed,
-            "kind": "simulated",
-            "trace": workload.title,
-            "trace_sha256": opened.digest,
-            "moesim_version": __version__,
-            "refused": refused.get(policy),
-        }
+    common = {
+        "scope": scope,
+        "cold": cold,
+        "seed": seed,
+        "kind": "simulated",
+        "trace": workload.title,
+        "trace_sha256": opened.digest,
+        "moesim_version": __version__,
+    }
+    rows = [
+        _row(policy, slots, found, refused, common)
         for policy in policies
         for slots in range(1, workload.meta.n_experts + 1)
     ]
     when = ", cold at every sequence" if cold else ""
+    plot.write(
+        lambda: curves(rows, f"simulated, {opened.meta.source} routing", opened.title),
+        "Hit ratio by cache size",
+    )
     title = f"Hit ratio in %, cache per {scope}{when}. {opened.title}; shuffled with seed {seed}."
     destination.deliver(rows, lambda: _table(rows, title))
 
 
-def _refused(policies: list[str]) -> dict[str, str]:
+def _workloads(trace: Trace, seed: int) -> tuple[Workload, Workload]:
+    """The trace's steps, and the same tokens in random order. A long trace lies in files of the
+    system's folder for temporary ones, which are mapped."""
+    if trace.n_rows <= IN_MEMORY:
+        workload = load_workload(trace)
+        return workload, shuffled(workload, seed)
+    with TemporaryDirectory(prefix="moesim-") as scratch:
+        for name in ("steps", "shuffled"):
+            Path(scratch, name).mkdir()
+        workload = load_workload(trace, folder=Path(scratch, "steps"))
+        return workload, shuffled(workload, seed, Path(scratch, "shuffled"))
+
+
+def _row(
+    policy: str,
+    slots: int,
+    curves: dict[str, list[NDArray[np.float64]]],
+    refused: Refusals,
+    common: dict[str, Any],
+) -> dict[str, Any]:
+    """One point of a policy's curve; ``curves`` are of the trace and of its shuffled copy."""
+    limit, shuffled_limit = (float(of[slots]) for of in curves[LIMIT])
+    known = {
+        "policy": policy,
+        "slots": slots,
+        "limit_hit_ratio": limit,
+        "shuffled_limit_hit_ratio": shuffled_limit,
+        **common,
+    }
+    if policy in refused:
+        return refused_row(COLUMNS, known, refused[policy])
+    own, shuffled_own = (float(of[slots]) for of in curves[policy])
+    return ran(empty_row(COLUMNS, known | {"hit_ratio": own, "shuffled_hit_ratio": shuffled_own}))
+
+
+def _refused(policies: list[str]) -> Refusals:
     """Of policies that have no curve, why. Raises UsageError where there is no such policy, or none
     that has one."""
-    refused = {}
+    refused: Refusals = {}
     for name in dict.fromkeys(policies):
         try:
             check_one_pass(name)
@@ -96,8 +143,8 @@ def _refused(policies: list[str]) -> dict[str, str]:
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> str:
-    refused = {row["policy"]: row["refused"] for row in rows if row["refused"]}
-    rows = [row for row in rows if not row["refused"]]
+    refused = {row["policy"]: row[REFUSED] for row in rows if row[REFUSED]}
+    rows = [row for row in rows if not row[REFUSED]]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     headings = [name for policy in [*policies, "limit"] for name in (policy, f"{policy}\nshuffled")]
     table = Table(["slots a layer"], headings, right=["slots a layer"])

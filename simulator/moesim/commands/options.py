@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, ClassVar
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import typer
 from moepolicy import policy_names
-from moepolicy.apps import Force
+from moepolicy.amounts import NoAmountError, parse_bytes
 from moepolicy.completion import among
-from moepolicy.outputs import FORMATS, Output
-from moepolicy.tables import Format
+from moepolicy.console import say
+from moeroute.options import SizeOptions, complete_precisions, complete_traces
 
 POLICY_HELP = (
-    "Policies to compare: a name (see 'moesim policies'), name:parameter=value,..., or "
-    "path/to/file.py:Class."
+    "Policies to compare: a name (see 'moesim policies'), name:parameter=value,..., "
+    "path/to/file.py:Class, or parts put together: 'lru+gate(n=2)'."
 )
 TOKENS_HELP = "Replay only this many tokens of the trace."
+ENGINE_HELP = "simpy is the reference, replay the fast loop. The results are equal."
 
 
 def scopes() -> list[str]:
@@ -26,7 +26,7 @@ def scopes() -> list[str]:
 
 
 PolicyNames = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="POLICY",
         help=POLICY_HELP,
@@ -41,36 +41,62 @@ Scope = Annotated[
         autocompletion=among(scopes),
     ),
 ]
+
+
+def slots_option(
+    how: str, default: str = "a quarter, half and three quarters of a layer's experts."
+) -> Any:
+    """--slots; ``how`` says how the experts cached per layer are given."""
+    return typer.Option(
+        help=f"Experts cached per layer{how} Default: {default}",
+        show_default=False,
+    )
+
+
+def calibration_option(which: str) -> Any:
+    """--calibration; ``which`` says what trace that is by default."""
+    return typer.Option(
+        help=f"The trace, or file of counts (SGLang, EPLB), of experts' uses for policies{which}",
+        show_default=False,
+        autocompletion=complete_traces,
+    )
+
+
+def size_option(what: str, complete: Any = None) -> Any:
+    """An option in the section of the model's sizes; ``complete`` gives the values of a shell."""
+    return typer.Option(
+        help=what,
+        show_default=False,
+        rich_help_panel=SizeOptions.panel,
+        autocompletion=complete,
+    )
+
+
+def low_option(which: str) -> Any:
+    """--low; ``which`` says what precisions there are."""
+    return size_option(
+        "A second precision of the experts, for policies that load some misses at a lower one: "
+        + which,
+        complete_precisions,
+    )
+
+
+def bytes_of(text: str | None, option: str) -> int | None:
+    """The bytes that ``option`` was given: 66.7MB, 94MiB or a number. Wrong usage for others."""
+    try:
+        return None if text is None else parse_bytes(text)
+    except NoAmountError as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Print notes about what was asked for on stderr."""
+    for note in notes:
+        say(f"note: {note}")
+
+
 Tokens = Annotated[int | None, typer.Option(help=TOKENS_HELP, show_default=False)]
 Cold = Annotated[
     bool,
     typer.Option("--cold", help="Begin every sequence with empty caches and a policy made afresh."),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """How and where results are printed."""
-
-    panel: ClassVar[str] = "Output"
-
-    format: Annotated[
-        Format | None,
-        typer.Option(
-            help="How to print the results. Default: table, or what the suffix of --out says.",
-            show_default=False,
-        ),
-    ] = None
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the results to this file. The suffix says the format: "
-            f"{', '.join(FORMATS)} (.txt: the table).",
-            show_default=False,
-        ),
-    ] = None
-    force: Force = False
-
-    def checked(self) -> Output:
-        """The file or stdout that results go to. Raises CommandError where that is not possible."""
-        return Output.checked(self.out, self.format, force=self.force)

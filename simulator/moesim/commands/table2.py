@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 from moepolicy import find_policy, policy_names
+from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
 from moeroute import open_trace
 from moeroute.options import complete_traces
 
 from moesim import __version__
-from moesim.commands.options import OutputOptions, Tokens
+from moesim.commands.options import Tokens
 from moesim.simulate import workload_for
 from moesim.table2.render import as_json, cells, text
 from moesim.table2.reproduce import find_reading, reproduce

@@ -8,6 +8,8 @@ than the cache leaves behind is nested too: its hits, then its misses in router 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,27 +21,52 @@ BELADY = 2
 BELADY_BYPASS = 3
 
 
+class Stacks(NamedTuple):
+    """What lasts from step to step: the stacks, and what is known of each key."""
+
+    stack: NDArray[np.int32]  # [n_domains, n_keys] a domain's keys, the topmost first
+    depth: NDArray[np.int64]  # [n_domains]
+    place: NDArray[np.int32]  # [n_keys] in its stack; -1: it is in none
+    priority: NDArray[np.int64]  # [n_keys]
+    wanted: NDArray[np.bool_]  # [n_keys] by the step in progress
+    hits: NDArray[np.int64]  # [n_keys + 1] requests that a cache of so many is the first to serve
+
+
+def new_stacks(n_domains: int, n_keys: int) -> Stacks:
+    """Empty caches."""
+    return Stacks(
+        stack=np.zeros((n_domains, n_keys), np.int32),
+        depth=np.zeros(n_domains, np.int64),
+        place=np.full(n_keys, -1, np.int32),
+        priority=np.zeros(n_keys, np.int64),
+        wanted=np.zeros(n_keys, np.bool_),
+        hits=np.zeros(n_keys + 1, np.int64),
+    )
+
+
+def hits_by_size(stacks: Stacks) -> NDArray[np.int64]:
+    """int64[n_keys + 1]: the hits of a cache of 0, 1, ... experts in each domain, summed."""
+    return np.cumsum(stacks.hits)
+
+
 @jit
-def hits_by_size(
+def count_hits(
+    stacks: Stacks,
     keys: NDArray[np.int32],
     next_use: NDArray[np.int64],
     offsets: NDArray[np.int64],
     domain_of: NDArray[np.int32],
-    n_domains: int,
-    n_keys: int,
+    first: int,
+    last: int,
     policy: int,
-) -> NDArray[np.int64]:
-    """int64[n_keys + 1]: the hits of a cache of 0, 1, ... experts in each domain, summed."""
+) -> None:
+    """Have the caches serve steps ``first`` to ``last`` - 1 of the trace."""
+    stack, depth, place, priority, wanted, hits = stacks
     n_steps = len(offsets) - 1
-    stack = np.zeros((n_domains, n_keys), np.int32)
-    depth = np.zeros(n_domains, np.int64)
-    place = np.full(n_keys, -1, np.int32)
-    priority = np.zeros(n_keys, np.int64)
-    wanted = np.zeros(n_keys, np.bool_)
+    n_keys = len(place)
     carried = np.zeros(n_keys, np.int32)
     renewed = np.zeros(n_keys, np.int32)
-    hits = np.zeros(n_keys + 1, np.int64)
-    for step in range(n_steps):
+    for step in range(first, last):
         d = domain_of[step]
         demand = keys[offsets[step] : offsets[step + 1]]
         for rank in range(len(demand)):
@@ -62,9 +89,6 @@ def hits_by_size(
         depth[d] = max(depth[d], n)
         for rank in range(len(demand)):
             wanted[demand[rank]] = False
-    for size in range(n_keys):
-        hits[size + 1] += hits[size]
-    return hits
 
 
 @jit

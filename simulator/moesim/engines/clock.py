@@ -41,6 +41,7 @@ class SimulatedTime:
     prompt_ns: int = 0
     stall_ns: int = 0  # compute waited for an expert, or woke up for one
     link_busy_ns: int = 0  # bytes flowed
+    gates_ns: int = 0  # later gates were asked for predictions
     segments: list[Segment] | None = None
 
     def add(self, *segment: int) -> None:
@@ -61,3 +62,4 @@ class SimulatedTime:
         self.prompt_ns += other.prompt_ns
         self.stall_ns += other.stall_ns
         self.link_busy_ns += other.link_busy_ns
+        self.gates_ns += other.gates_ns

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from moepolicy import Policy, PolicySpec
 from moepolicy.compiled import NotCompilable
+
+from moesim.engines.one_piece import Pieces
 
 
 class Engine(StrEnum):
@@ -21,30 +24,50 @@ class Engine(StrEnum):
     replay = "replay"
 
 
+PREFIX = 256
+
+
 @dataclass
 class Compilations:
     """Which policies run compiled. A command makes one and passes it to all that it simulates.
 
-    Compiling takes seconds, loading what an earlier run compiled one; the interpreted loop does
-    some ten thousand steps in each. Code is used once so many of a policy's steps were asked for.
+    The interpreted loop does some ten thousand steps a second. Compiling what serves every policy
+    takes some ten seconds, once; with that on disk, a policy's own code is one second away. Code
+    is used once so many of a policy's steps were asked for.
     """
 
     worth_compiling: int = 100_000  # steps
     worth_loading: int = 20_000
-    prefix: int = 256  # steps on which compiled code is held against its interpreted self
+    worth_one_piece: int = 50_000_000  # compile replay and policy into one piece, beside the run
+    expected: int = 0  # steps of all policies that are known to be asked for
+    coming: tuple[PolicySpec, ...] = ()  # policies that are known to be asked for
+    on_all_cores: bool = True  # where something is not compiled yet
+    shared_out: bool = False  # what is not has been shared out among the cores
+    prefix: int = PREFIX  # steps on which compiled code is held against its interpreted self
     interpreted: dict[type[Policy], str] = field(default_factory=dict)
     """The policies that do not compile, and why."""
     proven: set[tuple[Engine, type[Policy]]] = field(default_factory=set)
     """Those whose code did on a prefix what the interpreter does."""
+    pieces: Pieces = field(default_factory=Pieces)
     _asked: Counter[tuple[Engine, type[Policy]]] = field(default_factory=Counter)
 
+    @contextmanager
+    def expecting(self, n_steps: int, policies: Sequence[PolicySpec] = ()) -> Iterator[None]:
+        """Take it for known that so many steps will be asked for, of ``policies`` together."""
+        self.expected, self.coming = n_steps, tuple(policies)
+        self.shared_out = False
+        try:
+            yield
+        finally:
+            self.expected, self.coming = 0, ()
+
     def ask(self, engine: Engine, policy: PolicySpec, n_steps: int) -> int:
-        """Note that so many steps are asked for; returns how many were until now, these too."""
+        """Note that so many steps are asked for; returns how many were or are to be."""
         self._asked[engine, policy.policy] += n_steps
-        return self._asked[engine, policy.policy]
+        return max(self._asked[engine, policy.policy], self.expected)
 
     def pays(self, policy: PolicySpec, asked: int, is_compiled: Callable[[], bool]) -> bool:
-        """Whether so many steps pay for code; ``is_compiled`` says whether it lies on disk."""
+        """Whether so many steps pay for code; ``is_compiled``: all but the policy's is on disk."""
         if policy.policy in self.interpreted:
             return False
         if asked >= self.worth_compiling:

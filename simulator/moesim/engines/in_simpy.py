@@ -30,10 +30,12 @@ Process = Generator[simpy.Event, None, None]
 class Nanoseconds(simpy.Environment):
     """SimPy's clock, in whole nanoseconds."""
 
+    _now: int
+
     @property
     def now(self) -> int:
         """The simulation's time in ns."""
-        return int(self._now)
+        return self._now
 
 
 class At(simpy.Event):
@@ -121,6 +123,11 @@ class SimulatedLink:
         event._ok, event._value = True, None
         return event
 
+    def _ready(self, event: simpy.Event) -> None:
+        """The bytes of a copy can flow from this instant on."""
+        if not self._dispatching and not self._bus_busy:
+            self._dispatch(event)
+
     def _dispatch(self, _: simpy.Event) -> None:
         self._dispatching = False
         while (stream := self._free_stream()) >= 0 and (copy := self.cache.start()) is not None:
@@ -156,7 +163,7 @@ class SimulatedLink:
             SimulatedCopy(transfer.key, low, stream, self._started, demand, ready_at, pieces)
         )
         if ready_at > now:
-            At(self.env, ready_at - now, AT_COMPLETION).callbacks.append(self.kick)
+            At(self.env, ready_at - now, AT_DISPATCH).callbacks.append(self._ready)
 
     def _grant_bus(self) -> None:
         """The next piece: of demand before prefetch, of what started first."""
@@ -223,12 +230,14 @@ class Simulation:
         return self.clock
 
     def _compute(self) -> Process:
-        gate_ns = self.costs.gate_ns(slice(None)).tolist()
+        gate_ns, gates_ns = self.costs.gate_ns(slice(None)).tolist(), self.costs.gates_ns
         decode = self.workload.decode.tolist()
         layers = self.workload.layer.tolist()
         for number in range(self.n_steps):
             began = self.env.now
-            yield At(self.env, gate_ns[number], AT_COMPUTE)
+            asking_ns = gates_ns if self.cache.wants_predictions(layers[number]) else 0
+            self.clock.gates_ns += asking_ns
+            yield At(self.env, gate_ns[number] + asking_ns, AT_COMPUTE)
             self.clock.add(COMPUTE_LANE, 0, began, self.env.now, -1 - layers[number], 1)
             yield from self._expert_step(number)
             if decode[number]:
@@ -238,59 +247,63 @@ class Simulation:
 
     def _expert_step(self, number: int) -> Process:
         """Decide, compute what is here in router order, then what arrives as it arrives."""
-        cache, link, costs = self.cache, self.link, self.costs
+        cache, link, env, clock = self.cache, self.link, self.env, self.clock
         step = self.workload.step(number, detail=self._detail)
-        keys = step.experts.tolist()
-        outcome = dict(zip(keys, cache.begin(step).tolist(), strict=True))
         at = int(self.workload.offsets[number])
-        routed = dict(zip(keys, costs.routed[at : at + len(keys)].tolist(), strict=True))
-        for key, kind in outcome.items():
+        used_by = self.costs.routed[at : at + len(step.experts)]
+        decided = cache.begin(step, self.workload.rows_of(number)).tolist()
+        if cache.arrays.routing:
+            step, used_by = cache.routed()
+        keys, tokens = step.experts.tolist(), used_by.tolist()
+        for key, kind in zip(keys, decided, strict=True):
             if kind == LATE:
                 link.want(key)
         link.kick()
         link.arrived.clear()  # guesses that landed before they were wanted are plain hits now
-        joins_at = self._run_on_cpu(outcome, routed)
-        # What computes for each key that does not do it itself.
-        stand_ins = {
-            key: cache.stand_in(rank) for rank, key in enumerate(keys) if outcome[key] == SUBSTITUTE
-        }
-        ready = [key for key in keys if outcome[key] == HIT] + list(stand_ins)
-        awaited = {key for key in keys if outcome[key] in (LATE, MISS)}
+        joins_at = self._run_on_cpu(keys, decided, tokens)
+        ready = [rank for rank, kind in enumerate(decided) if kind == HIT]
+        ready += [rank for rank, kind in enumerate(decided) if kind == SUBSTITUTE]
+        awaited = {keys[rank]: rank for rank, kind in enumerate(decided) if kind in (LATE, MISS)}
         waking_ns = 0
         while ready or awaited:
-            began = self.env.now
+            began = env.now
             if not ready:
-                ready = [key for key in link.arrived if key in awaited][:1]
-                awaited.difference_update(ready)
+                first = next((key for key in link.arrived if key in awaited), None)
+                ready = [] if first is None else [awaited.pop(first)]
             if not ready:
                 yield link.arrival()
-                self.clock.stall_ns += self.env.now - began
-                waking_ns = costs.arrival_ns
+                clock.stall_ns += env.now - began
+                waking_ns = self.costs.arrival_ns
                 continue
-            key = ready.pop(0)
-            runs = stand_ins.get(key, key)
-            took = self._expert_ns[cache.is_low(runs)][routed[key]]
-            yield At(self.env, waking_ns + took, AT_COMPUTE)
-            self.clock.stall_ns += waking_ns
-            self.clock.add(COMPUTE_LANE, 0, began + waking_ns, self.env.now, runs, 1)
+            # Without prefetching no hit lies in a staging buffer, and nobody waits for its use.
+            n = 1 if cache.arrays.prefetching else len(ready)
+            ends = began + waking_ns
+            for rank in ready[:n]:
+                key = cache.substitute(rank) if decided[rank] == SUBSTITUTE else keys[rank]
+                begins, ends = ends, ends + self._expert_ns[cache.is_low(key)][tokens[rank]]
+                clock.add(COMPUTE_LANE, 0, begins, ends, key, 1)
+            yield At(env, ends - began, AT_COMPUTE)
+            clock.stall_ns += waking_ns
             waking_ns = 0
-            cache.consume(key)
+            for rank in ready[:n]:
+                cache.consume(keys[rank])
             link.kick()
-        if joins_at > self.env.now:
-            self.clock.stall_ns += joins_at - self.env.now
-            yield At(self.env, joins_at - self.env.now, AT_COMPUTE)
+            del ready[:n]
+        if joins_at > env.now:
+            clock.stall_ns += joins_at - env.now
+            yield At(env, joins_at - env.now, AT_COMPUTE)
         cache.end()
         link.kick()
 
-    def _run_on_cpu(self, outcome: dict[int, int], routed: dict[int, int]) -> int:
+    def _run_on_cpu(self, keys: list[int], decided: list[int], tokens: list[int]) -> int:
         """Share the step's CPU experts among the workers; returns when the last is done."""
+        if COMPUTE not in decided:
+            return 0
         free_at = [self.env.now] * self.costs.cpu_workers
-        joins_at = 0
-        for key, kind in outcome.items():
+        for rank, kind in enumerate(decided):
             if kind == COMPUTE:
                 worker = free_at.index(min(free_at))
                 began = free_at[worker]
-                free_at[worker] += int(self.costs.cpu_ns[routed[key]])
-                joins_at = max(joins_at, free_at[worker])
-                self.clock.add(CPU_LANE, worker, began, free_at[worker], key, 1)
-        return joins_at
+                free_at[worker] += int(self.costs.cpu_ns[tokens[rank]])
+                self.clock.add(CPU_LANE, worker, began, free_at[worker], keys[rank], 1)
+        return max(free_at)

@@ -3,6 +3,10 @@
 Plain functions over arrays and integers, compiled with numba together with the state machine and
 the policy. There is no event heap: what comes next is the end of the bus's piece, a copy whose
 bytes become ready, or compute itself. Event for event it gives SimPy's timeline.
+
+A step of one token that finds the link idle and leaves it so takes a time that depends on its kind
+alone (`moesim.engines.step_kinds`). Where no decision depends on a clock, such steps are counted by
+kind, and `moesim.engines.step_times` adds their times.
 """
 
 from __future__ import annotations
@@ -13,26 +17,42 @@ import numpy as np
 from moepolicy import machine
 from moepolicy.kinds import COMPUTE, HIT, LATE, MISS, SKIP, SUBSTITUTE
 from moepolicy.machine import begin, consume, end, finish, start
-from moepolicy.state import DEMAND, PREFETCH, RESIDENT, Cache
-from moepolicy.steps import Step
+from moepolicy.routing import RoutingBuffers, reroute
+from moepolicy.state import DEMAND, INDEX, PREFETCH, RESIDENT, Cache
+from moepolicy.steps import Step, with_demand
 from numpy.typing import NDArray
 
 from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
-from moesim.engines.replay_state import NEVER, Clocks, ReplaySteps, step_at
+from moesim.engines.replay_host import host_has
+from moesim.engines.replay_state import (
+    NEVER,
+    Clocks,
+    ReplaySteps,
+    rows_at,
+    step_at,
+)
+from moesim.engines.step_kinds import BITS, BYPASSED, INTO_EMPTIED, INTO_FREE
 from moesim.machine.costs import Costs
+from moesim.workload.details import Details
 
 DONE = -1  # an expert's outcome once it is computed
+STUCK = "the simulated machine is stuck: nothing will arrive"
 
 
-def unreachable(cache: Cache, costs: Costs, clocks: Clocks) -> frozenset[Any]:
-    """The functions that a run with these features will not come to."""
+def unreachable(cache: Cache, costs: Costs, clocks: Clocks, *, all_counted: bool) -> frozenset[Any]:
+    """The functions that a run with these features will not come to. ``all_counted``: the kinds of
+    all steps are, where any are."""
     without: set[Any] = set()
+    if clocks.counted_width < 0:
+        without.add(_copy_at_once)
+    elif all_counted:
+        without |= {_advance, _compute, _run_on_cpu}
     if not len(clocks.segments):
         without.add(_draw)
     if not costs.cpu_workers:
         without.add(_run_on_cpu)
     if not costs.read_ns:
-        without.add(_host_has)
+        without.add(host_has)
     if not cache.prefetching:
         without.add(_want)
     if not cache.choosing:
@@ -47,42 +67,79 @@ def replay(
     costs: Costs,
     clocks: Clocks,
     steps: tuple[int, int],
-    logits: NDArray[np.float32],
-    predicted: NDArray[np.float32],
+    details: Details,
+    routing: RoutingBuffers,
     outcome: NDArray[np.int8],
 ) -> None:
-    """Steps first to one before last. ``logits`` and ``predicted`` hold a row for each of them,
-    or have none where no policy looks; ``outcome`` is scratch of n_experts entries."""
+    """Steps first to one before last, of which ``details`` are; ``outcome`` is scratch of
+    n_experts entries, ``routing`` that of a policy that routes."""
     for number in range(steps[0], steps[1]):
         began = clocks.now[0]
-        until_gate = costs.layer_ns[costs.tokens[number]]
+        first, last = work.offsets[number], work.offsets[number + 1]
+        tokens = costs.tokens[number] & INDEX
+        until_gate = costs.layer_ns[tokens]
         if costs.begins_pass[number]:
             until_gate += costs.pass_ns
-        _advance(cache, policy, costs, clocks, began + until_gate)
         layer = work.layer[number]
+        if cache.asks[layer]:
+            until_gate += costs.gates_ns
+            clocks.gates_ns[0] += costs.gates_ns
+        counted = tokens == 1 and last - first == clocks.counted_width
+        if counted:
+            clocks.now[0] += until_gate
+        else:
+            _advance(cache, policy, costs, clocks, began + until_gate)
         _draw(clocks, COMPUTE_LANE, 0, began, clocks.now[0], -1 - layer, 1)
-        backlog = cache.backlog[0]
-        step = step_at(work, number, number - steps[0], logits, predicted, backlog)
-        _expert_step(cache, policy, costs, clocks, step, work.offsets[number], outcome)
+        step = step_at(cache, work, number, number - steps[0], details)
+        used_by = costs.routed[first:last]
+        if cache.routing:
+            rows = rows_at(number - steps[0], details)
+            n = reroute(cache, policy, step, rows, routing)
+            step = with_demand(step, routing.keys[:n], routing.weights[:n], step.logits)
+            used_by = routing.used_by[:n]
+        begin(cache, policy, step, outcome)
+        if counted:
+            kind = _copy_at_once(cache, policy)
+            clocks.kinds[int(work.decode[number]), kind] += 1
+        else:
+            _compute(cache, policy, costs, clocks, step, used_by, outcome)
+        end(cache, policy)
         if work.decode[number]:
             clocks.decode_ns[0] += clocks.now[0] - began
         else:
             clocks.prompt_ns[0] += clocks.now[0] - began
 
 
-def _expert_step(
+def _copy_at_once(cache: Cache, policy: Any) -> int:
+    """Let each copy of a step arrive, and its expert be computed, before the next one starts, which
+    decides nothing else than any other clock does; returns the step's kind."""
+    kind = shift = 0
+    while cache.backlog[0]:
+        key = start(cache, policy)
+        if key < 0:
+            raise RuntimeError(STUCK)
+        came = INTO_EMPTIED if cache.evicted[0] >= 0 else INTO_FREE
+        if cache.transient[key]:
+            came = BYPASSED
+        finish(cache, policy, key)
+        consume(cache, key)
+        kind |= came << shift
+        shift += BITS
+    return kind
+
+
+def _compute(
     cache: Cache,
     policy: Any,
     costs: Costs,
     clocks: Clocks,
     step: Step,
-    at: int,
+    used_by: NDArray[np.int32],
     outcome: NDArray[np.int8],
 ) -> None:
-    """Decide, compute what is here in router order, then what arrives as it arrives."""
-    begin(cache, policy, step, outcome)
+    """Compute what of the step is here in router order, then what arrives as it arrives."""
     n = len(step.experts)
-    joins_at = _run_on_cpu(costs, clocks, step, at, outcome)
+    joins_at = _run_on_cpu(costs, clocks, step, used_by, outcome)
     remaining = n
     for rank in range(n):
         if outcome[rank] == LATE:
@@ -100,11 +157,11 @@ def _expert_step(
         runs = -1
         if rank >= 0:
             runs = step.experts[rank]
-            until = began + waking_ns + costs.expert_ns[costs.routed[at + rank]]
+            until = began + waking_ns + costs.expert_ns[used_by[rank]]
             if cache.choosing:
                 runs = _runs(cache, runs, rank, outcome)
                 if cache.is_low[runs]:
-                    until = began + waking_ns + costs.low_expert_ns[costs.routed[at + rank]]
+                    until = began + waking_ns + costs.low_expert_ns[used_by[rank]]
         else:
             until = NEVER if remaining > 0 else joins_at
         _advance(cache, policy, costs, clocks, until)
@@ -118,16 +175,19 @@ def _expert_step(
             consume(cache, step.experts[rank])
             outcome[rank] = DONE
             remaining -= 1
-    end(cache, policy)
 
 
 def _runs(cache: Cache, key: int, rank: int, outcome: NDArray[np.int8]) -> int:
-    """What computes for the step's ``rank``-th expert, ``key``: itself, or its stand-in."""
-    return int(cache.stand_ins[rank]) if outcome[rank] == SUBSTITUTE else key
+    """What computes for the step's ``rank``-th expert, ``key``: itself, or its substitute."""
+    return int(cache.substitutes[rank]) if outcome[rank] == SUBSTITUTE else key
 
 
 def _run_on_cpu(
-    costs: Costs, clocks: Clocks, step: Step, at: int, outcome: NDArray[np.int8]
+    costs: Costs,
+    clocks: Clocks,
+    step: Step,
+    used_by: NDArray[np.int32],
+    outcome: NDArray[np.int8],
 ) -> int:
     """Share the step's CPU experts among the workers; returns when the last is done."""
     free_at = clocks.cpu_free_at
@@ -141,14 +201,14 @@ def _run_on_cpu(
                 if free_at[other] < free_at[worker]:
                     worker = other
             began = free_at[worker]
-            free_at[worker] = began + costs.cpu_ns[costs.routed[at + rank]]
+            free_at[worker] = began + costs.cpu_ns[used_by[rank]]
             joins_at = max(joins_at, free_at[worker])
             _draw(clocks, CPU_LANE, worker, began, free_at[worker], step.experts[rank], 1)
     return joins_at
 
 
 def _first_ready(cache: Cache, clocks: Clocks, step: Step, outcome: NDArray[np.int8]) -> int:
-    """After the hits: the first rank that has a stand-in, then that of the awaited expert which
+    """After the hits: the first rank that has a substitute, then that of the awaited expert which
     arrived first; -1 while none has."""
     first = -1
     for rank in range(len(step.experts)):
@@ -173,7 +233,7 @@ def _advance(cache: Cache, policy: Any, costs: Costs, clocks: Clocks, until: int
             _dispatch(cache, policy, costs, clocks)
         upcoming = min(until, _next_event(clocks))
         if upcoming == NEVER:
-            raise RuntimeError("the simulated machine is stuck: nothing will arrive")
+            raise RuntimeError(STUCK)
         clocks.now[0] = upcoming
         _complete(cache, policy, costs, clocks)
         if until == NEVER and clocks.arrived[0] > arrived:
@@ -197,7 +257,13 @@ def _complete(cache: Cache, policy: Any, costs: Costs, clocks: Clocks) -> None:
     clocks.bus_until[0] = NEVER
     stream = clocks.bus_copy[0]
     clocks.pieces[stream] -= 1
-    if clocks.pieces[stream] == 0:
+    if clocks.pieces[stream] > 0:
+        return
+    clocks.crossings[stream] -= 1
+    if clocks.crossings[stream] > 0:
+        low = clocks.copy_is_low[stream]
+        clocks.pieces[stream] = costs.low_pieces if low else costs.n_pieces
+    else:
         key = clocks.copy_key[stream]
         clocks.copy_key[stream] = -1
         clocks.n_copies[0] -= 1
@@ -243,7 +309,7 @@ def _start_copy(cache: Cache, costs: Costs, clocks: Clocks, key: int, stream: in
     ready_at = clocks.now[0]
     if not costs.back_to_back or clocks.followed_at[stream] != clocks.now[0]:
         ready_at += costs.latency_ns
-    if costs.read_ns and not _host_has(costs, clocks, key, low):
+    if costs.read_ns and not host_has(costs, clocks, key, low):
         begins = max(clocks.now[0], clocks.disk_free_at[0])
         clocks.disk_free_at[0] = begins + (costs.low_read_ns if low else costs.read_ns)
         ready_at = clocks.disk_free_at[0] + costs.latency_ns
@@ -255,39 +321,9 @@ def _start_copy(cache: Cache, costs: Costs, clocks: Clocks, key: int, stream: in
     clocks.copy_is_demand[stream] = demand
     clocks.ready_at[stream] = ready_at
     twice = costs.write_back and cache.evicted[0] >= 0
-    n_pieces = costs.low_pieces if low else costs.n_pieces
-    clocks.pieces[stream] = n_pieces * 2 if twice else n_pieces
+    clocks.pieces[stream] = costs.low_pieces if low else costs.n_pieces
+    clocks.crossings[stream] = 2 if twice else 1
     clocks.copy_is_low[stream] = low
-
-
-def _host_has(costs: Costs, clocks: Clocks, key: int, low: int) -> bool:
-    """Whether the host's cache has the record; it does afterwards, if there is room for it."""
-    record = key + low * len(clocks.arrival)
-    n_bytes = costs.low_bytes if low else costs.expert_bytes
-    hit = bool(clocks.host_newer[record] >= 0)
-    if hit:
-        _host_drop(costs, clocks, record)
-    if n_bytes > costs.host_bytes:
-        return hit
-    ring = len(clocks.host_newer) - 1
-    newest = clocks.host_older[ring]
-    clocks.host_older[record] = newest
-    clocks.host_newer[record] = ring
-    clocks.host_newer[newest] = record
-    clocks.host_older[ring] = record
-    clocks.host_bytes[0] += n_bytes
-    while clocks.host_bytes[0] > costs.host_bytes:
-        _host_drop(costs, clocks, clocks.host_newer[ring])
-    return hit
-
-
-def _host_drop(costs: Costs, clocks: Clocks, record: int) -> None:
-    older, newer = clocks.host_older[record], clocks.host_newer[record]
-    clocks.host_newer[older] = newer
-    clocks.host_older[newer] = older
-    clocks.host_newer[record] = -1
-    low = record >= len(clocks.arrival)
-    clocks.host_bytes[0] -= costs.low_bytes if low else costs.expert_bytes
 
 
 def _want(clocks: Clocks, key: int) -> None:
@@ -314,7 +350,12 @@ def _grant_bus(costs: Costs, clocks: Clocks) -> None:
         return
     low = clocks.copy_is_low[chosen]
     took = costs.low_last_piece_ns if low else costs.last_piece_ns
-    if (clocks.pieces[chosen] - 1) % (costs.low_pieces if low else costs.n_pieces) != 0:
+    if _undisturbed(clocks, chosen):
+        whole = took + costs.piece_ns * ((costs.low_pieces if low else costs.n_pieces) - 1)
+        took += costs.piece_ns * (clocks.pieces[chosen] - 1)
+        took += whole * (clocks.crossings[chosen] - 1)
+        clocks.pieces[chosen] = clocks.crossings[chosen] = 1
+    elif clocks.pieces[chosen] > 1:
         took = costs.piece_ns
     clocks.bus_until[0] = clocks.now[0] + took
     clocks.bus_copy[0] = chosen
@@ -328,6 +369,18 @@ def _grant_bus(costs: Costs, clocks: Clocks) -> None:
         clocks.copy_key[chosen],
         clocks.copy_is_demand[chosen],
     )
+
+
+def _undisturbed(clocks: Clocks, chosen: int) -> bool:
+    """Whether nothing can come between the pieces of a copy: what is wanted goes first, and of that
+    what started first. A timeline shows them one by one."""
+    if len(clocks.segments) or not clocks.copy_is_demand[chosen]:
+        return False
+    for stream in range(len(clocks.copy_key)):
+        earlier = clocks.copy_number[stream] < clocks.copy_number[chosen]
+        if clocks.copy_key[stream] >= 0 and earlier:
+            return False
+    return True
 
 
 def _draw(

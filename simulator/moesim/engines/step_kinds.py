@@ -1,7 +1,7 @@
-"""Kinds of step: how a step came by each of its experts.
+"""Kinds of step: how each expert came that a step missed.
 
-Two bits a rank, above the lowest bit, which says if a pass begins; 0: the expert was there.
-`moesim.engines.onepass_kernel` finds the kinds, `moesim.engines.onepass` times one of each.
+Two bits an expert, that of the copy that started first lowest. Without any, every expert was there.
+`moesim.engines.replay` counts the kinds, `moesim.engines.step_times` says what one of each takes.
 """
 
 from __future__ import annotations
@@ -9,3 +9,5 @@ from __future__ import annotations
 INTO_FREE = 1
 INTO_EMPTIED = 2
 BYPASSED = 3
+
+BITS = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.limits.loads import min_loads
+from moesim.limits.loads import Shares, min_loads
 from moesim.limits.time import min_time_ns
 from moesim.machine.costs import Sizes
 from moesim.machine.profile import NS_PER_S, Machine
@@ -37,9 +37,10 @@ def limits_of(
     *,
     buffers: int = 0,
     cold: bool = False,
+    shares: Shares = None,
 ) -> Limits:
     """The limits of `min_loads` and `min_time_ns`, which say what they hold for; without ``sizes``
-    those of the loads alone."""
+    those of the loads alone. ``shares``: the slots of each layer where they are not equal."""
     tokens_per_s = None
     if sizes is not None:
         least_ns = min_time_ns(
@@ -51,12 +52,13 @@ def limits_of(
             buffers=buffers,
             cold=cold,
             decoding=workload.n_decoded > 0,
+            shares=shares,
         )
         tokens = workload.n_decoded or workload.n_prompt
         tokens_per_s = tokens * NS_PER_S / least_ns if least_ns else float("inf")
     return Limits(
-        loads=min_loads(workload, slots, scope, cold=cold),
-        loads_kept=min_loads(workload, slots, scope, bypass=False, cold=cold),
+        loads=min_loads(workload, slots, scope, cold=cold, shares=shares),
+        loads_kept=min_loads(workload, slots, scope, bypass=False, cold=cold, shares=shares),
         tokens_per_s=tokens_per_s,
         buffers=buffers,
     )

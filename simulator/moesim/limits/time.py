@@ -1,14 +1,14 @@
-"""The least time a trace can take on a machine, whatever is fetched when, knowing the future.
+"""The least time that a trace can take on a machine, for a policy that knows the future.
 
-Cut a run at any step boundaries. Between two of them compute does its work one thing after the
-other. And when the gate of the window's first step speaks, the slots hold only so much, arrived
-or under way; whatever else the window's steps need crosses the link whole after that, and is then
-computed. However well the slots were filled beforehand, those are at least the loads of a
-clairvoyant cache that began with the best content. So a window lasts as long as the busier of
-compute, link and disk, and the run as long as the windows of any cut together.
+The steps are cut into windows. In each window compute does its work one thing after the other. When
+the gate of a window's first step has chosen, the slots hold only a limited number of experts,
+arrived or under way. Every other expert that the window needs crosses the link afterwards and is
+computed afterwards. There are at least as many of these loads as a clairvoyant cache needs that
+begins with the best content. So a window lasts as long as the busiest of compute, link and disk,
+and the run lasts at least as long as the windows of any cut together.
 
-The cut that gives most is found among windows that start at every unit (a token) and end up to
-32 units on, the same in strides of 8 units, and longer ones that double.
+The best cut is sought among windows that start at every unit (a token) and end up to 32 units
+later, the same windows in strides of 8 units, and longer windows that double.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from moesim.limits.loads import domains, remembered, windows
+from moesim.limits.loads import Shares, domains, remembered, windows
 from moesim.machine.costs import Costs, Sizes, costs_of
 from moesim.machine.profile import Machine
 from moesim.workload.steps import Workload
@@ -35,7 +35,7 @@ Counts = NDArray[np.int64]
 
 
 class _Work(NamedTuple):
-    """What compute has to do in each of some stretches of the run, windows or single steps."""
+    """The compute of each of some stretches of the run: windows or single steps."""
 
     compute_ns: Counts
     requests: Counts
@@ -75,29 +75,41 @@ def min_time_ns(
     buffers: int = 0,
     cold: bool = False,
     decoding: bool = False,
+    shares: Shares = None,
 ) -> int:
     """The least ns in which ``machine`` can serve ``workload`` from caches that start empty.
 
-    No policy beats it that computes what the router chose, at one precision. ``buffers``: how
-    many staging buffers may keep prefetched experts besides the ``slots`` a layer; 0 where
-    prefetches go to slots. Where the machine has CPU workers, any expert may be computed there.
-    Of a link that writes victims back only the way in is counted. ``cold``: the caches start
-    empty, and the link idle, with every sequence. ``decoding``: only the time spent on decoded
-    tokens, whatever their prompts take.
+    The limit holds for every policy that computes what the router chose, at one precision.
+    ``buffers`` is the number of staging buffers that may keep prefetched experts in addition to the
+    ``slots`` a layer (with ``shares``: to ``shares[l]`` of layer l); 0 where prefetches go to
+    slots. Where the machine has CPU workers, any expert may be computed there. Of a link that
+    writes victims back only the way in is counted. ``cold``: the caches start empty, and the link
+    idle, with every sequence. ``decoding``: only the time spent on decoded tokens is counted, not
+    that of their prompts.
     """
     if cold:
         return sum(
-            min_time_ns(part, machine, sizes, slots, scope, buffers=buffers, decoding=decoding)
+            min_time_ns(
+                part,
+                machine,
+                sizes,
+                slots,
+                scope,
+                buffers=buffers,
+                decoding=decoding,
+                shares=shares,
+            )
             for part in workload.sequences()
         )
     from moesim.limits.belady_kernel import longest_path
 
     costs = costs_of(workload, machine, sizes, predicting=False)
-    _, n_domains, capacity = domains(workload, slots, scope)
-    host = costs.host_experts + n_domains * capacity
-    loads = net_loads(workload, capacity, scope == "layer")
-    reads = net_loads(workload, host, False) if costs.read_ns else loads
-    work, single = _units(workload, costs, capacity, host, buffers, decoding=decoding)
+    domain_of, capacity = domains(workload, slots, scope, shares)
+    host = costs.host_experts + int(capacity.sum())
+    loads = net_loads(workload, tuple(capacity.tolist()))
+    reads = net_loads(workload, (host,)) if costs.read_ns else loads
+    caches = domain_of, capacity
+    work, single = _units(workload, costs, caches, host, buffers, decoding=decoding)
     bounds = []
     for (stride, count), copies, fetched in zip(_scales(workload), loads, reads, strict=True):
         window = work.merged(stride).growing(count)
@@ -122,17 +134,19 @@ def _scales(workload: Workload) -> list[tuple[int, int]]:
 
 
 @remembered
-def net_loads(workload: Workload, capacity: int, per_layer: bool) -> list[NDArray[np.int32]]:
+def net_loads(workload: Workload, capacity: tuple[int, ...]) -> list[NDArray[np.int32]]:
     """The fewest loads of each window, an array [starts, count] for each of the scales.
 
-    Windows at the start of the run begin with empty caches, the others with the best content.
+    ``capacity`` is the slots of each layer, or of the one cache of all layers. Windows at the start
+    of the run begin with empty caches, the others with the best content.
     """
     n_layers = workload.meta.n_layers
-    domain_of = workload.layer if per_layer else np.zeros(workload.n_steps, np.int32)
-    n_domains = n_layers if per_layer else 1
+    shared = len(capacity) == 1
+    domain_of = np.zeros(workload.n_steps, np.int32) if shared else workload.layer
+    held = np.array(capacity, np.int64)
     found = []
     for stride, count in _scales(workload):
-        counted = windows(workload, domain_of, n_domains, capacity, stride * n_layers, count=count)
+        counted = windows(workload, domain_of, held, stride * n_layers, count=count)
         net = counted[:, :, 0] - counted[:, :, 1]
         net[0] = counted[0, :, 0]
         found.append(net.astype(np.int32))
@@ -140,10 +154,18 @@ def net_loads(workload: Workload, capacity: int, per_layer: bool) -> list[NDArra
 
 
 def _units(
-    workload: Workload, costs: Costs, capacity: int, host: int, buffers: int, *, decoding: bool
+    workload: Workload,
+    costs: Costs,
+    caches: tuple[NDArray[np.int32], Counts],
+    host: int,
+    buffers: int,
+    *,
+    decoding: bool,
 ) -> tuple[_Work, Counts]:
-    """What each unit (as many steps as layers) has to do, and the least time of its single
-    steps together: of a prompt's step wider than the cache, say."""
+    """The work of each unit (as many steps as the model has layers), and the least time of the
+    unit's single steps together, which is longer where a prompt's step is wider than its cache.
+    ``caches`` are as `domains` gives them."""
+    domain_of, capacity = caches
     unit = workload.meta.n_layers
     block = unit * max(1, BLOCK_STEPS // unit)
     parts, sums = [], []
@@ -158,7 +180,8 @@ def _units(
             (~workload.decode[first : first + len(at)]).astype(np.int64),
             np.maximum.reduceat(expert_ns, at),
         )
-        loads, reads = np.maximum(width - capacity, 0), np.maximum(width - host, 0)
+        here = capacity[domain_of[first : first + len(at)]]
+        loads, reads = np.maximum(width - here, 0), np.maximum(width - host, 0)
         if first == 0:
             loads[0] = reads[0] = width[0]
         least = _bound(steps, leads, loads, reads, costs, buffers, cold=first == 0)
@@ -181,16 +204,17 @@ def _bound(
     *,
     cold: bool,
 ) -> Counts:
-    """The least ns of each window on its own. ``leads`` is how long its first gate takes to
-    speak; ``cold``: the first are the start of the run, when nothing has been prefetched."""
+    """The least ns of each window on its own. ``leads`` is the time until the window's first gate
+    has chosen; ``cold``: the first windows are the start of the run, before any prefetch."""
     kept = np.full(loads.shape, buffers)
     if cold:
         kept[0] = 0
     around = leads + costs.expert_ns.min()  # what arrives last is computed afterwards
     copies, fetched = np.maximum(loads - kept, 0), np.maximum(reads - kept, 0)
 
-    def beside(on_cpu: Counts) -> Counts:
-        """Compute, link and disk, when ``on_cpu`` of the requests are computed elsewhere."""
+    def rest_ns(on_cpu: Counts) -> Counts:
+        """Ns of the busiest of compute, link and disk, when the CPU computes ``on_cpu`` of the
+        requests."""
         copied = np.maximum(copies - on_cpu, 0)
         busy = _link_ns(copied, costs)
         if costs.read_ns:
@@ -199,13 +223,13 @@ def _bound(
         return np.maximum(work.compute_ns - on_cpu * work.longest_ns, busy)
 
     if not costs.cpu_workers:
-        return beside(np.zeros_like(copies))
+        return rest_ns(np.zeros_like(copies))
     fastest_ns = int(costs.cpu_ns.min())
-    return _balanced(beside, lambda n: -(-n * fastest_ns // costs.cpu_workers), work.requests)
+    return _balanced(rest_ns, lambda n: -(-n * fastest_ns // costs.cpu_workers), work.requests)
 
 
 def _link_ns(copies: Counts, costs: Costs) -> Counts:
-    """From the moment the first of ``copies`` starts until the last has arrived."""
+    """From the start of the first of ``copies`` until the last has arrived."""
     bus_ns = (costs.n_pieces - 1) * costs.piece_ns + costs.last_piece_ns
     if costs.back_to_back:  # even the first may have waited for its stream
         return copies * bus_ns
@@ -215,25 +239,25 @@ def _link_ns(copies: Counts, costs: Costs) -> Counts:
 
 
 def _disk_ns(reads: Counts, costs: Costs) -> Counts:
-    """The same, of copies that are read from the disk first, one at a time."""
+    """The same for copies that are read from the disk first, one at a time."""
     return np.where(reads > 0, reads * costs.read_ns + _link_ns(np.ones_like(reads), costs), 0)
 
 
 def _balanced(
-    beside: Callable[[Counts], Counts], cpu_ns: Callable[[Counts], Counts], requests: Counts
+    rest_ns: Callable[[Counts], Counts], cpu_ns: Callable[[Counts], Counts], requests: Counts
 ) -> Counts:
     """The least over every share of the requests that CPU workers might take.
 
-    More on the CPU is never more for the rest, so the least lies where the two meet: at the
-    first share at which the CPU takes as long as the rest, or at the one before it.
+    With a larger share on the CPU the rest never takes longer. So the least is at the first share
+    for which the CPU takes at least as long as the rest, or at the share before that one.
     """
     low, high = np.zeros_like(requests), requests.copy()
     while np.any(low < high):
         middle = (low + high) // 2
-        enough = cpu_ns(middle) >= beside(middle)
+        enough = cpu_ns(middle) >= rest_ns(middle)
         high = np.where(enough, middle, high)
         low = np.where(enough, low, np.minimum(middle + 1, high))
     before = np.maximum(low - 1, 0)
     return np.minimum(
-        np.maximum(cpu_ns(low), beside(low)), np.maximum(cpu_ns(before), beside(before))
+        np.maximum(cpu_ns(low), rest_ns(low)), np.maximum(cpu_ns(before), rest_ns(before))
     )

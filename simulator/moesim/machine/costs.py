@@ -1,4 +1,4 @@
-"""What each thing a simulated machine does takes, in whole nanoseconds, for one workload."""
+"""The times of a simulated machine, in whole nanoseconds, for one workload."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LONGEST_NS = 100 * YEAR_NS  # a run's; 64 bits hold 292 years
 class Sizes:
     """Bytes and parameters that the machine's rates apply to.
 
-    Of dense weights whose bytes are None, unknown, the reading cannot be charged: `uncharged` says
-    so, and whoever prints a time says it beside it.
+    Where the bytes of dense weights are None, unknown, the time to read them cannot be charged.
+    `uncharged` names these parts; whoever prints a time must name them next to the time.
     """
 
     expert_bytes: int
@@ -40,12 +40,12 @@ class Sizes:
 
 
 class Costs(NamedTuple):
-    """Durations for every engine; a named tuple of arrays and integers, as compiled code takes it.
+    """Durations for every engine: a named tuple of arrays and integers, which compiled code takes.
 
-    An expert crosses the link in ``n_pieces`` pieces, of which the last may be shorter. A copy
-    that returns its victim first (``write_back``) has twice as many: what it returns is taken to
-    be as big as what it brings. The entries in ``low_`` are those of a copy of the lower
-    precision, where there are any; all but its last piece take ``piece_ns`` too.
+    An expert crosses the link in ``n_pieces`` pieces, of which the last may be shorter. A copy that
+    returns its victim first (``write_back``) has twice as many: the victim is taken to be as big as
+    the expert. The entries in ``low_`` are those of a copy of the lower precision, where there are
+    any; all but the last piece of such a copy take ``piece_ns`` too.
     """
 
     tokens: NDArray[np.int32]  # [steps] the workload's own
@@ -53,6 +53,9 @@ class Costs(NamedTuple):
     begins_pass: NDArray[np.bool_]  # [steps]
     pass_ns: int  # of a forward pass outside its layers
     layer_ns: NDArray[np.int64]  # [tokens of a step] up to the gate's choice
+    gates_ns: (
+        int  # more where the later gates are asked; 0 under a policy that reads no predictions
+    )
     expert_ns: NDArray[np.int64]  # [tokens routed to a key] on the compute stream
     cpu_ns: NDArray[np.int64]  # [tokens routed to a key] on a CPU worker
     arrival_ns: int  # from the arrival of an expert that compute stood still for to its compute
@@ -80,7 +83,7 @@ class Costs(NamedTuple):
         return self.host_bytes // self.expert_bytes
 
     def gate_ns(self, steps: slice) -> NDArray[np.int64]:
-        """[steps] until the gate's choice is known, the pass's share included."""
+        """[steps] until the gate's choice is known, the pass's share included, later gates not."""
         found: NDArray[np.int64] = self.layer_ns[self.tokens[steps]]
         found[self.begins_pass[steps]] += self.pass_ns
         return found
@@ -91,8 +94,15 @@ class Costs(NamedTuple):
         return found
 
 
-def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: bool) -> Costs:
-    """The durations of ``workload`` on ``machine``. SimulationError where they make no sense."""
+def costs_of(
+    workload: Workload, machine: Machine, sizes: Sizes, *, predicting: bool, routing: bool = False
+) -> Costs:
+    """The durations of ``workload`` on ``machine``. Raises SimulationError where they make no
+    sense.
+
+    ``predicting``: later layers' gates are asked, unless the policy declines. ``routing``: a policy
+    may send any tokens of a step to an expert.
+    """
     chunk = machine.link.chunk_bytes
     if chunk > sizes.expert_bytes:
         raise SimulationError(
@@ -104,16 +114,18 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
     low_bytes = sizes.low_bytes or sizes.expert_bytes
     low_pieces, low_last = _cut(low_bytes, chunk)
     # Tables by the number of tokens, not a duration a step: a workload can have 10^8 of them.
-    tokens, routed = (_counts(*extent) for extent in workload.extent)
+    of_step, of_key = workload.extent
+    tokens, routed = _counts(*of_step), _counts(*((1, of_step[1]) if routing else of_key))
     expert = sizes.expert_bytes, sizes.expert_params
     low = low_bytes, sizes.expert_params
     layer_bytes, token_bytes = sizes.layer_bytes or 0, sizes.token_bytes or 0
-    layer_ns = [machine.layer_ns(n, layer_bytes, predicting=predicting) for n in tokens]
+    layer_ns = [machine.layer_ns(n, layer_bytes) for n in tokens]
+    gates_ns = machine.gates_ns if predicting else 0
     expert_ns = [machine.expert_ns(n, *expert) for n in routed]
     cpu_ns = [machine.cpu_expert_ns(n, *expert) for n in routed]
     copy_ns = machine.latency_ns + machine.read_ns(sizes.expert_bytes) + machine.arrival_ns
     copy_ns += 2 * n_pieces * machine.copy_ns(chunk or sizes.expert_bytes)
-    step_ns = max(layer_ns) + machine.pass_ns(token_bytes)
+    step_ns = max(layer_ns) + gates_ns + machine.pass_ns(token_bytes)
     most_ns = len(workload.keys) * (copy_ns + max(expert_ns) + max(cpu_ns))
     if most_ns + workload.n_steps * step_ns > LONGEST_NS:
         raise SimulationError(
@@ -126,6 +138,7 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
         begins_pass=workload.begins_pass,
         pass_ns=machine.pass_ns(token_bytes),
         layer_ns=np.array(layer_ns, np.int64),
+        gates_ns=gates_ns,
         expert_ns=np.array(expert_ns, np.int64),
         cpu_ns=np.array(cpu_ns, np.int64),
         arrival_ns=machine.arrival_ns,
@@ -150,12 +163,12 @@ def costs_of(workload: Workload, machine: Machine, sizes: Sizes, *, predicting: 
 
 
 def _cut(n_bytes: int, chunk_bytes: int) -> tuple[int, int]:
-    """The pieces that so many bytes travel in, and the bytes of the last."""
+    """The number of pieces of a copy of so many bytes, and the bytes of the last piece."""
     n_pieces = -(-n_bytes // chunk_bytes) if chunk_bytes else 1
     return n_pieces, n_bytes - (n_pieces - 1) * chunk_bytes
 
 
 def _counts(least: int, most: int) -> list[int]:
-    """0, 1, 2 ... to ``most``; ``least`` stands for those below it, so that no table has an entry
-    that no step can take."""
+    """0, 1, 2 ... to ``most``; numbers below ``least`` are replaced by ``least``, since no step can
+    take fewer."""
     return [max(least, n) for n in range(most + 1)]

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from moepolicy.console import nearest
+from moeroute.jsontext import parse_toml
 
 from moesim.errors import SimulationError, UsageError
 
 SHIPPED = Path(__file__).parents[1] / "machines"
 SOURCES = ("measured", "published")
+PLACES = ("host", "disk")  # that the link may fetch experts from
+ORIGINS = ("datasheet", "derived", "measured", "assumed")
 NS_PER_S = 1_000_000_000
 DEFAULT_MACHINE = "rtx3060"  # where a command or function is told of none
 
@@ -33,20 +37,20 @@ class LinkProfile:
     stream to be free has no latency: its command is there when the last one ends.
     """
 
-    bytes_per_s: float
+    bytes_per_s: float  # once bytes flow
     latency_s: float = 0.0  # of each transfer, before its bytes flow
-    streams: int = 1
+    streams: int = 1  # copies under way at once, 1 to 3
     chunk_bytes: int = 0  # 0: an expert travels whole
-    write_back: bool = False
-    back_to_back: bool = False
+    write_back: bool = False  # a copy that evicts first sends its victim back
+    back_to_back: bool = False  # a copy that waited for its stream has no latency
 
 
 @dataclass(frozen=True)
 class Disk:
     """A stage before the link, one read at a time, with a cache of experts in host memory (LRU)."""
 
-    bytes_per_s: float
-    latency_s: float = 0.0
+    bytes_per_s: float  # once bytes flow
+    latency_s: float = 0.0  # of each read
     host_bytes: int = 0  # of the host's cache
 
 
@@ -54,11 +58,11 @@ class Disk:
 class Cpu:
     """Workers that compute missing experts on the CPU, while the compute stream goes on."""
 
-    workers: int
-    expert_s: float = 0.0
-    expert_token_s: float = 0.0
+    workers: int  # experts that are computed at once
+    expert_s: float = 0.0  # an expert call
+    expert_token_s: float = 0.0  # each further token in it
     memory_bytes_per_s: float = math.inf  # of each worker
-    flops_per_s: float = math.inf
+    flops_per_s: float = math.inf  # of each worker
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Compute:
     layer_s: float = 0.0  # a layer outside its experts: attention, norms, gate, launches
     layer_token_s: float = 0.0  # each further token of a batch, in such a layer
     gate_sync_s: float = 0.0  # a layer: bringing the gate's choice to the host
-    prefetch_s: float = 0.0  # a layer, under a policy that predicts: the speculative gates
+    prefetch_s: float = 0.0  # a layer whose later gates are asked for predictions
     arrival_s: float = 0.0  # an expert that compute stood still for: waking up when it is there
     expert_s: float = 0.0  # an expert call
     expert_token_s: float = 0.0  # each further token in it
@@ -85,6 +89,11 @@ class Machine:
     source  "measured" or "published": where the constants are from
     disk    a stage before the link; None: the experts are in host memory
     cpu     None: no policy may compute on CPU workers
+    memory_bytes  of the device that computes; None: unknown
+    experts_in  where the link fetches experts from: "host", or "disk" where the device computes in
+             the host's memory
+    sources  where each entry is from, by its name ("link.bytes_per_s"): "datasheet: ...",
+             "derived: ...", "measured: ..." or "assumed: ..."
     """
 
     name: str
@@ -94,6 +103,24 @@ class Machine:
     compute: Compute
     disk: Disk | None = None
     cpu: Cpu | None = None
+    memory_bytes: int | None = None
+    experts_in: str = "host"
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
+
+    def row(self) -> dict[str, Any]:
+        """All constants under names such as link_bytes_per_s; None in a part that is not there."""
+        found: dict[str, Any] = {
+            "machine": self.name,
+            "source": self.source,
+            "description": self.description,
+            "memory_bytes": self.memory_bytes,
+            "experts_in": self.experts_in,
+        }
+        parts = {"link": LinkProfile, "compute": Compute, "disk": Disk, "cpu": Cpu}
+        for name, kind in parts.items():
+            part = getattr(self, name)
+            found |= {f"{name}_{one.name}": getattr(part, one.name, None) for one in fields(kind)}
+        return found
 
     def copy_ns(self, n_bytes: int) -> int:
         """Time that a copy's bytes occupy the link, in nanoseconds."""
@@ -113,12 +140,16 @@ class Machine:
         """Time of a forward pass outside its layers, in nanoseconds."""
         return _ns(self.compute.token_s + token_bytes / self.compute.memory_bytes_per_s)
 
-    def layer_ns(self, tokens: int, layer_bytes: int, *, predicting: bool) -> int:
-        """A layer up to the moment its gate's choice is known."""
+    def layer_ns(self, tokens: int, layer_bytes: int) -> int:
+        """A layer up to the moment its gate's choice is known, without later gates."""
         cost = self.compute
         seconds = cost.layer_s + cost.gate_sync_s + (tokens - 1) * cost.layer_token_s
-        seconds += layer_bytes / cost.memory_bytes_per_s + predicting * cost.prefetch_s
-        return _ns(seconds)
+        return _ns(seconds + layer_bytes / cost.memory_bytes_per_s)
+
+    @property
+    def gates_ns(self) -> int:
+        """What asking the later gates for predictions takes, a layer."""
+        return _ns(self.compute.prefetch_s)
 
     def expert_ns(self, tokens: int, expert_bytes: int, expert_params: int) -> int:
         """One expert's compute for ``tokens`` tokens."""
@@ -147,6 +178,9 @@ def _ns(seconds: float) -> int:
     return round(seconds * NS_PER_S)
 
 
+LISTED_BY = "moesim machines"  # the command that lists the names
+
+
 def machine_names() -> list[str]:
     """The names of the profiles that ship with the simulator, for `load_machine`."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
@@ -159,18 +193,23 @@ def load_machine(name_or_path: str) -> Machine:
         path = SHIPPED / f"{name_or_path}.toml"
     elif path.suffix != ".toml" and not path.exists():
         raise UsageError(
-            f"unknown machine '{name_or_path}'; {nearest(name_or_path, machine_names())}; "
+            f"unknown machine '{name_or_path}'; "
+            f"{nearest(name_or_path, machine_names(), LISTED_BY)}; "
             "or a profile of your own as path/to/machine.toml"
         )
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = parse_toml(path.read_bytes())
+    except tomllib.TOMLDecodeError as error:
         raise SimulationError(f"{path} is not a machine profile: {error}") from None
     return _machine(path, table)
 
 
 def _machine(path: Path, table: dict[str, Any]) -> Machine:
-    known = {"name", "description", "source", "link", "compute", "disk", "cpu"}
+    known = {"name", "description", "source", "memory_bytes", "link", "compute", "disk", "cpu"}
+    known |= {"experts_in", "sources"}
+    place = table.get("experts_in", PLACES[0])
+    if place not in PLACES:
+        raise SimulationError(f"{path}: experts_in is {place!r}, not one of {', '.join(PLACES)}")
     _refuse_unknown(path, "", table, known)
     source = table.get("source", "published")
     if source not in SOURCES:
@@ -183,7 +222,43 @@ def _machine(path: Path, table: dict[str, Any]) -> Machine:
         compute=Compute(**_numbers(path, "compute", table, Compute)),
         disk=Disk(**_numbers(path, "disk", table, Disk)) if "disk" in table else None,
         cpu=Cpu(**_numbers(path, "cpu", table, Cpu)) if "cpu" in table else None,
+        memory_bytes=_memory(path, table),
+        experts_in=place,
+        sources=_sources(path, table),
     )
+
+
+def _memory(path: Path, table: dict[str, Any]) -> int | None:
+    found = table.get("memory_bytes")
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not found > 0:
+        raise SimulationError(f"{path}: memory_bytes is {found!r}, not a number above 0")
+    if math.isinf(found) or found != math.floor(found):
+        raise SimulationError(f"{path}: memory_bytes is {found}, not a whole number")
+    return int(found)
+
+
+def _sources(path: Path, table: dict[str, Any]) -> dict[str, str]:
+    """Where entries are from: each key names an entry of the profile, each value begins with one
+    of `ORIGINS`."""
+    found = table.get("sources", {})
+    if not isinstance(found, dict):
+        raise SimulationError(f"{path}: [sources] is not a table")
+    there = {
+        f"{section}.{entry}"
+        for section in ("link", "compute", "disk", "cpu")
+        for entry in table.get(section, {})
+    } | ({"memory_bytes"} & set(table))
+    for key, value in found.items():
+        if key not in there:
+            raise SimulationError(f"{path}: [sources] {key}: the profile has no such entry")
+        if not isinstance(value, str) or value.partition(":")[0] not in ORIGINS:
+            raise SimulationError(
+                f"{path}: [sources] {key} is {value!r}; it begins with one of "
+                f"{', '.join(ORIGINS)}, and a colon if more is to be said"
+            )
+    return found
 
 
 def _numbers(path: Path, section: str, table: dict[str, Any], cls: type) -> dict[str, Any]:
@@ -193,8 +268,8 @@ def _numbers(path: Path, section: str, table: dict[str, Any], cls: type) -> dict
         raise SimulationError(f"{path}: [{section}] is not a table")
     known = {f.name: f for f in fields(cls)}
     _refuse_unknown(path, f"[{section}] ", values, set(known))
-    for key, field in known.items():
-        if field.default is MISSING and key not in values:
+    for key, entry in known.items():
+        if entry.default is MISSING and key not in values:
             raise SimulationError(f"{path}: [{section}] has no {key}")
     for key, value in values.items():
         if known[key].type == "bool":
@@ -206,13 +281,13 @@ def _numbers(path: Path, section: str, table: dict[str, Any], cls: type) -> dict
     return {key: int(value) if known[key].type == "int" else value for key, value in values.items()}
 
 
-def _check_number(path: Path, where: str, field: Field[Any], value: Any) -> None:
-    key = field.name
+def _check_number(path: Path, where: str, entry: Field[Any], value: Any) -> None:
+    key = entry.name
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise SimulationError(f"{path}: {where} is {value!r}, not a number")
     if key == "streams" and (not isinstance(value, int) or not 1 <= value <= 3):
         raise SimulationError(f"{path}: {where} is {value}, not 1, 2 or 3")
-    if field.type == "int" and value != math.floor(value):
+    if entry.type == "int" and value != math.floor(value):
         raise SimulationError(f"{path}: {where} is {value}, not a whole number")
     if key == "workers" and value < 1:
         raise SimulationError(f"{path}: {where} is {value}; leave [cpu] out for none")

@@ -1,4 +1,4 @@
-"""Digests: what a finished point depends on."""
+"""Digests of everything that a finished point depends on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DECIDES = (
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of the simulator's and the policies' own code: what else a result depends on."""
+    """SHA-256 of the code of the simulator and the policies that results depend on."""
     digest = hashlib.sha256()
     for package in (moepolicy, moesim):
         root = Path(str(package.__file__)).parent
@@ -43,7 +43,7 @@ def code_digest() -> str:
 
 
 def machine_digest(machine: Machine) -> str:
-    """SHA-256 of what a profile makes of time; its name and description do not count."""
+    """SHA-256 of a profile's constants; its name, description and source do not count."""
     constants = asdict(machine)
     for name in ("name", "description", "source"):
         del constants[name]

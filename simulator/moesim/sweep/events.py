@@ -1,4 +1,4 @@
-"""What a sweep is told while it runs, and where its points are run: the interface of every pool."""
+"""The events of a sweep, and the interface of every pool of workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ready(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A worker is done with a point, the first of those it was given."""
+    """A worker has finished a point, the first of those that it was given."""
 
     worker: int
     number: int
@@ -26,7 +26,7 @@ class Finished(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A worker is gone, with what it had not finished."""
+    """A worker is gone; its unfinished points are to be run again."""
 
     worker: int
     reason: str
@@ -36,13 +36,13 @@ PoolEvent = Ready | Finished | Lost
 
 
 class Connected(NamedTuple):
-    """The first word of a cluster's driver: how many workers the sweep will have."""
+    """The first message of a cluster's driver: the number of workers."""
 
     n_workers: int
 
 
 class Gone(NamedTuple):
-    """The last word of a cluster's driver: why there can be no more results."""
+    """The last message of a cluster's driver: why no more results can come."""
 
     reason: str
 
@@ -53,14 +53,16 @@ class Pool(Protocol):
     n_workers: int
 
     def start(self) -> None:
-        """Start the workers. Once, before anything is given."""
+        """Start the workers. Called once, before any points are given."""
 
     def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
-        """Hand numbered points to a worker that is ready or has finished its last."""
+        """Give numbered points to a worker that is ready or has finished its last point."""
 
     def events(self, timeout_s: float) -> list[PoolEvent]:
-        """What has happened; empty after ``timeout_s``. Raises SimulationError when no worker
-        can be had any more."""
+        """The events since the last call; empty after ``timeout_s``.
+
+        Raises SimulationError when no worker can be started any more.
+        """
 
     def stop(self) -> None:
-        """End every worker, whatever it is doing."""
+        """End every worker, even in the middle of a point."""

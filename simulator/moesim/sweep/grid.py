@@ -9,15 +9,15 @@ A TOML grid has these entries, all optional but ``policies``; one value may stan
     scopes = ["layer", "global"]
     machines = ["rtx3060", "mine.toml"]  # names or profiles
     precisions = ["2bit", "fp16"]        # of those the traces list; or
-    expert_bytes = [50_000_000]
+    expert_bytes = ["66.7MB", 50_000_000]
     low_precision = "2bit"               # of a second store, for policies that require one
     like = "gpt-oss-20b"                 # the model whose sizes the traces take, or numbers:
     dense_layer_bytes = 53_000_000
     dense_token_bytes = 1_160_000_000
-    calibration = "tiny"                 # in which policies count experts, not in the trace itself
+    calibration = "tiny"                 # the trace in which policies count experts
     engine = "auto"
     cold = false                         # empty caches at the start of every sequence
-    limits = true                        # beside every row what no policy can beat
+    limits = true                        # in every row, what no policy can beat
 
     [parameters.lru-spec]                # every combination, for each policy of that name
     n = [1, 2, 3]
@@ -38,6 +38,8 @@ from typing import Any
 from moepolicy import PolicySpec, find_policy
 from moepolicy.amounts import NoAmountError, parse_bytes
 from moepolicy.console import nearest
+from moeroute.jsontext import parse_toml
+from moeroute.models import find_model
 from moeroute.sizes import GivenSizes
 
 from moesim.engines.compilations import Engine
@@ -76,7 +78,7 @@ class Grid:
 
     @property
     def given(self) -> GivenSizes:
-        """What the grid says of the sizes of its traces' models."""
+        """The sizes that the grid gives for the models of its traces."""
         return GivenSizes(
             self.like,
             self.layers,
@@ -89,7 +91,7 @@ class Grid:
     def specs(self) -> list[PolicySpec]:
         """Every policy with every combination of its parameters, each once.
 
-        Raises PolicyError or SimulationError naming the policy or parameter there is not.
+        Raises PolicyError or SimulationError that names an unknown policy or parameter.
         """
         named = {name: find_policy(name) for name in self.policies}
         values = self.parameters or {}
@@ -121,10 +123,11 @@ def _combinations(spec: PolicySpec, values: Mapping[str, tuple[str, ...]]) -> It
 
 
 def load_grid(path: Path) -> dict[str, Any]:
-    """The entries of a TOML grid, checked. SimulationError names the file and what is wrong."""
+    """The checked entries of a TOML grid. Raises SimulationError that names the file and the
+    fault."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = parse_toml(path.read_bytes())
+    except tomllib.TOMLDecodeError as error:
         raise SimulationError(f"{path} is not a grid: {error}") from None
     known = {field.name for field in fields(Grid)}
     for entry in table:
@@ -138,7 +141,7 @@ def load_grid(path: Path) -> dict[str, Any]:
 
 
 def merge(table: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's entries with those given as flags in their place; parameters add up."""
+    """A file's entries, replaced by those given as flags; parameters of both are combined."""
     merged = dict(table)
     for one, other in EXCLUSIVE:
         if one in flags or other in flags:
@@ -152,10 +155,11 @@ def merge(table: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_grid(entries: Mapping[str, Any]) -> Grid:
-    """A grid from lists of values as a person writes them. Raises SimulationError."""
+    """A grid from lists of values as a person writes them. Raises SimulationError, and
+    TraceError for an entry ``like`` that is no model."""
     readers: dict[str, Callable[[str, Any], Any]] = {
         "slots": _count,
-        "memory": _budget,
+        "memory": _bytes,
         "expert_bytes": _size,
         "scopes": _scope,
     }
@@ -176,6 +180,11 @@ def make_grid(entries: Mapping[str, Any]) -> Grid:
     for one, other in EXCLUSIVE:
         if values.get(one) and values.get(other):
             raise UsageError(f"a grid has {one} or {other}, not both")
+    for name in ("layers", "attention"):
+        if values.get(name) and not values.get("like"):
+            raise UsageError(f"{name} is of the model that like names: give like too")
+    if values.get("like"):
+        find_model(values["like"])
     return Grid(**values)
 
 
@@ -201,7 +210,7 @@ def _count(name: str, value: Any) -> int:
 
 
 def _size(name: str, value: Any) -> int:
-    number = _whole(name, value)
+    number = _bytes(name, value)
     if number <= 0:
         raise UsageError(f"{name} is {number}: an expert has 1 byte or more")
     return number
@@ -222,8 +231,10 @@ def _whole(name: str, value: Any) -> int:
     return value
 
 
-def _budget(name: str, value: Any) -> int:
+def _bytes(name: str, value: Any) -> int:
     """Bytes from 9GiB, 500 MB, 1.5GiB or plain bytes."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UsageError(f"{name}: {value!r} is no amount of memory")
     try:
         return parse_bytes(str(value))
     except NoAmountError as error:
@@ -267,7 +278,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def parse_parameter(text: str) -> tuple[str, str, list[str]]:
-    """policy, parameter and values of ``policy:parameter=value,...``."""
+    """Policy, parameter and values of ``policy:parameter=value,...``. Raises SimulationError."""
     policy, colon, rest = text.rpartition(":")
     name, equals, values = rest.partition("=")
     if not (colon and equals and policy and name.strip() and values.strip()):

@@ -1,6 +1,7 @@
-"""Finished points on their way to the result: an append-only file that survives a kill.
+"""The journal of finished points: an append-only file that survives a kill.
 
-One line of JSON a point. A line cut short by a kill is dropped, and its point run again.
+Each line is one point in JSON. A line that a kill has cut short is dropped, and its point is run
+again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from moepolicy.outputs import naming
+from moeroute.jsontext import journal_entries
 
 from moesim.errors import SimulationError
 
@@ -22,10 +24,10 @@ SYNC_S = 1.0  # at most so much work is lost to a power cut, and none to a kill
 
 
 class SweepJournal:
-    """The finished points of one sweep, in a folder that no other sweep may use meanwhile."""
+    """The finished points of one sweep, in a folder that only this sweep may use at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open or begin. Raises SimulationError while another process has it open."""
+        """Open or begin a journal. Raises SimulationError while another process has it open."""
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self._file = (folder / "points.jsonl").open("a+b")
@@ -50,11 +52,11 @@ class SweepJournal:
 
     @property
     def scratch(self) -> Path:
-        """Where this sweep may put what it can make again."""
+        """The folder for files that the sweep can make again."""
         return self.folder / "scratch"
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Keep a finished point: from here on a kill does not lose it."""
+        """Keep a finished point: a kill after this call does not lose the point."""
         with naming(self.folder / "points.jsonl"):
             self._file.write(json.dumps([key, row]).encode() + b"\n")
             self._file.flush()
@@ -74,7 +76,7 @@ class SweepJournal:
         self.finished.clear()
 
     def close(self) -> None:
-        """Write what is held to disk and close the file. Harmless when repeated."""
+        """Write buffered points to disk and close the file. May be called again."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -85,21 +87,16 @@ class SweepJournal:
         self.close()
 
     def drop_scratch(self) -> None:
-        """Remove what workers share while a sweep runs."""
+        """Remove the files that workers share while a sweep runs."""
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         self._file.seek(0)
         rows: dict[str, dict[str, Any]] = {}
         whole = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            try:
-                key, row = json.loads(line)
+        for end, (key, row) in journal_entries(self._file, 2):
+            whole = end
+            if isinstance(key, str) and isinstance(row, dict):
                 rows[key] = row
-            except ValueError:
-                continue  # zeros after a power cut: that point is run again
         self._file.truncate(whole)
         return rows

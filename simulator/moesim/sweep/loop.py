@@ -1,4 +1,4 @@
-"""The loop of a sweep: points out to workers, outcomes into the journal."""
+"""The loop of a sweep: gives points to workers, and writes outcomes into the journal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from moepolicy.refusals import empty_row
+
 from moesim.gap import gap_of
 from moesim.sweep.events import Finished, Lost, Pool
 from moesim.sweep.journal import SweepJournal
 from moesim.sweep.plan import SweepPlan
+from moesim.sweep.results import columns
 from moesim.sweep.schedule import Schedule
 from moesim.sweep.worker import Outcome
 
@@ -23,7 +26,7 @@ def _nobody(*_: object) -> None:
 
 @dataclass
 class Watcher:
-    """Callbacks of a sweep: points done, points in all, workers; and news."""
+    """Callbacks of a sweep: points done, points in all, workers; and messages."""
 
     advance: Callable[[int, int, int], None] = _nobody
     say: Callable[[str], None] = _nobody
@@ -31,7 +34,7 @@ class Watcher:
 
 @dataclass
 class _State:
-    """Points under way, by worker in the order they were given, and how often each was tried."""
+    """Points under way, by worker in the order they were given, and the number of tries of each."""
 
     given: dict[int, list[int]] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
@@ -48,6 +51,8 @@ class Sweep:
         self.journal = journal
         self.watcher = watcher or Watcher()
         self.failed: dict[str, str] = {p.key: p.refused for p in plan.points if p.refused}
+        self.refused = set(self.failed)
+        """Those of ``failed`` whose policy lacks something that it needs."""
         self._state = _State()
         self._references = plan.references() if plan.grid.limits else {}
         measured = self._measured_from()
@@ -61,7 +66,7 @@ class Sweep:
         }
 
     def _measured_from(self) -> set[str]:
-        """Keys of the points that others are still to be measured from."""
+        """Keys of the references of points that have not been run."""
         finished = self.journal.finished
         return {
             self._references[point.key]
@@ -73,7 +78,7 @@ class Sweep:
 
     @property
     def n_left(self) -> int:
-        """Points that have not been run."""
+        """Number of points that have not been run."""
         return len(self._todo)
 
     @property
@@ -82,10 +87,10 @@ class Sweep:
         return len(self.plan.asked & self._todo.keys())
 
     def run(self, pool: Pool) -> None:
-        """Run what is left. Finished points are in the journal however this ends.
+        """Run the points that are left. Finished points are in the journal, even after an error.
 
-        Raises SimulationError when ``pool`` has no more workers, OSError when the journal cannot
-        be written.
+        Raises SimulationError when ``pool`` has no more workers, OSError when the journal cannot be
+        written.
         """
         total = self.n_left
         try:
@@ -125,9 +130,12 @@ class Sweep:
             self.journal.add(key, outcome.row)
         else:
             self.failed[key] = outcome.error or "failed without saying why"
+            if outcome.refused:
+                self.refused.add(key)
 
     def _lose(self, event: Lost, schedule: Schedule) -> None:
-        """Give a dead worker's points to others; the one it was at, once."""
+        """Give a dead worker's points to other workers. The point that it was running is tried once
+        more."""
         schedule.forget(event.worker)
         given = self._state.given.pop(event.worker, [])
         if not given:
@@ -148,8 +156,8 @@ class Sweep:
             )
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a point of the grid, in the plan's order: what it is of, how it went, what came
-        out, and how it compares with LRU."""
+        """One row a point of the grid, in the plan's order: the labels of the point, its outcome,
+        its figures, and the comparison with LRU."""
         rows = []
         for point in self.plan.points:
             if point.reference:
@@ -157,7 +165,7 @@ class Sweep:
             row = self.plan.labels(point)
             error = self.failed.get(point.key)
             if error is not None:
-                rows.append(row | {"status": "failed", "error": error})
+                rows.append(empty_row(columns(), row | {"status": "failed", "error": error}))
             elif point.key in self.journal.finished:
                 found = self.journal.finished[point.key]
                 base = self.journal.finished.get(self._references.get(point.key, ""))

@@ -1,4 +1,4 @@
-"""A grid laid out as points: what each simulates, under which key its result is kept."""
+"""A grid laid out as points: what each point simulates, and the key of its result."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from moepolicy import PolicySpec, find_policy
+from moepolicy.blame import files_of
 from moeroute import Trace, TraceError, open_trace, prediction_column, sample_names
 from moeroute.schema import TraceMeta
+from moeroute.uses import UseCounts, uses_of
 
 from moesim.errors import SimulationError, UsageError
+from moesim.fitting import refuse_fitted
 from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
 from moesim.simulate import check_calibration, check_needs, check_workers
-from moesim.sizes import expert_size, low_expert_size, quarters
+from moesim.sizes import expert_size, low_expert_size, quarters, spare_slots
 from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid
 from moesim.sweep.point import Calibration, NamedPolicy, SweepJob, SweepPoint, TraceSource
@@ -30,15 +33,16 @@ SHOWN = 3  # reasons in one message
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The points in the order of the result's rows, and what they share."""
+    """The points in the order of the result's rows, and what all points share."""
 
     grid: Grid
     job: SweepJob
     points: tuple[SweepPoint, ...]
     all_parameters: tuple[dict[str, Any], ...]  # of each policy, defaults included
+    notes: tuple[str, ...] = ()  # on what was asked for
 
     def name(self, point: SweepPoint) -> str:
-        """A point as messages name it."""
+        """The name of a point in messages."""
         job = self.job
         size = f"slots={point.slots}"
         if point.slots is None:
@@ -63,7 +67,7 @@ class SweepPlan:
         return {p.key: bases[_setting(p)] for p in self.points if _setting(p) in bases}
 
     def labels(self, point: SweepPoint) -> dict[str, Any]:
-        """The columns that say what a row is of."""
+        """The columns that tell one row from another."""
         source = self.job.traces[point.trace]
         policy = self.job.policies[point.policy]
         machine = self.job.machines[point.machine]
@@ -90,8 +94,8 @@ class SweepPlan:
 
 
 def make_plan(grid: Grid) -> SweepPlan:
-    """Lay ``grid`` out. Raises SimulationError, PolicyError or TraceError, also if no point of it
-    can be simulated."""
+    """Lay ``grid`` out. Raises SimulationError, PolicyError or TraceError; also where no point of
+    the grid can be simulated."""
     specs = grid.specs()
     if not specs:
         raise UsageError("the grid has no policies")
@@ -100,8 +104,11 @@ def make_plan(grid: Grid) -> SweepPlan:
         specs.append(find_policy(BASELINE))
     machines = [load_machine(name) for name in grid.machines]
     traces = [open_trace(name) for name in grid.traces]
-    calibration = open_trace(grid.calibration) if grid.calibration else None
+    calibration = uses_of(grid.calibration) if grid.calibration else None
     layout = _Layout(grid, specs, machines, traces, n_asked, calibration)
+    low = grid.low_precision
+    if low and not any(low in source.meta.expert_bytes for source in layout.sources):
+        raise SimulationError(f"no trace has a size for the lower precision '{low}'")
     points = [point for number in range(len(traces)) for point in layout.points(number)]
     asked = [point for point in points if not point.reference]
     if all(point.refused for point in asked):
@@ -114,15 +121,19 @@ def make_plan(grid: Grid) -> SweepPlan:
         cold=grid.cold,
         limits=grid.limits,
         timings=len(machines) * max(1, len(grid.precisions or grid.expert_bytes)),
-        calibration=(
-            Calibration(calibration.expert_counts(), calibration.digest) if calibration else None
-        ),
+        calibration=(Calibration(calibration.counts, calibration.digest) if calibration else None),
     )
-    return SweepPlan(grid, job, tuple(points), tuple(_all_parameters(spec) for spec in specs))
+    notes = [
+        note
+        for trace in traces
+        for note in (*grid.given.notes(trace.meta), *spare_slots(grid.slots, trace.meta))
+    ]
+    parameters = tuple(_all_parameters(spec) for spec in specs)
+    return SweepPlan(grid, job, tuple(points), parameters, tuple(dict.fromkeys(notes)))
 
 
 def none_valid(n_points: int, reasons: Iterable[str]) -> SimulationError:
-    """What to raise where every point of a grid has a reason not to be simulated."""
+    """The error to raise where no point of a grid can be simulated."""
     different = list(dict.fromkeys(reasons))
     more = f"; and {len(different) - SHOWN} more reasons" if len(different) > SHOWN else ""
     return SimulationError(
@@ -133,7 +144,7 @@ def none_valid(n_points: int, reasons: Iterable[str]) -> SimulationError:
 
 
 class _Layout:
-    """Works out the points of one trace after the other."""
+    """Makes the points of one trace after the other."""
 
     def __init__(
         self,
@@ -142,9 +153,9 @@ class _Layout:
         machines: list[Machine],
         traces: list[Trace],
         n_asked: int,
-        calibration: Trace | None,
+        calibration: UseCounts | None,
     ) -> None:
-        """Policies from number ``n_asked`` on are only there to measure from."""
+        """Policies from number ``n_asked`` on are only references of the others."""
         self.grid = grid
         self.specs = specs
         self.n_asked = n_asked
@@ -163,6 +174,8 @@ class _Layout:
                 seed=trace.meta.seed,
                 predictions="predictions" in wanted and trace.has(prediction_column(1)),
                 logits="logits" in wanted and trace.has("router_logits"),
+                token_ids="tokens" in wanted and trace.has("token_id"),
+                rows=any(spec.routes for spec in self.specs) and trace.has("weights"),
             )
             for name, trace in zip(grid.traces, traces, strict=True)
         ]
@@ -197,6 +210,7 @@ class _Layout:
         calibration = self.calibration if "counts" in spec.requires else None
         try:
             check_needs(trace, spec)
+            refuse_fitted(trace, [spec])
             check_workers(self.profiles[machine], spec)
             if calibration is not None:
                 check_calibration(calibration, trace.meta)
@@ -249,7 +263,7 @@ class _Layout:
 
 
 def _sized(grid: Grid, trace: Trace) -> tuple[TraceMeta, str | None]:
-    """A trace's metadata with the sizes that the grid gives, or why it cannot have those."""
+    """A trace's metadata with the sizes that the grid gives, or the reason why they do not fit."""
     try:
         return grid.given.on(trace.meta), None
     except TraceError as error:
@@ -257,7 +271,7 @@ def _sized(grid: Grid, trace: Trace) -> tuple[TraceMeta, str | None]:
 
 
 def _setting(point: SweepPoint) -> tuple[Any, ...]:
-    """What two points share whose policies are compared."""
+    """What two points must share for their policies to be compared."""
     size = point.slots, point.memory_bytes
     return point.trace, point.machine, point.scope, *size, point.expert_bytes, point.precision
 
@@ -270,15 +284,22 @@ def _place(name: str, trace: Trace) -> str:
 
 
 def _travelling(spec: PolicySpec) -> NamedPolicy:
+    """What a worker makes the policy of. A file of its own travels along; files of the parts of a
+    composition, and params files, must lie where they are on every node."""
     path, mark, _ = spec.name.rpartition(".py:")
-    file = f"{path}.py" if mark else inspect.getsourcefile(spec.policy)
-    text = Path(file).read_text(encoding="utf-8") if file else None
+    if spec.policy.made_of:
+        path, mark = "", ""
+    files = [f"{path}.py"] if mark else sorted(files_of(spec.policy))
+    text = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+    digest = hashlib.sha256(text.encode())
+    for fitted in spec.fits:
+        digest.update(fitted.path.read_bytes())
     return NamedPolicy(
         name=spec.name,
         parameters=spec.parameters,
         label=spec.label,
         code=text if mark else None,
-        digest=text and hashlib.sha256(text.encode()).hexdigest(),
+        digest=digest.hexdigest(),
         needs_future="future" in spec.requires,
     )
 

@@ -1,4 +1,4 @@
-"""A point of a sweep, and what travels to the workers with it."""
+"""A point of a sweep, and the data that travels to the workers with it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from moesim.machine.profile import Machine
 
 @dataclass(frozen=True)
 class TraceSource:
-    """A trace of the grid: its name there, where it is, what it must be, what is read of it.
+    """A trace of the grid: its name in the grid, its place, its digest, and the columns that are
+    read.
 
-    ``meta`` is its own with the sizes that the grid gives it, unless ``refused`` says why those
-    cannot be its.
+    ``meta`` is the trace's own with the sizes that the grid gives, unless ``refused`` says why
+    those do not fit the trace.
     """
 
     meta: TraceMeta
@@ -28,16 +29,18 @@ class TraceSource:
     seed: int | None
     predictions: bool
     logits: bool
+    token_ids: bool
+    rows: bool
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One simulation. ``trace``, ``policy`` and ``machine`` number the plan's.
+    """One simulation. ``trace``, ``policy`` and ``machine`` are numbers in the plan's lists.
 
-    A cache has ``slots`` a layer or, where that is None, what ``memory_bytes`` holds. ``key``
-    names everything the result depends on; ``refused`` says why a point cannot run.
-    ``expert_bytes`` is 0 where nothing says how big an expert is: its result has no times. A
-    ``reference`` is none of the grid's: others are measured from it, and it is no row.
+    A cache has ``slots`` a layer, or where ``slots`` is None as many as ``memory_bytes`` holds.
+    ``key`` names everything that the result depends on; ``refused`` says why a point cannot run.
+    ``expert_bytes`` is 0 where the size of an expert is unknown: the result then has no times. A
+    ``reference`` is not a point of the grid and has no row: other points are compared with it.
     """
 
     key: str
@@ -56,9 +59,9 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """A policy as it travels to workers: its spec, and its code where that is a file's.
+    """A policy as it travels to workers: its spec, and its code if it is in a file.
 
-    ``digest`` is of the file that its class is in.
+    ``digest`` is that of the file with the policy's class.
     """
 
     name: str
@@ -71,7 +74,8 @@ class NamedPolicy:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often a trace uses each expert, int64[n_layers, n_experts], for policies that ask."""
+    """How often a trace uses each expert, int64[n_layers, n_experts], for policies that read
+    counts."""
 
     counts: NDArray[np.int64]
     digest: str
@@ -79,9 +83,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class SweepJob:
-    """What every worker must know to run any point.
+    """Everything that a worker needs in order to run any point.
 
-    ``timings`` is how many points differ only in what takes how long.
+    ``timings`` is the number of points that differ only in the times of their machines.
     """
 
     traces: tuple[TraceSource, ...]

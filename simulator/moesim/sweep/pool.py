@@ -1,4 +1,5 @@
-"""Workers as processes of this machine. One that dies is reported, with how, and replaced."""
+"""Workers as processes of this machine. A process that dies is reported, with the reason, and
+replaced."""
 
 from __future__ import annotations
 
@@ -56,14 +57,14 @@ class ProcessPool:
         self._next += 1
 
     def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
-        """Send points to a process; one that has died is told of by the next events."""
+        """Send points to a process; a death is reported with the next events."""
         try:
             self._workers[worker].pipe.send(points)
         except OSError:
             return  # it has just died; the next events say so
 
     def events(self, timeout_s: float) -> list[PoolEvent]:
-        """What the processes say, and which have died."""
+        """The messages of the processes, and the processes that have died."""
         pipes = {held.pipe: worker for worker, held in self._workers.items()}
         found: list[PoolEvent] = []
         for pipe in wait(list(pipes), timeout_s):
@@ -100,7 +101,7 @@ class ProcessPool:
         return Lost(worker, reason)
 
     def stop(self) -> None:
-        """End the processes, which have STOP_S seconds to go by themselves."""
+        """End the processes; each has STOP_S seconds to end by itself."""
         for held in self._workers.values():
             held.process.terminate()
         for held in self._workers.values():

@@ -1,6 +1,6 @@
-"""The process that talks to Ray: starts actors, passes points on, tells who died.
+"""The process that talks to Ray: it starts actors, passes points on, and reports dead workers.
 
-It speaks with `moesim.sweep.ray_pool` over a pipe and ends when that closes.
+The process speaks with `moesim.sweep.ray_pool` over a pipe and ends when the pipe closes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ IDLE_S = 60.0  # no worker, and Ray has no place for one
 WAIT_S = 0.05
 CLEAN_S = 10.0
 OBJECT_STORE_BYTES = 100 << 20  # hardly anything is kept there
+JOIN_S = 60.0  # a client server that refuses is asked again for so long
+JOIN_PAUSE_S = 2.0
 
 
 class NodeWorker:
@@ -43,7 +45,7 @@ class NodeWorker:
         self.worker = SweepWorker(job, node_scratch(token), self.node)
 
     def hello(self) -> tuple[str, str]:
-        """The node's name, and which code of moesim it has."""
+        """The node's name, and the digest of its code of moesim."""
         return self.node, code_digest()
 
     def run(self, point: SweepPoint) -> Outcome:
@@ -52,7 +54,7 @@ class NodeWorker:
 
 
 def node_scratch(token: str) -> Path:
-    """Where a node keeps a sweep's workloads; the token cannot be guessed."""
+    """The folder of a sweep's workloads on a node; the token cannot be guessed."""
     return Path(tempfile.gettempdir(), f"moesim-{token}")
 
 
@@ -64,7 +66,7 @@ def clean(token: str) -> None:
 def drive(
     pipe: Connection, address: str | None, job: SweepJob, n_workers: int | None, log: Path
 ) -> None:
-    """Serve the pool at the other end of ``pipe`` until it hangs up."""
+    """Serve the pool at the other end of ``pipe`` until that end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -73,8 +75,7 @@ def drive(
         server = _connect(address, n_workers)
         n_workers = n_workers or _cpus()
     except Exception as error:
-        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
-        pipe.send(Gone(f"cannot be used ({reason})"))
+        pipe.send(Gone(f"cannot be used ({_reason(error)})"))
         return
     driver = _Driver(pipe, job)
     driver.send(Connected(n_workers))
@@ -89,7 +90,7 @@ def drive(
 
 
 def _connect(address: str | None, n_workers: int | None) -> tuple[str, int]:
-    """Join or start a cluster; returns the server that must stay reachable."""
+    """Join or start a cluster; returns the address that must stay reachable."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:
         # The switch under which Ray keeps to the loopback interface, on any system.
@@ -107,8 +108,28 @@ def _connect(address: str | None, n_workers: int | None) -> tuple[str, int]:
             object_store_memory=OBJECT_STORE_BYTES,
         )
     else:
-        ray.init(address=address, log_to_driver=False)
+        _join(address)
     return _server(address or ray.get_runtime_context().gcs_address)
+
+
+def _join(address: str) -> None:
+    """Join the cluster at ``address``.
+
+    A client server starts a process for each client. On a busy machine the process can come too
+    late, and the server then refuses that client (ConnectionAbortedError) but not the next one.
+    """
+    import ray
+
+    until = time.monotonic() + JOIN_S
+    while True:
+        try:
+            ray.init(address=address, log_to_driver=False)
+            return
+        except ConnectionAbortedError:
+            if time.monotonic() > until:
+                raise
+            ray.shutdown()
+            time.sleep(JOIN_PAUSE_S)
 
 
 def _server(address: str) -> tuple[str, int]:
@@ -169,7 +190,8 @@ class _Driver:
             self._closed.set()
 
     def watch(self, server: tuple[str, int]) -> None:
-        """Ray itself hangs for a minute and then ends the process: see to it before."""
+        """End before Ray does: without its server Ray hangs for a minute, and then ends the
+        process."""
         seen = time.monotonic()
         while not self._closed.wait(CHECK_S):
             try:
@@ -181,7 +203,8 @@ class _Driver:
                     os._exit(1)
 
     def run(self, n_workers: int) -> None:
-        """Run one point on this node."""
+        """Start ``n_workers`` actors and report the outcomes of their calls until the pipe
+        closes."""
         for _ in range(n_workers):
             self._hire()
         while not self._closed.is_set():
@@ -246,7 +269,8 @@ class _Driver:
         self._hire()
 
     def _check_alone(self) -> None:
-        """Actors without a place on any node wait for ever, and say nothing."""
+        """Report that no node has a place for an actor: such actors wait for ever without a
+        message."""
         if any(actor.ready for actor in self._actors.values()):
             self._alone_since = time.monotonic()
         elif time.monotonic() - self._alone_since > IDLE_S:
@@ -254,7 +278,7 @@ class _Driver:
             os._exit(1)
 
     def leave(self) -> None:
-        """Take everything of this sweep off the nodes."""
+        """Remove everything of this sweep from the nodes."""
         ray = self._ray
         threading.Timer(2 * CLEAN_S, os._exit, (1,)).start()
         with suppress(Exception):
@@ -279,7 +303,7 @@ class _Driver:
 
 
 def _reason(error: Exception) -> str:
-    """What Ray says about a death, without its pages of advice."""
+    """Ray's reason for a failure, without Ray's pages of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "node" in line.lower() or "Error:" in line]
     return (telling or lines or [type(error).__name__])[-1]

@@ -1,7 +1,7 @@
-"""Workers on a Ray cluster, behind the same interface as processes of this machine.
+"""Workers on a Ray cluster, with the same interface as processes of this machine.
 
-Ray's driver lives in a process of its own: when its cluster goes away it hangs, or ends the
-process it is in, and the sweep must outlive both with a clear word.
+Ray's driver runs in a process of its own. When the driver's cluster goes away, the driver hangs or
+ends its process; the sweep must go on in both cases, and end with a clear error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ LEAVE_S = 30.0  # to leave the cluster tidy
 def ray_address(on: str) -> str | None:
     """The address in ``--on``; None for a Ray on this machine. Raises SimulationError.
 
-    ray://host:port is a cluster's client server, host:port the cluster this machine is part of.
+    ray://host:port is a cluster's client server; host:port is the cluster that this machine is part
+    of.
     """
     if on == "ray":
         return None
@@ -41,7 +42,7 @@ def ray_address(on: str) -> str | None:
 class RayPool:
     """``n_workers`` actors (by default one for every CPU of the cluster), wherever Ray puts them.
 
-    ``log`` receives what Ray says.
+    ``log`` receives Ray's messages.
     """
 
     def __init__(self, job: SweepJob, on: str, n_workers: int | None, log: Path) -> None:
@@ -61,7 +62,7 @@ class RayPool:
         self._theirs = theirs
 
     def start(self) -> None:
-        """Raises SimulationError where there is no cluster to be had."""
+        """Start the driver. Raises SimulationError where no cluster can be reached."""
         self._process.start()
         self._theirs.close()
         if not self._pipe.poll(START_S):
@@ -71,14 +72,15 @@ class RayPool:
         self.n_workers = first.n_workers
 
     def give(self, worker: int, points: Sequence[tuple[int, SweepPoint]]) -> None:
-        """Send points to a worker by way of the driver; the next events say if it is gone."""
+        """Send points to a worker by way of the driver; the next events report a worker that is
+        gone."""
         try:
             self._pipe.send((worker, list(points)))
         except OSError:
             return  # the driver is gone; the next events say so
 
     def events(self, timeout_s: float) -> list[PoolEvent]:
-        """What the driver says of the workers."""
+        """The driver's messages about the workers."""
         found: list[PoolEvent] = []
         while self._pipe.poll(0 if found else timeout_s):
             found.append(self._receive())
@@ -97,7 +99,7 @@ class RayPool:
         return message
 
     def stop(self) -> None:
-        """Hang up, and wait LEAVE_S seconds for the driver to leave the cluster tidy."""
+        """Close the pipe, and give the driver LEAVE_S seconds to clean the cluster up."""
         if self._process.pid is None:
             return
         self._pipe.close()  # which tells the driver to leave the cluster tidy

@@ -1,7 +1,8 @@
-"""The result of a sweep: tidy Parquet, one row a point, with everything that produced it."""
+"""The result of a sweep: tidy Parquet, one row a point, with everything that produced the row."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moepolicy.counts import columns as row_columns
 from moepolicy.outputs import check_suffix, written_whole
 from moepolicy.tables import to_json
+from moeroute.jsontext import parse_json
 from moeroute.parquet import is_url
 
 from moesim.errors import SimulationError
@@ -54,7 +56,7 @@ LABELS: dict[str, type] = {
 
 
 def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """The rows as a frame with the same columns and types whatever they hold."""
+    """The rows as a frame, with the same columns and types whatever values the rows have."""
     import polars as pl
 
     return pl.DataFrame(rows, schema=_schema(), orient="row", strict=True)
@@ -68,39 +70,53 @@ def _schema() -> dict[str, pl.DataType]:
 
 
 def columns() -> dict[str, type]:
-    """Name and type of every column. A result that may be missing has the type it has if not."""
+    """Name and type of every column. A column whose values may be missing has the type of its
+    values."""
     found = LABELS | {n: kind for n, kind in row_columns(Result).items() if n not in LABELS}
     return found | dict.fromkeys(Gap("", None, None).row(), float)
 
 
-def suffix_of(out: str) -> str:
-    """What says the format of ``out``. Raises CommandUsageError where it says none that is known.
+def is_row(row: dict[str, Any]) -> bool:
+    """Whether a finished point that was read back has what `table` needs of a point."""
+    kinds = columns()
+    needed = {*row_columns(Result), *versions(), "engine"}
+    return needed <= row.keys() and all(
+        value is None
+        or isinstance(value, (int, float) if kinds.get(name) is float else kinds.get(name, object))
+        for name, value in row.items()
+    )
 
-    A URL takes Parquet alone: nothing else can be read back from there.
+
+def suffix_of(out: str) -> str:
+    """The suffix that gives the format of ``out``. Raises CommandUsageError for an unknown suffix.
+
+    A URL takes Parquet alone: no other format can be read back from there.
     """
     return check_suffix(out, SUFFIXES[:1] if is_url(out) else SUFFIXES)
 
 
 def write(frame: pl.DataFrame, plan: SweepPlan, out: str) -> None:
-    """Write ``out`` whole or not at all. Raises SimulationError naming it."""
+    """Write ``out`` whole or not at all. Raises SimulationError that names ``out``."""
     suffix, metadata = suffix_of(out), {METADATA: json.dumps(asdict(plan.grid))}
     with _naming(out):
         if is_url(out):
             frame.write_parquet(out, metadata=metadata)
             return
         with written_whole(Path(out)) as partial:
+            whole = io.BytesIO()  # polars' own errors on a full disk do not name what fails
             if suffix == ".parquet":
-                frame.write_parquet(partial, metadata=metadata)
+                frame.write_parquet(whole, metadata=metadata)
             elif suffix == ".csv":
-                frame.write_csv(partial)
+                frame.write_csv(whole)
             else:
-                partial.write_text(to_json(frame.to_dicts()), encoding="utf-8")
+                whole.write(to_json(frame.to_dicts()).encode())
+            partial.write_bytes(whole.getbuffer())
 
 
 def read_finished(out: str) -> dict[str, dict[str, Any]]:
-    """The points an earlier sweep wrote to ``out``, by key; none if there is no such file.
+    """The points that an earlier sweep wrote to ``out``, by key; none if the file does not exist.
 
-    Raises SimulationError where ``out`` cannot be read or is something else.
+    Raises SimulationError where ``out`` cannot be read or is not the result of a sweep.
     """
     import polars as pl
 
@@ -125,8 +141,8 @@ def _read(out: str) -> pl.DataFrame:
     if suffix == ".csv":
         return pl.read_csv(out, schema_overrides=_schema(), glob=False)
     try:
-        return table(json.loads(Path(out).read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError):
+        return table(parse_json(Path(out).read_bytes()))
+    except (ValueError, TypeError, AttributeError, OverflowError):  # a number of 50 digits
         return pl.DataFrame()
 
 
@@ -138,5 +154,6 @@ def _naming(out: str) -> Iterator[None]:
     try:
         yield
     except (PolarsError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        told = getattr(error, "strerror", None) or str(error)
+        reason = told.splitlines()[0] if told else type(error).__name__
         raise SimulationError(f"{out}: cannot be read or written ({reason})") from error

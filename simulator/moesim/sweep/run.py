@@ -19,20 +19,20 @@ from moesim.sweep.loop import Sweep, Watcher
 from moesim.sweep.plan import make_plan, none_valid
 from moesim.sweep.pool import ProcessPool
 from moesim.sweep.ray_pool import RayPool, ray_address
-from moesim.sweep.results import read_finished, suffix_of, table, write
+from moesim.sweep.results import is_row, read_finished, suffix_of, table, write
 
 LOCAL = "local"
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """How a sweep is run; none of it changes the result.
+    """How a sweep is run; no setting changes the result.
 
     on        "local", "ray", or a cluster's address
     workers   at a time; None: a worker for every core
-    resume    keep what an earlier sweep finished, in ``state`` or the result itself
-    restart   throw away what an unfinished sweep left in ``state``
-    state     folder for finished points until the end; None: beside the result
+    resume    keep the points that an earlier sweep finished, in ``state`` or in the result itself
+    restart   throw away the points that an unfinished sweep left in ``state``
+    state     folder for finished points until the end; None: next to the result
     """
 
     on: str = LOCAL
@@ -44,8 +44,12 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What a sweep came to. ``rows`` are those written; ``failures`` names points and errors, the
-    ``refused`` among them, whose policy cannot run on their trace."""
+    """The outcome of a sweep.
+
+    rows      as they were written
+    failures  names of points, and their errors
+    refused   number of the failed points whose policy lacks something that it needs
+    """
 
     rows: list[dict[str, Any]]
     failures: dict[str, str]
@@ -57,16 +61,19 @@ class SweepReport:
 def run_sweep(
     grid: Grid, out: str, settings: SweepSettings | None = None, watcher: Watcher | None = None
 ) -> SweepReport:
-    """Simulate every point of ``grid`` and write them to ``out``, a file or URL polars can write.
+    """Simulate every point of ``grid`` and write the rows to ``out``, a file or a URL that polars
+    can write.
 
     Points that fail are rows with their error. Raises SimulationError, PolicyError or TraceError
-    where the sweep cannot be begun or finished; what was finished is kept then, and on a
-    KeyboardInterrupt, and used by ``resume``.
+    where the sweep cannot be begun or finished. After such an error, and after a KeyboardInterrupt,
+    which then says so, the finished points are kept, and ``resume`` uses them.
     """
     settings, watcher = settings or SweepSettings(), watcher or Watcher()
     if settings.on != LOCAL:
         ray_address(settings.on)
     plan = make_plan(grid)
+    for note in plan.notes:
+        watcher.say(f"note: {note}")
     suffix_of(out)
     _check_out(out)
     earlier = read_finished(out) if settings.resume or is_url(out) else {}
@@ -74,6 +81,8 @@ def run_sweep(
         if settings.resume:
             for key, row in earlier.items():
                 journal.finished.setdefault(key, row)
+            # What is damaged is run again.
+            journal.finished = {k: row for k, row in journal.finished.items() if is_row(row)}
         sweep = Sweep(plan, journal, watcher)
         kept = _kept(sweep, watcher)
         todo = sweep.asked_left
@@ -93,12 +102,12 @@ def run_sweep(
         for point in plan.points
         if point.key in sweep.failed and not point.reference
     }
-    refused = sum(bool(point.refused) and not point.reference for point in plan.points)
+    refused = sum(p.key in sweep.refused and not p.reference for p in plan.points)
     return SweepReport(rows, failures, kept=kept, ran=todo, refused=refused)
 
 
 def _check_out(out: str) -> None:
-    """What would only be found out after hours."""
+    """Find out before the sweep, not hours later, that ``out`` cannot be written."""
     if is_url(out):
         return
     path = Path(out)
@@ -109,13 +118,17 @@ def _check_out(out: str) -> None:
 
 
 def _beside(out: str) -> Path:
-    """Where finished points lie: with the result, or here if that is far away."""
+    """The folder of finished points: next to the result, or in this folder if the result is at a
+    URL."""
     return Path((out.rsplit("/", 1)[-1] if is_url(out) else out) + ".partial")
 
 
 def _journal(folder: Path, settings: SweepSettings) -> SweepJournal:
-    """The journal to go on with. SimulationError where it is not said whether to."""
+    """The journal to continue. Raises SimulationError where it has points and nothing says what to
+    do with them."""
     journal = SweepJournal(folder)
+    # Perhaps not of a sweep at all: workers read what they share as if one of them wrote it.
+    journal.drop_scratch()
     if journal.finished and not settings.resume:
         if not settings.restart:
             n = len(journal.finished)
@@ -129,7 +142,7 @@ def _journal(folder: Path, settings: SweepSettings) -> SweepJournal:
 
 
 def _kept(sweep: Sweep, watcher: Watcher) -> int:
-    """How many of the grid's points are there already; those of no use are named."""
+    """How many of the grid's points are finished already; useless points are reported."""
     keys = {point.key for point in sweep.plan.points}
     found = set(sweep.journal.finished)
     if found - keys:
@@ -149,7 +162,7 @@ def _pool(sweep: Sweep, settings: SweepSettings) -> Pool:
 
 @contextmanager
 def _keeping(sweep: Sweep) -> Iterator[None]:
-    """Say what is kept when a sweep does not reach its end."""
+    """Report the points that are kept when a sweep does not reach its end."""
     try:
         yield
     except (SimulationError, OSError) as error:
@@ -157,8 +170,7 @@ def _keeping(sweep: Sweep) -> Iterator[None]:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise SimulationError(f"{where}{reason}; {_left(sweep)}") from error
     except KeyboardInterrupt:
-        sweep.watcher.say(f"interrupted: {_left(sweep)}")
-        raise
+        raise KeyboardInterrupt(_left(sweep)) from None
 
 
 def _left(sweep: Sweep) -> str:

@@ -29,7 +29,7 @@ class Schedule:
         return sum(map(len, self._groups.values()))
 
     def take(self, worker: int) -> list[int]:
-        """The points ``worker`` runs next, none when there are none left.
+        """The points that ``worker`` runs next; empty when none are left.
 
         Fewer at a time towards the end, so that the workers finish together.
         """
@@ -43,7 +43,7 @@ class Schedule:
         return [waiting.popleft() for _ in range(n)]
 
     def put_back(self, number: int, *, last: bool = False) -> None:
-        """A point that was taken and not run; ``last`` sends it behind its group's others."""
+        """Take back a point that was not run; ``last`` puts it behind the others of its group."""
         waiting = self._groups[self._group(number)]
         if last:
             waiting.append(number)
@@ -51,11 +51,12 @@ class Schedule:
             waiting.appendleft(number)
 
     def forget(self, worker: int) -> None:
-        """Forget the group that ``worker``, which is gone, has worked on."""
+        """Forget which group ``worker``, which is gone, has worked on."""
         self._at.pop(worker, None)
 
     def _choose(self, worker: int) -> Group | None:
-        """The worker's own group, else one of its trace, else one few others are at."""
+        """The worker's own group, or one of the same trace, or one that few other workers are
+        at."""
         mine = self._at.get(worker)
         others = [group for who, group in self._at.items() if who != worker]
         best = None
@@ -80,6 +81,7 @@ class Schedule:
         return point.trace, self._plan.job.policies[point.policy].name
 
     def _decisions(self, number: int) -> tuple[int | str, ...]:
-        """Points that differ only in machine and precision lie side by side: same decisions."""
+        """Points that differ only in machine and precision are next to each other: their decisions
+        are the same."""
         point = self._plan.points[number]
         return (point.trace, point.policy, point.scope, point.slots or 0, number)

@@ -14,10 +14,10 @@ from moesim.workload.steps import Workload
 
 
 def shared_workload(folder: Path, name: str, load: Callable[[Path], object]) -> Workload:
-    """The workload kept as ``name`` under ``folder``; whoever comes first loads it there.
+    """The workload kept as ``name`` under ``folder``; the first caller loads it there.
 
-    ``folder`` must belong to the sweep alone: what lies there is trusted. Loading holds a lock,
-    which the system releases should the loader be killed.
+    ``folder`` must belong to the sweep alone: its files are trusted. A lock is held while loading;
+    the system releases the lock if the loader is killed.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     place, partial = folder / name, folder / f"{name}.partial"

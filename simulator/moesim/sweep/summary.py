@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moepolicy.lossy import CHANGES, MARKED, OPEN_LOOP, changed, marked
 from moepolicy.tables import Table, wrapped
 
 from moesim.machine.unknown import size_notes
@@ -18,11 +19,10 @@ Row = dict[str, Any]
 
 def best(rows: Sequence[Row]) -> list[Row]:
     """For each setting the policy with the most tokens/s, and the runner-up. Where there are no
-    times, because nobody knows how big an expert is, that with the fewest loads.
+    times, because the size of an expert is unknown, the policy with the fewest loads.
 
-    A policy that knows the future is no choice to make: ``clairvoyant_tokens_per_s`` shows what
-    the best of them reached. One that changes what the model computes is named only where there
-    is no other.
+    Policies that know the future cannot be chosen: ``clairvoyant_tokens_per_s`` shows the best of
+    them. A policy that changes what the model computes is named only where there is no other.
     """
     settings: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -46,6 +46,7 @@ def _best_of(rows: list[Row]) -> Row:
         "slots": first["slots"],
         "policy": first["policy"],
         "lossy": first["lossy"],
+        **{name: first.get(name) for name in CHANGES},
         "tokens_per_s": first["tokens_per_s"],
         "time_is_lower_bound": first["time_is_lower_bound"],
         "layer_bytes": first["layer_bytes"],
@@ -57,13 +58,14 @@ def _best_of(rows: list[Row]) -> Row:
         "share_of_limit": first["share_of_limit"],
         "gap_closed_time": first.get("gap_closed_time"),
         "second": second and second["policy"],
+        "second_lossy": second and second["lossy"],
         "second_tokens_per_s": second and second["tokens_per_s"],
         "clairvoyant_tokens_per_s": clairvoyant[0]["tokens_per_s"] if clairvoyant else None,
     }
 
 
 def table(rows: Sequence[Row]) -> str:
-    """What ``best`` found, for people; columns that are the same throughout go into the title."""
+    """The rows of ``best`` for people; columns with one value throughout go into the title."""
     shown = {
         "trace_path": "trace",
         "machine": "machine",
@@ -88,11 +90,25 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         result.add_row(*(_cell(name, row[name]) for name in varied), *_scores(row))
     title = f"Best simulated tokens/s: {', '.join(fixed)}."
-    notes = ["* changes what the model computes"] if any(row["lossy"] for row in rows) else []
-    notes += size_notes(rows)
+    notes = _changes(rows) + size_notes(rows)
     if any(row["tokens_per_s"] is None for row in rows):
         notes.append("  (there the best policy is that with the fewest loads)")
     return f"{wrapped([title])}\n{result.render()}{wrapped(notes)}"
+
+
+def _changes(rows: Sequence[Row]) -> list[str]:
+    """What the marks of policies stand for, and the range of what each of the best changed."""
+    if not any(row["lossy"] or row["second_lossy"] for row in rows):
+        return []
+    notes = [MARKED]
+    lossy = [row for row in rows if row["lossy"]]
+    for policy in dict.fromkeys(row["policy"] for row in lossy):
+        own = [row for row in lossy if row["policy"] == policy]
+        most = {name: max(row[name] or 0.0 for row in own) for name in CHANGES}
+        notes.append(f"  {_short(policy)}: {changed(most)}" + " at most" * (len(own) > 1))
+        if most["rerouted_share"]:
+            notes.append(f"  {_short(policy)}: {OPEN_LOOP}")
+    return notes
 
 
 def _scores(row: Row) -> list[str]:
@@ -101,13 +117,13 @@ def _scores(row: Row) -> list[str]:
         lead = f"{100 * (row['tokens_per_s'] / row['second_tokens_per_s'] - 1):.1f}"
     limit, share = row["limit_loads"], row["share_of_limit"]
     return [
-        _short(row["policy"]) + ("*" if row["lossy"] else ""),
+        marked(_short(row["policy"]), row["lossy"]),
         per_second(row["tokens_per_s"]),
         f"{100 * row['hit_ratio']:.1f}",
         f"{row['loads'] / limit:.2f}" if limit else "",
         "" if share is None else f"{100 * share:.1f}",
         percent(row["gap_closed_time"]),
-        _short(row["second"] or ""),
+        marked(_short(row["second"] or ""), bool(row["second_lossy"])),
         lead,
     ]
 

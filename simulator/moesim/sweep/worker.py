@@ -1,4 +1,4 @@
-"""What a worker does with a point, in a process of this machine or on a node of a cluster."""
+"""Runs the points of a sweep, in a process of this machine or on a node of a cluster."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moepolicy import PolicyError, PolicySpec, find_policy
+from moepolicy import Context, PolicyError, PolicySpec, find_policy
+from moepolicy.blame import is_failure
 from moepolicy.versions import installed
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
 from moesim.engines.compilations import Compilations, Engine
 from moesim.engines.onepass import Decisions, decide, timeless
-from moesim.errors import SimulationError
+from moesim.errors import MissingSize, SimulationError
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Machine
+from moesim.machine.speed import with_constants
 from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.sweep.digests import code_digest
@@ -36,24 +38,29 @@ EXPECTED = (PolicyError, SimulationError, TraceError, OSError)
 
 
 def one_thread() -> None:
-    """Keep libraries to one thread: there is a worker a core. Before they are imported."""
+    """Keep libraries to one thread, as there is a worker for every core. Call before importing
+    them."""
     for name in ("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A point's row, or the error it failed with; ``notes`` is what was said meanwhile."""
+    """A point's row, or the error that it failed with; ``notes`` are the messages meanwhile.
+
+    ``refused``: the error is of something that the policy needs and does not get.
+    """
 
     row: dict[str, Any] | None
     error: str | None = None
     notes: tuple[str, ...] = ()
+    refused: bool = False
 
 
 class SweepWorker:
-    """Runs points one at a time. Holds one workload, and a class for every policy it has met.
+    """Runs points one at a time. Keeps one workload, and the class of every policy that it has met.
 
-    ``node`` is the name to complain of where a trace is not to be had.
+    ``node`` is the name that messages use where a trace cannot be found.
     """
 
     def __init__(self, job: SweepJob, scratch: Path, node: str | None = None) -> None:
@@ -63,16 +70,17 @@ class SweepWorker:
         self._held: tuple[int, Workload | str] | None = None
         self._decided: tuple[object, Decisions] | None = None
         self._classes: dict[str, PolicySpec] = {}
-        self._compilations = Compilations()
+        self._compilations = Compilations(on_all_cores=False)  # each core has its worker
 
     def run(self, point: SweepPoint) -> Outcome:
-        """Simulate ``point``; whatever goes wrong with it becomes its error."""
+        """Simulate ``point``; every error becomes the outcome's error."""
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
                 row = self._simulate(point)
         except EXPECTED as error:
-            return Outcome(None, " ".join(str(error).split()), _lines(said))
+            refused = isinstance(error, PolicyError | MissingSize) and not is_failure(error)
+            return Outcome(None, " ".join(str(error).split()), _lines(said), refused)
         except Exception as error:
             return Outcome(None, f"{_where(error)}: {error!r}", _lines(said))
         return Outcome(row, None, _lines(said))
@@ -80,11 +88,13 @@ class SweepWorker:
     def _simulate(self, point: SweepPoint) -> dict[str, Any]:
         workload = self._workload(point.trace)
         policy = self._policy(point.policy)
+        machine = self.job.machines[point.machine]
         slots = point.slots
         if slots is None:
             assert point.memory_bytes is not None
-            slots = slots_in(point.memory_bytes, point.expert_bytes, policy, workload, point.scope)
-        machine = self.job.machines[point.machine]
+            sizes = sizes_of(workload.meta, point.expert_bytes, point.low_bytes)
+            context = with_constants(workload.context(0, point.scope), machine, sizes)
+            slots = slots_in(point.memory_bytes, point.expert_bytes, policy, context)
         result = simulate(
             workload,
             policy,
@@ -109,8 +119,8 @@ class SweepWorker:
         machine: Machine,
         slots: int,
     ) -> Decisions | None:
-        """What the policy decides whatever the machine, if that is so and several are asked for;
-        kept until a point asks for other decisions."""
+        """The policy's decisions, where they do not depend on the machine and several points ask
+        for them; kept until a point asks for other decisions."""
         job, scope = self.job, point.scope
         if (
             job.timings < 2
@@ -136,7 +146,10 @@ class SweepWorker:
         if policy.name not in self._classes:
             with _source_file(policy) as name:
                 self._classes[policy.name] = find_policy(name)
-        return PolicySpec(policy.name, self._classes[policy.name].policy, dict(policy.parameters))
+        found = self._classes[policy.name]
+        if found.policy.made_of:
+            return found  # its name has the parameters of its parts
+        return PolicySpec(policy.name, found.policy, dict(policy.parameters))
 
     def _workload(self, number: int) -> Workload:
         """The workload of a trace; a trace that cannot be read is not tried for every point."""
@@ -150,6 +163,7 @@ class SweepWorker:
 
     def _load(self, source: TraceSource) -> Workload | str:
         name = f"{source.digest[:16]}-{source.predictions:d}{source.logits:d}"
+        name += f"{source.token_ids:d}{source.rows:d}"
         try:
             workload = shared_workload(self.scratch, name, lambda to: read_source(source, to))
         except EXPECTED as error:
@@ -163,31 +177,29 @@ class SweepWorker:
         return workload.calibrated(calibration.counts)
 
 
-def slots_in(
-    memory_bytes: int, expert_bytes: int, policy: PolicySpec, workload: Workload, scope: str
-) -> int:
-    """Slots a layer that fit a budget besides the policy's staging buffers.
+def slots_in(memory_bytes: int, expert_bytes: int, policy: PolicySpec, context: Context) -> int:
+    """Slots a layer that fit a budget together with the policy's staging buffers. ``context`` is
+    the cache that the policy is made for, but for its slots.
 
-    Raises SimulationError where not even those fit.
+    Raises SimulationError where the budget does not hold the staging buffers.
     """
-    meta = workload.meta
     # Staging may depend on the parameters and the trace, so a policy is made to ask it.
-    staging = policy.build(workload.context(0, scope)).staging
+    staging = policy.build(context).staging
     if memory_bytes < staging * expert_bytes:
         raise SimulationError(
             f"{memory_bytes:,} bytes are too small for the {staging} staging buffers of policy "
             f"'{policy.label}' with experts of {expert_bytes:,} bytes: the least that works is "
-            f"{staging * expert_bytes:,}, and each slot in all {meta.n_layers} layers takes "
-            f"{meta.n_layers * expert_bytes:,} more"
+            f"{staging * expert_bytes:,}, and each slot in all {context.n_layers} layers takes "
+            f"{context.n_layers * expert_bytes:,} more"
         )
     free = memory_bytes // expert_bytes - staging
-    return min(free // meta.n_layers, meta.n_experts)
+    return min(free // context.n_layers, context.n_experts)
 
 
 def read_source(source: TraceSource, folder: Path) -> None:
     """Load a trace into ``folder``.
 
-    SimulationError if it is not the one that the sweep was planned with.
+    Raises SimulationError if the trace is not the one that the sweep was planned with.
     """
     trace = open_trace(source.place)
     # The digest of a remote trace means fetching all of it once more, and every node sees the
@@ -197,12 +209,19 @@ def read_source(source: TraceSource, folder: Path) -> None:
             f"{source.place} is not the trace the sweep began with: its digest is"
             f" {trace.digest[:12]}, not {source.digest[:12]}"
         )
-    load_workload(trace, logits=source.logits, predictions=source.predictions, folder=folder)
+    load_workload(
+        trace,
+        logits=source.logits,
+        predictions=source.predictions,
+        token_ids=source.token_ids,
+        rows=source.rows,
+        folder=folder,
+    )
 
 
 @cache
 def versions() -> dict[str, str | None]:
-    """Columns that say what a row was computed with."""
+    """Columns with the versions that a row was computed with."""
     found: dict[str, str | None] = {"moesim_version": __version__, "moesim_sha256": code_digest()}
     found["python_version"] = platform.python_version()
     there = installed(PACKAGES)

@@ -10,6 +10,7 @@ from moepolicy import PolicySpec
 from moesim.engines.compilations import Compilations
 from moesim.limits import min_time_ns
 from moesim.machine.profile import NS_PER_S
+from moesim.machine.speed import with_constants
 from moesim.simulate import simulate
 from moesim.sizes import sizes_of
 from moesim.table2.fit import Fit
@@ -83,14 +84,20 @@ def _reach(
         for policy in policies
     }
     blind = {policy.label for policy in policies if "future" not in policy.requires}
-    context = workload.context(card.slots, "layer")
-    least_ns = min_time_ns(
-        workload,
-        machine,
-        sizes_of(workload.meta, expert_bytes),
-        card.slots,
-        "layer",
-        buffers=max((policy.build(context).staging for policy in policies), default=0),
+    sizes = sizes_of(workload.meta, expert_bytes)
+    context = with_constants(workload.context(card.slots, "layer"), machine, sizes)
+    least_ns = min(
+        min_time_ns(
+            workload,
+            machine,
+            sizes,
+            card.slots,
+            "layer",
+            buffers=max((policy.build(context).staging for policy in policies), default=0),
+            shares=shares,
+        )
+        # No policy can beat what is the least of equal slots and of every policy's shares.
+        for shares in {None, *(policy.shares(context) for policy in policies)}
     )
     tokens = workload.n_decoded
     return Reach(

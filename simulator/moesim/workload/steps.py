@@ -7,7 +7,7 @@ is one step a layer with the union of its tokens' experts.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,18 +18,24 @@ import numpy as np
 from moepolicy import (
     NO_LOGITS,
     NO_PREDICTIONS,
+    NO_TOKEN_IDS,
     Context,
     PolicySpec,
+    RoutingRule,
     Step,
+    TokenRows,
     next_use,
     pool_logits,
 )
-from moepolicy.clairvoyant import BLOCK
+from moepolicy.library.clairvoyant.future import BLOCK
 from moeroute.schema import TraceMeta
+from moeroute.weight_rules import detect_weight_rule
 from numpy.typing import NDArray
 
 from moesim.errors import UsageError
+from moesim.workload.details import Details
 
+SHOWING = 4096  # rows from which the gates' rule of weights is found
 CHUNK = 1 << 15  # steps whose logits and predictions are in memory together
 
 
@@ -46,6 +52,8 @@ class Workload:
     decode    bool[S] a decoded token's step (else a prompt's)
     rows      int64[S, 2] the trace rows first and one past the last of the step's token or prompt
     starts    int64[Q] the step that each of the trace's sequences begins with, the first 0
+    token_ids int32[rows] of the trace's rows; None where no policy asks for them
+    row_experts, row_weights  [rows, K] of the trace's rows; None where no policy routes
 
     ``calibration``, int64[n_layers, n_experts], is how often another trace uses each expert.
 
@@ -70,6 +78,9 @@ class Workload:
     starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     maps: tuple[mmap.mmap, ...] = ()  # of the files that the arrays lie in, if they do
     calibration: NDArray[np.int64] | None = None
+    token_ids: NDArray[np.int32] | None = None
+    row_experts: NDArray[np.int32] | None = None
+    row_weights: NDArray[np.float32] | None = None
 
     @property
     def n_steps(self) -> int:
@@ -89,7 +100,7 @@ class Workload:
     def head(self, n_tokens: int) -> Workload:
         """The workload's first ``n_tokens`` tokens; a prompt that begins among them is whole."""
         if n_tokens < 1:
-            raise UsageError(f"tokens must be 1 or more, not {n_tokens}")
+            raise UsageError.of("tokens", f"must be 1 or more, not {n_tokens}")
         starts = np.flatnonzero(np.diff(self.rows[:, 0], prepend=-1))
         before = np.concatenate(([0], np.cumsum(self.tokens[starts])))[:-1]
         later = starts[before >= n_tokens]
@@ -100,6 +111,30 @@ class Workload:
         """Each sequence as a workload of its own: its future ends with it."""
         for first, last in pairwise([*self.starts.tolist(), self.n_steps]):
             yield self if last - first == self.n_steps else self._cut(first, last)
+
+    def only(self, sequences: Sequence[int]) -> Workload:
+        """The workload of some of the trace's sequences, by number, in their order."""
+        bounds = [*self.starts.tolist(), self.n_steps]
+        spans = [range(bounds[i], bounds[i + 1]) for i in sequences]
+        if not spans:
+            raise UsageError("no sequence is left to replay")
+        steps = np.concatenate(spans)
+        demand = np.concatenate(
+            [np.arange(self.offsets[span.start], self.offsets[span.stop]) for span in spans]
+        )
+        n_keys = np.diff(self.offsets)[steps]
+        return replace(
+            self,
+            keys=self.keys[demand],
+            weights=self.weights[demand],
+            routed=self.routed[demand],
+            offsets=np.concatenate([[0], np.cumsum(n_keys)]).astype(np.int64),
+            layer=self.layer[steps],
+            tokens=self.tokens[steps],
+            decode=self.decode[steps],
+            rows=self.rows[steps],
+            starts=np.cumsum([0, *map(len, spans)])[:-1],
+        )
 
     def _cut(self, first: int, last: int) -> Workload:
         """Steps first..last-1 as one sequence; the trace's columns are shared."""
@@ -180,8 +215,14 @@ class Workload:
     def shown_to(self, policy: PolicySpec) -> Workload:
         """The same steps with the logits and predictions that ``policy`` requires, and no more."""
         found = copy(self)
-        logits = self.logits if "logits" in policy.requires else None
-        vars(found).update(predicted=self.predicted[: policy.horizon], logits=logits)
+        requires = policy.requires
+        vars(found).update(
+            predicted=self.predicted[: policy.horizon],
+            logits=self.logits if "logits" in requires else None,
+            token_ids=self.token_ids if "tokens" in requires else None,
+            row_experts=self.row_experts if policy.routes else None,
+            row_weights=self.row_weights if policy.routes else None,
+        )
         return found
 
     def sized(self, meta: TraceMeta) -> Workload:
@@ -216,13 +257,75 @@ class Workload:
             logits=self._pooled(self.logits, number, layer) if detail else NO_LOGITS,
             predicted=self._predictions(number, layer) if detail else NO_PREDICTIONS,
             tokens=int(self.tokens[number]),
+            token_ids=self._token_ids(number),
+            begins_pass=bool(self.begins_pass[number]),
+            begins_sequence=self._begins_sequence(number),
         )
 
-    def details(self, first: int, last: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Logits [steps, E] and predictions [steps, horizon, E] of steps first..last-1.
+    @cached_property
+    def weight_rule(self) -> RoutingRule | None:
+        """How the model's gates make weights: as the trace's metadata says or, where they do not,
+        as its first rows show; None where neither does."""
+        if (named := self.meta.weight_rule) is not None:
+            return RoutingRule(named, self.meta.weight_scale or 1.0)
+        if self.logits is None or self.row_weights is None or self.row_experts is None:
+            return None
+        some = slice(0, SHOWING)
+        found = detect_weight_rule(
+            self.logits[some], self.row_weights[some], self.row_experts[some]
+        )
+        return RoutingRule(found.name, found.scale) if found else None
 
-        Where there are none to look at, one row that stands for every step.
-        """
+    def rows_of(self, number: int) -> TokenRows | None:
+        """The token rows of step ``number``, for a policy that routes to rewrite; None where no
+        policy does."""
+        if self.row_experts is None or self.row_weights is None or self.logits is None:
+            return None
+        at = self._trace_rows(number)
+        return TokenRows(self.row_experts[at], self.row_weights[at], _wide(self.logits, at))
+
+    def _token_ids(self, number: int) -> NDArray[np.int32]:
+        return NO_TOKEN_IDS if self.token_ids is None else self.token_ids[self._trace_rows(number)]
+
+    def _begins_sequence(self, number: int) -> bool:
+        at = int(self.starts.searchsorted(number))
+        return at < len(self.starts) and bool(self.starts[at] == number)
+
+    def _trace_rows(self, number: int) -> NDArray[np.int64]:
+        """The rows of the trace that step ``number`` is made of, ascending."""
+        (first, last), layer = self.rows[number], self.layer[number]
+        if last - first == self.meta.n_layers:
+            return np.array([first + layer])
+        found: NDArray[np.int64] = first + np.flatnonzero(self.row_layer[first:last] == layer)
+        return found
+
+    def details(self, first: int, last: int) -> Details:
+        """What policies may look at of steps first..last-1."""
+        logits, predicted = self._gates(first, last)
+        n, n_experts, top_k = last - first, self.meta.n_experts, self.meta.top_k
+        begins_sequence = np.zeros(n, np.bool_)
+        begins_sequence[self.starts[(self.starts >= first) & (self.starts < last)] - first] = True
+        offsets = np.zeros(n + 1, np.int64)
+        token_ids = NO_TOKEN_IDS
+        rows = TokenRows(
+            np.empty((0, top_k), np.int32),
+            np.empty((0, top_k), np.float32),
+            np.empty((0, n_experts), np.float32),
+        )
+        if self.token_ids is not None or self.row_experts is not None:
+            np.cumsum(self.tokens[first:last], out=offsets[1:])
+            at = np.concatenate([self._trace_rows(i) for i in range(first, last)])
+            if self.token_ids is not None:
+                token_ids = self.token_ids[at]
+            if self.row_experts is not None and self.row_weights is not None:
+                assert self.logits is not None  # a policy that routes requires them
+                rows = TokenRows(self.row_experts[at], self.row_weights[at], _wide(self.logits, at))
+        begins_pass = self.begins_pass[first:last]
+        return Details(logits, predicted, begins_pass, begins_sequence, offsets, token_ids, *rows)
+
+    def _gates(self, first: int, last: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits [steps, E] and predictions [steps, horizon, E] of steps first..last-1; where
+        there are none to look at, one row that stands for every step."""
         logits, predicted = NO_LOGITS[None], NO_PREDICTIONS[None]
         n, n_experts = last - first, self.meta.n_experts
         if self.logits is not None:
@@ -269,6 +372,11 @@ class Workload:
             for ahead, column in enumerate(self.predicted, start=1)
         ]
         return np.stack(rows)
+
+
+def _wide(logits: NDArray[np.float16], at: NDArray[np.int64]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = logits[at].astype(np.float32)
+    return found
 
 
 def changes(column: NDArray[Any]) -> NDArray[np.bool_]:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from moepolicy import Kind, PolicyError, find_policy
-from moepolicy.tables import Format
 from moeroute import open_trace
 from moerun.bench import fit, report
 from moerun.bench.fit import BenchMemory, refuse_too_big
@@ -40,7 +39,7 @@ from support.stores import verify
 
 CPU = torch.device("cpu")
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
-ASIDE = f"{OWN}:AnswersLow:answer={int(Kind.COMPUTE)}"
+ON_CPU = f"{OWN}:AnswersLow:answer={int(Kind.COMPUTE)}"
 WARM_UP, TOKENS = 4, 10
 MIB = 1 << 20
 
@@ -65,7 +64,7 @@ def make_bench(*policies: str, **options: Any) -> Bench:
 
 
 def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> None:
-    policies = ("hobbit", "adapmoe-skip", "emoe-substitute", ASIDE)
+    policies = ("hobbit", "adapmoe-skip", "emoe-substitute", ON_CPU)
     with make_bench(*policies, low="2bit", slots=3, released=True) as bench:
         bench.run()
         bench.routing.write_trace(tmp_path / "t.parquet", bench.generated.index)
@@ -96,14 +95,14 @@ def test_policies_answer_misses_as_the_simulator_has_them(tmp_path: Path) -> Non
     assert rows["hobbit"].low_share > 0
     assert not rows["released (model of mixtral-offloading)"].lossy
     # Experts that the device has not computed are not in the bound.
-    aside = rows[ASIDE]
-    assert aside.cpu_ratio > 0
-    expected = compute_s - aside.cpu_ratio * (compute_s - min(rest_s, compute_s))
-    assert aside.compute_s_per_token == pytest.approx(expected)
+    on_cpu = rows[ON_CPU]
+    assert on_cpu.cpu_ratio > 0
+    expected = compute_s - on_cpu.cpu_ratio * (compute_s - min(rest_s, compute_s))
+    assert on_cpu.compute_s_per_token == pytest.approx(expected)
     assert rows["emoe-substitute"].compute_s_per_token == pytest.approx(compute_s)
-    table = report.render(list(rows.values()), Format.table, report.provenance(bench))
+    table = report.table_of(list(rows.values()), report.provenance(bench))
     notes = " ".join(table.split())  # they are wrapped
-    assert re.search(r" hobbit: changes what the model computes: [^:]* lower precision ", notes)
+    assert re.search(r" hobbit\*: changes what the model computes: [^:]* lower precision ", notes)
 
 
 def test_policies_that_count_experts_compute_on_the_cpu() -> None:
@@ -129,10 +128,11 @@ def test_pieces_change_no_decision() -> None:
             bench.run()
             runs.append(bench.results.runs["lru"][0])
             assert bench._link.chunked == bool(options)
-    one, other = (replace(run.totals, stall_s=0) for run in runs)
+    one, other = (replace(run.totals, stall_s=0, decide_s=0) for run in runs)
     assert one == other
 
 
+@pytest.mark.slow
 def test_attention_is_computed_packed_from_memory_and_from_files(tmp_path: Path) -> None:
     tokens, planned = [], []
     for folder in (None, tmp_path / "store", tmp_path / "store"):
@@ -153,6 +153,7 @@ def test_attention_is_computed_packed_from_memory_and_from_files(tmp_path: Path)
         make_bench("lru", slots=2, folder=tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_the_lower_precision_lies_beside_the_other_on_disk(tmp_path: Path) -> None:
     options = {"low": "2bit", "slots": 2, "folder": tmp_path / "store", "cold": True}
     for _ in range(2):  # made, then found
@@ -169,6 +170,7 @@ def test_the_lower_precision_lies_beside_the_other_on_disk(tmp_path: Path) -> No
             assert row.bound_s_per_token == row.compute_s_per_token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"low": "2bit"}])
 def test_slots_are_those_that_moerun_would_plan(tmp_path: Path, options: dict[str, Any]) -> None:
     with make_bench("lru", slots=0, **options) as bench:
@@ -302,6 +304,7 @@ def test_the_command_plans_a_budget_and_names_the_smallest(moerun: Any) -> None:
     assert RELEASED not in rows
 
 
+@pytest.mark.slow
 def test_a_bench_keeps_to_its_budget(tmp_path: Path) -> None:
     config = find_config("mixtral-8x7b", layers=4)
     config.update(SIZES | {"num_key_value_heads": 8})
@@ -333,7 +336,7 @@ def test_a_bench_keeps_to_its_budget(tmp_path: Path) -> None:
         (["--memory", "1GiB", "--slots", "2"], 2, "give --slots or --memory, not both"),
         (["--host-memory", "1GiB"], 2, "--host-memory is about experts in files: give --store"),
         (["--policy", "hobbit"], 1, "give --low"),
-        (["--low", "5bit"], 2, "there is no precision '5bit'"),
+        (["--low", "5bit"], 2, "--low 5bit: did you mean '4bit'?"),
         (["--attention", "1bit"], 2, "attention cannot be '1bit'"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_step_that_fails_fails_the_script_and_not_the_others(tmp_path: Path) -
     exits = {
         s["step"]: s["exit"] for s in json.loads((tmp_path / "summary.json").read_text())["steps"]
     }
-    assert exits["bench-2bit"] == 1
+    assert exits["bench-2bit"] == 2
     assert exits["bookkeeping"] == 0
 
 
@@ -91,6 +91,7 @@ def test_every_engine_decodes_the_same_from_disk(tmp_path: Path, shape: Path) ->
     assert found["limit_covers"] == "nothing"
 
 
+@pytest.mark.slow
 def test_matrices_are_timed_for_few_and_many_tokens(tmp_path: Path) -> None:
     done = run(
         *(sys.executable, str(BENCHMARKS / "expert_tokens.py"), "--shapes", "128x64"),
@@ -105,6 +106,36 @@ def test_matrices_are_timed_for_few_and_many_tokens(tmp_path: Path) -> None:
         assert all(ms > 0 for ms in row["ms"].values())
 
 
+@pytest.mark.slow
+def test_prompts_in_chunks_are_timed(tmp_path: Path) -> None:
+    out = tmp_path / "chunks.json"
+    done = run(
+        *(sys.executable, str(BENCHMARKS / "exact_reuse.py"), "--tokens", "40"),
+        *("--chunks", "0,16", "--rounds", "1", "--out", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["slots"], row["chunk_tokens"]) for row in rows] == [
+        *((32, 0), (32, 16)),
+        *((16, 0), (16, 16)),
+    ]
+    assert all(row["cpu_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_published_experts_are_timed(tmp_path: Path) -> None:
+    done = run(
+        *(sys.executable, str(BENCHMARKS / "published_experts.py"), "--tokens", "1"),
+        *("--models", "qwen3-30b-a3b-fp8", "--rounds", "1", "--out", str(tmp_path / "out.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert set(row["ms"]) == {"fp8", "bf16", "4bit"}
+    assert all(ms > 0 for ms in row["ms"].values())
+    assert row["record_bytes"]["4bit"] < row["record_bytes"]["fp8"] < row["record_bytes"]["bf16"]
+
+
+@pytest.mark.slow
 def test_kernels_of_a_gpu_are_timed(tmp_path: Path) -> None:
     done = run(
         *(sys.executable, str(BENCHMARKS / "fused_gpu.py"), "--device", "cpu", "--shapes", "64x64"),
@@ -119,6 +150,7 @@ def test_kernels_of_a_gpu_are_timed(tmp_path: Path) -> None:
         assert all(us > 0 for us in row["us"].values())
 
 
+@pytest.mark.slow
 def test_caches_of_keys_and_values_are_timed(tmp_path: Path) -> None:
     done = run(
         *(sys.executable, str(BENCHMARKS / "kv_cache.py"), "--contexts", "8,300"),

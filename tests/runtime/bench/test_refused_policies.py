@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from moepolicy import PolicyError, find_policy
-from moepolicy.tables import Format
+from moepolicy.outputs import Output
+from moepolicy.refusals import Refusals
+from moepolicy.tables import to_csv
 from moerun.bench import report
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config
@@ -16,7 +18,7 @@ from moerun.bench.routing import load_routing
 from moerun.bench.run import Bench
 from moerun.bench.schedule import BenchSchedule
 from moerun.commands import fidelity as command
-from moerun.policies import Refusals, servable
+from moerun.policies import servable
 from moerun.profiling import fidelity
 from moerun.settings import Settings
 
@@ -46,7 +48,8 @@ def late(tmp_path: Path) -> str:
     return f"{tmp_path}/mine.py:Late"
 
 
-def test_a_bench_keeps_the_others_figures(late: str) -> None:
+@pytest.mark.slow
+def test_a_bench_keeps_the_others_figures(late: str, tmp_path: Path) -> None:
     refused: Refusals = {}
     ahead = late.replace("Late", "Ahead")
     asked = [find_policy(name) for name in (late, "lru", "belady", ahead, f"{ahead}:horizon=4")]
@@ -58,8 +61,9 @@ def test_a_bench_keeps_the_others_figures(late: str) -> None:
         bench.results.refused.update(refused)
         bench.run()
         rows = report.rows_of(bench, {})
-        shown = report.render(rows, Format.table, report.provenance(bench))
-        told = json.loads(report.render(rows, Format.json, report.provenance(bench)))["rows"]
+        shown = report.table_of(rows, report.provenance(bench))
+        report.deliver(Output("json", tmp_path / "bench.json"), rows, report.provenance(bench))
+    told = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row.policy for row in rows] == ["lru", ahead]
     assert [len(row.rounds) for row in rows] == [2, 2]
     reasons = {row["policy"]: row["refused"] for row in told}
@@ -114,12 +118,11 @@ def test_a_fidelity_turn_leaves_out_what_fails(
 
 def test_fidelity_shows_what_it_left_out() -> None:
     row = fidelity.Comparison("lru", 3, *(1.0,) * 10, live_runs=(1.0, 1.0), waited=0.0)
-    shown = command._render([row], Format.table, {"lfu": "lfu lost count"})
+    shown = command._table([row], {"lfu": "lfu lost count"})
     assert "lfu: could not run: lfu lost count" in shown
-    told = json.loads(command._render([row], Format.json, {"lfu": "lfu lost count"}))
+    told = command._plain([row], {"lfu": "lfu lost count"})
     assert [(each["policy"], each["refused"], each["live_hits"]) for each in told] == [
         ("lru", None, 1.0),
         ("lfu", "lfu lost count", None),
     ]
-    csv = command._render([row], Format.csv, {"lfu": "lfu lost count"})
-    assert len(csv.splitlines()) == 3
+    assert len(to_csv(told).splitlines()) == 3

@@ -47,29 +47,41 @@ def refusal(checkpoint: Path) -> str:
     return str(caught.value)
 
 
+def unread(endings: tuple[str, ...]) -> Change:
+    """Matrices in a format that is not read: bytes under names with these endings."""
+
+    def change(tensors: made.Tensors) -> None:
+        for name in [n for n in tensors if made.is_matrix(n)]:
+            del tensors[name]
+            base = name.removesuffix("weight")
+            tensors.update({base + e: torch.zeros(8, 8, dtype=torch.uint8) for e in endings})
+
+    return change
+
+
 @pytest.mark.parametrize(
-    ("family", "quantise", "tensor", "format_name"),
+    ("quantise", "tensor", "format_name"),
     [
-        ("qwen3_moe", partial(made.quantise_float8, scale="_scale_inv"), "_scale_inv", "FP8"),
-        ("mixtral", partial(made.quantise_float8, scale="_scale"), "_scale", "8-bit weights"),
-        ("mixtral", partial(made.quantise_float8, scale=None), "float8_e4m3fn", "quantised"),
-        ("mixtral", partial(made.quantise_int4, g_idx=True), ".qweight", "GPTQ"),
-        ("mixtral", partial(made.quantise_int4, g_idx=False), ".qweight", "AWQ"),
-        ("gpt_oss", made.quantise_mxfp4, "_blocks", "MXFP4"),
+        (partial(made.quantise_float8, scale=None), "float8_e4m3fn", "a quantised checkpoint"),
+        (unread(("weight.absmax", "weight.quant_map")), ".absmax", "bitsandbytes 4-bit"),
+        (unread(("q_weight", "q_scale")), ".q_weight", "EXL2"),
+        (unread(("trellis",)), ".trellis", "EXL3"),
+        (unread(("W_q",)), ".W_q", "HQQ"),
+        (unread(("weight.qdata", "weight.scale")), "qdata", "torchao"),
     ],
 )
-def test_undeclared_quantisation_is_named_by_its_tensors(
-    plain: Any, tmp_path: Path, family: str, quantise: Change, tensor: str, format_name: str
+def test_formats_that_are_not_read_are_named_by_their_tensors(
+    plain: Any, tmp_path: Path, quantise: Change, tensor: str, format_name: str
 ) -> None:
-    said = refusal(changed(plain, family, tmp_path, quantise))
+    said = refusal(changed(plain, "mixtral", tmp_path, quantise))
     assert "model.safetensors: tensor " in said
     assert tensor in said
-    assert f"looks like {format_name}" in said or f"looks like a {format_name}" in said
+    assert f"looks like {format_name}, which is not supported; give the unquantised" in said
 
 
 @pytest.mark.parametrize("key", ["compression_config", "text.quantization_config"])
 def test_a_declaration_under_another_name_is_quoted(plain: Any, tmp_path: Path, key: str) -> None:
-    folder = changed(plain, "mixtral", tmp_path, partial(made.quantise_float8, scale="_scale"))
+    folder = changed(plain, "mixtral", tmp_path, unread(("trellis",)))
     declared = {"quant_method": "compressed-tensors"}
     outer, _, inner = key.partition(".")
     made.change_config(folder, **{outer: {inner: declared} if inner else declared})
@@ -77,9 +89,9 @@ def test_a_declaration_under_another_name_is_quoted(plain: Any, tmp_path: Path, 
 
 
 def test_a_side_file_declares_too(plain: Any, tmp_path: Path) -> None:
-    folder = changed(plain, "mixtral", tmp_path, partial(made.quantise_int4, g_idx=True))
+    folder = changed(plain, "mixtral", tmp_path, unread(("trellis",)))
     (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128, "desc_act": true}')
-    assert "GPTQ (gptq, as quantize_config.json says)" in refusal(folder)
+    assert "EXL3 (gptq, as quantize_config.json says)" in refusal(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e5m2, torch.uint32])
@@ -122,7 +134,7 @@ def test_what_stock_declares_ignored_passes(
         folder = changed(plain, family, tmp_path, lambda t: t.update({tensor: codes}))
     notes: list[str] = []
     pack(folder, tmp_path / "out", report=notes.append).close()
-    assert any("left out, as stock transformers does: 1 tensors" in n for n in notes)
+    assert any("not read, as stock transformers does not either: 1 tensors" in n for n in notes)
     assert tensor in notes[-1]
 
 

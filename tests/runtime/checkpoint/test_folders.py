@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from moerun.checkpoint.families import SUPPORTED, read_config
+from moerun.checkpoint.families import read_config
 from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
@@ -52,7 +52,7 @@ def only(folder: Path, name: str) -> None:
         ("model.fp16.safetensors", "only the variant 'fp16'"),
         ("model.bf16-00001-of-00002.safetensors", "only the variant 'bf16'"),
         ("pytorch_model.bin", "only as pickles (pytorch_model.bin)"),
-        ("weights.gguf", "as GGUF (weights.gguf)"),
+        ("weights.gguf", "weights.gguf is no GGUF file"),
         ("model.safetensors.incomplete", "download is not complete"),
         ("diffusion.safetensors", "only diffusion.safetensors"),
         ("tf_model.h5", "only tf_model.h5"),
@@ -120,7 +120,6 @@ def test_where_there_is_one_file_and_an_index_stock_takes_the_file(folder: Path)
     ("files", "wanted"),
     [
         ({"adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}'}, "a/b"),
-        ({"model.gguf": ""}, "as GGUF"),
         ({"params.json": "{}", "consolidated.00.pth": ""}, "their maker's own format"),
         ({"snapshots/abc/config.json": "{}"}, "give "),
         ({"notes.txt": ""}, "it has no config.json"),
@@ -161,7 +160,7 @@ def test_a_number_too_large_for_any_file_is_damage(folder: Path) -> None:
         ("jamba", {}, "a mixture of experts (num_local_experts 8), but of a family"),
         ("marvin", {"auto_map": {"AutoConfig": "x.Y"}}, "a 'marvin' model, which is a mixture"),
         (
-            "llama4",
+            "mllama",
             {"num_local_experts": None, "text_config": {"num_local_experts": 16}},
             "a mixture of experts (num_local_experts 16)",
         ),
@@ -175,7 +174,8 @@ def test_an_unsupported_family_is_told_from_a_dense_model(
     made.change_config(folder, model_type=model_type, **fields)
     said = refusal(folder)
     assert wanted in said
-    assert said.endswith(", ".join(SUPPORTED))
+    assert said.endswith("'moerun families' lists those that are supported")
+    assert len(said) < 400
 
 
 def test_a_config_that_transformers_cannot_build_is_one_line(folder: Path) -> None:

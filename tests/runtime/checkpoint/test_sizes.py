@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from moepolicy import find_policy
-from moeroute.architecture import CORRECTION_BIAS, FAMILIES
+from moeroute.architecture import CORRECTION_BIAS
+from moeroute.families import FAMILIES, family_of
 from moeroute.models import DenseSizes, ModelShape, describe, find_model, published
-from moerun.bench.generated import GeneratedModel
+from moerun.bench.generated import GeneratedModel, GeneratedStore
 from moerun.bench.models import find_config
-from moerun.checkpoint.families import empty_model, expert_shape, find_attention, find_experts
+from moerun.bench.shapes import find_shape
+from moerun.checkpoint.families import (
+    empty_model,
+    expert_shape,
+    find_attention,
+    find_experts,
+    text_alone,
+)
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
+from moerun.format.names import RECORD_ALIGN
 from moerun.format.precision import PLAIN, SCHEMES
 from moerun.live.recording import live_meta
 from moerun.live.runner import Runner
 from moerun.settings import Settings
 from moerun.store.pack import pack
 from moetrace.model import dense_sizes_of, expert_bytes, expert_params
+from support.families import FAMILIES as PUBLISHED
+from support.families import save_small, telling_fast
+from support.families import small_config as published_config
 from support.moe_models import FAMILIES as SMALL
 from support.moe_models import small_config
 
@@ -39,6 +52,7 @@ MIXED = {
     "linear_conv_kernel_dim": 4,
 }
 DEEP = SMALL["deepseek_v3"]
+QUICK = {"deepseek_v3", "gemma4", "nemotron_h"}
 # Beside each family's plain form, the forms that change which weights there are.
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in ("mixtral", "qwen2_moe", "olmoe", "gpt_oss")),
@@ -92,8 +106,18 @@ def test_a_config_tells_every_weight_that_transformers_makes(
     assert len(found.layers) == len(find_experts(model)) == found.n_layers
 
 
+@pytest.mark.parametrize("family", ["gemma4", "deepseek_v4", "glm4_moe_lite", "qwen3_5_moe"])
+def test_a_config_of_text_and_images_tells_the_weights_of_its_text(family: str) -> None:
+    config = published_config(family)
+    found = described(config)
+    dense, one = parts_of(empty_model(text_alone(config), torch.bfloat16))
+    assert (found.tensors, found.expert) == (dense, one)
+
+
 def test_every_family_is_among_the_cases() -> None:
-    assert {family for family, _ in CASES} == FAMILIES.keys()
+    tested = {family for family, _ in CASES} | {"gemma4", "deepseek_v4", "glm4_moe_lite"}
+    known = {each.model_type for each in FAMILIES if each.weights}
+    assert {*map(family_of, tested)} == {*map(family_of, known)}
 
 
 @pytest.mark.parametrize("name", sorted(published()))
@@ -175,3 +199,24 @@ def test_what_cannot_be_told_from_the_experts_is_unknown() -> None:
     """Experts kept in a way of their own would be counted among the dense weights."""
     assert dense_sizes_of(torch.nn.Linear(2, 2), torch.float32) is None
     assert expert_params(torch.nn.Linear(2, 2), torch.float32) is None
+
+
+@pytest.mark.parametrize("family", telling_fast(sorted(PUBLISHED), slow={*PUBLISHED} - QUICK))
+def test_a_configuration_alone_tells_what_a_checkpoint_has(family: str, tmp_path: Path) -> None:
+    """What `--plan` and `moerun bench` count before a download, for every family."""
+    folder = save_small(family, tmp_path / "model")
+    store = pack(folder, tmp_path / "store")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "alone")
+    shape = find_shape(str(tmp_path / "alone"))
+    shape.check_family()
+    model = GeneratedModel(find_config(shape), name="alone", precision="native", seed=0)
+    generated = GeneratedStore(model, held=False)
+    assert generated.dense_tensors() == store.dense_tensors()
+    assert (generated.n_layers, generated.n_experts) == (store.n_layers, store.n_experts)
+    one, other = generated.index, store.index
+    assert (one.top_k, one.n_shared_experts) == (other.top_k, other.n_shared_experts)
+    assert (one.layer_bytes, one.token_bytes) == (other.layer_bytes, other.token_bytes)
+    assert one.shape.n_weights == other.shape.n_weights
+    # Where a file has its experts at an odd place, so have the records: a page more at most.
+    assert 0 <= store.record_bytes - generated.record_bytes <= RECORD_ALIGN

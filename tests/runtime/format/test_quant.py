@@ -207,6 +207,7 @@ for name in test_quant.SCHEMES:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernel_reads_nibbles(), reason="this CPU's kernel has another order itself")
 def test_a_cpu_whose_kernel_has_another_order_computes_the_same() -> None:
     done = subprocess.run(

@@ -75,6 +75,7 @@ def test_a_product_is_that_of_the_dequantised_matrix(data: st.DataObject) -> Non
     assert relative(found, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_columns_shared_out_among_programs_add_up(
@@ -92,6 +93,7 @@ def test_columns_shared_out_among_programs_add_up(
     assert torch.equal(shared, fused.multiply(x, parts, scheme, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_every_code_has_its_place(name: str) -> None:
     """Unit scales and no zeros: the products are sums of codes, exactly."""
@@ -110,6 +112,7 @@ def test_every_code_has_its_place(name: str) -> None:
     assert torch.equal(multiply(x[77:78], parts, scheme, 192), codes[:, 77:78].T.float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_a_slot_of_a_gpu_computes_from_the_record_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -164,6 +167,7 @@ def compiles(name: str, x: str, capabilities: tuple[int, ...]) -> None:
     assert max(shared) <= 48 << 10  # what every card gives a program without being asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_the_kernels_compile_without_a_card(name: str) -> None:
     compiles(name, "*bf16", (86,))

@@ -194,6 +194,7 @@ def test_a_live_run_in_pieces_repeats_from_its_journal(
     assert again.events == live.events
 
 
+@pytest.mark.slow
 def test_text_does_not_depend_on_how_experts_travel(tmp_path: Path) -> None:
     store = pack(resolve("tiny"), tmp_path / "store")
     policy, texts = find_policy("lru-spec"), set()

@@ -224,6 +224,7 @@ def test_a_live_run_reads_from_disk_what_the_simulated_one_does(
     assert tiny.n_keys // 2 < reads < loads
 
 
+@pytest.mark.slow
 def test_both_precisions_of_a_live_run_share_what_host_memory_it_is_given(
     tiny: ExpertStore, tmp_path: Path
 ) -> None:
@@ -291,7 +292,7 @@ def test_a_disk_that_fails_while_text_is_generated_is_named(
 
 def test_host_memory_for_less_than_the_copies_under_way_is_refused(tiny: ExpertStore) -> None:
     chosen = Settings(find_policy("lru"), streams=2, host_bytes=tiny.record_bytes)
-    with pytest.raises(RunError, match=r"hold 1 experts .* give --host-memory 393216 \(bytes\)"):
+    with pytest.raises(RunError, match=r"hold 1 expert .* give --host-memory 393216 \(bytes\)"):
         Runner(tiny, chosen)
 
 

@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import pytest
 import torch
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.links import DirectRecords, DiskLink, DualSlot, HostTier, Throttle, Variant
+from moerun.links import DirectRecords, DiskLink, DualSlot, Throttle, Variant
 from moerun.links.arena import device_memory
-from moerun.links.bus import Pieces
 from moerun.store.pack import pack
-
-RECORD_BYTES = 4096
-N_KEYS = 12
-PATIENCE_S = 30.0
-
-
-class FileRecords:
-    """Records in one plain file; ``short`` makes the reads of one key fail."""
-
-    record_bytes = RECORD_BYTES
-    n_keys = N_KEYS
-
-    def __init__(self, path: Path, short: int = -1) -> None:
-        self.path = path
-        self.short = short
-        path.write_bytes(b"".join(bytes([key + 1]) * RECORD_BYTES for key in range(N_KEYS)))
-
-    def read_into(self, key: int, buffer: torch.Tensor, *, pieces: Pieces | None = None) -> None:
-        if key == self.short:
-            raise RunError(f"expert {key} is cut off in {self.path}")
-        for piece in pieces(self.record_bytes) if pieces else (slice(0, self.record_bytes),):
-            with self.path.open("rb") as file:
-                file.seek(key * self.record_bytes + piece.start)
-                file.readinto(buffer[piece].numpy().data)
-
-
-class LandingSlot:
-    def __init__(self) -> None:
-        self.landing: torch.Tensor | None = torch.zeros(RECORD_BYTES, dtype=torch.uint8)
-        self.arrivals = 0
-
-    def arrive(self, record: torch.Tensor) -> None:
-        assert record is self.landing
-        self.arrivals += 1
+from support.links import N_KEYS, PATIENCE_S, RECORD_BYTES, FileRecords, LandingSlot, Reports
 
 
 class DerivingSlot:
@@ -65,9 +28,6 @@ class DerivingSlot:
 
     def arrive(self, record: torch.Tensor) -> None:
         self.total = int(record.sum(dtype=torch.int64))
-
-
-Reports = SimpleQueue[tuple[int, Exception | None]]
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3])
@@ -283,129 +243,3 @@ def test_records_read_directly_do_not_stay_in_the_page_cache(tmp_path: Path, ali
     direct.close()
     assert torch.equal(found, expected)
     assert not cached()
-
-
-class FakeCuda:
-    """CUDA's streams and events as a log of what was asked of them, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[tuple[str, str, str]] = []
-        self.registered: list[int] = []
-        self.failure: RuntimeError | None = None
-        names = itertools.count()
-
-        class Event:
-            def __init__(event) -> None:
-                event.name = f"event{next(names)}"
-
-            def record(event, stream: Stream) -> None:
-                self.log.append(("record", event.name, stream.name))
-
-            def synchronize(event) -> None:
-                self.log.append(("synchronize", event.name, ""))
-                if self.failure:
-                    raise self.failure
-
-        class Stream:
-            def __init__(stream, device: object = None, name: str = "copies") -> None:
-                stream.name, stream.device = name, "cuda:7"
-
-            def wait_event(stream, event: Event) -> None:
-                self.log.append(("wait", event.name, stream.name))
-
-        compute = Stream(name="compute")
-        self.cudaHostRegister = self._register
-        self.cudaHostUnregister = lambda *_: self.registered.clear()
-        for name, fake in (
-            ("Event", Event),
-            ("Stream", Stream),
-            ("stream", lambda stream: self.on(stream.name)),
-            ("current_stream", lambda *_: compute),
-            ("synchronize", lambda *_: None),
-            ("cudart", lambda: self),
-            ("device", lambda _: nullcontext()),
-        ):
-            monkeypatch.setattr(torch.cuda, name, fake)
-
-    def _register(self, _start: int, n_bytes: int, _flags: int) -> int:
-        self.registered.append(n_bytes)
-        return 0
-
-    def on(self, stream: str) -> Any:
-        self.log.append(("on", "", stream))
-        return nullcontext()
-
-
-def cuda_link(records: FileRecords, slots: list[LandingSlot], n_records: int = N_KEYS) -> Any:
-    from moerun.links.cuda import CudaDevice
-    from moerun.links.pinned import PinnedLink
-
-    tier = HostTier(records, n_records * RECORD_BYTES)
-    return PinnedLink(tier, slots, CudaDevice(torch.device("cpu")))
-
-
-@pytest.mark.parametrize("n_records", [N_KEYS, 1])
-def test_the_cuda_link_orders_copies_and_kernels_by_events_both_ways(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_records: int
-) -> None:
-    cuda = FakeCuda(monkeypatch)
-    slots = [LandingSlot(), LandingSlot()]
-    reports: Reports = SimpleQueue()
-    link = cuda_link(FileRecords(tmp_path / "records"), slots, n_records)
-    assert cuda.registered == [n_records * RECORD_BYTES]
-    link.start(lambda key, error, _ended_s: reports.put((key, error)))
-    for key in (4, 9):
-        link.submit(key, 0)
-        assert reports.get(timeout=PATIENCE_S) == (key, None)
-        assert slots[0].landing is not None
-        assert bool((slots[0].landing == key + 1).all())
-        link.acquire(0)
-        link.release(0)
-    link.close()
-
-    def copied(event: str, after: str) -> list[tuple[str, str, str]]:
-        return [
-            ("wait", after, "copies"),
-            ("on", "", "copies"),  # the copy, then what derives the slot from it
-            ("on", "", "copies"),
-            ("record", event, "copies"),
-            ("synchronize", event, ""),
-        ]
-
-    def computed(copied: str, used: str) -> list[tuple[str, str, str]]:
-        return [("wait", copied, "compute"), ("record", used, "compute")]
-
-    assert cuda.log == [
-        ("record", "event0", "compute"),  # what had the memory before
-        ("wait", "event0", "copies"),
-        *copied("event1", after="event0"),
-        *computed("event1", used="event2"),
-        *copied("event3", after="event2"),
-        *computed("event3", used="event4"),
-    ]
-    assert cuda.registered == []
-
-
-def test_pinned_memory_that_is_not_given_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cuda = FakeCuda(monkeypatch)
-    cuda.cudaHostRegister = lambda *_: 2
-    with pytest.raises(RunError, match=r"pinned host memory.* \(CUDA error 2\)"):
-        cuda_link(FileRecords(tmp_path / "records"), [LandingSlot()])
-
-
-def test_an_error_of_cuda_is_one_line_that_says_what_was_under_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cuda = FakeCuda(monkeypatch)
-    reports: Reports = SimpleQueue()
-    link = cuda_link(FileRecords(tmp_path / "records"), [LandingSlot()])
-    link.start(lambda key, error, _ended_s: reports.put((key, error)))
-    cuda.failure = RuntimeError("CUDA error: unspecified launch failure\nSearch for it")
-    link.submit(4, 0)
-    key, error = reports.get(timeout=PATIENCE_S)
-    link.close()
-    assert (key, type(error)) == (4, RunError)
-    said = "copying an expert to cuda:7 failed: CUDA error: unspecified launch failure"
-    assert str(error) == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from moepolicy import find_policy
 from moerun.live.gates import SessionExperts
 from moerun.live.runner import Runner
+from moerun.live.sampling import Sampling
 from moerun.offload.gate import GateOutput
+from moerun.offload.gate_predictor import GatePredictor
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
+
+OWN = Path(__file__).parents[2] / "support" / "policies.py"
 
 
 class Asked:
@@ -56,12 +61,30 @@ def test_experts_without_their_gate_are_refused() -> None:
     assert [layer for layer, _ in session.asked] == [1]
 
 
+def test_the_gates_are_asked_for_what_the_policy_wants_and_no_more(
+    stores: dict[str, ExpertStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    predict = GatePredictor.predict
+
+    def counted(self: GatePredictor, layer: int, gate_input: torch.Tensor) -> torch.Tensor:
+        asked.append(layer)
+        return predict(self, layer, gate_input)
+
+    monkeypatch.setattr(GatePredictor, "predict", counted)
+    with Runner(stores["native"], Settings(find_policy(f"{OWN}:Declining"), slots=3)) as runner:
+        runner.generation().run(torch.tensor([[3, 1, 4, 1, 5]]), Sampling(6))
+        shown = vars(runner.session.cache.policy)["shown"].tolist()
+    assert shown[0] > 0
+    assert shown[1] == len(asked) > 0
+
+
 def test_a_closed_runner_has_left_no_hook_on_the_gates(
     stores: dict[str, ExpertStore],
 ) -> None:
     with Runner(stores["native"], Settings(find_policy("lru-spec"), slots=4)) as runner:
         model = runner.model
         hooked = [module for module in model.modules() if module._forward_hooks]
-        assert len(hooked) == runner.store.n_layers
+        assert len(hooked) == runner.store.n_layers + 1  # and the model itself
     assert not [module for module in model.modules() if module._forward_hooks]
     assert not [module for module in model.modules() if module._forward_pre_hooks]

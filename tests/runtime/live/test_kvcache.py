@@ -11,10 +11,12 @@ import pytest
 import torch
 from moepolicy import find_policy
 from moerun.checkpoint.hub import resolve
-from moerun.live.kvcache import STEP_TOKENS, RoomyLayer, WindowLayer, new_cache
+from moerun.errors import RunError
+from moerun.live.kvcache import STEP_TOKENS, GrowingLayer, WindowLayer, new_cache
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.memory.cache import held_bytes, shape_of
+from moerun.offload.load import own_tokens
 from moerun.settings import Settings
 from moerun.store.pack import pack
 from support.moe_models import FAMILIES, random_model
@@ -35,7 +37,7 @@ def states(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_states_are_those_of_the_stock_layer() -> None:
-    ours, stock = RoomyLayer(1000), DynamicLayer()
+    ours, stock = GrowingLayer(1000), DynamicLayer()
     for tokens in (5, 1, STEP_TOKENS - 3, 1, 1, 2 * STEP_TOKENS, 1):
         both = states(tokens)
         for found, wanted in zip(ours.update(*both), stock.update(*both), strict=True):
@@ -52,7 +54,7 @@ def test_states_are_those_of_the_stock_layer() -> None:
 
 
 def test_states_that_others_replaced_are_not_forgotten() -> None:
-    ours, stock = RoomyLayer(1000), DynamicLayer()
+    ours, stock = GrowingLayer(1000), DynamicLayer()
     for change in (None, lambda layer: layer.reorder_cache(torch.tensor([1, 0])), None):
         if change is not None:
             change(ours), change(stock)
@@ -77,7 +79,7 @@ def test_a_window_keeps_the_states_of_the_stock_layer_in_less_memory(prompt: int
 
 
 def test_a_token_is_written_behind_the_others_until_the_room_is_full() -> None:
-    layer = RoomyLayer(10 + STEP_TOKENS + 5)
+    layer = GrowingLayer(10 + STEP_TOKENS + 5)
     keys, _ = layer.update(*states(10))
     places = []
     for _ in range(STEP_TOKENS + 5):
@@ -85,7 +87,7 @@ def test_a_token_is_written_behind_the_others_until_the_room_is_full() -> None:
         places.append(keys.data_ptr())
         assert (keys.shape[-1], values.shape[-1]) == (8, 4)
     assert len(set(places)) == 2
-    assert keys.untyped_storage().nbytes() == layer._limit_tokens * 2 * 8 * 4
+    assert keys.untyped_storage().nbytes() == layer.limit_tokens * 2 * 8 * 4
     layer.update(*states(1))  # a limit said too low costs memory, not the text
 
 
@@ -171,3 +173,17 @@ def test_what_a_checkpoint_prefers_does_not_change_the_text(tmp_path: Path) -> N
             texts.append(generate(runner, prompt, Sampling(max_new_tokens=12, stop=False)))
     shutil.rmtree(store.path)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("ids", [[None], "2", 1.5, [1, [2]], -1, True, {}])
+def test_a_special_token_that_is_none_is_refused_by_name(tmp_path: Path, ids: object) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(RunError, match=r"generation_config\.json: eos_token_id is .*, not the id"):
+        own_tokens(tmp_path, config=None)
+
+
+@pytest.mark.parametrize("ids", [2, [2, 7], None])
+def test_special_tokens_are_the_checkpoint_s(tmp_path: Path, ids: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert own_tokens(tmp_path, config=None).eos_token_id == ids

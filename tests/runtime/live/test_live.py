@@ -44,6 +44,7 @@ LOSSLESS = sorted(
     for name in policy_names()
     if not find_policy(name).policy.lossy and not unserved(find_policy(name))
 )
+SHARING = f"{Path(__file__).parents[2] / 'support' / 'policies.py'}:Sharing"
 N_EXPERTS = 8
 a_machine = Machine(
     "m", "", "measured", LinkProfile(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5)
@@ -54,6 +55,8 @@ few = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking a live run takes minutes
 )
+
+OWN = Path(__file__).parents[2] / "support" / "policies.py"
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +153,7 @@ def events_of(document: dict[str, Any]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("link", ["disk", "shuffled"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "random:seed=7"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "random:seed=7", "adapmoe-slots", SHARING])
 def test_without_prefetching_the_simulator_repeats_the_run_event_for_event(
     tiny: ExpertStore, tmp_path: Path, policy: str, scope: str, link: str
 ) -> None:
@@ -160,7 +163,7 @@ def test_without_prefetching_the_simulator_repeats_the_run_event_for_event(
         trace, document = record(runner, tmp_path)
     log = EventLog()
     result = simulate(
-        workload_of(trace),
+        workload_of(trace).calibrated(open_trace("tiny").expert_counts()),
         chosen.policy,
         a_machine,
         slots=3,
@@ -171,6 +174,7 @@ def test_without_prefetching_the_simulator_repeats_the_run_event_for_event(
     assert result.misses > 0
 
 
+@pytest.mark.slow
 @few
 @given(
     n=st.integers(1, 3),
@@ -202,6 +206,22 @@ def test_with_prefetching_the_journal_and_the_trace_repeat_the_run_event_for_eve
     again = replay(workload_of(trace), document)
     assert again == events_of(document)
     assert Kind.QUEUE_PREFETCH in {event[0] for event in again}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_predictions_that_a_policy_declines_are_as_if_they_were_not_recorded(
+    tiny: ExpertStore, tmp_path: Path, seed: int
+) -> None:
+    """A recording has the predictions of every step, and the policy sees those it wanted."""
+    policy = find_policy(f"{OWN}:Declining:seed={seed}")
+    with Runner(tiny, Settings(policy, slots=3)) as runner:
+        trace, document = record(runner, tmp_path)
+        live = vars(runner.session.cache.policy)["shown"].tolist()
+    again = replay(workload_of(trace), document)
+    assert again == events_of(document)
+    assert Kind.QUEUE_PREFETCH in {event[0] for event in again}
+    assert live[0] > 0
+    assert live[1] > 0
 
 
 def replay(workload: Workload, document: dict[str, Any]) -> list[tuple[int, ...]]:

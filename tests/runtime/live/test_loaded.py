@@ -79,7 +79,9 @@ def test_others_code_takes_it_for_a_model(
         ({"slots": 2, "context": 64}, moerun.UsageError, "what memory plans for"),
         ({"streams": 4}, moerun.UsageError, "streams must be 1, 2 or 3, not 4"),
         ({"chunk": 1000}, moerun.UsageError, "a chunk must be a multiple"),
-        ({"link_gbps": 0.0}, moerun.UsageError, "link-gbps must be above 0"),
+        ({"link_gbps": 0.0}, moerun.UsageError, "link_gbps must be above 0"),
+        ({"low": "2bits"}, moerun.UsageError, "2bits is neither a precision .native"),
+        ({"low": "2bit"}, moerun.RunError, "packed store, which cannot be packed again at 2bit"),
     ],
 )
 def test_what_cannot_run_is_refused(

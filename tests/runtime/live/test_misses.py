@@ -23,7 +23,7 @@ from moerun.live.passes import EventLog
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.offload.cpu_experts import AsideExpert
+from moerun.offload.cpu_experts import CpuExpert
 from moerun.offload.experts import Served
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
@@ -168,14 +168,14 @@ class Checked:
     def _checked(self, layer: int, served: Served) -> Generator[Any, None, None]:
         cache = self.session.cache
         for expert, found in served:
-            if found is not None and not isinstance(found, AsideExpert):
+            if found is not None and not isinstance(found, CpuExpert):
                 arrays = cache.arrays
                 wanted = arrays.wanted[: arrays.n_demand[0]].tolist()
                 key = layer * self.session.context.n_experts + expert
-                stand_in = cache.stand_in(wanted.index(key))
-                who = stand_in if stand_in >= 0 else key
+                substitute = cache.substitute(wanted.index(key))
+                who = substitute if substitute >= 0 else key
                 low = cache.is_low(who)
-                self.served.add(f"{'stand-in' if stand_in >= 0 else 'own'} {low}")
+                self.served.add(f"{'substitute' if substitute >= 0 else 'own'} {low}")
                 self.same(found, (self.low if low else self.full).slots[who])
             yield expert, found
 
@@ -198,11 +198,11 @@ def test_every_slot_holds_what_it_is_said_to_hold(
             if hasattr(module, "offload"):
                 module.offload = replace(module.offload, provider=checked)
         runner.generation().run(runner.encode(PROSE), Sampling(max_new_tokens=16))
-    assert checked.served == {"own True", "own False", "stand-in True", "stand-in False"}
+    assert checked.served == {"own True", "own False", "substitute True", "substitute False"}
 
 
 @pytest.mark.parametrize("precision", ["native", "4bit", "2bit"])
-def test_experts_computed_aside_give_the_same_bits(
+def test_experts_computed_on_the_cpu_give_the_same_bits(
     stores: dict[str, ExpertStore], stock: Any, precision: str
 ) -> None:
     store = stores[precision]
@@ -219,7 +219,7 @@ def test_experts_computed_aside_give_the_same_bits(
 def test_answering_in_turns_where_nothing_may_change_changes_nothing(
     stores: dict[str, ExpertStore], stock: Any
 ) -> None:
-    """Fiddler runs some misses aside and loads others, and one-token steps mix both."""
+    """Fiddler runs some misses on the CPU and loads others, and one-token steps mix both."""
     with Runner(stores["native"], Settings(find_policy("fiddler:tokens=1"), slots=3)) as runner:
         ids = runner.encode(PROSE)
         assert torch.equal(logits_of(runner.model, ids), logits_of(stock, ids))
@@ -230,7 +230,7 @@ def test_answering_in_turns_where_nothing_may_change_changes_nothing(
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "minimax_m2"])
-def test_other_families_compute_aside_too(family: str, tmp_path: Path) -> None:
+def test_other_families_compute_on_the_cpu_too(family: str, tmp_path: Path) -> None:
     source = save_checkpoint(random_model(family), resolve("tiny"), tmp_path / "model")
     store = pack(source, tmp_path / "store")
     stock = AutoModelForCausalLM.from_pretrained(source).eval()
@@ -262,7 +262,7 @@ def test_without_any_expert_the_layers_add_nothing(stores: dict[str, ExpertStore
         assert torch.equal(found, logits_of(runner.model, ids))
 
 
-def test_a_record_that_cannot_be_computed_aside_is_named(
+def test_a_record_that_cannot_be_computed_on_the_cpu_is_named(
     stores: dict[str, ExpertStore], tmp_path: Path
 ) -> None:
     store = pack(resolve("tiny"), tmp_path / "store")
@@ -279,7 +279,7 @@ def test_a_record_that_cannot_be_computed_aside_is_named(
         runner.session.reset()
         ids = torch.tensor([[1]]), torch.ones(1, 1)
         assert [expert for expert, _ in runner.session.serve(0, *ids)] == [1]
-    assert not [t for t in threading.enumerate() if t.name.startswith("aside")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("cpu-experts")]
 
 
 def test_a_slot_is_as_big_as_the_bigger_form(stores: dict[str, ExpertStore]) -> None:

@@ -76,7 +76,9 @@ def random_passes(
             logits.append(last.astype(np.float16))
         stacked = np.stack(logits, axis=1)  # [layers, tokens, experts]
         gates = [_gate(stacked, layer, top_k, horizon, rng) for layer in range(n_layers)]
-        passes.append(Pass(sequence, position, phase, np.zeros(n, np.int64), gates))
+        phases = np.full(n, phase, np.uint8)
+        ids = np.zeros(n, np.int64)
+        passes.append(Pass(len(passes), sequence, position, phases, ids, gates))
         position += n
     return passes
 
@@ -158,6 +160,7 @@ contexts = st.builds(
     slots=st.integers(0, 8),
     scope=st.sampled_from(["layer", "global"]),
 )
+SHARING = f"{Path(__file__).parents[2] / 'support' / 'policies.py'}:Sharing"
 quick = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -171,7 +174,7 @@ def replayed(cache: ExpertCache, workload: Workload, journal: list[tuple[int, in
 @given(
     context=contexts,
     shape=shapes,
-    policy=st.sampled_from(["lru", "lfu", "fifo", "random:seed=3"]),
+    policy=st.sampled_from(["lru", "lfu", "fifo", "random:seed=3", SHARING]),
     machine=machines,
     streams=st.integers(1, 3),
     seed=st.integers(0, 10**6),
@@ -208,8 +211,8 @@ def test_without_prefetching_the_simulator_decides_as_the_live_run(
 @given(
     context=contexts,
     shape=shapes,
-    n=st.integers(1, 2),
-    staging=st.integers(1, 4),
+    policy=st.just(f"{SHARING}Ahead")
+    | st.builds("lru-spec:n={},staging={}".format, st.integers(1, 2), st.integers(1, 4)),
     horizon=st.integers(1, 3),
     streams=st.integers(1, 3),
     seed=st.integers(0, 10**6),
@@ -218,15 +221,13 @@ def test_with_prefetching_the_journal_and_the_trace_repeat_the_live_run(
     tmp_path: Path,
     context: Context,
     shape: list[int],
-    n: int,
-    staging: int,
+    policy: str,
     horizon: int,
     streams: int,
     seed: int,
 ) -> None:
     passes = random_passes(seed, *context[:3], horizon, shape)
     live, again = EventLog(), EventLog()
-    policy = f"lru-spec:n={n},staging={staging}"
     with make_session(
         context, policy, lambda r, n: ShuffledLink(r, slots(n), streams, seed), log=live
     ) as session:
@@ -285,10 +286,29 @@ def test_a_copy_that_fails_stops_the_generating_thread_with_its_message() -> Non
 
 def test_a_policy_that_raises_in_the_link_thread_is_heard_of() -> None:
     context = Context(1, 4, 2, 1)
-    with make_session(context, "lru", disk_link) as session:
+    with make_session(context, "random", disk_link) as session:
         session.cache.policy.victim = lambda *_: 99  # type: ignore[method-assign]
         with pytest.raises(PolicyError, match="does not exist"):
             drive(session, random_passes(5, 1, 4, 2, 0, [0] * 20))
+
+
+def test_a_copy_s_thread_does_not_end_unheard() -> None:
+    class Leaving(MemoryRecords):
+        def read_into(self, key: int, buffer: torch.Tensor, **given: Any) -> None:
+            if key in self.broken:
+                raise SystemExit(3)
+            super().read_into(key, buffer, **given)
+
+    context = Context(1, 4, 2, 4)
+    records = Leaving(context.n_keys, frozenset({1}))
+    ask = torch.tensor([[0, 1]]), torch.ones(1, 2)
+    with make_session(context, "lru", lambda _, n: DiskLink(records, slots(n))) as session:
+        with pytest.raises(RunError, match=r"thread was ended by SystemExit \(3\)"):
+            list(session.serve(0, *ask))
+        assert len(link_threads()) == 1
+        records.broken = frozenset()
+        session.reset()
+        assert len(list(session.serve(0, *ask))) == 2
 
 
 def test_a_step_left_unfinished_is_not_built_upon() -> None:

@@ -104,7 +104,7 @@ def made(
 
 
 class ByExpert(Policy):
-    """Expert 1 is left out, 2 has a stand-in, 3 is computed beside the device, others are loaded;
+    """Expert 1 is left out, 2 has a substitute, 3 is computed on the CPU, others are loaded;
     a prompt's are all loaded."""
 
     requires = frozenset({"cpu"})
@@ -125,14 +125,14 @@ class ByExpert(Policy):
         return int(candidates[0])
 
 
-class Beside:
-    """Experts computed beside the device, of which joining waits 1.5 s."""
+class OnCpu:
+    """Experts computed on the CPU, of which joining waits 1.5 s."""
 
     def __init__(self) -> None:
         self.joined = 0
 
     def expert(self, key: int) -> Any:
-        return "beside", key
+        return "on CPU", key
 
     def join(self) -> float:
         self.joined += 1
@@ -143,10 +143,10 @@ class Beside:
     def close(self) -> None: ...
 
 
-def test_what_is_not_loaded_comes_first_and_stand_ins_before_arrivals() -> None:
+def test_what_is_not_loaded_comes_first_and_substitutes_before_arrivals() -> None:
     """Layer 1 of 4 experts: 0 is resident; the step wants 2, 1, 0 and 3."""
     links: list[ByHand] = []
-    beside: Any = Beside()
+    on_cpu: Any = OnCpu()
 
     def make_link(n_slots: int) -> Any:
         links.append(ByHand(n_slots, 1, chunked=False))
@@ -154,25 +154,29 @@ def test_what_is_not_loaded_comes_first_and_stand_ins_before_arrivals() -> None:
 
     spec: Any = PolicySpec("by-expert", ByExpert)
     with Session(
-        Context(2, 4, 2, 4), spec, make_link, record_bytes=RECORD_BYTES, make_aside=lambda _: beside
+        Context(2, 4, 2, 4),
+        spec,
+        make_link,
+        record_bytes=RECORD_BYTES,
+        make_cpu_experts=lambda _: on_cpu,
     ) as session:
         (link,) = links
         link.end_at_once()
         assert [e for e, _ in session.serve(1, *asks(0))] == [0]
-        assert beside.joined == 0
+        assert on_cpu.joined == 0
         place = session.cache.slot_of(4)
         link.take()
         served = list(session.serve(1, *asks(2, 1, 0, 3)))
         assert served == [
             (1, None),
-            (3, ("beside", 7)),
+            (3, ("on CPU", 7)),
             (0, link.slots[place]),
             (2, link.slots[place]),
         ]
         assert link.take() == [("acquire", place), ("release", place)] * 2
         totals = session.totals
         assert (totals.skipped, totals.substituted, totals.cpu_experts) == (1, 1, 1)
-        assert (beside.joined, totals.stall_s) == (1, 1.5)
+        assert (on_cpu.joined, totals.stall_s) == (1, 1.5)
 
 
 def asks(*experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,7 +214,6 @@ def test_hits_come_in_router_order_and_then_what_arrives_as_it_arrives() -> None
 def test_no_more_copies_are_under_way_than_there_are_streams(streams: int) -> None:
     session, link = made(streams=streams)
     with session:
-        items = iter(session.serve(0, *asks(3, 1, 0, 2)))
         order = [3, 1, 0, 2]
         # Nothing is here, so the first one is waited for: a full link ends its oldest copy.
         submit, under_way = link.submit, []
@@ -224,6 +227,7 @@ def test_no_more_copies_are_under_way_than_there_are_streams(streams: int) -> No
                 link.end(first)
 
         link.submit = submitted  # type: ignore[method-assign]
+        items = iter(session.serve(0, *asks(*order)))
         served = [next(items)[0]]
         while under_way:
             link.end(under_way.pop(0))
@@ -268,11 +272,17 @@ def test_a_copy_that_another_made_room_for_begins_where_that_ended() -> None:
 
 
 def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two experts one is there when it is asked for; 3.5 s pass until the other is."""
+    """Of two experts one is there when it is asked for; 3.5 s pass until the other is. The policy
+    takes 0.25 s to be told of each."""
     session, link = made(streams=2)
-    now_s = iter([10.0, 13.5])
-    clock = SimpleNamespace(perf_counter=lambda: next(now_s))
+    now_s = [10.0]
+    clock = SimpleNamespace(perf_counter=lambda: now_s[0])
     monkeypatch.setattr(cache_module, "time", clock)
+
+    def pass_time(seconds: float) -> None:
+        now_s[0] += seconds
+
+    session.cache.policy.on_load = lambda *_: pass_time(0.25)  # type: ignore[method-assign]
     with session:
         link.end_at_once(2)
         items = iter(session.serve(0, *asks(1, 2)))
@@ -280,11 +290,12 @@ def test_waiting_alone_is_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
         assert session.totals.stall_s == 0
 
         def wait() -> None:
+            pass_time(3.5)
             link.end(1)
 
         monkeypatch.setattr(session._live.copy_ended, "wait", wait)
         assert next(items)[0] == 1
-        assert session.totals.stall_s == 3.5
+        assert (session.totals.stall_s, session.totals.decide_s) == (3.5, 0.5)
         assert next(items, None) is None
 
 

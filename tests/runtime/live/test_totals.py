@@ -8,16 +8,17 @@ from moerun.live.report import Report
 from moerun.live.totals import Totals
 
 
-def test_a_report_has_the_columns_it_has_always_had() -> None:
+def test_a_report_has_its_columns_in_their_order() -> None:
     assert list(columns(Report)) == [
         *("policy", "slots", "scope", "model", "precision", "attention", "device", "streams"),
         *("link_bytes_per_s", "prompt_tokens", "new_tokens", "steps", "requests", "hits", "late"),
         *("misses", "loads", "bypasses", "prefetches", "useless_prefetches", "cpu_experts"),
-        *("low_loads", "substituted", "skipped", "skipped_share", "substituted_share"),
-        *("low_share", "bytes_loaded", "hit_ratio", "time_s", "stall_s", "tokens_per_s"),
+        *("low_loads", "substituted", "skipped", "rerouted", "skipped_share"),
+        *("substituted_share", "low_share", "rerouted_share", "bytes_loaded", "hit_ratio"),
+        *("time_s", "stall_s", "decide_s", "tokens_per_s"),
         *("prompt_tokens_per_s", "disk_reads", "arena_bytes", "memory_budget_bytes"),
         *("memory_planned_bytes", "memory_peak_bytes", "peak_host_bytes", "peak_device_bytes"),
-        *("lossy", "interrupted"),
+        *("lossy", "interrupted", "policy_failure"),
     ]
 
 

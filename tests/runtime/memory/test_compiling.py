@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from moepolicy import Context, ExpertCache, find_policy
+from moepolicy import Context, ExpertCache, find_policy, pointers
 from moepolicy.calls import CompiledCalls
 from moerun.links import DiskLink
 from moerun.live.session import Session
-from moerun.memory.compiling import CompileBeside, Compiling, Told
+from moerun.memory.compiling import COMPILE_AFTER_S, BackgroundCompiler, Compiling, Told
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot
 
 CONTEXT = Context(n_layers=3, n_experts=6, top_k=2, slots=3)
@@ -86,7 +86,7 @@ def test_who_owns_what_was_told_hears_of_a_policy_once(
     ours, theirs = Told(), Told()
     for told in (ours, ours, theirs):
         cache = ExpertCache(CONTEXT, spec.build(CONTEXT), name="lively")
-        CompileBeside(cache, threading.Condition(), 1, told=told).finish()
+        BackgroundCompiler(cache, threading.Condition(), 1, told=told).finish()
     said = capsys.readouterr().err.splitlines()
     assert (
         said
@@ -99,9 +99,10 @@ def test_who_owns_what_was_told_hears_of_a_policy_once(
 
 def test_a_short_run_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "code"))
+    monkeypatch.setattr(pointers, "_entries", {})  # as in a process that has just begun
     cache = ExpertCache(CONTEXT, find_policy("lfu").build(CONTEXT))
-    beside = CompileBeside(cache, threading.Condition(), 1)
-    beside.close()
+    compiler = BackgroundCompiler(cache, threading.Condition(), 1)
+    compiler.close()
     assert not isinstance(cache._calls, CompiledCalls)
     assert not (tmp_path / "code").exists()
 
@@ -117,3 +118,15 @@ def test_hooks_before_steps_end_a_pass_with_nothing_half_done() -> None:
             decode(live, 1, seed=1)
         live.before_steps.remove(stop)
         decode(live, 2, seed=2)
+
+
+def test_with_what_serves_every_policy_there_hooks_are_compiled_at_once() -> None:
+    first = ExpertCache(CONTEXT, find_policy("lru").build(CONTEXT))
+    first.compile_calls(1)
+    policy = find_policy("lfu").build(CONTEXT)
+    cache = ExpertCache(CONTEXT, policy)
+    assert first.lacks().nothing_general
+    assert cache.lacks().nothing_general
+    compiler = BackgroundCompiler(cache, threading.Condition(), 1)
+    compiler._thread.join(COMPILE_AFTER_S - 1)
+    assert isinstance(cache._calls, CompiledCalls)

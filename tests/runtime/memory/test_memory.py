@@ -29,9 +29,10 @@ from moerun.memory.budget import parse_budget
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
-from support.big_models import big_store
+from support.big_models import big_linear_store, big_published_store, big_store
 from support.runs import generate
 
+SHARING_AHEAD = f"{Path(__file__).parents[2] / 'support' / 'policies.py'}:SharingAhead"
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -163,9 +164,32 @@ def test_the_plan_can_be_asked_for_without_a_run(
     assert plan["total_bytes"] <= plan["budget_bytes"] == 70 * MIB
 
 
-@pytest.mark.parametrize("arguments", [(), ("--policy", "lru-spec", "--context", "1400")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), pytest.param(("--policy", "lru-spec", "--context", "1400"), marks=pytest.mark.slow)],
+)
 def test_a_run_keeps_to_its_budget(big: ExpertStore, arguments: tuple[str, ...]) -> None:
-    budget = 330 * MIB
+    keeps_to_its_budget(big, arguments)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_its_budget_with_a_prompt_in_chunks(big: ExpertStore) -> None:
+    keeps_to_its_budget(big, ("--prompt-chunk", "256"), budget=250 * MIB)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_its_budget_with_linear_attention(tmp_path: Path) -> None:
+    keeps_to_its_budget(big_linear_store(tmp_path), ("--context", "1400"))
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_its_budget_with_experts_as_published(tmp_path: Path) -> None:
+    keeps_to_its_budget(big_published_store(tmp_path), ())
+
+
+def keeps_to_its_budget(
+    big: ExpertStore, arguments: tuple[str, ...], budget: int = 330 * MIB
+) -> None:
     done = subprocess.run(
         command(
             *("--model", big.path, "--memory", f"{budget // MIB}MiB", "--format", "json"),
@@ -277,8 +301,9 @@ def test_a_change_that_cannot_be_leaves_all_as_it_was(
         assert generate(runner, PROSE, Sampling(max_new_tokens=3))
 
 
+@pytest.mark.parametrize("policy", ["lru-spec", SHARING_AHEAD])
 def test_a_recorded_run_with_changes_repeats_from_its_journal(
-    tiny: ExpertStore, tmp_path: Path
+    policy: str, tiny: ExpertStore, tmp_path: Path
 ) -> None:
     from moepolicy import Context, ExpertCache
     from moeroute import open_trace
@@ -287,7 +312,7 @@ def test_a_recorded_run_with_changes_repeats_from_its_journal(
     from moesim.workload.loading import load_workload
 
     trace, journal = tmp_path / "t.parquet", tmp_path / "j.json"
-    with Runner(tiny, Settings(find_policy("lru-spec"), slots=2)) as runner:
+    with Runner(tiny, Settings(find_policy(policy), slots=2, horizon=1)) as runner:
         recording = LiveRecording(runner, trace, journal, seed=0)
         sizes = iter([7, 1, 4, 0, 3, 8, 2] * 40)
 
@@ -304,14 +329,15 @@ def test_a_recorded_run_with_changes_repeats_from_its_journal(
     log = EventLog()
     names = ("n_layers", "n_experts", "top_k", "slots", "scope")
     context = Context(*(document[name] for name in names))
-    policy = find_policy(document["policy"]).build(context)
-    cache = ExpertCache(context, policy, observers=[log], max_slots=8)
+    again = find_policy(document["policy"]).build(context)
+    cache = ExpertCache(context, again, observers=[log], max_slots=8)
     workload = load_workload(open_trace(trace), predictions=True)
     steps = map(workload.step, range(workload.n_steps))
     replay_journal(cache, steps, [tuple(call) for call in document["calls"]])
     assert [list(event) for event in log.events] == document["events"]
 
 
+@pytest.mark.slow
 def test_a_file_changes_the_budget_of_a_running_process(tiny: ExpertStore, tmp_path: Path) -> None:
     budget = tmp_path / "budget"
     budget.write_text("80MiB\n")
@@ -349,8 +375,9 @@ def test_a_file_changes_the_budget_of_a_running_process(tiny: ExpertStore, tmp_p
     ("arguments", "says", "code"),
     [
         (("--memory", "9GiB", "--slots", "2"), "not both", 2),
-        (("--memory-file", "missing"), "missing cannot be read", 1),
+        (("--memory-file", "missing"), "missing is not there", 1),
         (("--memory", "9GiB", "--context", "1"), "context must be 2 or more", 2),
+        (("--prompt-chunk", "0"), "--prompt-chunk must be 1 or more", 2),
         (("--context", "100"), "--memory plans for", 2),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from moepolicy import Kind, find_policy
+from moepolicy import Kind, find_policy, pointers
 from moepolicy.calls import CompiledCalls
 from moerun.errors import RunError
 from moerun.live.runner import Runner
@@ -26,7 +26,7 @@ from support.runs import generate
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom"
-ASIDE = f"{OWN}:AnswersLow:answer={int(Kind.COMPUTE)}"
+ON_CPU = f"{OWN}:AnswersLow:answer={int(Kind.COMPUTE)}"
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +35,40 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
 
 
 @pytest.mark.parametrize("precision", ["native", "4bit", "2bit"])
-def test_what_computes_beside_the_device_is_planned(
+def test_what_computes_on_the_cpu_is_planned(
     stores: dict[str, ExpertStore], precision: str
 ) -> None:
     store = stores[precision]
     plain = Settings(find_policy("lru"), slots=1, low=stores["2bit"])
-    assert plan_memory(store, plain).needs.aside_bytes == 0
-    with Runner(store, Settings(find_policy(ASIDE), slots=1, low=stores["2bit"])) as runner:
+    assert plan_memory(store, plain).needs.cpu_expert_bytes == 0
+    with Runner(store, Settings(find_policy(ON_CPU), slots=1, low=stores["2bit"])) as runner:
         generate(runner, PROSE, Sampling(max_new_tokens=2))
         assert runner.session.totals.cpu_experts > 0
-        aside: Any = runner.session.aside
-        held = aside._form.slot_bytes
-        held += 0 if aside._buffer is None else aside._buffer.nbytes
+        on_cpu: Any = runner.session.cpu_experts
+        held = on_cpu._form.slot_bytes
+        held += 0 if on_cpu._buffer is None else on_cpu._buffer.nbytes
         planned = runner.plan
-    assert planned.needs.aside_bytes > held
+    assert planned.needs.cpu_expert_bytes > held
     assert planned.total_bytes == planned.needs.total_bytes + planned.slots_bytes
-    assert ("CPU experts", planned.needs.aside_bytes) in [row[:2] for row in planned.rows()]
+    assert ("CPU experts", planned.needs.cpu_expert_bytes) in [row[:2] for row in planned.rows()]
     assert planned.least_bytes > plan_memory(store, plain).least_bytes + held
-    gpu = Settings(find_policy(ASIDE), slots=1, low=stores["2bit"], device=torch.device("cuda", 0))
-    assert plan_memory(store, gpu).needs.aside_bytes == 0
+    gpu = Settings(find_policy(ON_CPU), slots=1, low=stores["2bit"], device=torch.device("cuda", 0))
+    assert plan_memory(store, gpu).needs.cpu_expert_bytes == 0
+
+
+def test_shares_of_the_slots_change_no_sum(stores: dict[str, ExpertStore]) -> None:
+    equal, shared, one = (
+        plan_memory(stores["native"], Settings(find_policy(policy), slots=3, scope=scope))
+        for policy, scope in (
+            ("lru", "layer"),
+            ("adapmoe-slots", "layer"),
+            ("adapmoe-slots", "global"),
+        )
+    )
+    assert shared.total_bytes == equal.total_bytes
+    assert "3 of 8 experts in each of 8 layers, on average" in shared.table()
+    assert "on average" not in equal.table()
+    assert "on average" not in one.table()
 
 
 def test_experts_between_disk_and_slots_are_planned(stores: dict[str, ExpertStore]) -> None:
@@ -107,6 +122,12 @@ def test_what_is_compiled_already_counts_and_nothing_else_does() -> None:
                 plan.on_host_within(least + n_bytes - 1, done)
 
 
+def nothing_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No code lies on disk, and this process has none, as if it had just begun."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
+    monkeypatch.setattr(pointers, "_entries", {})
+
+
 @pytest.mark.parametrize("memory_bytes", [None, 1 << 30])
 def test_a_running_process_may_shrink_to_what_it_could_have_begun_with(
     stores: dict[str, ExpertStore],
@@ -114,7 +135,7 @@ def test_a_running_process_may_shrink_to_what_it_could_have_begun_with(
     monkeypatch: pytest.MonkeyPatch,
     memory_bytes: int | None,
 ) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "none"))  # nothing is kept there
+    nothing_kept(tmp_path / "none", monkeypatch)
     store = stores["native"]
     smallest = plan_memory(store, Settings(find_policy("lru"), context_tokens=64)).least_bytes
     begun = Settings(find_policy("lru"), context_tokens=64, memory_bytes=memory_bytes)
@@ -171,7 +192,7 @@ with Runner(store, settings) as runner:
     print(json.dumps({
         "compiling": plan.compiling.value, "peak": runner.peak_bytes, "planned": plan.total_bytes,
         "compiled": isinstance(runner.session.cache._calls, CompiledCalls),
-        "slots": plan.slots, "aside": runner.session.totals.cpu_experts,
+        "slots": plan.slots, "on_cpu": runner.session.totals.cpu_experts,
     }))
 """
 
@@ -206,12 +227,13 @@ def test_a_process_that_compiles_or_loads_keeps_to_its_budget(
         assert found["peak"] <= found["planned"] <= whole + room * MIB
 
 
-def test_a_process_that_computes_aside_keeps_to_its_budget(
+@pytest.mark.slow
+def test_a_process_that_computes_on_the_cpu_keeps_to_its_budget(
     big: ExpertStore, tmp_path: Path
 ) -> None:
     budget = 300 * MIB
     found = measured(big, budget, f"{OWN}:Anything", tmp_path / "code")
-    assert found["aside"] > 0
+    assert found["on_cpu"] > 0
     assert found["compiling"] == "never"
     assert 0 < found["slots"] < 8
     assert 0.5 * found["planned"] < found["peak"] <= budget
@@ -235,6 +257,7 @@ with Runner(ExpertStore.open(path), measurement.settings) as runner:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_scores_long_windows_keeps_to_its_budget(big: ExpertStore) -> None:
     budget = 380 * MIB  # of which 40 MB are the logits of a window
     done = subprocess.run(
@@ -263,7 +286,7 @@ def test_code_that_was_kept_is_loaded_and_no_other_compiled(
     with Runner(store, chosen) as runner:
         runner.session.wait_compiled()
         assert isinstance(runner.session.cache._calls, CompiledCalls)
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "none"))
+    nothing_kept(tmp_path / "none", monkeypatch)
     with Runner(store, chosen) as runner:
         runner.session.wait_compiled()
         assert not isinstance(runner.session.cache._calls, CompiledCalls)

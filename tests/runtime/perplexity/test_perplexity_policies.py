@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moepolicy import Kind, console, find_policy
+from moepolicy import Kind, PolicyFailed, console, find_policy
+from moepolicy.tables import Format
 from moerun.checkpoint.hub import resolve
 from moerun.commands.perplexity import held_out_text
 from moerun.perplexity import measure as perplexity
 from moerun.perplexity.measure import Measurement
+from moerun.perplexity.report import render
 from moerun.perplexity.results import Cell, Results
 from moerun.perplexity.windows import nats_by_token
 from moerun.settings import Settings
@@ -20,7 +22,8 @@ from moerun.store.pack import pack
 from support.commands import Call, caller
 from support.moe_models import random_model, save_checkpoint
 
-OWN = Path(__file__).parents[2] / "support" / "policies.py"
+SUPPORT = Path(__file__).parents[2] / "support"
+OWN, ROUTING, FAILING = (SUPPORT / f"{name}.py" for name in ("policies", "routing", "failing"))
 TEXT = held_out_text()[:3000]
 TOKENS = 90
 
@@ -89,16 +92,47 @@ def test_what_a_policy_makes_of_misses_is_what_is_measured(
         kind: cell("native", f"{OWN}:AnswersLow:answer={int(kind)}", slots=0, low=stores["4bit"])
         for kind in (Kind.LOW, Kind.SKIP, Kind.COMPUTE)
     }
-    low, skipped, aside = answers.values()
+    low, skipped, on_cpu = answers.values()
     assert low.nats == pytest.approx(four.nats, rel=1e-4)  # every expert is the lower one
     assert low.low_share == pytest.approx(1)
     assert low.low_expert_bytes == four.expert_bytes
     assert skipped.skipped_share == pytest.approx(1)
     assert abs(skipped.nats - native.nats) > 1e-3
-    assert aside.nats == pytest.approx(native.nats, rel=1e-5)
+    assert on_cpu.nats == pytest.approx(native.nats, rel=1e-5)
     assert native.low_expert_bytes == 0
 
 
+def test_routing_is_measured_and_its_share_is_of_all_windows(
+    checkpoint: Path, stores: dict[str, ExpertStore], tmp_path: Path
+) -> None:
+    def cell(policy: str) -> Cell:
+        return cell_of(checkpoint, tmp_path, stores["native"], policy, by_token=True)
+
+    native, kept, second = cell("lru"), cell(f"{ROUTING}:Kept"), cell(f"{ROUTING}:Second")
+    assert kept.nats == pytest.approx(native.nats, rel=1e-6)
+    assert (native.rerouted_share, kept.rerouted_share) == (0, 0)
+    assert 0 < second.rerouted_share < 0.5
+    assert abs(second.nats - native.nats) > 1e-3
+    about = {"model": "m", "tokens": TOKENS, "text_bytes": 300, "context": 64, "stride": 64}
+    about |= {"by_token": True, "device": "cpu", "low": None}
+    shown = render([kept, second], about, Format.table, {})
+    [line] = [line for line in shown.splitlines() if "Second" in line and "|" in line]
+    assert f"| {100 * second.rerouted_share:.1f}" in line
+    assert "routed to another expert" in " ".join(shown.split())
+    row = json.loads(render([second], about, Format.json, {}))["cells"][0]
+    assert row["rerouted_share"] == second.rerouted_share
+
+
+def test_a_policy_that_fails_has_no_figure(
+    checkpoint: Path, stores: dict[str, ExpertStore], tmp_path: Path
+) -> None:
+    """Half a text under LRU would be no measurement of the policy."""
+    policy = f"{FAILING}:Failing:hook=victim,at=30"
+    with pytest.raises(PolicyFailed, match="my victim failed"):
+        cell_of(checkpoint, tmp_path, stores["native"], policy, by_token=True)
+
+
+@pytest.mark.slow
 def test_the_command_compares_policies_and_goes_on_where_it_was(
     moerun: Call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -11,17 +12,16 @@ from typing import Any
 
 import pytest
 from moepolicy import find_policy
-from moepolicy.tables import Format
-from moerun.commands.fidelity import _render
+from moepolicy.tables import to_csv
+from moerun.commands.fidelity import _plain, _table
 from moerun.live.sampling import Sampling
-from moerun.profiling import fidelity, profiler
-from moerun.profiling import undisturbed as calm
+from moerun.profiling import fidelity, profiler, undisturbed
 from moerun.profiling.compute import ComputeCost, StepTimes, costs
 from moerun.profiling.cpu import CpuCost
 from moerun.profiling.fidelity import Comparison
 from moerun.profiling.link import LinkCost
 from moerun.profiling.profiler import MachineProfile
-from moerun.profiling.undisturbed import CALM, Measured, calmest
+from moerun.profiling.undisturbed import UNDISTURBED_WAIT, Measured, least_disturbed
 from moerun.settings import Settings
 from moesim.machine.profile import load_machine
 
@@ -105,7 +105,7 @@ class Disturbed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, waits_s: list[float]) -> None:
         self.waits_s = waits_s
         self.made = 0
-        monkeypatch.setattr(calm, "waiting_s", lambda: sum(waits_s[: self.made]))
+        monkeypatch.setattr(undisturbed, "waiting_s", lambda: sum(waits_s[: self.made]))
 
     def measure(self) -> int:
         self.made += 1
@@ -115,7 +115,7 @@ class Disturbed:
 def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     disturbed = Disturbed(monkeypatch, [0.0, 100.0, 0.0, 0.0])
     told: list[int] = []
-    found = calmest(disturbed.measure, 2, told.append)
+    found = least_disturbed(disturbed.measure, 2, told.append)
     assert [turn.found for turn in found] == [1, 3]
     assert [turn.waited for turn in found] == [0.0, 0.0]
     assert told == [1, 2, 3]
@@ -123,9 +123,9 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) 
 
 def test_on_a_busy_machine_the_least_disturbed_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
     disturbed = Disturbed(monkeypatch, [1e12, 10.0, 1e12, 1e12, 1e6, 1e12, 0.0])
-    found = calmest(disturbed.measure, 2, lambda _: None)
+    found = least_disturbed(disturbed.measure, 2, lambda _: None)
     assert [turn.found for turn in found] == [2, 5]
-    assert all(turn.waited > calm.CALM for turn in found)
+    assert all(turn.waited > undisturbed.UNDISTURBED_WAIT for turn in found)
     assert disturbed.made == 6  # three times as many, and no more
 
 
@@ -140,22 +140,22 @@ def test_the_time_spent_waiting_is_what_linux_says_of_this_thread(
         return "7000000000 2500000000 12\n"
 
     monkeypatch.setattr(Path, "read_text", found)
-    assert calm.waiting_s() == 2.5
+    assert undisturbed.waiting_s() == 2.5
     assert read == ["/proc/thread-self/schedstat"]
 
     def absent(path: Path) -> str:
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(Path, "read_text", absent)
-    assert calm.waiting_s() == 0.0
+    assert undisturbed.waiting_s() == 0.0
 
 
 def test_the_share_waited_is_of_the_measurement_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = iter([100.0, 104.0])
     waited_s = iter([3.0, 4.0])
-    monkeypatch.setattr(calm, "time", SimpleNamespace(perf_counter=lambda: next(now_s)))
-    monkeypatch.setattr(calm, "waiting_s", lambda: next(waited_s))
-    assert calm._watched(lambda: "found") == ("found", 0.25)
+    monkeypatch.setattr(undisturbed, "time", SimpleNamespace(perf_counter=lambda: next(now_s)))
+    monkeypatch.setattr(undisturbed, "waiting_s", lambda: next(waited_s))
+    assert undisturbed._watched(lambda: "found") == ("found", 0.25)
 
 
 PROFILE = MachineProfile(
@@ -191,7 +191,9 @@ def test_moesim_reads_every_constant_that_was_measured(tmp_path: Path) -> None:
     assert (cpu.workers, cpu.expert_s, cpu.expert_token_s) == pytest.approx((2, 21 * US, 22 * US))
 
 
-@pytest.mark.parametrize(("waited", "told"), [(0.0, False), (CALM, False), (0.0201, True)])
+@pytest.mark.parametrize(
+    ("waited", "told"), [(0.0, False), (UNDISTURBED_WAIT, False), (0.0201, True)]
+)
 def test_a_disturbed_profile_is_described_as_one(tmp_path: Path, waited: float, told: bool) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(replace(PROFILE, waited=waited).to_toml(), encoding="utf-8")
@@ -220,7 +222,7 @@ def test_a_profile_waited_as_long_as_its_most_disturbed_turn(
 
     turns = [Measured("a", 0.01), Measured("b", 0.3), Measured("c", 0.02)]
     monkeypatch.setattr(profiler, "Profiler", Fake)
-    monkeypatch.setattr(profiler, "calmest", lambda *_: turns)
+    monkeypatch.setattr(profiler, "least_disturbed", lambda *_: turns)
     settings = Settings(find_policy("lru"), slots=1)
     store: Any = None
     assert profiler.measure(store, settings, "mine", repeats=3) == replace(PROFILE, waited=0.3)
@@ -229,18 +231,18 @@ def test_a_profile_waited_as_long_as_its_most_disturbed_turn(
 COMPARISON = Comparison("lru", 2, 10.0, 11.0, *(0.25,) * 8, live_runs=(9.0, 10.0), waited=0.0)
 
 
-@pytest.mark.parametrize(("waited", "told"), [(0.0, False), (CALM, False), (0.38, True)])
+@pytest.mark.parametrize(
+    ("waited", "told"), [(0.0, False), (UNDISTURBED_WAIT, False), (0.38, True)]
+)
 def test_fidelity_says_that_it_was_disturbed(waited: float, told: bool) -> None:
     rows = [replace(COMPARISON, waited=waited)]
     note = "unreliable: other programs kept these runs waiting for 38 % of their time"
-    assert (note in _render(rows, Format.table, {})) == told
-    assert ("unreliable" in _render(rows, Format.table, {})) == told
-    assert json.loads(_render(rows, Format.json, {}))[0]["waited"] == waited
-    assert _render(rows, Format.csv, {}).splitlines()[1].split(",")[-3:] == [
-        str(waited),
-        str(rows[0].error),
-        "",  # refused
-    ]
+    assert (note in _table(rows, {})) == told
+    assert ("unreliable" in _table(rows, {})) == told
+    assert _plain(rows, {})[0]["waited"] == waited
+    (found,) = csv.DictReader(io.StringIO(to_csv(_plain(rows, {}))))
+    kept = [found[name] for name in ("waited", "error", "refused")]
+    assert kept == [str(waited), str(rows[0].error), ""]
 
 
 def test_runs_beside_the_simulator_waited_as_long_as_the_most_disturbed(
@@ -254,7 +256,7 @@ def test_runs_beside_the_simulator_waited_as_long_as_the_most_disturbed(
         Measured(fidelity.LiveTurn(None, [run]), 0.0),
     ]
     simulated = {"slots": 2, "tokens_per_s": 6.0, **vars(totals)}
-    monkeypatch.setattr(fidelity, "calmest", lambda *_: turns)
+    monkeypatch.setattr(fidelity, "least_disturbed", lambda *_: turns)
     monkeypatch.setattr(fidelity, "_simulated", lambda *_: simulated)
     store: Any = None
     lru = find_policy("lru")

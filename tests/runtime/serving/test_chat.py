@@ -199,6 +199,7 @@ def test_answers_repeat_with_the_seed(
     assert capsys.readouterr().out != twice[:half]
 
 
+@pytest.mark.slow
 def test_a_full_context_is_said_once(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +216,7 @@ def test_commands_and_statistics(
     held(runner, monkeypatch, "/stats", "/hlep", "", "Hello", "/quit", "never read", tokens=3)
     said, errors = capsys.readouterr()
     assert said.count("\n") >= 1
-    assert "unknown command '/hlep'; there are: /reset, /stats, /memory, /quit" in errors
+    assert "unknown command '/hlep'; there are: /help, /reset, /stats, /memory, /quit" in errors
     assert "0 prompt, 0 new" in errors
     assert re.search(r"tokens +\d+ prompt, 3 new\n$", errors)
 
@@ -300,11 +301,15 @@ def read_until(terminal: int, what: str) -> str:
     return seen
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(
     terminal: tuple[subprocess.Popen[bytes], int],
 ) -> None:
     process, person = terminal
-    read_until(person, "> ")
+    greeting = read_until(person, "> ")
+    assert "one message a line; /help has the commands" in greeting
+    os.write(person, b"/help\n")
+    assert "forget the conversation" in read_until(person, "leave\r\n> ")
     os.write(person, b"Tell me of the house\n")
     read_until(person, "house")
     time.sleep(0.5)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import sys
 from collections.abc import Iterator
-from typing import Any
 
-import httpx2 as httpx
 import pytest
 from moepolicy import find_policy
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
-from moerun.serving.app import Service
-from moerun.serving.protocol import Defaults
 from moerun.serving.terminal import TerminalChat
 from moerun.settings import Settings
 from support.chat_templates import scripted, spelled, styled_store
+from support.serving import posted
 
 WRITES = (
     "<|channel|>analysis<|message|>Who asks?<|end|>"
@@ -31,30 +26,6 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     store = styled_store("harmony", tmp_path_factory.mktemp("harmony"))
     with store, Runner(store, Settings(find_policy("lru"), slots=8)) as made:
         yield made
-
-
-def posted(runner: Runner, writes: str, messages: list[dict[str, Any]], **fields: Any) -> Any:
-    """The answer of a server whose model writes ``writes``: an object, or a stream's deltas."""
-    defaults = Defaults(temperature=0.0)
-    service = Service(runner, queue=1, defaults=defaults, api_key=None)
-
-    async def post() -> Any:
-        transport = httpx.ASGITransport(app=service.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            body = {"messages": messages, **fields}
-            return await client.post("/v1/chat/completions", json=body)
-
-    service.worker.start()
-    try:
-        with scripted(runner.model, spelled(runner.tokenizer, writes)):
-            answer = asyncio.run(post())
-    finally:
-        service.worker.close()
-    assert answer.status_code == 200, answer.text
-    if not fields.get("stream"):
-        return answer.json()["choices"][0]
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
-    return [json.loads(line)["choices"][0] for line in lines if line != "[DONE]"]
 
 
 def test_a_whole_answer_has_its_reasoning_beside_its_content(runner: Runner) -> None:

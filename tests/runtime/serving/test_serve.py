@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +46,12 @@ def test_a_stream_says_what_the_whole_answer_says(server: Served) -> None:
     assert len([c for c in chunks if c.choices and c.choices[0].delta.content]) > 5
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == "length"
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.to_dict() | {"prompt_tokens_details": None} == (
+        whole.usage.to_dict() | {"prompt_tokens_details": None}
+    )
+    # The prompt is the one before: all but its last token had been read.
+    cached = chunks[-1].usage.prompt_tokens_details.cached_tokens
+    assert cached == whole.usage.prompt_tokens - 1
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -87,13 +95,101 @@ def test_a_seed_repeats_an_answer(server: Served) -> None:
     assert raw.parse().choices[0].message.content == said(seed=seed)
 
 
+def test_several_answers_with_their_logprobs(server: Served) -> None:
+    client = server.client()
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 5}
+    both = chat(client, n=2, logprobs=True, top_logprobs=2, **options)
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert both.usage.completion_tokens == 10
+    for i, choice in enumerate(both.choices):
+        assert chat(client, **{**options, "seed": 3 + i}).choices[0].message == choice.message
+        entries = choice.logprobs.content
+        assert len(entries) == 5
+        assert "".join(entry.token for entry in entries).strip() == choice.message.content.strip()
+        assert all(len(entry.top_logprobs) == 2 and entry.logprob < 0 for entry in entries)
+    chunks = list(chat(client, n=2, logprobs=True, stream=True, **options))
+    for i, choice in enumerate(both.choices):
+        mine = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == i]
+        assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+        found = [entry for c in mine if c.logprobs for entry in c.logprobs.content]
+        assert [entry.token for entry in found] == [e.token for e in choice.logprobs.content]
+
+
+def test_prompts_are_echoed_and_scored(server: Served) -> None:
+    client: Any = server.client()
+    prompts = [[5, 6, 7], [8, 9]]
+    options = {"model": "tiny", "prompt": prompts, "echo": True, "logprobs": 1, "temperature": 0}
+    scored = client.completions.create(max_tokens=1, **options)
+    silent = client.completions.create(max_tokens=0, **options)
+    assert (scored.usage.completion_tokens, silent.usage.completion_tokens) == (2, 0)
+    for choice, quiet, prompt in zip(scored.choices, silent.choices, prompts, strict=True):
+        found = choice.logprobs
+        assert len(found.tokens) == len(found.token_logprobs) == len(prompt) + 1
+        assert found.token_logprobs[0] is None
+        assert quiet.logprobs.token_logprobs == found.token_logprobs[:-1]
+        assert choice.text == "".join(found.tokens)
+        assert quiet.text == "".join(found.tokens[:-1])
+        # The likeliest token and, where that is another one, the token itself.
+        assert all(1 <= len(top) <= 2 for top in found.top_logprobs[1:])
+        assert found.top_logprobs[-1] == {found.tokens[-1]: found.token_logprobs[-1]}
+    chunks = list(client.completions.create(max_tokens=1, stream=True, **options))
+    for i, choice in enumerate(scored.choices):
+        mine = [c.choices[0] for c in chunks if c.choices[0].index == i]
+        assert "".join(c.text for c in mine) == choice.text
+        logprobs = [x for c in mine if c.logprobs for x in c.logprobs.token_logprobs]
+        assert logprobs == choice.logprobs.token_logprobs
+
+
+def test_a_conversation_reads_only_what_is_new(server: Served) -> None:
+    client = server.client()
+    asked: list[Any] = [{"role": "user", "content": "Tell me of the sea and of the ships."}]
+    first = chat(client, messages=asked, max_tokens=8)
+    said = {"role": "assistant", "content": first.choices[0].message.content}
+    asked += [said, {"role": "user", "content": "And then?"}]
+    second = chat(client, messages=asked, max_tokens=8)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached >= first.usage.prompt_tokens - 1
+    fresh = chat(client, messages=asked, max_tokens=8, extra_body={"cache_prompt": False})
+    assert fresh.usage.prompt_tokens_details.cached_tokens == 0
+    assert fresh.choices[0].message == second.choices[0].message
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_may_ask(server: Served) -> None:
+    def curl(path: str, **fields: Any) -> tuple[str, str]:
+        options = ["-sN", "-w", "%{stderr}%{http_code}", "-H", f"Authorization: Bearer {KEY}"]
+        data = ["-d", json.dumps(fields)] if fields else []
+        done = subprocess.run(
+            ["curl", *options, f"{server.url}{path}", *data],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return done.stdout, done.stderr
+
+    body, status = curl("/v1/completions", prompt="It was", max_tokens=2, stream=True)
+    assert (body.count("data: "), body.endswith("data: [DONE]\n\n"), status) == (4, True, "200")
+    tokens = json.loads(curl("/tokenize", prompt="It was")[0])
+    assert (tokens["count"], tokens["max_model_len"]) == (2, 512)
+    assert json.loads(curl("/detokenize", tokens=tokens["tokens"])[0]) == {"prompt": "It was"}
+    body, status = curl("/v1/completions", prompt="a", top_k="many")
+    assert (json.loads(body)["error"]["param"], status) == ("top_k", "400")
+    described = json.loads(curl("/openapi.json")[0])
+    assert set(described["paths"]) >= {"/v1/completions", "/tokenize", "/health"}
+    assert described["security"] == [{"key": []}]
+
+
 def test_longer_than_the_context_is_refused_with_both_lengths(server: Served) -> None:
     client = server.client()
     with pytest.raises(openai.BadRequestError, match=r"has 6\d\d tokens.* context is 512") as long:
         chat(client, messages=[{"role": "user", "content": "word " * 600}])
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match=r"500 more are asked for; .* is 512"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"500 more; .* is 512: ask for \d+ or"
+    ) as more:
         chat(client, max_tokens=500)
+    assert more.value.param == "max_tokens"
     # Without a number the answer gets what room there is.
     messages = [{"role": "user", "content": "word " * 495}]
     full = chat(client, messages=messages, max_tokens=openai.omit)
@@ -103,10 +199,10 @@ def test_longer_than_the_context_is_refused_with_both_lengths(server: Served) ->
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"n": 2}, "n = 2 is not supported"),
-        ({"logprobs": True}, "logprobs = true is not supported"),
-        ({"extra_body": {"min_p": 0.1}}, "the field min_p is not supported"),
-        ({"temperature": -1}, "temperature must be 0 or more"),
+        ({"extra_body": {"best_of": 2}}, "best_of = 2 is not supported"),
+        ({"extra_body": {"guided_regex": "a+"}}, "the field guided_regex is not supported"),
+        ({"tool_choice": "required"}, 'tool_choice = \\"required\\" needs tools'),
+        ({"temperature": -1}, "temperature must be greater than or equal to 0"),
         ({"messages": []}, "messages must be a list of at least one"),
     ],
 )
@@ -146,7 +242,7 @@ def test_metrics_count_what_was_served(server: Served) -> None:
     after = server.metrics()
 
     def more(name: str) -> float:
-        return after[name] - before[name]
+        return after[name] - before.get(name, 0)
 
     assert more("moerun_requests_total /v1/chat/completions 200") == 1
     assert more("moerun_generations_total length") == 1
@@ -158,6 +254,13 @@ def test_metrics_count_what_was_served(server: Served) -> None:
     assert more("moerun_loaded_bytes_total") == loads * 196608 > 0
     assert after["moerun_tokens_per_second"] > 0
     assert any(name.startswith("moerun_info tiny ") for name in after)
+    # The same under the names that dashboards read.
+    assert more("vllm:generation_tokens_total 0 tiny") == 9
+    assert more("vllm:inter_token_latency_seconds_count 0 tiny") == 8
+    assert more("vllm:time_to_first_token_seconds_count 0 tiny") == 1
+    assert more("vllm:request_success_total 0 length tiny") == 1
+    assert after["vllm:num_requests_running 0 tiny"] == 0
+    assert after["vllm:num_requests_waiting 0 tiny"] == 0
     assert (after["moerun_busy"], after["moerun_queue_length"]) == (0, 0)
 
 

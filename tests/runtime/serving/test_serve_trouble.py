@@ -132,6 +132,24 @@ def test_after_an_error_the_next_request_is_answered(
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+@pytest.mark.slow
+def test_a_policy_that_fails_is_replaced_and_the_exit_code_tells(home: Path) -> None:
+    failing = Path(__file__).parents[2] / "support" / "failing.py"
+    policy = ("--policy", f"{failing}:Failing:hook=victim,at=30", "--slots", "3")
+    with serving(home, *policy) as served:
+        answers = [chat(served.client(), max_tokens=8).choices[0] for _ in range(2)]
+        assert answers[0].message.content == answers[1].message.content
+        found = served.metrics()
+        assert found["moerun_policy_failed"] == 1
+        assert found["moerun_decide_seconds_total"] > 0
+        assert found["moerun_changed_gate_weight_total rerouted"] == 0
+        code, errors = served.end(signal.SIGTERM)
+    assert code == 1
+    assert errors.count("my victim failed (victim, step ") == 2  # when it failed, and at the end
+    assert "from this step on, LRU keeps the experts" in errors
+
+
+@pytest.mark.slow
 def test_a_signal_lets_the_answer_end_and_prints_the_statistics(home: Path) -> None:
     everywhere = ("--drain", "60", "--host", "0.0.0.0")
     with serving(home, *everywhere, MOERUN_API_KEY="") as served:

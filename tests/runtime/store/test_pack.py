@@ -1,52 +1,33 @@
-"""Packing: whole or not there, taken up where it was killed, and clear about bad input."""
+"""Packing: whole or not there, and taken up where it was killed."""
 
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.source import ModelSource
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
 from moerun.store.expert_store import ExpertStore
+from moerun.store.find import stores_in
+from moerun.store.index import read_index
 from moerun.store.pack import pack
-from moerun.store.pack_folder import JOURNAL_FILE
+from moerun.store.pack_folder import JOURNAL_FILE, PartialFolder
 from safetensors.torch import load_file, save_file
-from support.stores import verify
+from support.stores import TINY, files_of, rewrite, verify
 from transformers import (
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
-
-TINY = resolve("tiny")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(TINY, tmp_path / "model"))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in folder.iterdir()}
-
-
-def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Save the weights again after `change` to their dict."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    change(tensors)
-    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -150,6 +131,34 @@ def test_a_killed_pack_is_no_store_and_is_taken_up(tmp_path: Path) -> None:
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
+def test_a_pack_that_was_killed_when_all_was_written_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr(PartialFolder, "become_store", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(TINY, out, precision="4bit")
+    left = files_of(PartialFolder(out).store)
+    assert stores_in(tmp_path) == []  # whose files would be shared with a new one
+    pack(TINY, out, precision="4bit", reuse=stores_in(tmp_path))
+    assert files_of(out) == left
+    assert not PartialFolder(out).path.exists()
+
+
+@pytest.mark.parametrize("line", ["3", "[[], [], 1]", '["experts-00000.safetensors"]', '"x"', "{}"])
+def test_a_line_of_something_else_in_the_journal_costs_nothing(tmp_path: Path, line: str) -> None:
+    partial = PartialFolder(tmp_path / "out")
+    partial.begin({})
+    (partial.path / JOURNAL_FILE).write_text(line + "\n")
+    assert partial.finished_records([]) == {}
+
+
+def _stop(folder: PartialFolder) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
 def test_two_processes_do_not_pack_into_one_folder(tmp_path: Path) -> None:
     process = slow_pack(tmp_path / "out", pause_s=0.2)
     try:
@@ -164,7 +173,7 @@ def test_two_processes_do_not_pack_into_one_folder(tmp_path: Path) -> None:
 def test_a_record_that_the_disk_lost_is_packed_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after(tmp_path, 12)
-    with (tmp_path / "out.partial" / "experts-00000.safetensors").open("r+b") as file:
+    with (tmp_path / "out.partial" / "store" / "experts-00000.safetensors").open("r+b") as file:
         file.seek(3 * 200_000)
         file.write(b"\0" * 50_000)
     verify(pack(TINY, out))
@@ -246,112 +255,6 @@ def test_a_disk_that_fills_up_leaves_no_store_but_what_was_done(
     assert seen[0] > 10
 
 
-def test_pickles_are_refused_unread(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model.safetensors").unlink()
-    trap = tmp_path / "unpickled"
-    torch.save({}, checkpoint / "pytorch_model.bin")
-    (checkpoint / "pytorch_model.bin").write_bytes(
-        f"cos\nsystem\n(S'touch {trap}'\ntR.".encode()  # a pickle that runs a command
-    )
-    with pytest.raises(RunError, match=r"only as pickles \(pytorch_model\.bin\)"):
-        pack(checkpoint, tmp_path / "out")
-    assert not trap.exists()
-
-
-def test_a_folder_without_weights(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(RunError, match="has no weights"):
-        pack(checkpoint, tmp_path / "out")
-
-
-def cut(path: Path, keep: int) -> None:
-    os.truncate(path, keep)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 1000, 1_000_000])
-def test_a_truncated_shard_is_named(checkpoint: Path, tmp_path: Path, keep: int) -> None:
-    cut(checkpoint / "model.safetensors", keep)
-    with pytest.raises(RunError, match=r"model\.safetensors is no whole safetensors file"):
-        pack(checkpoint, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize("junk", [b"\xff" * 64, b"\x10\0\0\0\0\0\0\0" + b"{'a':" + b" " * 40])
-def test_a_shard_of_junk_is_named(checkpoint: Path, tmp_path: Path, junk: bytes) -> None:
-    (checkpoint / "model.safetensors").write_bytes(junk)
-    with pytest.raises(RunError, match=r"model\.safetensors is no whole safetensors file"):
-        pack(checkpoint, tmp_path / "out")
-
-
-def test_a_missing_expert_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    missing = "model.layers.4.block_sparse_moe.experts.6.w2.weight"
-    rewrite(checkpoint, lambda tensors: tensors.pop(missing))
-    with pytest.raises(RunError, match=r"7 of 8 tensors .*model\.layers\.4\.mlp\.experts\.down"):
-        pack(checkpoint, tmp_path / "out")
-
-
-def test_a_missing_dense_tensor_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    rewrite(checkpoint, lambda tensors: tensors.pop("model.layers.2.self_attn.q_proj.weight"))
-    with pytest.raises(RunError, match=r"no weights for model\.layers\.2\.self_attn\.q_proj"):
-        pack(checkpoint, tmp_path / "out")
-
-
-def edit_config(checkpoint: Path, **changes: object) -> None:
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_weights_that_do_not_fit_the_config(checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(checkpoint, intermediate_size=320)
-    with pytest.raises(
-        RunError, match=r"layers\.0\.mlp\.experts\.\w+_proj .* where the configuration says"
-    ):
-        pack(checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_dense_model_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
-    dense = {"num_local_experts": None, "num_experts_per_tok": None}
-    edit_config(checkpoint, model_type="llama", architectures=["LlamaForCausalLM"], **dense)
-    with pytest.raises(RunError, match=r"a 'llama' model, which is no mixture .*mixtral"):
-        pack(checkpoint, tmp_path / "out")
-
-
-def test_an_unknown_model_type_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(checkpoint, model_type="marvin")
-    with pytest.raises(RunError, match="marvin"):
-        pack(checkpoint, tmp_path / "out")
-
-
-def test_a_quantised_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(checkpoint, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(RunError, match=r"quantised already \(fp8\)"):
-        pack(checkpoint, tmp_path / "out")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '"mixtral"'])
-def test_a_damaged_config_is_named(checkpoint: Path, tmp_path: Path, text: str) -> None:
-    (checkpoint / "config.json").write_text(text)
-    with pytest.raises(RunError, match=r"config\.json cannot be used"):
-        pack(checkpoint, tmp_path / "out")
-
-
-def test_weights_that_cannot_be_quantised_name_the_expert(checkpoint: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
-    rewrite(checkpoint, lambda tensors: tensors[name][0].fill_(float("nan")))
-    with pytest.raises(RunError, match=r"down_proj of expert 2 of layer 1: .*not finite"):
-        pack(checkpoint, tmp_path / "out", precision="4bit")
-    assert not list(tmp_path.glob("out*"))
-    pack(checkpoint, tmp_path / "out", precision="bf16").close()
-
-
-def test_unknown_precisions_list_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="4bit, 3bit, 2bit"):
-        pack(TINY, tmp_path / "out", precision="5bit")
-    with pytest.raises(RunError, match="native, fp32, fp16, bf16"):
-        pack(TINY, tmp_path / "out", dense_precision="4bit")
-
-
 PACK_AND_MEASURE = """
 import sys
 from pathlib import Path
@@ -366,6 +269,7 @@ print((peak_host_bytes() - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_one_expert_at_a_time_is_in_memory(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=64,
@@ -409,6 +313,7 @@ def test_the_source_reads_one_expert_of_fused_checkpoints(tmp_path: Path) -> Non
     assert torch.equal(parts["down_proj"], experts.down_proj[3])
 
 
+@pytest.mark.slow
 def test_an_interrupted_pack_can_be_taken_up(tmp_path: Path) -> None:
     process = slow_pack(tmp_path / "out")
     wait_for_record(process, 5)
@@ -416,3 +321,50 @@ def test_an_interrupted_pack_can_be_taken_up(tmp_path: Path) -> None:
     process.wait(timeout=60)
     assert not (tmp_path / "out").exists()
     verify(pack(TINY, tmp_path / "out", precision="4bit"))
+
+
+def test_short_reads_are_read_on_and_a_file_that_is_cut_off_meanwhile_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pack(TINY, tmp_path / "whole", precision="bf16").index.source_digest
+    real, ends_at = os.pread, [1 << 60]
+
+    def pread(fd: int, n_bytes: int, offset: int) -> bytes:
+        return real(fd, max(n_bytes // 2, 1), offset) if offset < ends_at[0] else b""
+
+    monkeypatch.setattr("os.pread", pread)
+    assert pack(TINY, tmp_path / "short", precision="bf16").index.source_digest == whole
+    ends_at[0] = 5_000_000
+    with pytest.raises(RunError, match=r"model\.safetensors was cut off while it was read"):
+        pack(TINY, tmp_path / "cut", precision="bf16")
+
+
+def test_a_read_error_names_the_checkpoint_s_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fd: int, buffers: object, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.preadv", broken)
+    with pytest.raises(RunError, match=r"model\.safetensors: Input/output error"):
+        pack(TINY, tmp_path / "out", precision="bf16")
+
+
+def test_a_store_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    before = pack(TINY, out, precision="bf16").index
+    real = os.fsync
+
+    def full(fd: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").readlink().name == "tokenizer.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="Input/output error"):
+        pack(TINY, out, precision="4bit", force=True)
+    assert read_index(out).precision == before.precision == "bf16"
+    monkeypatch.undo()
+    pack(TINY, out, precision="4bit", force=True)
+    assert read_index(out).precision == "4bit"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,14 @@ from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.format.layout import RecordLayout
 from moerun.format.tensorfile import TensorFile, memory_of
-from moerun.offload.load import load_offloaded
+from moerun.offload.load import load_offloaded, load_tokenizer
 from moerun.store.expert_store import ExpertStore
 from moerun.store.index import read_index
 from moerun.store.pack import pack
 from safetensors import safe_open
 from support.runs import ResidentProvider
 from support.shapes import gated_expert
-from support.stores import verify
+from support.stores import TINY, verify
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,7 @@ def read_dense(folder: Path) -> dict[str, torch.Tensor]:
         return dict(store.read_dense())
 
 
+@pytest.mark.slow
 def test_a_damaged_dense_tensor_is_one_line_of_the_command(copied: Path) -> None:
     path = copied / "dense.safetensors"
     flip(path, path.stat().st_size - 1)
@@ -246,6 +248,12 @@ def rewrite(path: Path, pattern: str, by: str) -> None:
     path.write_text(text)
 
 
+def move_a_record(path: Path, offset: int) -> None:
+    described = json.loads(path.read_text())
+    described["layers"][0]["offsets"][0] = offset
+    path.write_text(json.dumps(described))
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -254,6 +262,9 @@ def rewrite(path: Path, pattern: str, by: str) -> None:
         (lambda d: (d / "index.json").write_text('{"weight_map": {}}'), "not the index"),
         (lambda d: (d / "index.json").write_text("[1]"), "not the index"),
         (lambda d: rewrite(d / "index.json", r'("top_k":\s*)\d+', r"\g<1>1e999"), "is damaged"),
+        (lambda d: move_a_record(d / "index.json", 1 << 70), "is damaged .a record at"),
+        (lambda d: move_a_record(d / "index.json", -8), "is damaged .a record at -8 of a file"),
+        (lambda d: (d / "index.json").write_text("[" * 100_000), "not JSON"),
         (lambda d: (d / "experts-00003.safetensors").unlink(), "experts of layer 3"),
         (lambda d: (d / "dense.safetensors").unlink(), "dense.safetensors is missing"),
         (lambda d: (d / "dense.safetensors").write_bytes(b"abc"), "no whole safetensors"),
@@ -282,6 +293,37 @@ def test_an_index_without_a_field_is_damaged(copied: Path, field: str) -> None:
     path.write_text(json.dumps(described))
     with pytest.raises(RunError, match="damaged"):
         ExpertStore.open(copied)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *((("dense",), 0.5), (("expert",), [1]), (("model", "name"), 3), (("packages",), {"a": 1})),
+        *((("layers", 0, "file"), 7), (("layers", 0, "module"), None), (("layers", 0), "x")),
+        *((("layers", 0, "file"), "../experts-00000.safetensors"), (("layers", 0, "file"), "a\0")),
+        *((("dense", "skew"), [1]), (("source",), None), (("model", "revision"), {})),
+    ],
+)
+def test_an_index_with_something_else_in_a_place_is_damaged(
+    copied: Path, where: tuple[Any, ...], value: Any
+) -> None:
+    path = copied / "index.json"
+    described = json.loads(path.read_text())
+    at = described
+    for step in where[:-1]:
+        at = at[step]
+    at[where[-1]] = value
+    path.write_text(json.dumps(described))
+    with pytest.raises(RunError, match=r"index\.json is damaged"):
+        ExpertStore.open(copied)
+
+
+def test_a_tokenizer_whose_settings_are_of_another_kind_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    path = tmp_path / "model/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": [1]}))
+    with pytest.raises(RunError, match=r"the tokenizer of .*model cannot be used: "):
+        load_tokenizer(tmp_path / "model")
 
 
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:

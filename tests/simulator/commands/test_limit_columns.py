@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from moepolicy import Context, PolicySpec, find_policy
+from moepolicy.library.recency.lru import Lru
 from moepolicy.policy import Policy
 from moesim import Machine, simulate
 from moesim.engines.compilations import Engine
@@ -146,6 +147,7 @@ def test_compare_prints_the_limit_and_the_gap_within_100_columns() -> None:
     assert "limit" not in bare
 
 
+@pytest.mark.slow
 def test_json_and_csv_have_the_limit_and_the_gap(tmp_path: Path) -> None:
     arguments = ["compare", "lru", "belady", "lfu", "--tokens", "60", "--slots", "4"]
     rows = json.loads(moesim(*arguments, "--format", "json"))
@@ -170,6 +172,7 @@ def test_json_and_csv_have_the_limit_and_the_gap(tmp_path: Path) -> None:
         }
 
 
+@pytest.mark.slow
 def test_a_sweep_has_the_same_columns_as_a_comparison(tmp_path: Path) -> None:
     trace = str(random_trace(tmp_path / "t.parquet"))
     axes: dict[str, Any] = {"traces": (trace,), "slots": (1, 3), "machines": ("t4", "a100")}
@@ -215,6 +218,7 @@ def test_a_sweep_has_the_same_columns_as_a_comparison(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_file_without_limits(tmp_path: Path) -> None:
     trace = random_trace(tmp_path / "t.parquet")
     grid = tmp_path / "grid.toml"
@@ -228,3 +232,29 @@ def test_a_sweep_of_a_file_without_limits(tmp_path: Path) -> None:
     assert frame["cold"].to_list() == [True]
     moesim("sweep", "--grid", grid, "--limits", "--out", out, "--force")
     assert pl.read_parquet(out)["limit_loads"].null_count() == 0
+
+
+def test_a_policy_that_shares_slots_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """Layer 0 uses two experts in turns, layer 1 always the same, 8 times each. With all slots in
+    layer 0 that has 2 loads and layer 1 has 8; with 3 slots in each they have 2 and 1; with one
+    in each 1 + 4, as one of the two is kept, and 1."""
+
+    class All(Lru):
+        @classmethod
+        def share_slots(cls, total: int, context: Context) -> Any:
+            return [total, 0] if context.slots < 3 else None
+
+    workload = make_workload([(i % 2, (i // 2 % 2 * (1 - i % 2),)) for i in range(16)], 2, 4)
+    spec = PolicySpec("all", All)
+    one, two, three = (simulate(workload, spec, machine(), slots=n) for n in (1, 2, 3))
+    assert [r.limit_loads for r in (one, two, three)] == [2 + 8, 2 + 8, 3]
+    assert [r.shares_slots for r in (one, two, three)] == [True, True, False]
+    assert one.loads == 2 + 8
+    equal = simulate(workload, find_policy("lru"), machine(), slots=1)
+    assert (equal.limit_loads, equal.shares_slots) == (1 + 4 + 1, False)
+    printed = moesim(
+        "compare", "lru", "adapmoe-slots", "--trace", "tiny", "--tokens", "64", "--slots", "2"
+    )
+    limits = [line.split()[0:2] for line in printed.splitlines() if line.startswith("limit ")]
+    assert limits == [["limit", "2"], ["limit", "(adapmoe-slots)"]]
+    assert "(with the slots of each layer as the policy has them: adapmoe-slots)" in printed

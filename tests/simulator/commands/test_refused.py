@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from moepolicy import PolicyError, find_policy
 from moepolicy.console import WrongUsage
-from moeroute import TraceError, open_trace
+from moeroute import TraceError, TraceWriter, open_trace
 from moesim.errors import SimulationError, UsageError
 from moesim.points import Points, same_figures
 from moesim.simulate import check_needs, workload_for
@@ -42,12 +43,13 @@ def moesim(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=wide, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_rows_stay_empty_and_the_reasons_stand_under_the_table(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
     late = f"{tmp_path}/late.py:Late"
     options = ("--slots", "3,8", "--tokens", "60", "--no-limits")
     done = moesim("compare", late, "fiddler", "lru", *options)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (1, "")
     cells = [line.split() for line in done.stdout.splitlines()]
     assert ["fiddler", "3"] in cells
     assert ["fiddler", "8"] in cells
@@ -76,6 +78,31 @@ def test_a_command_fails_only_where_no_policy_could_run() -> None:
     assert "policy 'hobbit'" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "code"), [("late", 1), ("unmade", 1), ("fiddler", 0), ("lru-spec", 0)]
+)
+def test_comparisons_and_sweeps_fail_where_a_policy_failed_not_where_it_lacks_something(
+    tmp_path: Path, policy: str, code: int
+) -> None:
+    """lru-spec lacks the size of an expert, which says whether a prefetch arrives in time."""
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "unmade.py").write_text(LATE.replace("self.n = 0", "self.n = 1 // 0"))
+    tiny, path = open_trace("tiny"), tmp_path / "unsized.parquet"
+    with TraceWriter(path, replace(tiny.meta, expert_bytes={})) as writer:
+        writer.write(tiny.rows(0, 60 * tiny.meta.n_layers))
+    spec = f"{tmp_path}/{policy}.py:Late" if policy in ("late", "unmade") else policy
+    options = ("lru", spec, "--trace", str(path), "--slots", "3", "--no-limits")
+    compared = moesim("compare", *options, "--format", "json")
+    rows = json.loads(compared.stdout)
+    assert [bool(row["refused"]) for row in rows] == [False, True]
+    swept = moesim("sweep", *options, "--out", str(tmp_path / "s.json"), "--workers", "1")
+    rows = json.loads((tmp_path / "s.json").read_text())
+    assert [row["status"] for row in rows] == ["ok", "failed"]
+    assert (compared.returncode, swept.returncode) == (code, code), swept.stderr
+
+
+@pytest.mark.slow
 def test_a_curve_leaves_out_what_has_none() -> None:
     done = moesim("curve", "lru", "fifo", "--trace", "tiny", "--format", "json")
     rows = json.loads(done.stdout)
@@ -127,7 +154,7 @@ def test_none_that_ran_raises_every_reason(errors: list[Exception], kind: type[E
     for error in errors:
         points._errors.append(error)
     with pytest.raises(kind, match="none of the policies could run: a; b") as caught:
-        points.beside(None)
+        points.compared(None)
     assert isinstance(caught.value, WrongUsage) == (kind is UsageError)
 
 

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moepolicy import Kind
-from moesim import SimulationError, Workload
+from moeroute import open_trace
+from moesim import SimulationError, Workload, load_workload
+from moesim.curves import hit_ratios
 from moesim.curves.hit_ratios import ONE_PASS, hit_curve, shuffled
 from moesim.limits import min_loads
 from support.clock import drive
@@ -66,6 +68,18 @@ def test_a_shuffled_trace_has_the_same_passes(workload: Workload, seed: int) -> 
     assert np.array_equal(shuffled(workload, seed).keys, again.keys)
 
 
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_trace_is_shuffled_alike_however_much_of_it_is_read_together(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = load_workload(open_trace("tiny")).head(40)
+    expected = shuffled(workload, 5)
+    monkeypatch.setattr(hit_ratios, "SCATTERED", together)
+    found = shuffled(workload, 5)
+    for name in ("keys", "weights", "routed", "offsets", "layer", "decode", "rows", "starts"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+
+
 def test_a_policy_without_a_stack_is_named() -> None:
     with pytest.raises(SimulationError, match=r"'fifo' has no curve from one pass; .*there are"):
         hit_curve(make_workload([(0, [0])], 1, 2), "fifo", "layer")
@@ -76,6 +90,7 @@ def moesim(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_size_beside_the_shuffled_trace_and_the_limit() -> None:
     done = moesim("curve", "lru", "belady", "--format", "json")
     assert done.returncode == 0, done.stderr

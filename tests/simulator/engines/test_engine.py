@@ -154,7 +154,7 @@ def test_time_adds_up_and_the_journal_reproduces_the_run(
     calls = len(workload.keys)
     costs = costs_of(workload, on, Sizes(10, 5, 0, 0), predicting=policy.startswith("lru-spec"))
     busy = int(costs.gate_ns(slice(None)).sum() + costs.compute_ns(slice(None)).sum())
-    assert result.time_s == pytest.approx(busy * NS + result.stall_s)
+    assert result.time_s == pytest.approx(busy * NS + (result.gates_s or 0) + result.stall_s)
     assert result.requests == calls
     assert result.loads - result.prefetches == result.misses
     assert result.loads >= result.limit_loads

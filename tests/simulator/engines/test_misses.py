@@ -81,7 +81,7 @@ def test_a_host_cache_holds_records_by_their_bytes(tmp_path: Path, engine: str) 
     assert result.time_s == pytest.approx((5 * (5 + 4 + 3) + 4 * 4) * NS)
 
 
-def test_a_stand_in_computes_after_the_hits_and_before_what_arrives(
+def test_a_substitute_computes_after_the_hits_and_before_what_arrives(
     tmp_path: Path, engine: str
 ) -> None:
     """Step 2 wants 2 and 0: 0 (there) computes for itself and then for 2, and nothing travels."""
@@ -109,6 +109,7 @@ def test_without_a_second_store_the_policy_is_refused_by_name(tmp_path: Path, en
         simulate(workload, find_policy("hobbit"), machine(), slots=1, engine=Engine(engine))
 
 
+@pytest.mark.slow
 def test_the_command_says_what_a_policy_changed(engine: str) -> None:
     def moesim(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from moesim.cli import main; main()", "compare"]

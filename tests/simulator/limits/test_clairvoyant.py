@@ -121,8 +121,8 @@ def test_a_gap_needs_its_two_ends() -> None:
     with pytest.raises(SimulationError, match="without their limits"):
         gap_closed([lru, blind])
     # With room for every expert each is copied once, and there is nothing to close.
-    roomy = simulate(workload, find_policy("lru"), machine, slots=8)
-    assert gap_closed([roomy])[0].loads is None
+    fitting = simulate(workload, find_policy("lru"), machine, slots=8)
+    assert gap_closed([fitting])[0].loads is None
 
 
 @pytest.mark.slow

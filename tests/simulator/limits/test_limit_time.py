@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hypothesis import assume, given, settings
@@ -83,6 +84,24 @@ def test_no_schedule_beats_the_limit(demands: Demands, tiny: Tiny, scope: str, s
 
 
 @given(
+    demands_of(2, 3, 6),
+    tiny_machines,
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    st.booleans(),
+)
+@settings(max_examples=75, deadline=None)
+def test_no_schedule_beats_the_limit_of_unequal_shares(
+    demands: Demands, tiny: Tiny, shares: tuple[int, int], alike: bool
+) -> None:
+    workload = make_workload(demands, 2, 3)
+    shares = shares[:1] * 2 if alike else shares
+    found = limit(workload, machine_of(tiny), tiny.copy_ns, 9, "layer", shares=shares)
+    assert found <= quickest(demands, tiny, 9, "layer", shares)
+    if alike:
+        assert found == limit(workload, machine_of(tiny), tiny.copy_ns, shares[0], "layer")
+
+
+@given(
     demands_of(1, 3, 6) | demands_of(2, 2, 6),
     tiny_machines,
     scopes,
@@ -124,7 +143,10 @@ machines = st.builds(
     ),
     cpu=st.none() | st.builds(Cpu, workers=st.integers(1, 2), expert_s=times),
 )
+OWN = Path(__file__).parents[2] / "support" / "policies.py"
+SHARING = [f"{OWN}:Sharing", f"{OWN}:SharingAhead"]
 POLICIES = ["lru", "static", "belady-bypass", "clairvoyant", "clairvoyant:delay=3", "fiddler"]
+POLICIES += SHARING
 STAGING = ["lru-spec:n=1,staging=1", "lru-spec:n=2,staging=3"]
 
 
@@ -145,7 +167,9 @@ def test_no_policy_beats_the_limit_on_any_machine(
     buffers = find_policy(policy).build(workload.context(slots, scope)).staging
     kept = buffers if policy in STAGING else 0
     found = time_of(policy, workload, machine, 10, slots, scope)
-    assert found >= limit(workload, machine, 10, slots, scope, buffers=kept)
+    shares = find_policy(policy).shares(workload.context(slots, scope))
+    assert (shares is not None) == (policy in SHARING and scope == "layer")
+    assert found >= limit(workload, machine, 10, slots, scope, buffers=kept, shares=shares)
 
 
 def test_guesses_in_staging_go_beyond_the_slots() -> None:

@@ -80,6 +80,22 @@ def test_the_limit_is_what_exhaustive_search_finds(
     assert found == fewest(demands, scope, slots, bypass=bypass)
 
 
+@given(demands_of(2, N_EXPERTS), st.tuples(slots_of_each, slots_of_each), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_the_limit_of_unequal_shares_is_what_exhaustive_search_finds(
+    demands: Demands, shares: tuple[int, int], bypass: bool
+) -> None:
+    found = min_loads(
+        make_workload(demands, 2, N_EXPERTS), 9, "layer", bypass=bypass, shares=shares
+    )
+    each = [[demand for demand in demands if demand[0] == layer] for layer in range(2)]
+    assert found == sum(
+        fewest(own, "layer", slots, bypass=bypass)
+        for own, slots in zip(each, shares, strict=True)
+        if own
+    )
+
+
 @given(demands_of(2, N_EXPERTS), scopes, slots_of_each, st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=100, deadline=None)
 def test_a_window_begins_with_the_best_content_there_is(

@@ -332,6 +332,7 @@ def swept(tmp_path: Path, trace: Path, *options: str) -> Any:
     return done, None if frame is None else frame.row(0, named=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_the_same_sizes(tmp_path: Path) -> None:
     trace = imported(tmp_path / "t.parquet")
     done, row = swept(tmp_path, trace, "--like", "gpt-oss-20b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from moeroute import open_trace
 from moesim import SimulationError, load_machine, simulate, workload_for
 from moesim.sweep import Grid, SweepSettings, run_sweep
 from moesim.sweep.loop import Watcher
+from moesim.workload.loading import SKELETON
 from polars.testing import assert_frame_equal
 from support.object_store import object_store
 from support.traces import decoded, random_trace, write_trace
@@ -86,6 +88,7 @@ def test_the_numbers_are_those_of_single_runs_whatever_the_workers(
     ]
 
 
+@pytest.mark.slow
 def test_the_command_from_a_file_and_flags(tmp_path: Path, trace: str) -> None:
     grid = tmp_path / "grid.toml"
     grid.write_text(f"policies = ['lru', 'lfu']\ntraces = {trace!r}\nslots = [1, 2]\n")
@@ -117,6 +120,7 @@ def test_experts_are_counted_in_the_calibration_trace(tmp_path: Path) -> None:
     assert (own["hits"], own["loads"]) == (2, 3)
 
 
+@pytest.mark.slow
 def test_points_that_fail_are_rows_and_the_others_finish(tmp_path: Path, trace: str) -> None:
     out = tmp_path / "r.parquet"
     arguments: list[str | Path] = [
@@ -232,10 +236,65 @@ def test_a_killed_sweep_goes_on_where_it_was_also_with_another_grid(
     assert not (tmp_path / "r.parquet.partial").exists()
 
 
+@pytest.mark.parametrize("change", [{"loads": "x"}, {"loads": None, "slots": 2.5}, {"engine": 3}])
+@pytest.mark.parametrize("damaged", ["changed", "taken out"])
+def test_a_point_that_is_damaged_is_run_again(
+    tmp_path: Path,
+    trace: str,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    damaged: str,
+) -> None:
+    grid, out = Grid(("lru",), (trace,), (0, 1)), tmp_path / "r.parquet"
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr("moesim.sweep.run.write", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            swept(grid, out, workers=1)
+    points = tmp_path / "r.parquet.partial/points.jsonl"
+    (key, row), *others = [json.loads(line) for line in points.read_text().splitlines()]
+    if damaged == "changed":
+        row |= change
+    else:
+        row = {name: value for name, value in row.items() if name not in change}
+    points.write_text("".join(json.dumps(line) + "\n" for line in [[key, row], *others]))
+    fresh = swept(grid, tmp_path / "fresh.parquet", workers=1)
+    report = run_sweep(grid, str(out), SweepSettings(workers=1, resume=True))
+    assert report.kept == len(others)
+    assert_frame_equal(pl.read_parquet(out), fresh)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class Payload:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_resumed_sweep_runs_no_code_of_the_folder_that_it_resumes_from(
+    tmp_path: Path, trace: str
+) -> None:
+    """Its workers share arrays by a pickle, which somebody else may have put there."""
+    digest, ran = open_trace(trace).digest, tmp_path / "ran"
+    for columns in range(16):
+        shared = tmp_path / f"r.parquet.partial/scratch/{digest[:16]}-{columns:04b}"
+        shared.mkdir(parents=True)
+        (shared / SKELETON).write_bytes(pickle.dumps(Payload(ran)))
+    sweep("lru", "--trace", trace, "--slots", "1", "--out", tmp_path / "r.parquet", "--resume")
+    assert not ran.exists()
+
+
 def grid_of(trace: str) -> Grid:
     return Grid((policy("Slow"),), (trace,), (0, 1, 4), scopes=("layer", "global"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_says_what_it_keeps(tmp_path: Path, trace: str) -> None:
     out = tmp_path / "r.parquet"
     running = start(policy("Slow"), "--trace", trace, "--slots", "0,1,2,3,4", "--out", out)
@@ -255,6 +314,18 @@ def test_what_a_policy_says_is_passed_on_once(tmp_path: Path, trace: str) -> Non
     grid = Grid((policy("Talking"),), (trace,), (1, 2, 3))
     run_sweep(grid, str(tmp_path / "r.parquet"), SweepSettings(workers=2), Watcher(say=said.append))
     assert said == ["policy 'talking' has been made"]
+
+
+def test_what_was_asked_for_in_vain_is_noted(tmp_path: Path) -> None:
+    said: list[str] = []
+    grid = Grid(("lru",), ("mixtral-like",), (4, 9), like="mixtral-8x7b", limits=False)
+    report = run_sweep(
+        grid, str(tmp_path / "r.parquet"), SweepSettings(workers=1), Watcher(say=said.append)
+    )
+    assert len(report.rows) == 2
+    assert any("has its own sizes: --like mixtral-8x7b" in note for note in said)
+    assert any(note.startswith("note: --slots 9: ") for note in said)
+    assert len(said) == 2
 
 
 def test_a_trace_that_changes_meanwhile_is_noticed(tmp_path: Path, trace: str) -> None:
@@ -302,13 +373,13 @@ def test_a_policy_file_travels_with_the_job(tmp_path: Path, trace: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["lru"], 2, "Missing option '--out'"),
+        (["lru"], 2, "--out is missing"),
         (["--out", "r.parquet"], 2, "the grid has no policies"),
         (["lru", "--out", "absent/r.parquet"], 1, "absent does not exist"),
         (["lru", "--out", "."], 1, ". is a folder"),
         (["lru", "--out", "r", "--slots", "few"], 2, "slots: 'few' is not a whole number"),
         (["lru", "--out", "r", "--param", "n=1"], 2, "'n=1' is not policy:parameter=value"),
-        (["lru", "--out", "r", "--workers", "0"], 2, "should be greater than or equal to 1"),
+        (["lru", "--out", "r", "--workers", "0"], 2, "--workers must be 1 or more"),
         (["lru", "--out", "r.parquet", "--on", "moon"], 2, "--on is 'moon'"),
         (["lru", "--out", "r", "--grid", "absent.toml"], 1, "absent.toml"),
     ],
@@ -329,6 +400,7 @@ def test_the_library_says_the_same(tmp_path: Path) -> None:
         run_sweep(Grid(()), str(tmp_path / "r.parquet"))
 
 
+@pytest.mark.slow
 def test_traces_and_results_in_an_object_store(
     tmp_path: Path, trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +429,7 @@ def test_traces_and_results_in_an_object_store(
     assert_frame_equal(there.drop(told), pl.read_parquet("here.parquet").drop(told))
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_written_costs_no_point(
     tmp_path: Path, trace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

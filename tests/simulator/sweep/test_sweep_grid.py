@@ -26,7 +26,7 @@ traces = "tiny"
 memory = ["1.5GiB", "500 MB", 4096]
 scopes = ["layer", "global"]
 machines = ["rtx3060", "t4"]
-precisions = ["fp16"]
+expert_bytes = ["66.7MB", 4096]
 low_precision = "2bit"
 calibration = "tiny"
 engine = "simpy"
@@ -47,6 +47,7 @@ def test_a_file_with_every_entry(tmp_path: Path) -> None:
     grid = make_grid(load_grid(path))
     assert grid.traces == ("tiny",)  # one value stands for a list
     assert grid.memory == (3 * 2**29, 500_000_000, 4096)
+    assert grid.expert_bytes == (66_700_000, 4096)
     assert (grid.engine, grid.low_precision, grid.calibration) == ("simpy", "2bit", "tiny")
     labels = [spec.label for spec in grid.specs()]
     assert labels == ["lru", "lru-spec:staging=2,n=1", "lru-spec:staging=2,n=2"]
@@ -63,6 +64,8 @@ def test_a_file_with_every_entry(tmp_path: Path) -> None:
         ("slots = true", "slots: True is not a whole number"),
         ("memory = '4 gibs'", "'4 gibs' is no amount of memory"),
         ("expert_bytes = 0", "an expert has 1 byte or more"),
+        ("expert_bytes = 1.5", "expert_bytes: 1.5 is no amount of memory"),
+        ("expert_bytes = true", "expert_bytes: True is no amount of memory"),
         ("scopes = ['both']", "unknown scope 'both'; there are: global, layer"),
         ("engine = 'fast'", "unknown engine 'fast'"),
         ("slots = 1\nmemory = '1GiB'", "slots or memory, not both"),
@@ -142,7 +145,7 @@ def test_a_budget_holds_slots_and_the_policy_s_staging(trace: str) -> None:
     two = find_policy(f"{POLICIES}:Staging:buffers=2")
 
     def slots(budget: int, policy: PolicySpec) -> int:
-        return slots_in(budget, 10, policy, workload, "layer")
+        return slots_in(budget, 10, policy, workload.context(0, "layer"))
 
     assert [slots(budget, find_policy("lru")) for budget in (64, 30, 10, 10_000)] == [2, 1, 0, 4]
     assert [slots(budget, two) for budget in (64, 30, 20, 10_000)] == [2, 0, 0, 4]

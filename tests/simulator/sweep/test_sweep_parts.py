@@ -100,6 +100,19 @@ def test_a_damaged_line_costs_one_point(tmp_path: Path) -> None:
         assert list(journal.finished) == ["a", "c"]
 
 
+@pytest.mark.parametrize("line", [b"3", b"[[1], {}]", b'["x"]', b'["x", 3]', b'"x"'])
+def test_a_line_of_something_else_is_no_point(tmp_path: Path, line: bytes) -> None:
+    with SweepJournal(tmp_path / "j") as journal:
+        journal.add("a", {"x": 1})
+    with (tmp_path / "j" / "points.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with SweepJournal(tmp_path / "j") as journal:
+        assert list(journal.finished) == ["a"]
+        journal.add("b", {"x": 2})
+    with SweepJournal(tmp_path / "j") as journal:
+        assert list(journal.finished) == ["a", "b"]
+
+
 def test_a_journal_is_one_sweep_s(tmp_path: Path) -> None:
     with (
         SweepJournal(tmp_path / "j"),
@@ -241,6 +254,10 @@ def test_another_file_is_no_result_to_resume_from(tmp_path: Path) -> None:
         read_finished(str(out))
     out.write_text("hello")
     with pytest.raises(SimulationError, match="cannot be read"):
+        read_finished(str(out))
+    out = tmp_path / "r.json"
+    out.write_text(json.dumps([{"key": "k", "status": "ok", "loads": 10**50}]))
+    with pytest.raises(SimulationError, match="not the result of a sweep"):
         read_finished(str(out))
 
 

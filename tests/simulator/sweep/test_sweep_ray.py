@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 from moesim import SimulationError
-from moesim.sweep import Grid, SweepSettings, run_sweep
+from moesim.sweep import Grid, SweepSettings, ray_driver, run_sweep
 from moesim.sweep.ray_pool import ray_address
 from polars.testing import assert_frame_equal
 from support.traces import random_trace
@@ -26,6 +26,7 @@ DEADLY = f"{SUPPORT / 'sweep_policies.py'}:Deadly"
 COMMAND = [sys.executable, "-c", "from moesim.cli import main; main()", "sweep"]
 # What the sweeps of these tests find in their environment: a Ray on the loopback interface.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+PATIENCE_S = 240  # a client server may be asked more than once
 
 slow = pytest.mark.slow
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
@@ -98,7 +99,7 @@ def test_a_cluster_gives_the_numbers_of_one_machine(
             *grid.policies, "--trace", trace, "--slots", "1,2", "--machine", "t4,a100",
             "--on", address, "--out", out,
         )  # fmt: skip
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=PATIENCE_S)
         assert running.returncode == 0, said
         assert "8 run in" in said
         assert_frame_equal(pl.read_parquet(out), expected)
@@ -111,7 +112,7 @@ def test_a_worker_that_dies_on_a_node_is_replaced(cluster: Any, tmp_path: Path, 
     out = tmp_path / "r.parquet"
     deadly = f"{DEADLY}:where={tmp_path},times=1"
     running = start(deadly, "--trace", trace, "--slots", "1,2", "--on", cluster[1], "--out", out)
-    _, said = running.communicate(timeout=120)
+    _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, said
     assert "died" in said
     assert "Deadly" in said
@@ -131,7 +132,7 @@ def test_a_node_that_dies_is_survived_and_a_cluster_that_goes_away_is_told(
     running = start(SLOW, *axes, "--on", cluster[1], "--out", one)
     wait_for_points(one, 2)
     order(cluster, "kill node")
-    _, said = running.communicate(timeout=180)
+    _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, said
     assert "died" in said
     assert "tried once more" in said
@@ -141,7 +142,7 @@ def test_a_node_that_dies_is_survived_and_a_cluster_that_goes_away_is_told(
     running = start(SLOW, *axes, "--on", cluster[1], "--out", two, "--workers", "1")
     wait_for_points(two, 1)
     order(cluster, "kill head")
-    _, said = running.communicate(timeout=180)
+    _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 1, said
     assert f"the Ray cluster at {cluster[1]} went away" in said
     assert f"of 8 points are kept in {two}.partial: --resume goes on from them" in said
@@ -173,13 +174,14 @@ def test_a_ray_of_our_own_listens_on_loopback_and_leaves_nothing_behind(
     assert listening
     assert all(ip.removeprefix("::ffff:").startswith("127.") for ip in listening), listening
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=120)
+    _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130, said
     assert "of 4 points are kept" in said
     _, left = psutil.wait_procs(family, timeout=30)
     assert not left
 
 
+@pytest.mark.slow
 @needs_ray
 def test_nobody_at_an_address_is_said_at_once(tmp_path: Path, trace: str) -> None:
     out = tmp_path / "r.parquet"
@@ -190,6 +192,38 @@ def test_nobody_at_an_address_is_said_at_once(tmp_path: Path, trace: str) -> Non
         assert said.startswith(f"error: the Ray cluster at {address} cannot be used")
         assert said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["trace.parquet"]
+
+
+def test_a_client_server_that_refuses_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    asked: list[str] = []
+
+    def refuse_once(address: str, **_: Any) -> None:
+        asked.append(address)
+        if len(asked) == 1:
+            raise ConnectionAbortedError("Initialization failure from server:\nTimeoutError: late")
+
+    monkeypatch.setattr(ray, "init", refuse_once)
+    monkeypatch.setattr(ray_driver, "JOIN_PAUSE_S", 0.0)
+    ray_driver._join("ray://head:1")
+    assert asked == ["ray://head:1"] * 2
+
+
+def test_a_client_server_that_keeps_refusing_is_said_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def refuse(address: str, **_: Any) -> None:
+        raise ConnectionAbortedError(
+            "Initialization failure from server:\nTraceback:\n  at x\nTimeoutError: late"
+        )
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray_driver, "JOIN_S", 0.0)
+    with pytest.raises(ConnectionAbortedError) as caught:
+        ray_driver._join("ray://head:1")
+    assert ray_driver._reason(caught.value) == "TimeoutError: late"
 
 
 def test_what_may_be_an_address() -> None:

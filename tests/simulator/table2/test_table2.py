@@ -217,6 +217,7 @@ def test_this_engine_stays_within_the_limit(found: Any) -> None:
         assert fastest <= row["limit_tokens_per_s"] <= row["compute_limit_tokens_per_s"] * 1.0001
 
 
+@pytest.mark.slow
 def test_a_second_run_has_the_same_cells_in_csv(found: Any, tmp_path: Path) -> None:
     out = tmp_path / "cells.csv"
     done = moesim("table2", "lru", "--tokens", TOKENS, "--format", "csv", "--out", out)
@@ -227,6 +228,7 @@ def test_a_second_run_has_the_same_cells_in_csv(found: Any, tmp_path: Path) -> N
         assert {name: row[name] for name in cell} == {k: str(v) for k, v in cell.items()}
 
 
+@pytest.mark.slow
 def test_another_reading_as_a_table() -> None:
     table = moesim("table2", "lru", "--tokens", "4", "--reading", "one-way-streamed").stdout
     assert "Reading 'one-way-streamed'" in table

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moepolicy import NO_USE, clairvoyant, find_policy
+from moepolicy import NO_USE, find_policy
+from moepolicy.library.clairvoyant import future
 from moeroute import DECODE, PROMPT, open_trace
 from moesim import Workload, load_machine, load_workload, simulate, workload_for
 from moesim.workload import loading
@@ -43,7 +44,7 @@ def test_blocks_change_nothing(trace: Path, block: int, monkeypatch: pytest.Monk
     expected = arrays(load_workload(open_trace(trace)))
     monkeypatch.setattr(workload, "BLOCK", block)
     monkeypatch.setattr(loading, "BLOCK_ROWS", block)
-    monkeypatch.setattr(clairvoyant, "BLOCK", block)
+    monkeypatch.setattr(future, "BLOCK", block)
     found = arrays(load_workload(open_trace(trace)))
     assert_same(found, expected)
 
@@ -62,7 +63,7 @@ def test_a_workload_in_files_is_the_same_and_stays_so(
     expected = load_workload(open_trace(trace))
     monkeypatch.setattr(workload, "BLOCK", block)
     monkeypatch.setattr(loading, "BLOCK_ROWS", block)
-    monkeypatch.setattr(clairvoyant, "BLOCK", block)
+    monkeypatch.setattr(future, "BLOCK", block)
     folder = tmp_path / "w"
     folder.mkdir()
     load_workload(open_trace(trace), folder=folder)
@@ -100,7 +101,7 @@ def test_a_long_trace_is_not_held_in_memory(
 def test_the_next_use_is_the_next_step_with_the_key(
     trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clairvoyant, "BLOCK", 5)
+    monkeypatch.setattr(future, "BLOCK", 5)
     loaded = load_workload(open_trace(trace))
     demands = [
         loaded.keys[loaded.offsets[step] : loaded.offsets[step + 1]].tolist()
@@ -115,10 +116,10 @@ def test_the_next_use_is_the_next_step_with_the_key(
 def test_the_first_use_is_the_first_step_with_the_key(
     trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clairvoyant, "BLOCK", 5)
+    monkeypatch.setattr(future, "BLOCK", 5)
     loaded = load_workload(open_trace(trace))
     n_keys = loaded.n_keys + 1  # one that nothing ever uses
-    found = clairvoyant.first_use(loaded.keys, loaded.offsets, n_keys)
+    found = future.first_use(loaded.keys, loaded.offsets, n_keys)
     expected = [NO_USE] * n_keys
     for step in reversed(range(loaded.n_steps)):
         for key in loaded.keys[loaded.offsets[step] : loaded.offsets[step + 1]].tolist():

@@ -10,9 +10,9 @@ import numpy as np
 
 from moeroute.foreign import TEXT, Source
 from moeroute.importers.findings import Findings
-from moeroute.importers.recording import Recording
+from moeroute.importers.recording import PLACE, Facts, ImportOptions, Recording
 from moeroute.importers.table import read_table, text_lines
-from moeroute.schema import PHASES, TraceError, TraceMeta
+from moeroute.schema import PHASES, TraceError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,7 +27,7 @@ def detect(source: Source) -> bool:
     return source.kind == TEXT and source.first_line == TITLE
 
 
-def read(source: Source, model: str | None = None) -> Recording:
+def read(source: Source, _options: ImportOptions) -> Recording:
     """Read a BigMoeOnEdge route CSV.
 
     A turn becomes a sequence and a step a position. What the phone's cache did is kept in the
@@ -57,7 +57,7 @@ def read(source: Source, model: str | None = None) -> Recording:
     _check_groups(source, table, header.top_k)
     layers = table["layer"].unique().sort().to_list()
     _check_decode(source, table, layers)
-    return _recording(source, header, table, layers, model, findings)
+    return _recording(source, header, table, layers, findings)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,6 @@ def _recording(
     header: _Header,
     table: pl.DataFrame,
     layers: list[int],
-    model: str | None,
     findings: Findings,
 ) -> Recording:
     """The groups of `top_k` lines as rows, in the order in which the file begins them."""
@@ -167,12 +166,13 @@ def _recording(
         "weights": lists["weight"],
         "residency": lists["residency"],
         "loaded_bytes": lists["expert_bytes"],
+        PLACE: first,
     }
-    meta = _meta(header, layers, model, findings)
-    return Recording(source.path, meta, columns, lambda row: f"line {first[row]}", findings)
+    facts = _facts(header, layers, findings)
+    return Recording(source.path, facts, [columns], lambda line: f"line {line}", findings)
 
 
-def _meta(header: _Header, layers: list[int], model: str | None, findings: Findings) -> TraceMeta:
+def _facts(header: _Header, layers: list[int], findings: Findings) -> Facts:
     sizes = [header.expert_bytes[layer] for layer in layers if layer in header.expert_bytes]
     dense = [header.dense_bytes[layer] for layer in layers if layer in header.dense_bytes]
     findings.keep("architecture", header.arch)
@@ -202,15 +202,14 @@ def _meta(header: _Header, layers: list[int], model: str | None, findings: Findi
             of=len(layers),
         )
     if layers != list(range(len(layers))):
-        findings.keep("layers", layers)
+        findings.keep("model_layers", layers)
         findings.note(
             "renumbered",
             f"layers {layers[0]} to {layers[-1]} of the file, {len(layers)} of which have "
             f"experts, are 0 to {len(layers) - 1} now",
         )
-    return TraceMeta(
-        source="imported",
-        model=model or header.model,
+    return Facts(
+        header.model,
         n_layers=len(layers),
         n_experts=header.n_experts,
         top_k=header.top_k,

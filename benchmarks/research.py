@@ -1,0 +1,397 @@
+"""The tables of docs/research.md: what the policies that learn are worth, and what they are of.
+
+    moetrace record wikitext.txt --tokens 131072 --out wiki.parquet
+    moetrace record war_and_peace_held_out.txt --out prose.parquet
+    moetrace record stdlib.txt --out code.parquet
+    moetrace import gpt_oss_20b_64seq.npz --like gpt-oss-20b --out gpt-oss-20b.parquet
+    moetrace import bigmoe_qwen.route.csv --out qwen3-30b.parquet
+    python benchmarks/research.py wikitext=wiki.parquet prose=prose.parquet code=code.parquet \
+        gpt-oss-20b=gpt-oss-20b.parquet qwen3-30b=qwen3-30b.parquet --out research/
+
+Any of the traces of `STRETCHES` may be left out; `sample` is bundled, and the default. All numbers
+are simulated or counted, and nothing is drawn: a second run gives the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from moepolicy import PolicyError, PolicySpec, find_policy
+from moepolicy.library import BUILT_IN
+from moeroute import TraceError, open_trace
+from moeroute.sizes import GivenSizes
+from moesim import SimulationError, Workload, load_workload, simulate
+from moesim.engines.compilations import Compilations
+from moesim.machine.profile import load_machine
+from moesim.sizes import quarters
+from research_threshold import FixedThreshold
+
+BLOCKS = 4  # into which the test sequences are split, each learned from nothing: the error bars
+GRID_TOKENS = 1024
+MACHINES = ("t4", "rtx4090", "a100", "cpu-disk")
+# Mixtral-8x7B's bytes, 4 bits, for the traces of the bundled model: see policy_results.py.
+MIXTRAL_BYTES = 93_671_424
+MIXTRAL = GivenSizes(dense_layer_bytes=22_384_640, dense_token_bytes=262_160_384)
+# What is published, runs online and is lossless, with the parameters that it is tuned by: each
+# trace and size takes the best of them with hindsight, which favours them.
+TUNED = {
+    "class-lru": ("half_life", (16, 64, 128)),
+    "slru": ("protected", (0.5, 0.8)),
+    "lru-spec": ("n", (1, 2)),
+}
+OURS = ("foresight", "foresight-bypass", "foresight-spec")
+TD = "foresight:pairs=0,habit=0"  # the rule as this project first found it
+ABLATIONS = {
+    "foresight": "foresight",
+    "without pairs": "foresight:pairs=0",
+    "without the decayed count": "foresight:habit=0",
+    "without both": TD,
+    "own layer and 2 either side": "foresight:reach=2",
+    "discount 0.8": "foresight:discount=0.8",
+    "discount 0.93": "foresight:discount=0.93",
+    "rate 0.0015": "foresight:rate=0.0015",
+    "rate 0.006": "foresight:rate=0.006",
+    "nothing learned": "foresight:rate=0",
+}
+THRESHOLDS = (0.2, 0.3, 0.5, 0.7, 0.9, 0.96)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Which sequences of a trace constants were chosen on, and which are scored.
+
+    ``own_sizes``: times count with the sizes that the trace has, not with Mixtral's.
+    """
+
+    test: slice
+    development: str
+    own_sizes: bool = False
+    path: str = ""
+
+
+STRETCHES = {
+    "sample": Stretch(slice(None), "all of it: thresholds, BUSY"),
+    "wikitext": Stretch(slice(128, 144), "sequences 0-23 and 39"),
+    "prose": Stretch(slice(0, 16), "none"),
+    "code": Stretch(slice(96, 112), "sequences 0-23"),
+    "gpt-oss-20b": Stretch(slice(32, 48), "sequences 0-14", own_sizes=True),
+    "qwen3-30b": Stretch(slice(None), "all of it", own_sizes=True),
+    "gemma-4-26b": Stretch(slice(None), "none", own_sizes=True),
+    "gpt-oss-120b": Stretch(slice(None), "all of it", own_sizes=True),
+}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Make the tables asked for, as Markdown and CSV."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("traces", nargs="*", help="NAME=FILE of " + ", ".join(STRETCHES))
+    parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument(
+        "--published",
+        type=Path,
+        help="research_time.csv of an earlier run: its other policies are not run again",
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    asked = parser.parse_args()
+    given = dict(each.split("=", 1) for each in asked.traces) or {"sample": "tiny"}
+    if unknown := given.keys() - STRETCHES:
+        parser.error(f"no stretches are known of {', '.join(sorted(unknown))}")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    # Forked, a process would wait for locks that polars' threads held.
+    with ProcessPoolExecutor(asked.processes, get_context("spawn")) as pool:
+        for name in asked.tables.split(","):
+            job, columns = TABLES[name]
+            points = list(points_of(name, given))
+            if name == "time" and asked.published:
+                points = [(*point, asked.published) for point in points]
+            rows = []
+            for found in pool.map(job, *zip(*points, strict=True)):
+                rows += found
+                print(f"{name}: {len(rows)} rows", file=sys.stderr)
+            write(asked.out / name, rows, columns)
+
+
+def points_of(table: str, given: dict[str, str]) -> Iterator[tuple[Any, ...]]:
+    """The arguments of a table's jobs."""
+    for name, path in given.items():
+        for slots in quarters(open_trace(path).meta.n_experts):
+            if table in ("time", "thresholds"):
+                yield from ((name, path, slots, machine) for machine in MACHINES)
+            else:
+                yield name, path, slots
+
+
+@cache
+def test_of(name: str, path: str) -> Workload:
+    """The test sequences of a trace, with all that policies read, of the sizes that count."""
+    trace = open_trace(path)
+    found = load_workload(
+        trace,
+        logits=trace.has("router_logits"),
+        predictions=trace.meta.horizon > 0,
+        token_ids=trace.has("token_id"),
+    )
+    sequences = range(len(found.starts))[STRETCHES[name].test]
+    found = found.only(sequences) if len(sequences) < len(found.starts) else found
+    return found if STRETCHES[name].own_sizes else found.sized(MIXTRAL.on(found.meta))
+
+
+def variants(policy: str) -> list[str]:
+    """A published policy with the values that it is tuned by, its defaults among them."""
+    if policy not in TUNED:
+        return [policy]
+    parameter, values = TUNED[policy]
+    return [f"{policy}:{parameter}={value}" for value in values]
+
+
+def published(*, prefetching: bool) -> list[str]:
+    """All lossless online policies but ours; ``prefetching``: those that do so, too."""
+    found = []
+    for name, policy in BUILT_IN.items():
+        needs = find_policy(name).requires
+        if policy.lossy or name in OURS or needs & {"future", "cpu", "low", "counts"}:
+            continue
+        if prefetching or "prefetch" not in hooks_of(policy):
+            found += variants(name)
+    return found
+
+
+def predicts(policy: str) -> bool:
+    """Whether a policy reads what later gates predict."""
+    return "predictions" in find_policy(policy).requires
+
+
+def hooks_of(policy: type[Any]) -> set[str]:
+    """The names that a class or one above it defines, but for the interface's own."""
+    return {name for cls in policy.__mro__[:-2] for name in vars(cls)}
+
+
+def run(name: str, workload: Workload, policy: PolicySpec, slots: int, machine: str) -> Any:
+    """One simulation; None where the policy cannot run on the trace."""
+    sizes = workload.meta.expert_bytes
+    try:
+        return simulate(
+            workload,
+            policy,
+            load_machine(machine),
+            slots=slots,
+            expert_bytes=next(iter(sizes.values())) if own(name) and sizes else MIXTRAL_BYTES,
+            limits=False,
+            compilations=_COMPILATIONS,
+        )
+    except (PolicyError, SimulationError, TraceError) as error:
+        print(f"{name}: {policy.label} did not run: {error}", file=sys.stderr)
+        return None
+
+
+_COMPILATIONS = Compilations(worth_compiling=0, prefix=512)
+
+
+def own(name: str) -> bool:
+    """Whether the sizes of the trace itself count."""
+    return STRETCHES[name].own_sizes
+
+
+def hits(name: str, workload: Workload, policy: str, slots: int) -> float:
+    """The hit ratio of a policy that does not prefetch, on any machine."""
+    found = run(name, workload, find_policy(policy), slots, "t4")
+    return float("nan") if found is None else float(found.hits / found.requests)
+
+
+def share(of: float, least: float, most: float) -> float:
+    """The share of the gap from ``least`` to ``most``, in %."""
+    return 100 * (of - least) / (most - least) if most > least else float("nan")
+
+
+def told(values: list[float]) -> str:
+    """Mean and standard error."""
+    values = [value for value in values if np.isfinite(value)]
+    if not values:
+        return "-"
+    error = f" ± {stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{error}"
+
+
+def blocks(workload: Workload) -> list[Workload]:
+    """The sequences in up to `BLOCKS` parts."""
+    parts = np.array_split(np.arange(len(workload.starts)), min(BLOCKS, len(workload.starts)))
+    return [workload.only(part.tolist()) for part in parts] if len(parts) > 1 else [workload]
+
+
+def hit_table(name: str, path: str, slots: int) -> list[Row]:
+    """Hit ratios of the test stretch, and shares of the gap by blocks and on its first tokens."""
+    whole = test_of(name, path)
+    rows = []
+    lengths = [n for n in (64, 300) if n < whole.n_decoded]
+    for tokens, parts in [*((n, [whole.head(n)]) for n in lengths), (None, blocks(whole))]:
+        lru, kept, free = (
+            [hits(name, part, policy, slots) for part in parts]
+            for policy in ("lru", "belady", "belady-bypass")
+        )
+        scored = {p: [hits(name, part, p, slots) for part in parts] for p in (*OURS[:2], TD)}
+        others = {p: mean(hits(name, part, p, slots) for part in parts) for p in rivals()}
+        best = max(others, key=lambda policy: (others[policy], policy))
+        bounds = list(zip(lru, kept, free, strict=True))
+        gaps = {
+            p: told([share(v, a, b) for v, (a, b, _) in zip(scored[p], bounds, strict=True)])
+            for p in scored
+        }
+        passing = scored["foresight-bypass"]
+        rows.append(
+            {
+                "trace": name,
+                "slots": slots,
+                "tokens": tokens or whole.n_decoded,
+                "lru": 100 * mean(lru),
+                "best published": 100 * others[best],
+                "which": best,
+                "foresight": 100 * mean(scored["foresight"]),
+                "foresight-bypass": 100 * mean(passing),
+                "belady": 100 * mean(kept),
+                "belady-bypass": 100 * mean(free),
+                "published gap %": share(others[best], mean(lru), mean(kept)),
+                "TD gap %": gaps[TD],
+                "foresight gap %": gaps["foresight"],
+                "bypass gap %": gaps["foresight-bypass"],
+                "bypass of bypass gap %": told(
+                    [share(v, a, c) for v, (a, _, c) in zip(passing, bounds, strict=True)]
+                ),
+            }
+        )
+    return rows
+
+
+@cache
+def rivals() -> tuple[str, ...]:
+    """Published policies that only evict."""
+    return tuple(published(prefetching=False))
+
+
+def time_table(
+    name: str, path: str, slots: int, machine: str, earlier: Path | None = None
+) -> list[Row]:
+    """Tokens/s of ours, and of the best published policy with hindsight: run, or as in the row of
+    ``earlier``, the table of another run."""
+    whole = test_of(name, path)
+    part = whole.head(min(GRID_TOKENS, whole.n_decoded))
+    speeds = {} if earlier is None else speeds_in(earlier, name, slots, machine)
+    policies: tuple[str, ...] = OURS
+    if earlier is None:
+        policies = (*published(prefetching=True), *OURS, "belady-bypass", "clairvoyant")
+    for policy in policies if whole.predicted else [p for p in policies if not predicts(p)]:
+        found = run(name, part, find_policy(policy), slots, machine)
+        if found is not None and found.tokens_per_s is not None:
+            speeds[policy] = found.tokens_per_s
+    online = {p: v for p, v in speeds.items() if p not in ("belady-bypass", "clairvoyant")}
+    others = {p: v for p, v in online.items() if p not in OURS}
+    best = max(others, key=lambda policy: (others[policy], policy))
+    # Without predictions foresight-spec fetches nothing, and pays for gates that do not speak.
+    chosen = "foresight-spec" if whole.predicted else "foresight-bypass"
+    return [
+        {
+            "trace": name,
+            "slots": slots,
+            "machine": machine,
+            "lru": speeds["lru"],
+            "best published": others[best],
+            "which": best,
+            **{policy: speeds.get(policy) for policy in OURS},
+            "clairvoyant": speeds.get("clairvoyant"),
+            "ours over published %": 100 * (speeds[chosen] / others[best] - 1),
+            "spec over bypass %": 100 * (speeds[chosen] / speeds["foresight-bypass"] - 1),
+            "fastest": max(online, key=lambda policy: online[policy]),
+        }
+    ]
+
+
+def speeds_in(table: Path, name: str, slots: int, machine: str) -> dict[str, float]:
+    """Tokens/s of the policies that are not ours, by a table of times."""
+    with table.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if (row["trace"], row["slots"], row["machine"]) == (name, str(slots), machine):
+                others = {"lru": row["lru"], row["which"]: row["best published"]}
+                others |= {"clairvoyant": row["clairvoyant"]} if row["clairvoyant"] else {}
+                return {policy: float(value) for policy, value in others.items()}
+    raise SystemExit(f"{table} has no row of {name}, {slots} slots, {machine}")
+
+
+def threshold_table(name: str, path: str, slots: int, machine: str) -> list[Row]:
+    """foresight-spec beside fixed chances from which on a guess is fetched."""
+    whole = test_of(name, path)
+    if not whole.predicted:
+        return []
+    part = whole.head(min(GRID_TOKENS, whole.n_decoded))
+    fixed = {
+        p: run(name, part, PolicySpec("fixed", FixedThreshold, {"p": p}), slots, machine)
+        for p in THRESHOLDS
+    }
+    speeds = {p: found.tokens_per_s for p, found in fixed.items()}
+    ours = run(name, part, find_policy("foresight-spec"), slots, machine).tokens_per_s
+    best = max(speeds, key=lambda p: speeds[p])
+    return [
+        {
+            "trace": name,
+            "slots": slots,
+            "machine": machine,
+            **{f"p {p}": speed for p, speed in speeds.items()},
+            "foresight-spec": ours,
+            "best p": best,
+            "over best p %": 100 * (ours / speeds[best] - 1),
+        }
+    ]
+
+
+def ablation_table(name: str, path: str, slots: int) -> list[Row]:
+    """Shares of the gap from LRU to Belady with parts left out or constants changed."""
+    part = test_of(name, path)
+    part = part.head(min(8 * GRID_TOKENS, part.n_decoded))
+    lru, belady = (hits(name, part, policy, slots) for policy in ("lru", "belady"))
+    found = {said: hits(name, part, policy, slots) for said, policy in ABLATIONS.items()}
+    gaps = {said: share(value, lru, belady) for said, value in found.items()}
+    return [{"trace": name, "slots": slots, **gaps}]
+
+
+def write(path: Path, rows: list[Row], digits: int) -> None:
+    """``path`` with .csv, and with .md at so many digits."""
+    if not rows:
+        return
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
+    lines += [" | ".join(shown(value, digits) for value in row.values()) for row in rows]
+    text = "".join(f"| {line} |\n" for line in lines)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def shown(value: Any, digits: int) -> str:
+    """A cell."""
+    if isinstance(value, float):
+        return f"{value:.{digits}f}" if np.isfinite(value) else "-"
+    return "-" if value is None else str(value)
+
+
+TABLES: dict[str, tuple[Any, int]] = {
+    "hits": (hit_table, 1),
+    "ablations": (ablation_table, 1),
+    "thresholds": (threshold_table, 2),
+    "time": (time_table, 2),
+}
+
+if __name__ == "__main__":
+    main()

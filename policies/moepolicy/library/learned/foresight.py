@@ -1,0 +1,280 @@
+"""Foresight: evict what a map from the newest experts of all layers expects to be used last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepolicy.library.selection import lowest
+from moepolicy.policy import Context, Policy, PolicyUsageError
+from moepolicy.steps import Step
+
+# Chosen on the development stretches that docs/research.md names.
+SELF = 0.1  # what an expert's own last use says before anything is learned
+HABIT = 0.2  # what its decayed count of uses says, always
+HALF_LIFE = 16.0  # of that count, in steps of the layer
+STEADY = 0.4  # a step of learning never moves a sum by more than this share of the error
+REACH_EXPERTS = 1600  # experts of other layers that an expert is told by, about
+PAIRED = 32  # experts of a layer, at most, for pairs to be told apart
+PAIRS = 256  # rows for the pairs of a layer; rarer pairs share them
+
+
+class Foresight(Policy):
+    """Evict the expert whose next use is expected last, by what the experts of all layers say.
+
+    Each expert has a value that estimates ``discount`` ** (steps of its layer until its next use,
+    less 1). The value is a sum: a bias, a decayed count of the expert's uses, and one learned
+    weight for each signal. The signals are what the layers nearby used last, of this token up to
+    the step's layer and of the last token beyond: each expert, the pair of the two heaviest, and
+    the pair of the heaviest ones of a layer and of the layer before it.
+
+    The weights are learned while the policy runs, by TD(0): at each step of a layer the value of
+    the step before moves towards 1 for an expert that the step uses, and for the others towards
+    ``discount`` times their new value. Nothing is fitted offline, and neither logits nor
+    predictions are read. Only additions, products and one division a step are computed, so that
+    simulated and live decisions are equal.
+
+    ``reach`` is how many layers before and after a layer have a say; 0 takes as many as have some
+    1600 experts together. Pairs are told apart in layers of at most 32 experts, by at most
+    ``pairs`` rows a kind; 0 leaves them out. The decayed count weighs ``habit``; its half-life is
+    16 steps of the layer. `moesim fit foresight` keeps the weights of a calibration trace, to begin
+    with. The rule is this project's own: docs/research.md has the method, the results and what
+    failed.
+    """
+
+    always_evicts = True
+
+    def __init__(
+        self,
+        context: Context,
+        discount: float = 0.87,
+        rate: float = 0.003,
+        reach: int = 0,
+        pairs: int = PAIRS,
+        habit: float = HABIT,
+        params: dict[str, NDArray[Any]] | None = None,
+    ) -> None:
+        if not 0 <= discount < 1:
+            raise PolicyUsageError(f"foresight: discount must be 0 or more, below 1: {discount}")
+        if not 0 <= rate <= STEADY:
+            raise PolicyUsageError(f"foresight: rate must be from 0 to {STEADY}, not {rate}")
+        if reach < 0:
+            raise PolicyUsageError(f"foresight: reach must be 0 or more, not {reach}")
+        if pairs < 0:
+            raise PolicyUsageError(f"foresight: pairs must be 0 or more, not {pairs}")
+        if not 0 <= habit <= 1:
+            raise PolicyUsageError(f"foresight: habit must be from 0 to 1, not {habit}")
+        layers, experts = context.n_layers, context.n_experts
+        self.discount = float(discount)
+        self.rate = float(rate)
+        self.n_experts = experts
+        self.top_k = min(context.top_k, experts)
+        reach = reach or max(2, (REACH_EXPERTS // experts - 1) // 2)
+        self.window = min(2 * reach + 1, layers)
+        # The first of the layers that a layer is told by: as many for the outermost layers.
+        self.first = np.clip(np.arange(layers) - reach, 0, layers - self.window)
+        self.n_pairs = min(pairs, experts * experts) if 1 < experts <= PAIRED else 0
+        self.width = experts + 2 * self.n_pairs  # rows of weights a layer
+        self.weight = np.zeros((layers, self.window * self.width, experts), np.float32)
+        for layer in range(layers):
+            own = (layer - self.first[layer]) * self.width
+            self.weight[layer, own : own + experts] = SELF * np.eye(experts)
+        self.bias = np.zeros((layers, experts))
+        self.habit = float(habit)
+        self.uses = np.zeros((layers, experts))  # decayed counts
+        self.keeps = 0.5 ** (1.0 / HALF_LIFE)
+        self.value = np.zeros(context.n_keys)
+        self.fresh = np.zeros(experts)
+        self.used = np.zeros(experts, np.bool_)
+        # What each layer used last, heaviest first; more than these of a prompt's are not told.
+        most = min(2 * context.top_k, experts)
+        self.newest = np.zeros((layers, most), np.int32)
+        self.n_newest = np.zeros(layers, np.int64)
+        # The rows that a layer's values were summed from.
+        self.rows = np.zeros((layers, self.window * (most + 2)), np.int32)
+        self.n_rows = np.zeros(layers, np.int64)
+        self.now = np.zeros(self.window * (most + 2), np.int32)
+        if params is not None:
+            if params["weight"].shape != self.weight.shape:
+                raise PolicyUsageError(
+                    "foresight: params is of another reach or other pairs than are asked for"
+                )
+            self.weight[:] = params["weight"]
+            self.bias[:] = params["bias"]
+
+    @classmethod
+    def fit(
+        cls, context: Context, steps: Iterable[Step], rng: np.random.Generator
+    ) -> dict[str, NDArray[Any]]:
+        """The weights after the steps of a calibration trace."""
+        learning = cls(context)
+        for step in steps:
+            learning.on_step(step)
+        return learning.learned()
+
+    def learned(self) -> dict[str, NDArray[Any]]:
+        """The weights as they are now."""
+        return {"weight": self.weight.copy(), "bias": self.bias.copy()}
+
+    def on_step(self, step: Step) -> None:
+        """Value the layer's experts anew, and learn."""
+        self.foresee(step)
+
+    def foresee(self, step: Step) -> None:
+        """Take note of what is used, value the layer's experts anew, and learn from both."""
+        layer = step.layer
+        self.take_note(step)
+        n = self.gather(layer)
+        self.add_up(layer, n)
+        self.learn(layer)
+        for i in range(n):
+            self.rows[layer, i] = self.now[i]
+        self.n_rows[layer] = n
+        first = layer * self.n_experts
+        for e in range(self.n_experts):
+            self.value[first + e] = self.fresh[e]
+
+    def take_note(self, step: Step) -> None:
+        """Which experts the step uses: marked, among the newest, and in the decayed counts."""
+        layer = step.layer
+        first = layer * self.n_experts
+        kept = self.keeps
+        for _ in range(1, step.tokens):
+            kept *= self.keeps
+        for e in range(self.n_experts):
+            self.used[e] = False
+            self.uses[layer, e] *= kept
+        n = min(len(step.experts), self.newest.shape[1])
+        self.n_newest[layer] = n
+        for i in range(n):
+            self.newest[layer, i] = step.experts[i] - first
+        wanted = len(step.experts)
+        for i in range(wanted):
+            expert = step.experts[i] - first
+            self.used[expert] = True
+            # Of several tokens, how many used it is told by its rank alone: as if they fell evenly.
+            often = 1.0
+            if step.tokens > 1:
+                often = min(1.0, 2.0 * self.top_k * (wanted - i) / (wanted * (wanted + 1.0)))
+            self.uses[layer, expert] += (1.0 - kept) * often
+
+    def gather(self, layer: int) -> int:
+        """Write the rows of all that tells of ``layer`` into ``now``; returns how many."""
+        n = 0
+        for i in range(self.window):
+            other = self.first[layer] + i
+            begin = i * self.width
+            for j in range(self.n_newest[other]):
+                self.now[n] = begin + self.newest[other, j]
+                n += 1
+            if self.n_pairs == 0 or self.n_newest[other] < 1:
+                continue
+            heaviest = int(self.newest[other, 0])
+            begin += self.n_experts
+            if self.n_newest[other] > 1:
+                second = int(self.newest[other, 1])
+                pair = min(heaviest, second) * self.n_experts + max(heaviest, second)
+                self.now[n] = begin + pair % self.n_pairs
+                n += 1
+            if i > 0 and self.n_newest[other - 1] > 0:
+                pair = heaviest * self.n_experts + int(self.newest[other - 1, 0])
+                self.now[n] = begin + self.n_pairs + pair % self.n_pairs
+                n += 1
+        return n
+
+    def add_up(self, layer: int, n: int) -> None:
+        """The values of the layer's experts by the first ``n`` rows of ``now``, into ``fresh``."""
+        for e in range(self.n_experts):
+            self.fresh[e] = self.bias[layer, e] + self.habit * self.uses[layer, e]
+        for i in range(n):
+            row = self.weight[layer, self.now[i]]
+            for e in range(len(row)):
+                self.fresh[e] += row[e]
+
+    def learn(self, layer: int) -> None:
+        """Move the values of the layer's last step towards what has come of them."""
+        n = self.n_rows[layer]
+        if n == 0 or self.rate == 0:
+            return
+        rate = min(self.rate, STEADY / n)
+        first = layer * self.n_experts
+        for e in range(self.n_experts):
+            target = self.discount * min(max(self.fresh[e], 0.0), 1.0)
+            if self.used[e]:
+                target = 1.0
+            # The value is not needed any more: what is added to each of its terms.
+            self.value[first + e] = rate * (target - self.value[first + e])
+            self.bias[layer, e] += self.value[first + e]
+        for i in range(n):
+            row = self.weight[layer, self.rows[layer, i]]
+            for e in range(len(row)):
+                row[e] += self.value[first + e]
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate of the least value; of equals the lowest key."""
+        return lowest(self.value, candidates)
+
+
+class ForesightBypass(Foresight):
+    """Foresight that keeps, of the cache and the step's experts, those of the greatest value.
+
+    A missing expert of no greater value than all that could make room for it passes through a
+    staging buffer. It takes a slot at the end of its step where an expert of that step, which could
+    not go before, has the least value. There are ``top_k`` staging buffers.
+    """
+
+    always_evicts = False
+
+    def __init__(
+        self,
+        context: Context,
+        discount: float = 0.87,
+        rate: float = 0.003,
+        reach: int = 0,
+        pairs: int = PAIRS,
+        habit: float = HABIT,
+        params: dict[str, NDArray[Any]] | None = None,
+    ) -> None:
+        super().__init__(context, discount, rate, reach, pairs, habit, params)
+        self.staging = context.top_k
+        self.held = np.zeros(context.n_keys, np.bool_)
+        self.wanted = np.zeros(context.n_experts, np.int32)
+        self.n_wanted = np.zeros(1, np.int64)
+
+    def on_step(self, step: Step) -> None:
+        """Learn, and note what the step wants."""
+        self.foresee(step)
+        self.remember(step)
+
+    def remember(self, step: Step) -> None:
+        """Note what the step wants."""
+        self.n_wanted[0] = len(step.experts)
+        for rank in range(len(step.experts)):
+            self.wanted[rank] = step.experts[rank]
+
+    def on_load(self, key: int, speculative: bool, now: int) -> None:
+        """Note that the key is on the device."""
+        self.held[key] = True
+
+    def on_evict(self, key: int) -> None:
+        """Note that the key has left the device."""
+        self.held[key] = False
+
+    def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate of the least value; -1 where another expert is to go."""
+        least = lowest(self.value, candidates)
+        if self.value[incoming] <= self.value[least]:
+            return -1
+        for rank in range(self.n_wanted[0]):
+            key = self.wanted[rank]
+            if self.held[key] and self.value[key] < self.value[least]:
+                return -1  # that one goes instead, once its pin has dropped: see retain
+        return least
+
+    def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
+        """The candidate of the least value; -1 where that of ``key`` is no greater."""
+        least = lowest(self.value, candidates)
+        return least if self.value[key] > self.value[least] else -1

@@ -1,0 +1,1 @@
+"""Reading checkpoints in llama.cpp's GGUF files."""

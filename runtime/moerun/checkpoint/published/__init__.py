@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are published quantised, and how each format is read."""

@@ -1,0 +1,78 @@
+"""`moerun --plan` of a model that is not packed: by its configuration, without any weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from moepolicy.console import say
+from moepolicy.tables import Format
+
+from moerun.bench.generated import GeneratedModel, GeneratedStore
+from moerun.bench.models import find_config
+from moerun.bench.shapes import Shape, find_shape
+from moerun.checkpoint.local import find_local
+from moerun.commands.options import ModelOptions
+from moerun.commands.run import print_plan
+from moerun.format.names import NATIVE, PRECISIONS
+from moerun.live.assembly import check_lower
+from moerun.live.prompt import encode
+from moerun.live.sampling import Sampling
+from moerun.offload.load import load_tokenizer
+from moerun.settings import Settings
+from moerun.store.find import find_store
+
+
+def show_shape_plan(
+    model: ModelOptions, settings: Settings, sampling: Sampling, prompt: str | None, format: Format
+) -> None:
+    """Print the memory plan that the model's store would have. Raises RunError where it cannot
+    be."""
+    shape = find_shape(model.model)
+    shape.check_family()
+    generated = GeneratedModel(
+        find_config(shape),
+        name=shape.name,
+        precision=model.precision,
+        seed=0,
+        attention=model.attention,
+    )
+    _tell_quantised(shape, model)
+    store = GeneratedStore(generated, held=False)
+    if model.low is not None:
+        lower = (
+            GeneratedStore(generated.at(model.low), held=False)
+            if model.low in PRECISIONS
+            else find_store(model.low)
+        )
+        check_lower(store, lower)
+        settings = replace(settings, low=lower)
+    if prompt is not None:
+        tokens = _prompt_tokens(shape, model.model, prompt)
+        context = settings.context_tokens or tokens + sampling.max_new_tokens
+        settings = replace(settings, context_tokens=context, prompt_tokens=tokens)
+    print_plan(store, settings, format)
+
+
+def _tell_quantised(shape: Shape, model: ModelOptions) -> None:
+    if NATIVE in (model.precision, model.attention) and "quantization_config" in shape.fields:
+        say(
+            f"{shape.place} is of quantised weights: the plan counts them unquantised; packed as "
+            "native, experts may be kept in fewer bits"
+        )
+
+
+def _prompt_tokens(shape: Shape, model: str, prompt: str) -> int:
+    """Tokens of a prompt; of a model whose tokenizer is not here, the most that they can be."""
+    local = None if shape.is_named_only else find_local(model)
+    tokenizer = None if local is None else load_tokenizer(_of_checkpoint(local))
+    if tokenizer is None:
+        most = len(prompt.encode())
+        say(f"the prompt counts as {most} tokens, one a byte: the tokenizer of {model} is not here")
+        return most
+    return encode(tokenizer, prompt, torch.device("cpu")).shape[1]
+
+
+def _of_checkpoint(local: Path) -> Path:
+    return local.parent if local.name == "config.json" else local

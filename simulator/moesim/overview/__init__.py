@@ -1,0 +1,1 @@
+"""A report on a trace: what it says of itself, and what policies make of it on a machine."""
