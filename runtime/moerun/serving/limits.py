@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
+import h11
 from starlette.requests import Request
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,6 +20,51 @@ BODY_PAUSE_S = 30.0  # between two parts of a body
 BODY_S = 180.0
 SEND_PAUSE_S = 60.0  # that a client may take nothing of its answer
 CONNECTIONS = 1024
+LINGER_S = 2.0
+"""For which a connection is still read, and what comes dropped, after an answer that ends it."""
+
+
+class _Dropped(asyncio.Protocol):
+    """What a client still sends after the answer to it: dropped, up to its end or for a while."""
+
+    def __init__(self, served: asyncio.Protocol, transport: asyncio.Transport) -> None:
+        self._served = served
+        self._over = asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has closed, or its time is over."""
+        self._over.cancel()
+        self._served.connection_lost(exc)
+
+
+class _Lingering:
+    """A transport that closes so that the last answer arrives.
+
+    A socket that is closed with bytes unread resets the connection, and a client whose connection
+    is reset may lose the answer that it has not read yet (RFC 9112, 9.6).
+    """
+
+    def __init__(self, transport: asyncio.Transport, served: BoundedProtocol) -> None:
+        self._transport = transport
+        self._served = served
+        self._ended = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._ended or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if self._served.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            self._transport.close()
+            return
+        self._ended = True
+        self._transport.set_protocol(_Dropped(self._served, self._transport))
+        self._transport.write_eof()
+        self._transport.resume_reading()
 
 
 class BoundedProtocol(H11Protocol):
@@ -30,7 +76,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """A client has connected: its request is to follow."""
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Lingering(transport, self)))
         self._await_head()
 
     def data_received(self, data: bytes) -> None:

@@ -97,6 +97,17 @@ def until_closed(client: socket.socket) -> bytes:
     return found
 
 
+def loses_its_connection(client: socket.socket, part: bytes) -> bool:
+    """Whether a client that goes on sending is cut off."""
+    for _ in range(PATIENCE_S * 10):
+        try:
+            client.sendall(part)
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.parametrize("begun", [b"", b"POST /echo HTTP/1.1\r\nHost: x\r\n"])
 def test_a_head_that_does_not_come_costs_the_connection(
     address: tuple[str, int], begun: bytes
@@ -108,17 +119,9 @@ def test_a_head_that_does_not_come_costs_the_connection(
 
 
 def test_a_head_in_drops_costs_the_connection(address: tuple[str, int]) -> None:
-    closed = False
     with socket.create_connection(address) as client:
         client.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\n")
-        for _ in range(PATIENCE_S * 10):
-            try:
-                client.sendall(b"A: b\r\n")
-            except OSError:
-                closed = True
-                break
-            time.sleep(0.1)
-    assert closed
+        assert loses_its_connection(client, b"A: b\r\n")
     assert served(address)
 
 
@@ -134,14 +137,27 @@ def test_a_body_that_does_not_come_is_answered(address: tuple[str, int]) -> None
 def test_what_is_too_long_is_refused(address: tuple[str, int]) -> None:
     url = f"http://{address[0]}:{address[1]}/echo"
     with socket.create_connection(address) as client:
-        client.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nA: " + b"a" * (limits.HEAD_BYTES * 2))
+        # Far more than is read before it is refused: the answer arrives all the same.
+        client.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nA: " + b"a" * (limits.HEAD_BYTES * 64))
         client.shutdown(socket.SHUT_WR)
-        client.settimeout(PATIENCE_S)
-        assert client.recv(64).startswith(b"HTTP/1.1 400 ")
+        assert until_closed(client).startswith(b"HTTP/1.1 400 ")
     # As fast as it comes: a whole head in one piece, too.
     many = dict.fromkeys([f"a{i}" for i in range(8000)], "b")
     assert httpx.post(url, content=b"abc", headers=many).status_code == 431
     assert httpx.post(url, content=b" " * (limits.BODY_BYTES + 1)).status_code == 413
+    assert served(address)
+
+
+def test_a_client_that_sends_on_after_its_answer_is_read_for_a_while(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LINGER_S", 0.5)
+    long = b"POST /echo HTTP/1.1\r\nHost: x\r\nA: " + b"a" * (limits.HEAD_BYTES * 2)
+    with socket.create_connection(address) as client:
+        client.sendall(long)
+        client.settimeout(PATIENCE_S)
+        assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
+        assert loses_its_connection(client, b"a")
     assert served(address)
 
 
