@@ -24,13 +24,7 @@ from numpy.typing import NDArray
 
 from moesim.engines.clock import COMPUTE_LANE, CPU_LANE, DISK_LANE, LINK_LANE
 from moesim.engines.replay_host import host_has
-from moesim.engines.replay_state import (
-    NEVER,
-    Clocks,
-    ReplaySteps,
-    rows_at,
-    step_at,
-)
+from moesim.engines.replay_state import NEVER, Clocks, ReplaySteps, rows_at, step_at
 from moesim.engines.step_kinds import BITS, BYPASSED, INTO_EMPTIED, INTO_FREE
 from moesim.machine.costs import Costs
 from moesim.workload.details import Details

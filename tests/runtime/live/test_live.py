@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from moepolicy import Context, ExpertCache, Kind, find_policy, policy_names, replay_journal
 from moeroute import DECODE, PROMPT, Trace, open_trace
 from moerun.checkpoint.hub import resolve
-from moerun.errors import RunError
 from moerun.kernels.slots import SlotForm
 from moerun.live import runner as runner_module
 from moerun.live.passes import EventLog
@@ -334,17 +331,6 @@ def test_a_run_interrupted_before_its_first_pass_leaves_no_files(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cache_lives_on_across_prompts(tiny: ExpertStore) -> None:
-    with Runner(tiny, Settings(find_policy("lru"), slots=N_EXPERTS)) as runner:
-        first, second = (
-            runner.generation().run(runner.encode(PROSE), Sampling(max_new_tokens=4))
-            for _ in range(2)
-        )
-    assert first.totals.misses > 0
-    assert second.totals.misses == 0
-    assert second.totals.hits == first.totals.requests
-
-
 def test_predictions_are_made_only_where_something_looks_at_them(tiny: ExpertStore) -> None:
     with Runner(tiny, Settings(find_policy("lru"))) as runner:
         assert runner.predictor is None
@@ -376,33 +362,3 @@ def test_quantised_experts_run_from_their_records(precision: str, tmp_path: Path
         with Runner(store, Settings(find_policy("lru-spec"), slots=slots, streams=2)) as runner:
             texts.append(generate(runner, PROSE, Sampling(max_new_tokens=8)))
     assert texts[0] == texts[1]
-
-
-def test_a_damaged_record_stops_the_run_and_names_it(tiny: ExpertStore, tmp_path: Path) -> None:
-    store = pack(resolve("tiny"), tmp_path / "store")
-    where = store.location(5)
-    with where.path.open("r+b") as file:
-        file.seek(where.offset + 100)
-        file.write(b"\xff\x00\xff\x00")
-    damaged = ExpertStore.open(store.path)
-    with (
-        Runner(damaged, Settings(find_policy("lru"), slots=2)) as runner,
-        pytest.raises(RunError, match=rf"expert 5 of layer 0 .*{where.path.name}"),
-    ):
-        generate(runner, PROSE + CODE, Sampling(max_new_tokens=50))
-
-
-def test_a_closed_runner_frees_its_slots_at_once(tiny: ExpertStore) -> None:
-    with Runner(tiny, Settings(find_policy("lru-spec"), slots=2)) as runner:
-        generate(runner, PROSE, Sampling(max_new_tokens=3))  # imports keep their first caller
-    gc.collect()
-    gc.disable()
-    try:
-        runner = Runner(tiny, Settings(find_policy("lru-spec"), slots=2))
-        generate(runner, PROSE, Sampling(max_new_tokens=3))
-        slot = weakref.ref(runner.session.link.slots[0])
-        runner.close()
-        del runner
-        assert slot() is None
-    finally:
-        gc.enable()
