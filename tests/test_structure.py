@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FILE_LINES, CLASS_LINES = 400, 200
 # Package: where it lies, and which of the others it may import.
 PACKAGES = {
     "moeroute": ("traces", set()),
@@ -67,6 +68,33 @@ def imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def python_files() -> Iterator[Path]:
+    """The project's own files: those that git would carry."""
+    for folder in (*(folder for folder, _ in PACKAGES.values()), "tests", "benchmarks"):
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def test_no_file_is_longer_than_it_reads_well() -> None:
+    long = {
+        str(file.relative_to(ROOT)): n
+        for file in python_files()
+        if (n := file.read_text(encoding="utf-8").count("\n")) > FILE_LINES
+    }
+    assert not long, f"of more than {FILE_LINES} lines: {long}"
+
+
+def test_a_long_class_says_why_it_is_long() -> None:
+    silent = []
+    for file in python_files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.end_lineno is not None:
+                said = " ".join((ast.get_docstring(node) or "").split())
+                lines = node.end_lineno - node.lineno + 1
+                if lines > CLASS_LINES and "The class is long because" not in said:
+                    silent.append(f"{file.relative_to(ROOT)}: {node.name}, {lines} lines")
+    assert not silent, silent
 
 
 @pytest.mark.parametrize("package", PACKAGES)

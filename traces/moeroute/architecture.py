@@ -22,7 +22,11 @@ CORRECTION_BIAS = "e_score_correction_bias"  # a buffer, float32 whatever the re
 
 
 class Architecture:
-    """The weights of one configuration. Raises TraceError that names a missing or wrong field."""
+    """The weights of one configuration. Raises TraceError that names a missing or wrong field.
+
+    The class is long because each block that families build of (attention's four kinds, experts,
+    dense) is a method here that reads the same configuration.
+    """
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self.config: Mapping[str, Any] = config.get("text_config") or config

@@ -38,6 +38,9 @@ class TraceWriter:
     stands. ``counts_missing``: rows of a token's layers may be missing, and the metadata of the
     file says how many are. Raises TraceError for rows that are no
     trace, metadata other than that of the trace to be resumed, or no rows at all.
+
+    The class is long because whatever it does has to leave the folder of parts such that a kill in
+    the next moment loses nothing.
     """
 
     def __init__(

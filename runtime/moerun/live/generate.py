@@ -144,7 +144,11 @@ class Ends(StoppingCriteria):  # type: ignore[misc]
 
 
 class Generation:
-    """One prompt being answered; ``outcome`` is right at any time, also after an interruption."""
+    """One prompt being answered; ``outcome`` is right at any time, also after an interruption.
+
+    The class is long because reading the prompt, taking tokens, ending and telling of it share the
+    one text, its cache and its clock.
+    """
 
     def __init__(
         self,

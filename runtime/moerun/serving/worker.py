@@ -121,6 +121,9 @@ class GenerationWorker:
     A request may have several jobs. Requests that wait take turns, a job at a time: one with many
     prompts does not keep the others waiting until its last. ``observe`` is told, from that thread,
     of each job that has ended.
+
+    The class is long because all that touches the queue, from the server's thread or the worker's
+    own, stands under its one lock.
     """
 
     def __init__(

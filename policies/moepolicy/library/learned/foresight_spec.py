@@ -62,6 +62,9 @@ class ForesightSpec(ForesightBypass):
     Asking the gates takes compute itself, `gates_over_layer` layers. While what the fetches of a
     layer are expected to save is less than that, its gates are not asked, after the first 24 passes
     and but for every 128th. That one begins a trial of 8 passes where it would have paid.
+
+    The class is long because what is guessed, what is fetched and what is asked share the counts
+    that each of them keeps.
     """
 
     requires = frozenset({"predictions"})

@@ -34,7 +34,11 @@ class Quantised:
 
 class PublishedCheckpoint(Checkpoint):
     """The weights of a checkpoint by the names that they have unquantised, dequantised to `dtype`
-    where they are quantised. One without quantised weights is read as it is."""
+    where they are quantised. One without quantised weights is read as it is.
+
+    The class is long because it stands in for `Checkpoint` wherever one is read: each of that
+    class's readings has a form here that takes a weight's parts together.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises RunError where files are missing or damaged, where the tensors of a weight do not
