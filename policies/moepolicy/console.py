@@ -141,7 +141,7 @@ COLOURS = {"dim": "\x1b[2m", "yellow": "\x1b[33m"}
 
 
 def note(text: str, colour: str = "dim") -> None:
-    """Say what stands beside a command's results: dim, or in a colour of COLOURS, on a terminal
+    """Say what accompanies a command's results: dim, or in a colour of COLOURS, on a terminal
     that has them."""
     plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or is_dumb()
     for line in _fitted(text).split("\n"):

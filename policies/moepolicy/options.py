@@ -19,7 +19,7 @@ PANEL = "panel"  # the class variable that names the section of the help for a d
 
 @dataclass(frozen=True)
 class Formerly:
-    """Beside an option's annotation: spellings that mean the same and no help shows."""
+    """Part of an option's annotation: spellings that mean the same and no help shows."""
 
     names: tuple[str, ...]
 
@@ -31,7 +31,7 @@ def formerly(*names: str) -> Formerly:
 
 @dataclass(frozen=True)
 class Taking:
-    """Beside a dataclass's annotation: which of its fields a command takes, and own defaults."""
+    """Part of a dataclass's annotation: which of its fields a command takes, and own defaults."""
 
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -95,7 +95,7 @@ def old_spellings(command: Callable[..., None]) -> dict[str, tuple[str, ...]]:
 
 
 def _unpacked(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type and what stands beside it in an Annotated."""
+    """A type and what follows it in an Annotated."""
     if get_origin(annotation) is not Annotated:
         return annotation, ()
     base, *notes = get_args(annotation)

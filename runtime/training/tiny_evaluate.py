@@ -132,7 +132,7 @@ def listed(values: Iterable[float]) -> str:
 
 
 def difference_line(one: Trace, other: Trace) -> str:
-    """How far two kinds of text part in the experts they use, beside two halves of one kind."""
+    """How far two kinds of text part in the experts they use, and two halves of one kind."""
     a, b = read_routing(one).experts, read_routing(other).experts
     n_experts = one.meta.n_experts
 

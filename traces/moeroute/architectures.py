@@ -24,8 +24,8 @@ def architecture_of(config: Mapping[str, Any], name: str) -> Architecture:
 
 
 class Gemma4(Architecture):
-    """A dense block beside the experts in every layer, with norms of their own; wider heads, whose
-    values are their keys, in the layers of full attention."""
+    """A dense block in addition to the experts in every layer, with norms of their own; wider
+    heads, whose values are their keys, in the layers of full attention."""
 
     @property
     def moe_layers(self) -> list[int]:

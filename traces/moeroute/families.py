@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 GateGives = Literal["logits", "probabilities", "scores"]
-"""What a gate's module gives beside weights and experts; or, instead of them, the scores of all
-experts, 0 where not chosen, and the logits."""
+"""What a gate's module gives in addition to weights and experts; or, instead of them, the scores of
+all experts, 0 where not chosen, and the logits."""
 
 
 @dataclass(frozen=True, slots=True)

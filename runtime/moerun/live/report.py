@@ -163,7 +163,7 @@ def _experts(report: Report) -> dict[str, str]:
     from moerun.amounts import format_bytes
 
     useless = f", {report.useless_prefetches:,} useless" if report.prefetches else ""
-    beside = f"; {report.cpu_experts:,} computed on the CPU" if report.cpu_experts else ""
+    on_cpu = f"; {report.cpu_experts:,} computed on the CPU" if report.cpu_experts else ""
     # Of a prompt that was broken off the stall is known and the time is not.
     of_time = f" of {report.time_s:.2f} s" if report.time_s else ""
     return {
@@ -171,7 +171,7 @@ def _experts(report: Report) -> dict[str, str]:
         f"{_share(report.late, report.requests)} late, "
         f"{_share(report.misses, report.requests)} misses",
         "loads": f"{report.loads:,} ({format_bytes(report.bytes_loaded)}), of which "
-        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses{beside}"
+        f"{report.prefetches:,} prefetches{useless}; {report.bypasses:,} bypasses{on_cpu}"
         + ("" if report.disk_reads is None else f"; {report.disk_reads:,} read from disk"),
         **({"changed": changed(report.shares)} if report.lossy else {}),
         "stall": f"{report.stall_s:.2f} s{of_time} waiting for experts",

@@ -205,8 +205,8 @@ def _gate_logits(model: nn.Module, router: nn.Module) -> Callable[[Tensor], Tens
     """The logits [T, E] of a gate for hidden states [T, H], as a function.
 
     By way of `forward`: calling the module would fire the hooks that record its routing. What a
-    gate is given beside the hidden state (MiniMax: a bias of the ranking) lies in its block; tokens
-    (DeepSeek-V4) decide about the choice alone, so that any will do.
+    gate is given in addition to the hidden state (MiniMax: a bias of the ranking) lies in its
+    block; tokens (DeepSeek-V4) decide about the choice alone, so that any will do.
     """
     paths = {module: path for path, module in model.named_modules()}
     block = model.get_submodule(paths[router].rpartition(".")[0])

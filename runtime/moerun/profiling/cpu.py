@@ -17,7 +17,7 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 
 KEYS = 12  # experts measured in a turn, spread over all
-BATCH = 8  # tokens, beside one
+BATCH = 8  # tokens; the other case is one
 
 
 @dataclass(frozen=True)

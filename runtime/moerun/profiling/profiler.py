@@ -167,7 +167,7 @@ class Profiler:
         self._watching_s += [run.watching_s for run in runs]
         watching_s = median(self._watching_s)
         cost, guessing = (costs(run.steps, link, n_bytes, watching_s) for run in runs)
-        # Experts computed beside a prefetch are slower, too: that is the prefetching's to bear.
+        # Experts computed during a prefetch are slower, too: that is a cost of prefetching.
         experts = self._store.index.top_k
         extra_s = guessing.layer_s - cost.layer_s + experts * (guessing.expert_s - cost.expert_s)
         cost = replace(cost, prefetch_s=max(extra_s, 0.0))

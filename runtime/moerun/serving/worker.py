@@ -190,7 +190,7 @@ class GenerationWorker:
                 for job in jobs:
                     job.tell(NotBegun())
                 return
-            # Those need not wait for which there is room beside the ones that run.
+            # A job does not wait where the batch has room for one more.
             if len(self._waiting) - (self._most - len(self._running)) >= self.waiting_limit:
                 raise QueueFull
             self._waiting.append(deque(jobs))

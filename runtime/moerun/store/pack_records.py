@@ -17,7 +17,7 @@ from moerun.format.quantise import quantise
 from moerun.format.tensorfile import TensorFileWriter
 from moerun.store.pack_plan import Record, crc32_of
 
-_IN_FLIGHT = 3  # reading and writing beside quantising; each holds one expert in memory
+_IN_FLIGHT = 3  # reading, quantising and writing at once; each holds one expert in memory
 
 
 class UnfitError(RunError):

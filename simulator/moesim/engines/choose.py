@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from moesim.engines import replay as twin
 from moesim.engines import replay_state, step_times
-from moesim.engines.beside import Beside, shared_out
 from moesim.engines.clock import SimulatedTime
 from moesim.engines.compilations import PREFIX, Compilations, Engine
+from moesim.engines.compile_process import CompileProcess, shared_out
 from moesim.engines.in_simpy import Simulation
 from moesim.engines.one_piece import Omit, Pieces, piece
 from moesim.machine.costs import Costs
@@ -189,7 +189,7 @@ def _compile_on_all_cores(trial: _Job, policies: tuple[PolicySpec, ...]) -> None
     jobs = {spec.label: replace(trial, policy=spec) for spec in (trial.policy, *policies)}
     hooks = [label for label, job in jobs.items() if job.lacks_hooks()]
     mine, *shares = shared_out([*units, *hooks], own)
-    others = [Beside(share) for share in shares]
+    others = [CompileProcess(share) for share in shares]
     try:
         if lacks.machine:
             trial.compile_machine()

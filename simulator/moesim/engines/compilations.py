@@ -38,7 +38,7 @@ class Compilations:
 
     worth_compiling: int = 100_000  # steps
     worth_loading: int = 20_000
-    worth_one_piece: int = 50_000_000  # compile replay and policy into one piece, beside the run
+    worth_one_piece: int = 50_000_000  # compile replay and policy into one piece
     expected: int = 0  # steps of all policies that are known to be asked for
     coming: tuple[PolicySpec, ...] = ()  # policies that are known to be asked for
     on_all_cores: bool = True  # where something is not compiled yet

@@ -1,4 +1,4 @@
-"""Replay, state machine and policy compiled into one piece: for long sweeps, beside the run.
+"""Replay, state machine and policy compiled into one piece: for long sweeps, while the run goes on.
 
 It runs two to three times as fast as code that calls a policy by address, and compiling it takes
 ten to twenty seconds. So another process does that, and the run changes over between two chunks.
@@ -17,7 +17,7 @@ from moepolicy.codecache import code_folder
 from moepolicy.compiled import compiled, compiled_policy, file_name, is_compiled
 
 from moesim.engines import replay as twin
-from moesim.engines.beside import Beside
+from moesim.engines.compile_process import CompileProcess
 
 ONE_PIECE = "one-piece"  # what `moesim.ahead` calls it
 COMPILING_S = 120.0  # after this another process may try what one has begun
@@ -30,7 +30,7 @@ class Pieces:
 
     def __init__(self) -> None:
         self._trusted: dict[tuple[type[Policy], Omit], bool] = {}
-        self._begun: dict[tuple[type[Policy], Omit], Beside | None] = {}
+        self._begun: dict[tuple[type[Policy], Omit], CompileProcess | None] = {}
 
     def ready(self, spec: PolicySpec, policy: Policy, omit: Omit, same: Callable[[], bool]) -> bool:
         """Whether the piece of ``policy`` without the functions of ``omit`` can be used from now
@@ -56,7 +56,7 @@ def named(names: str) -> Omit:
     return frozenset(every[name] for name in names.split(",") if name)
 
 
-def _begin(spec: PolicySpec, policy: Policy, omit: Omit) -> Beside | None:
+def _begin(spec: PolicySpec, policy: Policy, omit: Omit) -> CompileProcess | None:
     """Have another process compile it, unless one does so already."""
     lock = code_folder() / f"{file_name(twin.replay, compiled_policy(policy), omit)}.lock"
     with suppress(OSError):
@@ -65,4 +65,4 @@ def _begin(spec: PolicySpec, policy: Policy, omit: Omit) -> Beside | None:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     names = ",".join(sorted(each.__name__ for each in omit))
-    return Beside([ONE_PIECE, spec.label, names])
+    return CompileProcess([ONE_PIECE, spec.label, names])

@@ -77,7 +77,7 @@ def run_sweep(
     suffix_of(out)
     _check_out(out)
     earlier = read_finished(out) if settings.resume or is_url(out) else {}
-    with _journal(settings.state or _beside(out), settings) as journal:
+    with _journal(settings.state or _journal_folder(out), settings) as journal:
         if settings.resume:
             for key, row in earlier.items():
                 journal.finished.setdefault(key, row)
@@ -117,7 +117,7 @@ def _check_out(out: str) -> None:
         raise SimulationError(f"{out}: the folder {path.absolute().parent} does not exist")
 
 
-def _beside(out: str) -> Path:
+def _journal_folder(out: str) -> Path:
     """The folder of finished points: next to the result, or in this folder if the result is at a
     URL."""
     return Path((out.rsplit("/", 1)[-1] if is_url(out) else out) + ".partial")

@@ -148,14 +148,14 @@ def _compute(account: Account, workload: Workload) -> list[str]:
     times = [account.fits[card.name].constants.layer_s for card in CARDS]
     read = [reading_s(workload, card) for card in CARDS]
     over = [t / of for t, of in zip(times, read, strict=True) if of is not None]
-    beside = "(the trace does not say how big a layer's dense weights are)"
+    dense = "(the trace does not say how big a layer's dense weights are)"
     if over:
-        beside = (
+        dense = (
             f"{min(over):.0f} to {max(over):.0f} times as long as the card's memory takes to "
             "deliver its weights"
         )
     return [
         f"A layer's compute is fitted at {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f} ms, "
-        f"{beside}. The table does not show how much of that time is experts, attention, "
+        f"{dense}. The table does not show how much of that time is experts, attention, "
         "launches or waiting for the host."
     ]

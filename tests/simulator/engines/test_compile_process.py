@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from moesim.engines.beside import shared_out
+from moesim.engines.compile_process import shared_out
 
 
 def cores(monkeypatch: pytest.MonkeyPatch, n: int) -> None:

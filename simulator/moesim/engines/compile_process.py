@@ -16,8 +16,8 @@ HOOKS_S = 0.4  # of one policy
 
 
 def shared_out(units: Sequence[str], own: Sequence[str] = ()) -> list[list[str]]:
-    """``units`` of `moesim.ahead` by who is to compile them: first what this process does beside
-    ``own``, then what each of the others does, of which there are as many as pay.
+    """``units`` of `moesim.ahead` by who is to compile them: first what this process does in
+    addition to ``own``, then what each of the others does, of which there are as many as pay.
 
     The longest are given away first, each to whoever would be done with it soonest.
     """
@@ -40,7 +40,7 @@ def shared_out(units: Sequence[str], own: Sequence[str] = ()) -> list[list[str]]
     return shares
 
 
-class Beside:
+class CompileProcess:
     """A process that compiles ``units`` of `moesim.ahead`; none where there is one core."""
 
     def __init__(self, units: Sequence[str]) -> None:
