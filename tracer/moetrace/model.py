@@ -73,7 +73,7 @@ def load(
     bfloat16's, float16 runs as float32. Raises RunError when there is no such model, it is no
     mixture of experts, or its files are damaged or incomplete.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # what matters of its warnings is raised below
@@ -112,8 +112,7 @@ def load(
     for parameter in model.parameters():
         if parameter.dtype is stored:
             parameter.data = parameter.data.to(run_as)
-    tokenizer = _loading(path, AutoTokenizer.from_pretrained, path)
-    return Checkpoint(name, path, model.to(place).eval(), tokenizer, stored)
+    return Checkpoint(name, path, model.to(place).eval(), _tokenizer(path), stored)
 
 
 def _read(name: str, path: Path, dtype: str, place: torch.device) -> Checkpoint:
@@ -122,10 +121,14 @@ def _read(name: str, path: Path, dtype: str, place: torch.device) -> Checkpoint:
         find_routers(source.model)
         stored, published = source.dtype, source.shape
         model = whole_model(source, _dtype(dtype, stored, place), place)
+    return Checkpoint(name, path, model, _tokenizer(path), stored, published)
+
+
+def _tokenizer(path: Path) -> Any:
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise RunError(f"{path} has no tokenizer: put tokenizer.json next to it")
-    return Checkpoint(name, path, model, tokenizer, stored, published)
+    return tokenizer
 
 
 def _dtype(asked: str, stored: torch.dtype, place: torch.device) -> torch.dtype:

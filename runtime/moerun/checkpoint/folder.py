@@ -14,11 +14,29 @@ from moerun.errors import RunError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_SMALL = (".json", ".txt", ".model", ".jinja")
 _OTHERS = (".h5", ".msgpack", ".onnx", ".npz")
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _VARIANT = re.compile(
     r"model\.(\w+)(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.(\w+)\.json"
 )
+
+
+def check_small_files(folder: Path) -> None:
+    """Look at each file of configuration, tokenizer and template: transformers takes one that it
+    cannot look at for absent, and does without it.
+
+    Raises RunError that names a broken link, and OSError that names a file that cannot be read.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _SMALL:
+            if file.is_symlink() and not file.exists():
+                raise _broken(file)
+            file.stat()
+
+
+def _broken(link: Path) -> RunError:
+    return RunError(f"{link} is a broken link: {link.readlink()} is not there; download it again")
 
 
 def weight_files(path: Path) -> list[str]:
@@ -27,14 +45,13 @@ def weight_files(path: Path) -> list[str]:
     Raises RunError where there are none, that says what is there instead, or where some are
     missing, that names them.
     """
+    check_small_files(path)
     single, index = path / SINGLE, path / INDEX
     if single.is_file():
         return [SINGLE]
     for file in (single, index):
         if file.is_symlink():
-            raise RunError(
-                f"{file} is a broken link: {file.readlink()} is not there; download it again"
-            )
+            raise _broken(file)
     if not index.is_file():
         raise RunError(f"{path} has no weights to read: {_instead_of_weights(path)}")
     shards = sorted(set(weight_map(path).values()))

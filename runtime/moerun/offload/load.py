@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moerun.checkpoint.families import empty_model, find_experts, read_config
+from moerun.checkpoint.folder import check_small_files
 from moerun.checkpoint.gguf.header import is_gguf
 from moerun.checkpoint.gguf.tokenizer import gguf_tokenizer
 from moerun.errors import RunError
@@ -60,6 +61,7 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a store, checkpoint or GGUF file; None where it has none."""
     if is_gguf(path):
         return gguf_tokenizer(path)
+    check_small_files(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from moerun.checkpoint.families import read_config
 from moerun.checkpoint.hub import resolve
 from moerun.checkpoint.weights import Checkpoint
 from moerun.errors import RunError
-from moerun.offload.load import load_offloaded
+from moerun.offload.load import load_offloaded, load_tokenizer
 from moerun.store.find import find_store
 from moerun.store.pack import pack
 from safetensors.torch import load_file, save_file
@@ -76,14 +79,34 @@ def test_missing_shards_are_counted(folder: Path) -> None:
     assert f"{files[1]} is missing (1 of the 2 files" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "a shard"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "a shard", "tokenizer.json", "vocab.txt"]
+)
 def test_broken_links_of_a_cache_are_told(folder: Path, name: str) -> None:
     file = made.shard(folder)[0] if name == "a shard" else folder / name
-    file.unlink()
+    file.unlink(missing_ok=True)
     file.symlink_to("../../blobs/0123")
     said = refusal(folder)
     assert "broken link" in said
     assert "blobs/0123" in said
+
+
+def test_a_tokenizer_that_cannot_be_looked_at_is_not_taken_for_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads text by another of the folder's files then, into other tokens."""
+    look_at = Path.stat
+
+    def failing(file: Path, **options: Any) -> os.stat_result:
+        if file.name == "tokenizer.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return look_at(file, **options)
+
+    folder = shutil.copytree(resolve("tiny"), tmp_path / "tiny")
+    assert load_tokenizer(folder) is not None
+    monkeypatch.setattr(Path, "stat", failing)
+    with pytest.raises(OSError, match=r"tokenizer\.json"):
+        load_tokenizer(folder)
 
 
 def test_a_git_lfs_pointer_is_told(folder: Path) -> None:
