@@ -173,7 +173,7 @@ def settle(finished: Path, path: Path) -> None:
     After a power cut there is the old file or the new one, whole.
     """
     with finished.open("rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno(), finished)
     finished.replace(path)
     sync_folder(path.absolute().parent)
 
@@ -185,7 +185,7 @@ def sync_tree(folder: Path) -> None:
             sync_folder(path)
         else:
             with path.open("rb") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno(), path)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -208,9 +208,15 @@ def sync_folder(folder: Path) -> None:
     except PermissionError:
         return
     try:
-        os.fsync(fd)
+        sync(fd, folder)
     finally:
         os.close(fd)
+
+
+def sync(fd: int, path: Path) -> None:
+    """Have the bytes of an open file on the disk; OSError that names it where that fails."""
+    with naming(path):
+        os.fsync(fd)
 
 
 @contextmanager

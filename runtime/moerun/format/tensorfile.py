@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moepolicy.outputs import naming
+from moepolicy.outputs import naming, sync
 from moeroute.jsontext import parse_json
 
 from moerun.errors import RunError
@@ -351,8 +351,7 @@ class TensorFileWriter:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             try:
-                with naming(self.path):
-                    os.fsync(fd)
+                sync(fd, self.path)
             finally:
                 os.close(fd)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from moepolicy.outputs import PARTIAL, exchange, sync_folder, sync_tree
+from moepolicy.outputs import PARTIAL, exchange, naming, sync_folder, sync_tree
 from moeroute.jsontext import journal_entries, parse_json
 
 from moerun.errors import RunError
@@ -133,8 +133,9 @@ class Journal:
 
     def add(self, file: str, record: str, crc32: int) -> None:
         """Note that a record is written, with its checksum."""
-        self._file.write(json.dumps([file, record, crc32]) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps([file, record, crc32]) + "\n")
+            self._file.flush()
 
 
 def refuse_taken(out: Path, *, force: bool) -> None:

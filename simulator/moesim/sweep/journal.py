@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from moepolicy.outputs import naming
+from moepolicy.outputs import naming, sync
 from moeroute.jsontext import journal_entries
 
 from moesim.errors import SimulationError
@@ -30,7 +29,8 @@ class SweepJournal:
         """Open or begin a journal. Raises SimulationError while another process has it open."""
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self._file = (folder / "points.jsonl").open("a+b")
+        self._path = folder / "points.jsonl"
+        self._file = self._path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -57,12 +57,12 @@ class SweepJournal:
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Keep a finished point: a kill after this call does not lose the point."""
-        with naming(self.folder / "points.jsonl"):
+        with naming(self._path):
             self._file.write(json.dumps([key, row]).encode() + b"\n")
             self._file.flush()
         self.finished[key] = row
         if time.monotonic() - self._synced_at > SYNC_S:
-            os.fsync(self._file.fileno())
+            self._sync()
             self._synced_at = time.monotonic()
 
     def recount(self) -> None:
@@ -78,17 +78,20 @@ class SweepJournal:
     def close(self) -> None:
         """Write buffered points to disk and close the file. May be called again."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            self._sync()
             self._file.close()
 
     def remove(self) -> None:
         """Delete the journal's folder after the result is written."""
         shutil.rmtree(self.folder)
-        self.close()
+        self._file.close()  # what is deleted needs no sync
 
     def drop_scratch(self) -> None:
         """Remove the files that workers share while a sweep runs."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _sync(self) -> None:
+        sync(self._file.fileno(), self._path)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         self._file.seek(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import polars as pl
 import pytest
 from moeroute import open_trace
 from moesim.sweep import Grid, SweepSettings, run_sweep
+from moesim.sweep.journal import SweepJournal
 from moesim.workload.loading import SKELETON
 from polars.testing import assert_frame_equal
 from support.sweeps import SWEEP, policy, sweep, swept
@@ -177,3 +179,18 @@ def test_an_interrupted_sweep_says_what_it_keeps(tmp_path: Path, trace: str) -> 
     assert "Traceback" not in said
     sweep(policy("Slow"), "--trace", trace, "--slots", "0,1", "--out", out, "--restart")
     assert len(pl.read_parquet(out)) == 2
+
+
+def test_a_journal_that_does_not_reach_the_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    journal = SweepJournal(tmp_path / "r.parquet.partial")
+    journal.add("key", {"status": "ok"})
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match=r"points\.jsonl"):
+        journal.close()
+    journal.remove()  # what is deleted needs no sync
+    assert not journal.folder.exists()
