@@ -97,6 +97,17 @@ def test_a_long_class_says_why_it_is_long() -> None:
     assert not silent, silent
 
 
+def test_durations_are_of_a_clock_that_does_not_jump() -> None:
+    """`time.time` is for points in time that others read: an answer's, a file's."""
+    used = {
+        str(file.relative_to(ROOT))
+        for folder, _ in PACKAGES.values()
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if re.search(r"\btime\.time\(|datetime\.now\(", file.read_text(encoding="utf-8"))
+    }
+    assert used == {"runtime/moerun/serving/app.py", "simulator/moesim/engines/one_piece.py"}
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_only_those_below(package: str) -> None:
     allowed = PACKAGES[package][1] | {package}

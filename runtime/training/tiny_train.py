@@ -263,7 +263,7 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first = state["step"]
-    context, saved_at, started = model.config.max_position_embeddings, time.time(), time.time()
+    context, saved_at, started = model.config.max_position_embeddings, time.monotonic(), time.monotonic()
     model.train()
     for step in range(first, steps):
         for optimizer in optimizers:
@@ -277,17 +277,17 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 20 == 19:
-            speed = (step + 1 - first) * rows * context / (time.time() - started)
+            speed = (step + 1 - first) * rows * context / (time.monotonic() - started)
             typer.echo(
                 f"step {step + 1}/{steps}  {entropy.item():.4f} nats/token  balance a layer "
                 f"{balance.item() / model.config.num_hidden_layers:.4f}  {speed:,.0f} tokens/s",
                 err=True,
             )
-        if time.time() - saved_at > CHECKPOINT_EVERY_S or step + 1 == steps:
+        if time.monotonic() - saved_at > CHECKPOINT_EVERY_S or step + 1 == steps:
             states = [optimizer.state_dict() for optimizer in optimizers]
             state = {"model": model.state_dict(), "optimizers": states, "step": step + 1}
             save_state(state_file, state)
-            saved_at = time.time()
+            saved_at = time.monotonic()
 
 
 def main(

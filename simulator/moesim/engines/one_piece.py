@@ -60,7 +60,8 @@ def _begin(spec: PolicySpec, policy: Policy, omit: Omit) -> CompileProcess | Non
     """Have another process compile it, unless one does so already."""
     lock = code_folder() / f"{file_name(twin.replay, compiled_policy(policy), omit)}.lock"
     with suppress(OSError):
-        if lock.exists() and time.time() - lock.stat().st_mtime < COMPILING_S:
+        # Of a lock from the future, after a jump of the clock, nothing is known.
+        if lock.exists() and 0 <= time.time() - lock.stat().st_mtime < COMPILING_S:
             return None
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
