@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 SHELL := bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow docs bench mutants lint format lock clean
+.PHONY: help install demo test test-slow explore docs bench mutants lint format lock clean
 
 help:
 	@echo 'make demo       record routing of the bundled model, compare policies on it, run live'
 	@echo 'make test       lint, types and the fast tests'
 	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make explore    the property tests with examples that no run has drawn before'
 	@echo 'make docs       the documentation as pages to open from a folder: site/index.html'
 	@echo 'make bench      the speed of simulator and recorder on this machine'
 	@echo 'make mutants    which changes of MODULE its TESTS let through'
@@ -48,6 +49,11 @@ test: lint
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+
+# Elsewhere a test draws the same examples in every run: see tests/conftest.py.
+explore: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'hypothesis and not gpu' \
+	  --hypothesis-profile explore
 
 # Nothing is fetched once the extra is installed: neither the pages nor building them needs a network.
 docs: $(INSTALLED)

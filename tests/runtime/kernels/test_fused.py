@@ -19,8 +19,9 @@ from moerun.kernels.slots import FusedSlot, SlotForm
 from support.shapes import gated_expert
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-# Of the largest output: weights and sums are rounded to the type of the activations.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+# Of the largest sum of an output's terms, all taken as positive: the terms may cancel, and what is
+# rounded away of them does not. Weights and sums are rounded to the type of the activations.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 COMPILE = """
 import sys, warnings
 import triton
@@ -71,8 +72,10 @@ def test_a_product_is_that_of_the_dequantised_matrix(data: st.DataObject) -> Non
     found = multiply(x, parts, scheme, rows)
     assert found.dtype == dtype
     assert found.shape == (tokens, rows)
-    wanted = x.double() @ dequantise(parts, scheme, rows, columns).double().T
-    assert relative(found, wanted) < TOLERANCE[dtype]
+    weights = dequantise(parts, scheme, rows, columns).double()
+    wanted = x.double() @ weights.T
+    terms = x.double().abs() @ weights.abs().T
+    assert (found.double() - wanted).abs().max() / terms.max() < TOLERANCE[dtype]
 
 
 @pytest.mark.slow
