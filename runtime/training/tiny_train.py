@@ -263,7 +263,8 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first = state["step"]
-    context, saved_at, started = model.config.max_position_embeddings, time.monotonic(), time.monotonic()
+    context = model.config.max_position_embeddings
+    saved_at = started = time.monotonic()
     model.train()
     for step in range(first, steps):
         for optimizer in optimizers:
