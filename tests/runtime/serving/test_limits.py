@@ -59,7 +59,7 @@ async def slow(_request: Request) -> Response:
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     for name in ("HEAD_S", "BODY_PAUSE_S", "SEND_PAUSE_S"):
-        monkeypatch.setattr(limits, name, 0.5)
+        monkeypatch.setattr(limits, name, 1.5)
     routes = [
         Route("/echo", echo, methods=["POST"]),
         Route("/endless", endless),
