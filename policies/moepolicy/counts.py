@@ -181,6 +181,12 @@ def columns(row: type[CountColumns]) -> dict[str, type]:
     return found
 
 
+def always_there(row: type[CountColumns]) -> set[str]:
+    """The columns of ``row``'s reports that have a value in every report."""
+    hints = get_type_hints(row)
+    return {n for n in columns(row) if n in hints and not isinstance(hints[n], UnionType)}
+
+
 def _plain(kind: Any) -> type:
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return next(one for one in kinds if one is not type(None))  # type: ignore[no-any-return]

@@ -84,12 +84,13 @@ def checked_arrays(policy: str, hook: str, answer: Any) -> Arrays:
 
 def write_fitted(path: Path, arrays: Mapping[str, NDArray[Any]], of: FittedOn) -> None:
     """Write a params file, whole or not at all."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     about = {ABOUT: json.dumps(asdict(of))}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with written_whole(path) as unfinished:
-        save_file(contiguous, str(unfinished), metadata=about)
+        # Not safetensors' own writing, whose errors are no OSError and name its temporary file.
+        unfinished.write_bytes(save(contiguous, metadata=about))
 
 
 def read_fitted(path: Path, policy: str) -> Fitted:

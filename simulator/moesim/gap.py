@@ -58,5 +58,7 @@ def gap_of(base: Mapping[str, Any], row: Mapping[str, Any]) -> Gap:
     )
 
 
-def _share(base: float, found: float, limit: float) -> float | None:
-    return (base - found) / (base - limit) if base > limit else None
+def _share(base: float, found: float, limit: float | None) -> float | None:
+    if limit is None or base <= limit:
+        return None
+    return (base - found) / (base - limit)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +230,17 @@ def test_the_command_fits_and_compares(tmp_path: Path) -> None:
         assert failed.returncode in (1, 2)
         assert said in failed.stderr
     assert sorted(tmp_path.iterdir()) == [out]
+
+
+def test_params_that_do_not_fit_on_the_disk_leave_no_file(
+    flashmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = read_fitted(flashmoe, "flashmoe")
+
+    def full(file: Path, _: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"p\.safetensors"):
+        write_fitted(tmp_path / "p.safetensors", fitted.arrays, fitted.of)
+    assert list(tmp_path.iterdir()) == []

@@ -236,6 +236,8 @@ def judge(
     if left and call.kind not in ("unlink", "rmdir", "opendir"):
         return f"left {left[0]}: {error}"
     named = names_a_file(error, call, work) or folder.name in error
+    # Of the folder it runs in, and where memory is what is missing, that is all there is to say.
+    named = named or error.startswith("error: .: ") or "not enough memory" in error
     return "" if named else f"names no file ({call.path}): {error}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -134,6 +135,27 @@ def test_files_that_unpack_to_absurdly_much_are_refused(
     assert "a zip bomb?" in refused_bytes(tmp_path, "r.csv.zst", bomb)
 
 
+def test_a_number_that_is_a_nest_of_lists_is_named(tmp_path: Path) -> None:
+    """NumPy takes no more than 64 dimensions."""
+    nest: Any = 4
+    for _ in range(70):
+        nest = [nest]
+    header = {"format": "moe-cache-lab.routing-jsonl", "format_version": 1, "num_experts": nest}
+    said = refused_bytes(tmp_path, "r.jsonl", lines(header, {"record_type": "other"}))
+    assert "line 1, field num_experts is [[[" in said
+    content = saved({"records": [sglang_record(0, 0, 2) | {"positions": nest}]})
+    assert "positions is not 2 whole numbers" in refused_bytes(tmp_path, "r.pt", content)
+
+
+def test_a_header_that_says_it_is_huge_is_not_read(tmp_path: Path) -> None:
+    """NumPy makes room for as much as a header of version 2 says of itself: up to 4 GiB."""
+    content = b"\x93NUMPY\x02\x00" + struct.pack("<I", 3 << 30) + b"{'descr': '<i4'"
+    assert "a header of 3221225472 bytes" in refused_bytes(tmp_path, "r.npy", content)
+    answer = {"choices": [{"routed_experts": base64.b64encode(content).decode()}]}
+    said = refused_bytes(tmp_path, "r.json", json.dumps(answer).encode())
+    assert "a header of 3221225472 bytes" in said
+
+
 def test_an_array_that_says_it_is_huge_is_not_waited_for(tmp_path: Path) -> None:
     header = np.lib.format.header_data_from_array_1_0(IDS) | {"shape": (1 << 40, 2, 2)}
     file = io.BytesIO()
@@ -232,6 +254,19 @@ def test_contradictions_of_each_layout_are_named(tmp_path: Path) -> None:
                 {"step": 0, "layer": 1, "top_indices": [[0, 1]]},
             ),
             "line 2: 1 tokens, where another layer of forward pass 0 has 2",
+        ),
+        (
+            "y.jsonl",
+            lines(
+                {"step": 0, "layer": 0, "top_indices": [[0, 1]]},
+                {"step": 0, "layer": 1} | {"top_indices": 7},
+            ),
+            "line 2, column experts: 7 is a number, not a list",
+        ),
+        (
+            "z.jsonl",
+            lines({"step": 0, "layer": 0, "experts": [[0, 1]], "weights": 3}),
+            "line 1, column weights: 3 is a number, not a list",
         ),
         ("j.json", b'{"choices": [{"routed_experts": [[[1, 2]], [[1]]]}]}', "tokens differ in lay"),
         (

@@ -97,15 +97,22 @@ class TensorMap:
         tensor is held twice."""
         converter = self.targets[name].converter
         for operation in converter.operations if converter else ():
-            made = copy.copy(operation).convert(
-                made,
-                source_patterns=converter.source_patterns,
-                target_patterns=converter.target_patterns,
-                full_layer_name=name,
-                model=self.model,
-                config=self.config,
-                missing_keys=None,
-            )
+            try:
+                made = copy.copy(operation).convert(
+                    made,
+                    source_patterns=converter.source_patterns,
+                    target_patterns=converter.target_patterns,
+                    full_layer_name=name,
+                    model=self.model,
+                    config=self.config,
+                    missing_keys=None,
+                )
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise RunError(
+                    f"{name} cannot be made of the checkpoint's tensors ({reason}): their shapes "
+                    "are not those of its configuration"
+                ) from error
         (tensor,) = made.values()
         only: torch.Tensor = tensor[0] if isinstance(tensor, list) else tensor
         return only

@@ -82,17 +82,24 @@ class LiveRecording:
         if writer is not None and not writer.n_rows:
             writer.discard()
             return written
-        with ExitStack() as stack:
-            if self._journal is not None and self._runner.session.policy_failure is None:
-                # Written before there is a trace, and named after that.
-                unfinished = stack.enter_context(written_whole(self._journal))
-                document = journal_document(self.recorder, self._runner, self._trace)
-                text = json.dumps(document, separators=(",", ":"))
-                unfinished.write_text(text, encoding="utf-8")
-                written.append(self._journal)
-            if writer is not None:
-                writer.close()
-                written.insert(0, writer.path)
+        has_name = False
+        try:
+            with ExitStack() as stack:
+                if self._journal is not None and self._runner.session.policy_failure is None:
+                    # Written before there is a trace, and named after that.
+                    unfinished = stack.enter_context(written_whole(self._journal))
+                    document = journal_document(self.recorder, self._runner, self._trace)
+                    text = json.dumps(document, separators=(",", ":"))
+                    unfinished.write_text(text, encoding="utf-8")
+                    written.append(self._journal)
+                if writer is not None:
+                    writer.close()
+                    has_name = True
+                    written.insert(0, writer.path)
+        except BaseException:
+            if writer is not None and has_name:  # and the journal has not got its own
+                writer.path.unlink(missing_ok=True)
+            raise
         return written
 
     def discard(self) -> None:

@@ -140,7 +140,11 @@ def own_tokens(path: Path, config: Any) -> Any:
 
     file = path / "generation_config.json"
     if file.is_file():
-        own = GenerationConfig.from_pretrained(path)
+        try:
+            own = GenerationConfig.from_pretrained(path)
+        except (AttributeError, TypeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(f"{file} cannot be used: {reason}") from error
     else:
         file = path / "config.json"
         own = GenerationConfig.from_model_config(config)

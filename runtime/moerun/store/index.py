@@ -123,6 +123,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _skew(value: Any) -> int:
+    """Raises TypeError or ValueError where ``value`` is no remainder of an address by 64."""
+    if not 0 <= int(value) < 64:
+        raise ValueError(f"a skew of {value!r:.60}")
+    return int(value)
+
+
 def _file(value: Any) -> str:
     """Raises TypeError or ValueError where ``value`` is not the name of a file in the store."""
     if Path(name := _text(value)).name != name or "\0" in name:
@@ -250,7 +257,7 @@ class StoreIndex:
             precision=_text(expert["precision"]),
             dense_precision=_text(dense["precision"]),
             dense_bytes=int(dense["bytes"]),
-            dense_skew={name: int(skew) for name, skew in dense["skew"].items()},
+            dense_skew={name: _skew(skew) for name, skew in dense["skew"].items()},
             layer_bytes=int(dense["layer_bytes"]),
             token_bytes=int(dense["token_bytes"]),
             shape=ExpertShape.from_json(expert["params"]),

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moepolicy.counts import always_there
 from moepolicy.counts import columns as row_columns
 from moepolicy.outputs import check_suffix, written_whole
 from moepolicy.tables import to_json
@@ -78,13 +79,20 @@ def columns() -> dict[str, type]:
 
 def is_row(row: dict[str, Any]) -> bool:
     """Whether a finished point that was read back has what `table` needs of a point."""
-    kinds = columns()
-    needed = {*row_columns(Result), *versions(), "engine"}
-    return needed <= row.keys() and all(
-        value is None
-        or isinstance(value, (int, float) if kinds.get(name) is float else kinds.get(name, object))
-        for name, value in row.items()
+    kinds, needed = columns(), {*row_columns(Result), *versions(), "engine"}
+    return (
+        needed <= row.keys()
+        and all(row[name] is not None for name in always_there(Result))
+        and all(_is_of(value, kinds.get(name, object)) for name, value in row.items())
     )
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    if value is None:
+        return True
+    if kind is int:
+        return isinstance(value, int) and -(1 << 63) <= value < 1 << 63
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def suffix_of(out: str) -> str:

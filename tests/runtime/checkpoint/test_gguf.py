@@ -246,6 +246,25 @@ def test_a_bad_file_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "at", "number", "said"),
+    [
+        # Of the tensor's name: how many dimensions, the first, the second.
+        (b"blk.0.attn_k.weight", 12, 2, "k_proj.weight cannot be made of"),
+        (b"attention.head_count", 4, 64, "its attention.head_count is not that of"),
+    ],
+)
+def test_heads_that_no_tensor_has_are_refused_by_name(
+    key: bytes, at: int, number: int, said: str, small: Path, tmp_path: Path
+) -> None:
+    """transformers' converter exchanges the rows of heads, and fails where there are none."""
+    at += small.read_bytes().index(key) + len(key)
+    file = damaged(small, tmp_path, put(at, "<I", number))
+    with pytest.raises(RunError, match=re.escape(said)) as refused:
+        pack(file, tmp_path / "store")
+    assert "\n" not in str(refused.value)
+
+
 def huge(small: Path, kind: int, count: int) -> bytes:
     """A header with a list of ``count`` entries that are not there."""
     key = b"general.tags"

@@ -183,6 +183,12 @@ def test_a_special_token_that_is_none_is_refused_by_name(tmp_path: Path, ids: ob
         own_tokens(tmp_path, config=None)
 
 
+def test_special_tokens_of_a_file_that_is_no_object_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(RunError, match=r"generation_config\.json cannot be used: "):
+        own_tokens(tmp_path, config=None)
+
+
 @pytest.mark.parametrize("ids", [2, [2, 7], None])
 def test_special_tokens_are_the_checkpoint_s(tmp_path: Path, ids: object) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,19 @@ def test_a_run_interrupted_before_its_first_pass_leaves_no_files(
         with pytest.raises(KeyboardInterrupt):
             runner.generation().run(runner.encode(PROSE), Sampling())
         recording.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_whose_journal_gets_no_name_is_not_left(
+    tiny: ExpertStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(finished: Path, path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with Runner(tiny, Settings(find_policy("lru"), slots=3)) as runner:
+        monkeypatch.setattr("moepolicy.outputs.settle", failing)  # of the journal alone
+        with pytest.raises(OSError, match=r"live\.json"):
+            record(runner, tmp_path, (PROSE,), 2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -262,6 +262,10 @@ def move_a_record(path: Path, offset: int) -> None:
         (lambda d: (d / "index.json").write_text('{"weight_map": {}}'), "not the index"),
         (lambda d: (d / "index.json").write_text("[1]"), "not the index"),
         (lambda d: rewrite(d / "index.json", r'("top_k":\s*)\d+', r"\g<1>1e999"), "is damaged"),
+        (
+            lambda d: rewrite(d / "index.json", r'"skew":\s*{[^}]*}', '"skew": {"lm_head": -64}'),
+            "is damaged",
+        ),
         (lambda d: move_a_record(d / "index.json", 1 << 70), "is damaged .a record at"),
         (lambda d: move_a_record(d / "index.json", -8), "is damaged .a record at -8 of a file"),
         (lambda d: (d / "index.json").write_text("[" * 100_000), "not JSON"),

@@ -108,7 +108,10 @@ def test_a_killed_sweep_goes_on_where_it_was_also_with_another_grid(
     assert not (tmp_path / "r.parquet.partial").exists()
 
 
-@pytest.mark.parametrize("change", [{"loads": "x"}, {"loads": None, "slots": 2.5}, {"engine": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [{"loads": "x"}, {"loads": None}, {"loads": 1 << 64}, {"slots": 2.5}, {"engine": 3}],
+)
 @pytest.mark.parametrize("damaged", ["changed", "taken out"])
 def test_a_point_that_is_damaged_is_run_again(
     tmp_path: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import tokenize
 import zipfile
@@ -17,11 +18,26 @@ from moeroute.foreign import Source
 from moeroute.importers.recording import fit
 from moeroute.schema import TraceError
 
+_HEADER_BYTES = 1 << 16
 _WHOLE_BYTES = 1 << 30  # of an array that has to be read at once
 DAMAGES = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error)
 """What reading a damaged archive or array raises."""
 HEADER_DAMAGES = (*DAMAGES, SyntaxError, TypeError, tokenize.TokenError)
 """What NumPy raises for a damaged header."""
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order (Fortran's?) and dtype of a .npy file, which is read up to its values. Raises
+    one of HEADER_DAMAGES."""
+    version = np.lib.format.read_magic(file)
+    size = file.read(2 if version == (1, 0) else 4)
+    n_bytes = int.from_bytes(size, "little")
+    if n_bytes > _HEADER_BYTES:  # NumPy makes room for whatever is said here
+        raise ValueError(f"a header of {n_bytes} bytes")
+    again = io.BytesIO(size + file.read(n_bytes))
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(again)
+    return np.lib.format.read_array_header_2_0(again)
 
 
 class ArrayFile:
@@ -34,12 +50,7 @@ class ArrayFile:
     def __init__(self, source: Source, file: IO[bytes], name: str) -> None:
         self._source, self._file, self.name = source, file, name
         try:
-            version = np.lib.format.read_magic(file)
-            first = version == (1, 0)
-            read = np.lib.format.read_array_header_1_0
-            self.shape, self._fortran, self.dtype = (
-                read(file) if first else np.lib.format.read_array_header_2_0(file)
-            )
+            self.shape, self._fortran, self.dtype = read_header(file)
         except HEADER_DAMAGES as error:
             raise self._unreadable((str(error).splitlines() or ["no header"])[0]) from None
         if self.dtype.hasobject:

@@ -97,7 +97,7 @@ def phases(values: list[Any], where: Where) -> NDArray[np.uint8]:
 def lists(name: str, values: list[Any], where: Where) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Lists of numbers as [n, longest], filled up with -1 (experts) or 0, and their lengths."""
     if bad := [i for i, v in enumerate(values) if type(v) is not list]:
-        raise TraceError(f"{where(bad[0])}, column {name}: {_said(values[bad[0]])}, not a list")
+        raise no_list(name, values[bad[0]], where(bad[0]))
     lengths = np.fromiter(map(len, values), np.int64, len(values))
     try:
         flat = np.array(list(chain.from_iterable(values)))
@@ -108,6 +108,11 @@ def lists(name: str, values: list[Any], where: Where) -> tuple[NDArray[Any], NDA
     ):
         _refuse_entries(name, values, where)
     return padded(flat, lengths, -1 if name == "experts" else 0), lengths
+
+
+def no_list(name: str, value: Any, place: str) -> TraceError:
+    """The error for what should be a list."""
+    return TraceError(f"{place}, column {name}: {_said(value)}, not a list")
 
 
 def padded(flat: NDArray[Any], lengths: NDArray[np.int64], fill: float) -> NDArray[Any]:

@@ -241,7 +241,10 @@ class Reader:
             passes = [self._next_pass(layer) for layer in layers]
         parts: list[Columns] = []
         for i, (number, layer, of_pass) in enumerate(zip(numbers, layers, passes, strict=True)):
-            at = partial(self._line, [number] * len(values["experts"][i]))
+            for name in of.LISTS:
+                if name in values and type(values[name][i]) not in (list, type(None)):
+                    raise of.no_list(name, values[name][i], f"{self.source.path}: line {number}")
+            at = partial(self._line, [number] * len(values["experts"][i] or ()))
             part: Columns = {}
             lengths = {}
             for name in of.LISTS:

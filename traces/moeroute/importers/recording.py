@@ -88,7 +88,10 @@ class Recording:
 
 def fit(path: Path, name: str, value: ArrayLike, least: int, most: int) -> int:
     """A whole number of the file. Raises TraceError naming file and field if it is out of range."""
-    found = np.asarray(value)
+    try:
+        found = np.asarray(value)
+    except ValueError:  # lists of several lengths, or nested too deep
+        found = np.array(None)
     if found.size != 1 or found.dtype.kind not in "iuf" or found.ravel()[0] % 1:
         raise TraceError(f"{path}: {name} is {_shown(value)}, not a whole number")
     number = int(found.ravel()[0])

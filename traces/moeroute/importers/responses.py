@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeroute.foreign import Source
-from moeroute.importers.arrays import HEADER_DAMAGES
+from moeroute.importers.arrays import HEADER_DAMAGES, read_header
 from moeroute.importers.findings import Findings
 from moeroute.importers.npz import by_layer
 from moeroute.importers.recording import Columns, Facts, ImportOptions, Recording
@@ -175,7 +175,10 @@ def _array(value: Any, at: str) -> Ids | None:
     if isinstance(value, str):
         data = _decoded(value, at)
         try:
-            found: Ids = np.load(io.BytesIO(data), allow_pickle=False)
+            file = io.BytesIO(data)
+            shape, fortran, dtype = read_header(file)
+            found: Ids = np.frombuffer(data, dtype, offset=file.tell())
+            found = found.reshape(shape, order="F" if fortran else "C")
         except HEADER_DAMAGES as error:
             raise TraceError(f"{at}: is base64 of no .npy ({error})") from None
     else:

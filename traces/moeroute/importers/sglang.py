@@ -143,7 +143,10 @@ class _Reader:
     def _list(self, number: int, record: dict[str, Any], name: str, n: int) -> NDArray[Any]:
         values = record.get(name)
         tensor = as_array(values)
-        found = np.array(values) if tensor is None else tensor
+        try:
+            found = np.array(values) if tensor is None else tensor
+        except ValueError:  # lists of several lengths, or nested too deep
+            found = np.array(None)
         if found.shape != (n,) or found.dtype.kind not in "iu":
             raise TraceError(
                 f"{self.source.path}: record {number}: {name} is not {n} whole numbers, one a token"

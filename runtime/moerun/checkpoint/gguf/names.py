@@ -26,6 +26,8 @@ from transformers.integrations.gguf.gguf_conversion_mapping import (
     Unsqueeze,
 )
 
+from moerun.errors import RunError
+
 _NORMS = {
     r"^output_norm\.": "model.norm.",
     r"\.attn_norm\.": ".input_layernorm.",
@@ -80,6 +82,11 @@ def _mixtral(config: Any, block: str = "mlp", gate: str = "gate") -> list[Any]:
 
 
 def _halves(which: str, heads: int, width: int) -> WeightConverter:
+    if width < 2 or width % 2:
+        raise RunError(
+            f"the header's {heads} heads of attention would have {width} values each, which are "
+            "no pairs: its attention.head_count is not that of its embedding_length"
+        )
     rows = torch.arange(heads * width, device="cpu").reshape(heads, width // 2, 2)
     name = f"self_attn.{which}_proj.weight"
     return WeightConverter(name, name, [PermuteRows(rows.transpose(1, 2).reshape(-1))])
