@@ -32,7 +32,8 @@ from moepolicy import find_policy
 from moeroute import open_trace
 from moesim import Machine, Workload, load_machine, load_workload
 from moesim.engines import choose as engines
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.machine.costs import costs_of
 from moesim.sizes import sizes_of
 

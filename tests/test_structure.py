@@ -26,7 +26,7 @@ FLOORS = {
         {"gap", "workload"},
         {"machine"},
         {"engines", "limits", "sizes"},
-        {"curves", "simulate"},
+        {"curves", "simulation"},
         {"ahead", "choice", "conformance", "report"},
         {"fitting", "points", "reading"},
         {"comparison", "pictures", "sweep", "table2"},

@@ -17,34 +17,77 @@ WEIGHT_RULES    the rules by which gates make weights, by name; a `RoutingRule` 
 Journal         a list of (`Call`, key): what `replay_journal` drives a cache by
 """
 
-from moepolicy.cache import Event, ExpertCache, Journal, Transfer, replay_journal
-from moepolicy.calls import Call
-from moepolicy.composite import Composite
-from moepolicy.counts import Counts, counts_of
-from moepolicy.kinds import Kind
-from moepolicy.library.clairvoyant.future import next_use
-from moepolicy.policy import (
-    NO_USE,
-    Context,
-    Policy,
-    PolicyError,
-    PolicyFailed,
-    PolicyUsageError,
-    Same,
-)
-from moepolicy.registry import find_policy, policy_names
-from moepolicy.routing import WEIGHT_RULES, RoutingRule
-from moepolicy.scores import ByScore
-from moepolicy.spec import PolicySpec
-from moepolicy.steps import (
-    NO_LOGITS,
-    NO_PREDICTIONS,
-    NO_TOKEN_IDS,
-    Step,
-    TokenRows,
-    demand_order,
-    pool_logits,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moepolicy.cache import Event as Event
+    from moepolicy.cache import ExpertCache as ExpertCache
+    from moepolicy.cache import Journal as Journal
+    from moepolicy.cache import Transfer as Transfer
+    from moepolicy.cache import replay_journal as replay_journal
+    from moepolicy.calls import Call as Call
+    from moepolicy.composite import Composite as Composite
+    from moepolicy.counts import Counts as Counts
+    from moepolicy.counts import counts_of as counts_of
+    from moepolicy.kinds import Kind as Kind
+    from moepolicy.library.clairvoyant.future import next_use as next_use
+    from moepolicy.policy import NO_USE as NO_USE
+    from moepolicy.policy import Context as Context
+    from moepolicy.policy import Policy as Policy
+    from moepolicy.policy import PolicyError as PolicyError
+    from moepolicy.policy import PolicyFailed as PolicyFailed
+    from moepolicy.policy import PolicyUsageError as PolicyUsageError
+    from moepolicy.policy import Same as Same
+    from moepolicy.registry import find_policy as find_policy
+    from moepolicy.registry import policy_names as policy_names
+    from moepolicy.routing import WEIGHT_RULES as WEIGHT_RULES
+    from moepolicy.routing import RoutingRule as RoutingRule
+    from moepolicy.scores import ByScore as ByScore
+    from moepolicy.spec import PolicySpec as PolicySpec
+    from moepolicy.steps import NO_LOGITS as NO_LOGITS
+    from moepolicy.steps import NO_PREDICTIONS as NO_PREDICTIONS
+    from moepolicy.steps import NO_TOKEN_IDS as NO_TOKEN_IDS
+    from moepolicy.steps import Step as Step
+    from moepolicy.steps import TokenRows as TokenRows
+    from moepolicy.steps import demand_order as demand_order
+    from moepolicy.steps import pool_logits as pool_logits
+
+# Where the names lie. Each is imported when it is first asked for, so that programs start at once.
+_LAZY = {
+    "ByScore": "moepolicy.scores",
+    "Call": "moepolicy.calls",
+    "Composite": "moepolicy.composite",
+    "Context": "moepolicy.policy",
+    "Counts": "moepolicy.counts",
+    "Event": "moepolicy.cache",
+    "ExpertCache": "moepolicy.cache",
+    "Journal": "moepolicy.cache",
+    "Kind": "moepolicy.kinds",
+    "NO_LOGITS": "moepolicy.steps",
+    "NO_PREDICTIONS": "moepolicy.steps",
+    "NO_TOKEN_IDS": "moepolicy.steps",
+    "NO_USE": "moepolicy.policy",
+    "Policy": "moepolicy.policy",
+    "PolicyError": "moepolicy.policy",
+    "PolicyFailed": "moepolicy.policy",
+    "PolicySpec": "moepolicy.spec",
+    "PolicyUsageError": "moepolicy.policy",
+    "RoutingRule": "moepolicy.routing",
+    "Same": "moepolicy.policy",
+    "Step": "moepolicy.steps",
+    "TokenRows": "moepolicy.steps",
+    "Transfer": "moepolicy.cache",
+    "WEIGHT_RULES": "moepolicy.routing",
+    "counts_of": "moepolicy.counts",
+    "demand_order": "moepolicy.steps",
+    "find_policy": "moepolicy.registry",
+    "next_use": "moepolicy.library.clairvoyant.future",
+    "policy_names": "moepolicy.registry",
+    "pool_logits": "moepolicy.steps",
+    "replay_journal": "moepolicy.cache",
+}
 
 __all__ = [
     "NO_LOGITS",
@@ -79,3 +122,16 @@ __all__ = [
     "pool_logits",
     "replay_journal",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

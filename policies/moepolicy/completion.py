@@ -8,6 +8,13 @@ Names = Callable[[], Iterable[str]]
 Completer = Callable[[str], list[tuple[str, str]]]
 
 
+def known_policies() -> dict[str, str]:
+    """The policies that there are, with what they do; they are imported when a shell asks."""
+    from moepolicy.registry import policy_names
+
+    return policy_names()
+
+
 def among(names: Names) -> Completer:
     """Completes a value with those of ``names()``; from a mapping its values are shown as help."""
 

@@ -197,17 +197,17 @@ def print_anything() -> None:
         stdin.reconfigure(encoding="utf-8", errors="strict")  # says all that ASCII does, and more
 
 
-def run(app: Callable[[], object], *, errors: tuple[type[BaseException], ...]) -> None:
+def run(app: Callable[[], object], *, errors: Callable[[], tuple[type[Exception], ...]]) -> None:
     """Call a command's typer app; expected failures become one line and exit code 1, or 2.
 
-    ``errors`` are the exception classes the command raises for its user's mistakes; CommandError
-    and the operating system's own (no such file, no space left) are always among them. Anything
-    else is a defect of this project and keeps its traceback. Errors that are also WrongUsage exit
-    with 2, and those with an ``exit_code`` with that. Ctrl-C exits with 130; see `keeping`.
+    ``errors`` gives the exception classes the command raises for its user's mistakes, and is called
+    where there is one, so that a help imports none of them; CommandError and the operating
+    system's own (no such file, no space left) are always among them. Anything else is a defect of
+    this project and keeps its traceback. Errors that are also WrongUsage exit with 2, and those
+    with an ``exit_code`` with that. Ctrl-C exits with 130; see `keeping`.
     """
     print_anything()
     _check_arguments()
-    expected: tuple[type[BaseException], ...] = (CommandError, *errors)
     _RUNNING.append(app)
     try:
         try:
@@ -226,10 +226,14 @@ def run(app: Callable[[], object], *, errors: tuple[type[BaseException], ...]) -
         told = _told_of_the_system(error)
         if told is not None:
             fail(told)
-        if not isinstance(error, expected):
+        if not isinstance(error, (CommandError, *errors())):
             raise
         _fail_as_expected(error)
-    except expected as error:
+    except CommandError as error:
+        _fail_as_expected(error)
+    except Exception as error:
+        if not isinstance(error, errors()):
+            raise
         _fail_as_expected(error)
     finally:
         _RUNNING.pop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moepolicy import PolicyError, console
+from moepolicy import console
 from moepolicy.apps import add_command, make_app
 
 from moerun import __version__
@@ -39,9 +39,15 @@ add_command(app, policies)
 add_command(app, families)
 
 
-def main() -> None:
-    """Run `moerun` with the arguments of this process."""
+def _errors() -> tuple[type[Exception], ...]:
+    from moepolicy import PolicyError
+
     # A trace may be written or read: its errors are the user's to mend, too.
     from moeroute import TraceError
 
-    console.run(app, errors=(RunError, PolicyError, TraceError))
+    return RunError, PolicyError, TraceError
+
+
+def main() -> None:
+    """Run `moerun` with the arguments of this process."""
+    console.run(app, errors=_errors)

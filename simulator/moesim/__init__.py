@@ -19,39 +19,56 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moesim.comparison import compare
-from moesim.curves.hit_ratios import hit_curve
-from moesim.engines.clock import Segment
-from moesim.engines.compilations import Compilations, Engine
 from moesim.errors import SimulationError, UsageError
-from moesim.machine.profile import (
-    Compute,
-    Cpu,
-    Disk,
-    LinkProfile,
-    Machine,
-    load_machine,
-    machine_names,
-)
-from moesim.result import Result
-from moesim.simulate import simulate, workload_for
-from moesim.workload.loading import load_workload
-from moesim.workload.steps import Workload
 
 if TYPE_CHECKING:
+    from moesim.comparison import compare as compare
+    from moesim.curves.hit_ratios import hit_curve as hit_curve
+    from moesim.engines.clock import Segment as Segment
+    from moesim.engines.compilations import Compilations as Compilations
+    from moesim.engines.names import Engine as Engine
+    from moesim.machine.profile import Compute as Compute
+    from moesim.machine.profile import Cpu as Cpu
+    from moesim.machine.profile import Disk as Disk
+    from moesim.machine.profile import LinkProfile as LinkProfile
+    from moesim.machine.profile import Machine as Machine
+    from moesim.machine.profile import load_machine as load_machine
+    from moesim.machine.profile import machine_names as machine_names
     from moesim.pictures.picture import Picture as Picture
     from moesim.pictures.picture import draw as draw
     from moesim.recommend.ask import recommendation as recommendation
     from moesim.recommend.report import Recommendation as Recommendation
+    from moesim.result import Result as Result
+    from moesim.simulation import simulate as simulate
+    from moesim.simulation import workload_for as workload_for
+    from moesim.workload.loading import load_workload as load_workload
+    from moesim.workload.steps import Workload as Workload
 
 __version__ = "0.1.0"
 
-# Where the names lie that are imported when they are first asked for.
+# Where the names lie. Each is imported when it is first asked for, so that programs start at once.
 _LAZY = {
+    "Compilations": "moesim.engines.compilations",
+    "Compute": "moesim.machine.profile",
+    "Cpu": "moesim.machine.profile",
+    "Disk": "moesim.machine.profile",
+    "Engine": "moesim.engines.names",
+    "LinkProfile": "moesim.machine.profile",
+    "Machine": "moesim.machine.profile",
     "Picture": "moesim.pictures.picture",
     "Recommendation": "moesim.recommend.report",
+    "Result": "moesim.result",
+    "Segment": "moesim.engines.clock",
+    "Workload": "moesim.workload.steps",
+    "compare": "moesim.comparison",
     "draw": "moesim.pictures.picture",
+    "hit_curve": "moesim.curves.hit_ratios",
+    "load_machine": "moesim.machine.profile",
+    "load_workload": "moesim.workload.loading",
+    "machine_names": "moesim.machine.profile",
     "recommendation": "moesim.recommend.ask",
+    "simulate": "moesim.simulation",
+    "workload_for": "moesim.simulation",
 }
 
 __all__ = [
@@ -86,7 +103,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

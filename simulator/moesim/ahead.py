@@ -30,7 +30,7 @@ from moesim.engines.replay import replay
 from moesim.machine.costs import Sizes, costs_of
 from moesim.machine.profile import DEFAULT_MACHINE, load_machine
 from moesim.machine.speed import with_constants
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.workload.loading import load_workload
 from moesim.workload.steps import Workload
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from moepolicy import PolicyError, console
+from moepolicy import console
 from moepolicy.apps import add_command, make_app
 from moepolicy.codecache import tell_of_compiling
-from moeroute import TraceError
 
 from moesim import __version__
 from moesim.commands.check import check
@@ -44,7 +43,14 @@ for command in (
     add_command(app, command)
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    from moepolicy import PolicyError
+    from moeroute import TraceError
+
+    return PolicyError, SimulationError, TraceError
+
+
 def main() -> None:
     """Run the command line; an error becomes one line and an exit code."""
     tell_of_compiling(lambda text: print(text, file=sys.stderr, flush=True))
-    console.run(app, errors=(PolicyError, SimulationError, TraceError))
+    console.run(app, errors=_errors)

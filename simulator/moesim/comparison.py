@@ -16,7 +16,8 @@ from moeroute.uses import UseCounts, uses_of
 
 from moesim.choice import choose
 from moesim.engines.clock import Segment
-from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
+from moesim.engines.compilations import OF_THIS_PROCESS, Compilations
+from moesim.engines.names import Engine
 from moesim.errors import UsageError
 from moesim.fitting import COMPARED, held_out, refuse_fitted
 from moesim.gap import BASELINE
@@ -25,9 +26,9 @@ from moesim.machine.unknown import dense_label, expert_label
 from moesim.points import Points, same_figures
 from moesim.report import Compared, RefusedPoint, rows_of
 from moesim.result import Result
-from moesim.simulate import check_calibration, simulate, workload_for
+from moesim.simulation import check_calibration, simulate, workload_for
 from moesim.sizes import expert_size, low_expert_size
-from moesim.workload.loading import DEFAULT_TRACE
+from moesim.workload import DEFAULT_TRACE
 from moesim.workload.steps import Workload
 
 if TYPE_CHECKING:

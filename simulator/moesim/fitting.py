@@ -17,7 +17,7 @@ from moepolicy.versions import installed
 from moeroute import Trace
 
 from moesim.errors import SimulationError, UsageError
-from moesim.simulate import workload_for
+from moesim.simulation import workload_for
 from moesim.workload.steps import Workload
 
 

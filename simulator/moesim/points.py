@@ -12,7 +12,7 @@ from moeroute import Trace, TraceError
 from moesim.errors import SimulationError, UsageError
 from moesim.report import Compared, RefusedPoint, with_gaps
 from moesim.result import Result
-from moesim.simulate import check_needs
+from moesim.simulation import check_needs
 
 EXPECTED = (PolicyError, SimulationError, TraceError)
 

@@ -128,7 +128,7 @@ def test_what_is_kept_is_told(
 
     monkeypatch.setattr(sys, "argv", ["moesim"])
     with pytest.raises(SystemExit) as end:
-        console.run(app, errors=())
+        console.run(app, errors=tuple)
     assert end.value.code == console.INTERRUPTED
     assert capsys.readouterr().err == "interrupted: half of it is in t.parquet\n"
     assert console.what_is_kept() == console.NOTHING_KEPT

@@ -12,7 +12,8 @@ from moepolicy import Context, Event, Kind, PolicyUsageError, Step, find_policy
 from moepolicy.aspects import aspects_of
 from moeroute import open_trace
 from moesim import load_machine, simulate, workload_for
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.machine.profile import Cpu
 from moesim.workload.steps import Workload
 

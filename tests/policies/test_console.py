@@ -37,14 +37,14 @@ def test_an_error_that_names_no_file_is_told_as_one_of_the_file_in_use(
         read(place)
 
     with pytest.raises(SystemExit) as end:
-        console.run(command, errors=())
+        console.run(command, errors=tuple)
     assert end.value.code == console.FAILED
     assert capsys.readouterr().err == f"error: {place}: Input/output error\n"
 
 
 def test_an_error_of_no_file_is_told_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        console.run(broken, errors=())
+        console.run(broken, errors=tuple)
     assert capsys.readouterr().err == "error: Input/output error\n"
 
 
@@ -67,7 +67,7 @@ def test_a_lack_of_memory_is_one_line(
         raise error
 
     with pytest.raises(SystemExit) as end:
-        console.run(command, errors=())
+        console.run(command, errors=tuple)
     assert end.value.code == console.FAILED
     told = capsys.readouterr().err
     assert says in told
@@ -80,4 +80,4 @@ def test_other_errors_keep_their_traceback() -> None:
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        console.run(command, errors=())
+        console.run(command, errors=tuple)

@@ -12,7 +12,7 @@ from moepolicy.fitted import checked_arrays
 from moepolicy.kinds import LOAD, LOW, SKIP, SUBSTITUTE
 from moesim.conformance.routing import seeded_workload
 from moesim.conformance.runs import CACHES, CheckedPolicy
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 
 CONTEXT = Context(n_layers=2, n_experts=4, top_k=2, slots=2)
 

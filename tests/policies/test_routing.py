@@ -23,7 +23,7 @@ from moepolicy import (
     find_policy,
     pool_logits,
 )
-from moeroute.weight_rules import WEIGHT_RULES as NAMED
+from moeroute.families import WEIGHT_RULES as NAMED
 from moeroute.weight_rules import WeightRule as Named
 from moeroute.weight_rules import weights_by
 

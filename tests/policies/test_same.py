@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from moepolicy import find_policy, policy_names
 from moesim.engines import choose
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.machine.costs import Sizes, costs_of
 from moesim.machine.profile import Cpu
 from support.machines import machine

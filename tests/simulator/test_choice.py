@@ -18,7 +18,7 @@ from moesim.engines.compilations import OF_THIS_PROCESS
 from moesim.machine.profile import DEFAULT_MACHINE
 from moesim.reading import sentence
 from moesim.report import Compared, RefusedPoint
-from moesim.simulate import workload_for
+from moesim.simulation import workload_for
 from moesim.sizes import spare_slots
 
 TOKENS = 200

@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 from moepolicy import Context, PolicyError, PolicyUsageError, Step, find_policy
 from moepolicy.fitted import ABOUT, read_fitted, write_fitted
+from moepolicy.interface import can_be_fitted
+from moepolicy.library import BUILT_IN
 from moepolicy.library.learned.flashmoe import train
 from moepolicy.library.learned.promoe import ProMoe
 from moeroute import open_trace
 from moesim import compare, load_machine, load_workload, simulate
-from moesim.engines.compilations import Compilations, Engine
+from moesim.commands.fit import FITTABLE
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.errors import SimulationError, UsageError
 from moesim.fitting import draw_sequences, fit, fitted_sequences
 from safetensors.numpy import load_file, save_file
@@ -34,6 +38,10 @@ def flashmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fitting = fit(find_policy("flashmoe"), open_trace(TINY), seed=3)
     write_fitted(path, fitting.arrays, fitting.of)
     return path
+
+
+def test_the_help_names_the_policies_that_can_be_fitted() -> None:
+    assert tuple(name for name, policy in BUILT_IN.items() if can_be_fitted(policy)) == FITTABLE
 
 
 def test_sequences_are_drawn_by_the_seed() -> None:

@@ -58,4 +58,4 @@ add_command(app, batched)
 
 def main() -> None:
     """Read the command line."""
-    console.run(app, errors=(RunError, PolicyError))
+    console.run(app, errors=lambda: (RunError, PolicyError))

@@ -152,7 +152,7 @@ class Long(Journaled[Ran]):
         """Compile what serves every policy, for the children to have."""
         from moepolicy import find_policy
         from moesim.conformance.runs import CACHES, CheckedPolicy, Compiled
-        from moesim.engines.compilations import Engine
+        from moesim.engines.names import Engine
 
         checked = CheckedPolicy(find_policy("lru-spec"))
         vars(checked)["workload"] = workload.shown_to(checked.spec)
@@ -198,8 +198,8 @@ def _simulate(long: Any, beginning: Any, name: str, slots: int) -> dict[str, Any
     from moesim.conformance.routing import EXPERT_BYTES
     from moesim.conformance.runs import LOW_BYTES, MACHINE, CacheSize, CheckedPolicy, Compiled
     from moesim.curves.hit_ratios import hit_curve
-    from moesim.engines.compilations import Engine
-    from moesim.simulate import simulate
+    from moesim.engines.names import Engine
+    from moesim.simulation import simulate
 
     spec = find_policy(name)
     checked = CheckedPolicy(spec)

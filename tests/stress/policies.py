@@ -126,7 +126,7 @@ class BadPolicies:
 
     def _runs(self, case: str, policy: Hostile, spec: Any) -> str:
         from moesim.conformance.runs import CACHES, CheckedPolicy, Compiled
-        from moesim.engines.compilations import Engine
+        from moesim.engines.names import Engine
 
         checked = CheckedPolicy(spec)
         short, long = (each.shown_to(spec) for each in self._workloads)
@@ -154,7 +154,7 @@ class BadPolicies:
         """Compile what serves every policy, for the children to have."""
         from moepolicy import find_policy
         from moesim.conformance.runs import CACHES, CheckedPolicy, Compiled
-        from moesim.engines.compilations import Engine
+        from moesim.engines.names import Engine
 
         for name in ("lru-spec", "adapmoe-skip"):
             spec = find_policy(name)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from moeroute import TraceError, TraceMeta
-from moeroute.weight_rules import WEIGHT_RULES, WeightRule, detect_weight_rule, weights_by
+from moeroute.families import WEIGHT_RULES
+from moeroute.weight_rules import WeightRule, detect_weight_rule, weights_by
 
 N, E, K = 200, 16, 4
 

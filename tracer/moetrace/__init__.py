@@ -15,9 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeroute.importers.requests import RoutedRequest, vllm_requests, write_requests
-
 if TYPE_CHECKING:
+    from moeroute.importers.requests import RoutedRequest as RoutedRequest
+    from moeroute.importers.requests import vllm_requests as vllm_requests
+    from moeroute.importers.requests import write_requests as write_requests
+
     from moetrace.live import LiveRecorder
 
 __version__ = "0.1.0"
@@ -41,3 +43,11 @@ def recording(
     from moetrace.live import LiveRecorder
 
     return LiveRecorder(model, out, horizon=horizon, prediction=prediction, name=name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from moeroute.importers import requests
+
+    return getattr(requests, name)

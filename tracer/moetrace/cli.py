@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moepolicy import PolicyError, console
+from moepolicy import console
 from moepolicy.apps import Force, OutputOptions, add_command, make_app
 from moepolicy.lists import numbers
 from moepolicy.options import formerly
 from moepolicy.progress import Bar
 from moepolicy.tables import wrapped
-from moeroute import TraceError
 from moeroute.options import TRACE_HELP, complete_traces
-from moerun.checkpoint.local import check_there
 from moerun.errors import RunError
 from moerun.ranges import check_device
 
@@ -59,6 +57,8 @@ def record(
     each token counting as one decode step, or continues it (--generate). An interrupted recording
     leaves no file at --out; the same command with --resume goes on.
     """
+    from moerun.checkpoint.local import check_there
+
     text.check()
     check_out(out, resume=resume, force=force)
     check_corpus(corpus, text.field)
@@ -156,6 +156,13 @@ add_command(app, export)
 add_command(app, stats)
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    from moepolicy import PolicyError
+    from moeroute import TraceError
+
+    return RunError, PolicyError, TraceError
+
+
 def main() -> None:
     """Entry point of the console script."""
-    console.run(app, errors=(RunError, PolicyError, TraceError))
+    console.run(app, errors=_errors)

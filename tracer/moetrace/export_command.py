@@ -13,8 +13,6 @@ from moepolicy.apps import Force
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from moeroute.options import TRACE_HELP, complete_traces
 
-from moetrace.placement import MOST_USED
-
 
 class Target(StrEnum):
     """What a trace becomes."""
@@ -138,7 +136,7 @@ def _placement(trace: Any, placing: PlacementOptions) -> dict[str, Any]:
         "model": trace.meta.model,
         "n_layers": trace.meta.n_layers,
         "n_experts": trace.meta.n_experts,
-        "policy": placing.policy or MOST_USED,
+        "policy": placing.policy or placement.MOST_USED,
         "slots": slots,
         "scope": scope,
         "trace_sha256": trace.digest,

@@ -12,9 +12,8 @@ from moepolicy.amounts import NoAmountError, parse_bytes
 from moepolicy.apps import Force
 from moepolicy.outputs import own_folder
 from moepolicy.tables import Table
-from moeroute import TraceError
+from moeroute.families import WEIGHT_RULES
 from moeroute.options import SizeOptions
-from moeroute.weight_rules import WEIGHT_RULES
 
 from moetrace.outputs import check_out
 
@@ -106,6 +105,7 @@ class ReadingOptions:
 
     def checked(self) -> ImportOptions:
         """The same for the importers. Raises BadParameter for names that there are not."""
+        from moeroute import TraceError
         from moeroute.importers import ImportOptions, find_format
         from moeroute.importers.fields import check_map
 

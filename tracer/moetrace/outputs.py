@@ -6,7 +6,6 @@ from pathlib import Path
 
 from moepolicy.console import NOTHING_KEPT
 from moepolicy.outputs import check_free, check_suffix
-from moeroute.parquet import partial_folder
 
 
 def check_out(out: Path, *, resume: bool, force: bool) -> None:
@@ -14,6 +13,8 @@ def check_out(out: Path, *, resume: bool, force: bool) -> None:
 
     What there is to be resumed, or that there is nothing, is for the writer to tell.
     """
+    from moeroute.parquet import partial_folder
+
     check_suffix(out, [".parquet"])
     unfinished = partial_folder(out).is_dir()
     check_free(out, force=force or (resume and not unfinished))
@@ -21,6 +22,8 @@ def check_out(out: Path, *, resume: bool, force: bool) -> None:
 
 def unfinished(out: Path) -> str:
     """What an interrupted recording to ``out`` leaves."""
+    from moeroute.parquet import partial_folder
+
     if not partial_folder(out).is_dir():
         return NOTHING_KEPT
     return f"{out} is unfinished: the same command with --resume goes on"

@@ -11,18 +11,41 @@ cannot be used; the message names file, row and column.
 Importing the package is cheap: polars loads with the first trace read or written.
 """
 
-from moeroute.schema import (
-    DECODE,
-    PROMPT,
-    Rows,
-    TraceError,
-    TraceMeta,
-    TraceUsageError,
-    prediction_column,
-)
-from moeroute.summary import Statistic, summarize
-from moeroute.trace import Trace, open_trace, sample_names
-from moeroute.writer import TraceWriter
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeroute.schema import DECODE as DECODE
+    from moeroute.schema import PROMPT as PROMPT
+    from moeroute.schema import Rows as Rows
+    from moeroute.schema import TraceError as TraceError
+    from moeroute.schema import TraceMeta as TraceMeta
+    from moeroute.schema import TraceUsageError as TraceUsageError
+    from moeroute.schema import prediction_column as prediction_column
+    from moeroute.summary import Statistic as Statistic
+    from moeroute.summary import summarize as summarize
+    from moeroute.trace import Trace as Trace
+    from moeroute.trace import open_trace as open_trace
+    from moeroute.trace import sample_names as sample_names
+    from moeroute.writer import TraceWriter as TraceWriter
+
+# Where the names lie. Each is imported when it is first asked for, so that programs start at once.
+_LAZY = {
+    "DECODE": "moeroute.schema",
+    "PROMPT": "moeroute.schema",
+    "Rows": "moeroute.schema",
+    "Statistic": "moeroute.summary",
+    "Trace": "moeroute.trace",
+    "TraceError": "moeroute.schema",
+    "TraceMeta": "moeroute.schema",
+    "TraceUsageError": "moeroute.schema",
+    "TraceWriter": "moeroute.writer",
+    "open_trace": "moeroute.trace",
+    "prediction_column": "moeroute.schema",
+    "sample_names": "moeroute.trace",
+    "summarize": "moeroute.summary",
+}
 
 __all__ = [
     "DECODE",
@@ -39,3 +62,16 @@ __all__ = [
     "sample_names",
     "summarize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -11,6 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+WEIGHT_RULES = (
+    *("softmax-topk-renorm", "softmax", "topk-softmax", "sigmoid-renorm-scale", "sigmoid"),
+    "sqrtsoftplus-renorm-scale",
+)
+"""The rules by which gates make weights, by name; `weight_rules` computes them."""
 GateGives = Literal["logits", "probabilities", "scores"]
 """What a gate's module gives in addition to weights and experts; or, instead of them, the scores of
 all experts, 0 where not chosen, and the logits."""

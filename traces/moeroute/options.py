@@ -6,27 +6,32 @@ This is the only module of the package that imports typer.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from moeroute.models import ATTENTION, published
-from moeroute.sizes import GivenSizes
-from moeroute.trace import sample_names
+if TYPE_CHECKING:
+    from moeroute.sizes import GivenSizes
 
 
 def complete_traces(incomplete: str) -> list[str]:
     """The samples whose names begin with ``incomplete``. The shell completes files itself."""
+    from moeroute.trace import sample_names
+
     return [name for name in sample_names() if name.startswith(incomplete)]
 
 
 def complete_models(incomplete: str) -> list[str]:
     """The known models whose names begin with ``incomplete``."""
+    from moeroute.models import published
+
     return [name for name in published() if name.startswith(incomplete)]
 
 
 def complete_precisions(incomplete: str) -> list[str]:
     """The precisions of attention whose names begin with ``incomplete``."""
+    from moeroute.models import ATTENTION
+
     return [name for name in ATTENTION if name.startswith(incomplete)]
 
 
@@ -89,6 +94,8 @@ class SizeOptions:
 
         Wrong usage for an option that is about --like where that is not given.
         """
+        from moeroute.sizes import GivenSizes
+
         for option, value in (("--layers", self.layers), ("--attention", self.attention)):
             if value is not None and self.like is None:
                 raise typer.BadParameter(f"{option} is of the model that --like names: give --like")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from moeroute.families import WEIGHT_RULES
 from moeroute.jsontext import parse_json
-from moeroute.weight_rules import WEIGHT_RULES
 
 FORMAT_VERSION = 1
 META_KEY = "moeroute"  # of the Parquet file's key-value metadata
@@ -189,7 +189,7 @@ class TraceMeta:
     """How the predicted logits were made; None if there are none."""
     horizon: int = 0
     weight_rule: str | None = None
-    """How the model's gate makes weights of logits, one of `weight_rules.WEIGHT_RULES`. None:
+    """How the model's gate makes weights of logits, one of `families.WEIGHT_RULES`. None:
     unknown, or none of them reproduces the weights."""
     weight_scale: float | None = None
     """What `weight_rule`'s weights are multiplied by; None where the rule is None."""

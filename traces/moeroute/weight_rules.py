@@ -21,10 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WEIGHT_RULES = (
-    *("softmax-topk-renorm", "softmax", "topk-softmax", "sigmoid-renorm-scale", "sigmoid"),
-    "sqrtsoftplus-renorm-scale",
-)
+from moeroute.families import WEIGHT_RULES
 
 _HALF_EPS = 2.0**-11  # relative rounding of a logit that was stored as float16
 _WEIGHT_ERROR = 0.012  # relative: three roundings to bfloat16

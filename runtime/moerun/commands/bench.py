@@ -10,26 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from moepolicy import PolicySpec, find_policy
 from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
 from moepolicy.console import nearest, note
 from moepolicy.options import taking
 from moepolicy.outputs import Output
 from moepolicy.refusals import Refusals
-from moeroute.trace import find_existing
 
-from moerun.bench.shapes import Shape, find_shape
 from moerun.commands import names, prepare
 from moerun.commands.options import CacheOptions, DeviceOptions, Machine, ModelOptions
 from moerun.commands.progress import pack_progress, steps_progress, warn, warn_where_busy
 from moerun.errors import RunError, UsageError
 from moerun.format.names import Precisions
-from moerun.policies import servable
 from moerun.ranges import check_counts
 
 if TYPE_CHECKING:
+    from moepolicy import PolicySpec
+
     from moerun.bench.run import Bench
+    from moerun.bench.shapes import Shape
     from moerun.settings import Settings
 
 
@@ -128,6 +127,12 @@ def bench(
     bound that its link and its compute set, before anyone downloads 90 GB. With --machine it
     prints what moesim predicts, too.
     """
+    from moepolicy import find_policy
+    from moeroute.trace import find_existing
+
+    from moerun.bench.shapes import find_shape
+    from moerun.policies import servable
+
     to = output.checked()
     prepare.check(cache=cache, device=device)
     Precisions.chosen(model.precision, model.attention, None)

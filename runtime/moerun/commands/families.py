@@ -7,9 +7,7 @@ from typing import Annotated, Any
 import typer
 from moepolicy.apps import OutputOptions
 from moepolicy.tables import Table, described
-from moeroute import TraceError
 from moeroute.families import FAMILIES, Family
-from moeroute.models import find_model, published
 
 
 def families(
@@ -47,6 +45,8 @@ def _family_rows() -> list[dict[str, Any]]:
 
 
 def _family_row(family: Family, gguf: dict[str, str]) -> dict[str, Any]:
+    from moeroute.models import published
+
     types = (family.model_type, *family.also)
     shapes = [name for name, entry in published().items() if entry.get("model_type") in types]
     return {
@@ -63,6 +63,9 @@ def _family_row(family: Family, gguf: dict[str, str]) -> dict[str, Any]:
 
 def _billions(shape: str) -> float | None:
     """10^9 parameters of a model of the table; None where they cannot be computed."""
+    from moeroute import TraceError
+    from moeroute.models import find_model
+
     try:
         return round(find_model(shape).n_params / 1e9, 1)
     except TraceError:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from moepolicy import find_policy
 from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
 from moepolicy.console import note
@@ -24,7 +23,6 @@ from moerun.commands.options import (
     SamplingOptions,
 )
 from moerun.commands.progress import steps_progress, warn_where_busy
-from moerun.policies import servable
 from moerun.profiling.undisturbed import UNDISTURBED_WAIT
 from moerun.ranges import check_rounds
 
@@ -79,6 +77,10 @@ def fidelity(
     simulated on --machine, by default with a profile measured now. The simulator (moesim) must be
     installed. Measure while nothing else keeps the machine busy.
     """
+    from moepolicy import find_policy
+
+    from moerun.policies import servable
+
     destination = output.checked()
     check_rounds(rounds)
     prepare.check_machine(machine)

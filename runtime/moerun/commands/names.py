@@ -5,11 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from moepolicy import find_policy, policy_names
-from moeroute import sample_names
-from moeroute.models import ATTENTION, PLAIN, published
-
-from moerun.policies import unserved
 from moerun.ranges import REUSES
 
 UNIFORM = "uniform"
@@ -18,6 +13,10 @@ ON_POLICY_ERROR = ("fallback", "stop")
 
 def policies() -> dict[str, str]:
     """The policies that run live, with what they do."""
+    from moepolicy import find_policy, policy_names
+
+    from moerun.policies import unserved
+
     return {
         name: summary for name, summary in policy_names().items() if not unserved(find_policy(name))
     }
@@ -40,31 +39,43 @@ def models() -> list[str]:
 
 def shapes() -> list[str]:
     """What `moerun bench --shape` knows by name."""
+    from moeroute.models import published
+
     return ["tiny", *published()]
 
 
 def samples() -> list[str]:
     """Routing traces that are bundled."""
+    from moeroute import sample_names
+
     return sample_names()
 
 
 def routings() -> list[str]:
     """What `moerun bench --routing` knows by name."""
+    from moeroute import sample_names
+
     return [*sample_names(), UNIFORM]
 
 
 def precisions() -> list[str]:
     """Precisions of a store: the model's own, plain ones, quantised ones."""
+    from moeroute.models import ATTENTION
+
     return list(ATTENTION)
 
 
 def plain_precisions() -> list[str]:
     """Precisions that no quantisation makes: the model's own and the plain ones."""
+    from moeroute.models import PLAIN
+
     return ["native", *PLAIN]
 
 
 def lower_precisions() -> list[str]:
     """Precisions of the second store, which policies load some misses from."""
+    from moeroute.models import ATTENTION
+
     return [name for name in ATTENTION if name not in ("native", "fp32")]
 
 

@@ -13,7 +13,6 @@ from moepolicy.console import emit, keeping, note
 from moepolicy.options import taking
 
 from moerun.amounts import decimal_bytes
-from moerun.checkpoint.local import check_there
 from moerun.commands import names, prepare
 from moerun.commands.options import ModelOptions
 from moerun.errors import RunError
@@ -72,6 +71,8 @@ def pack(
     moment the same command goes on where it stopped. Stores of one checkpoint in one folder share
     equal files as hard links: another precision of attention takes no second packing of experts.
     """
+    from moerun.checkpoint.local import check_there
+
     Precisions.chosen(model.precision, model.attention, dense_precision)
     check_there(checkpoint)
     if device is not None:

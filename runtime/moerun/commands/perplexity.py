@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from moepolicy import PolicyError, PolicySpec, find_policy, lists
+from moepolicy import lists
 from moepolicy.completion import among, listed
 from moepolicy.console import emit, keeping, note
 from moepolicy.options import taking
@@ -23,9 +23,10 @@ from moerun.commands import names, prepare
 from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions, Output
 from moerun.errors import RunError
 from moerun.format.names import check_precision
-from moerun.policies import require_some, servable
 
 if TYPE_CHECKING:
+    from moepolicy import PolicySpec
+
     from moerun.perplexity.measure import Measurement
     from moerun.perplexity.results import Key, Results
 
@@ -133,6 +134,10 @@ def perplexity(
     in columns of their own, for a model of that shape only. Compare them with a measurement on the
     same text.
     """
+    from moepolicy import find_policy
+
+    from moerun.policies import require_some, servable
+
     if asked.out is not None:
         check_suffix(asked.out, [".jsonl"])
         check_free(asked.out, force=True)  # results that are there are gone on with
@@ -239,6 +244,8 @@ def _measure(
     refused: Refusals,
 ) -> None:
     """Every cell that the results do not have yet; a policy that fails joins ``refused``."""
+    from moepolicy import PolicyError
+
     missing = [point for point in points if point.key not in results.cells]
     if len(missing) < len(points):
         there = len(points) - len(missing)

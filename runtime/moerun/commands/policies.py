@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from moepolicy import find_policy
 from moepolicy.apps import OutputOptions
-from moepolicy.catalogue import catalogue, catalogue_table, description, entry_of
 from moepolicy.completion import among
 
 from moerun.commands import names
-from moerun.policies import live_needs
 
 
 def policies(
@@ -29,6 +26,11 @@ def policies(
     output: OutputOptions,
 ) -> None:
     """List the policies there are, and say which of them run live, and why not; or print one."""
+    from moepolicy import find_policy
+    from moepolicy.catalogue import catalogue, catalogue_table, description, entry_of
+
+    from moerun.policies import live_needs
+
     destination = output.checked()
     entries = catalogue() if name is None else [entry_of(find_policy(name))]
     runs = {entry.name: live_needs(entry.needs) for entry in entries}

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from moepolicy import PolicySpec, find_policy
 from moepolicy.console import nearest, note, say
 from moepolicy.outputs import check_free, check_suffix
 from moepolicy.progress import Bar
-from moeroute.trace import find_existing
 
 from moerun import ranges
-from moerun.checkpoint.local import check_there
 from moerun.commands import names
 from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions, SamplingOptions
 from moerun.errors import RunError, UsageError
 from moerun.format.names import PRECISIONS, QUANTISED, Precisions
-from moerun.policies import missed_constants
 from moerun.simulation import check_profile
 
 if TYPE_CHECKING:
+    from moepolicy import PolicySpec
+
     from moerun.live.sampling import Sampling
     from moerun.settings import Settings
     from moerun.store.expert_store import ExpertStore
@@ -46,6 +44,8 @@ def check(
     precision, and a model or profile that is not there. ``planned``: the model may be the name of a
     shape.
     """
+    from moepolicy import find_policy
+
     ranges.check_on_policy_error(on_policy_error)
     ranges.check_reuse(reuse)
     if sampling is not None:
@@ -106,6 +106,8 @@ def is_packed(model: str) -> bool:
 
 
 def _check_there(name: str, *, planned: bool) -> None:
+    from moerun.checkpoint.local import check_there
+
     try:
         check_there(name)
     except RunError as error:
@@ -120,6 +122,8 @@ def _check_there(name: str, *, planned: bool) -> None:
 
 def _check_files(cache: CacheOptions) -> None:
     """RunError for a file of a budget that is not there, TraceError for a calibration's."""
+    from moeroute.trace import find_existing
+
     if cache.calibration is not None:
         find_existing(cache.calibration)
     file = cache.memory_file
@@ -143,6 +147,10 @@ def settings(
 
     Raises RunError, PolicyError or wrong usage where the options make no sense.
     """
+    from moepolicy import find_policy
+
+    from moerun.policies import missed_constants
+
     asked = list(policies) or [find_policy(cache.policy)]
     _check_budget(cache)
     machine = machine or device.machine

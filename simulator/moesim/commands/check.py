@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from moepolicy import policy_names
 from moepolicy.apps import OutputOptions
-from moepolicy.completion import among
+from moepolicy.completion import among, known_policies
 from moepolicy.console import FAILED
 from moepolicy.lists import names
 from moepolicy.tables import described
 from rich.console import Console
 
-from moesim.conformance import CHECKS, CheckResult, Status, check_policy
+from moesim.conformance import CHECK_NAMES
+
+if TYPE_CHECKING:
+    from moesim.conformance import CheckResult
 
 
 def _checks() -> dict[str, str]:
+    from moesim.conformance import CHECKS
+
     return {name: (check.__doc__ or "").split("\n\n")[0] for name, check in CHECKS.items()}
 
 
@@ -29,14 +33,14 @@ def check(
             metavar="POLICY",
             help="The policy: a name, name:parameter=value,..., or path/to/file.py:Class.",
             show_default=False,
-            autocompletion=among(policy_names),
+            autocompletion=among(known_policies),
         ),
     ],
     *,
     only: Annotated[
         str | None,
         typer.Option(
-            help=f"Only these checks, separated by commas: {', '.join(CHECKS)}.",
+            help=f"Only these checks, separated by commas: {', '.join(CHECK_NAMES)}.",
             show_default=False,
             autocompletion=among(_checks),
         ),
@@ -52,8 +56,10 @@ def check(
     SimPy against the replay, simulated against live, the limit, memory that does not grow, the
     time of a step, and compiled against interpreted. All run on small routing made from the seed.
     """
+    from moesim.conformance import Status, check_policy
+
     destination = output.checked()
-    wanted = list(CHECKS) if only is None else names(only)
+    wanted = list(CHECK_NAMES) if only is None else names(only)
     console = Console(stderr=True)
     results = []
     for result in check_policy(policy, wanted, seed=seed):
@@ -75,6 +81,8 @@ def _lines(results: Sequence[CheckResult]) -> str:
 
 def _said(result: CheckResult, results: Sequence[CheckResult]) -> str:
     """A failure that stopped an earlier check as well is told once."""
+    from moesim.conformance import Status
+
     for earlier in results[: results.index(result)]:
         if earlier.status is result.status is Status.failed and earlier.said == result.said:
             return f"as {earlier.check}"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from moepolicy import find_policy, policy_names
 from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
 from moepolicy.console import FAILED, say
@@ -33,17 +32,14 @@ from moesim.commands.options import (
     tell,
 )
 from moesim.commands.plot import PlotOptions
-from moesim.comparison import PolicyComparison, Setting, SizedPolicy, prepare, run
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.names import Engine
 from moesim.engines.timeline import SUFFIXES, write_timeline
 from moesim.errors import SimulationError, UsageError
 from moesim.machine.profile import DEFAULT_MACHINE, machine_names
-from moesim.machine.unknown import size_notes
-from moesim.pictures.tables import compared
-from moesim.reading import sentence
-from moesim.report import Compared, rows_of, table
-from moesim.sizes import spare_slots
-from moesim.workload.loading import DEFAULT_TRACE
+from moesim.workload import DEFAULT_TRACE
+
+if TYPE_CHECKING:
+    from moesim.comparison import PolicyComparison, Setting, SizedPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +146,14 @@ def compare(
     limit %: tokens/s in % of the most tokens/s. gap %: of the time that lru takes beyond the
     least, how much the policy saves (0 is lru, 100 the limit).
     """
+    from moepolicy import find_policy
+
+    from moesim.comparison import prepare, run
+    from moesim.engines.compilations import Compilations
+    from moesim.pictures.tables import compared
+    from moesim.report import rows_of
+    from moesim.sizes import spare_slots
+
     destination = output.checked()
     plot.check(force=output.force)
     if timeline is not None:
@@ -189,6 +193,9 @@ def compare(
 
 def _table(found: PolicyComparison, why: str) -> str:
     """The table, and what it says in a sentence."""
+    from moesim.reading import sentence
+    from moesim.report import table
+
     title = f"{found.title}\n{why}" if why else found.title
     said = sentence(found.rows)
     return table(found.rows, title, found.alike) + (f"\n{wrapped([said])}" if said else "")
@@ -202,6 +209,8 @@ def _drawn(found: PolicyComparison, setting: Setting) -> tuple[list[dict[str, An
 
 
 def _names(policies: list[str] | None, *, everything: bool) -> list[str]:
+    from moepolicy import policy_names
+
     if everything:
         return list(dict.fromkeys([*(policies or []), *policy_names()]))
     if not policies:
@@ -210,6 +219,8 @@ def _names(policies: list[str] | None, *, everything: bool) -> list[str]:
 
 
 def _setting(replay: ReplayOptions, experts: ExpertSizeOptions, sizes: SizeOptions) -> Setting:
+    from moesim.comparison import Setting
+
     if replay.held_out and replay.fitted_too:
         raise UsageError("give --held-out or --fitted-too, not both")
     return Setting.of(
@@ -234,6 +245,9 @@ def _setting(replay: ReplayOptions, experts: ExpertSizeOptions, sizes: SizeOptio
 def _write_timeline(
     path: Path, found: PolicyComparison, setting: Setting, expert_bytes: int
 ) -> None:
+    from moesim.machine.unknown import size_notes
+    from moesim.report import Compared
+
     ran = [one.result for one in found.rows if isinstance(one, Compared)]
     write_timeline(
         path,

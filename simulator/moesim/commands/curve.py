@@ -4,34 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from moepolicy import policy_names
 from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
 from moepolicy.progress import watched
 from moepolicy.refusals import REFUSED, Refusals, empty_row, ran, refused_row
 from moepolicy.tables import Table, wrapped
-from moeroute import Trace, open_trace
 from moeroute.options import TraceName
-from numpy.typing import NDArray
 
 from moesim import __version__
 from moesim.commands.options import Cold, Scope
 from moesim.commands.plot import PlotOptions
-from moesim.curves.hit_ratios import LIMIT, ONE_PASS, check_one_pass, hit_curve, shuffled
 from moesim.errors import UsageError
-from moesim.pictures.tables import curves
-from moesim.simulate import IN_MEMORY
-from moesim.workload.loading import DEFAULT_TRACE, load_workload
-from moesim.workload.steps import Workload
+from moesim.workload import DEFAULT_TRACE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from moeroute import Trace
+    from numpy.typing import NDArray
+
+    from moesim.workload.steps import Workload
 
 COLUMNS = ("policy", "slots", "scope", "hit_ratio", "shuffled_hit_ratio")  # the others follow
 
 
 def _with_curves() -> list[str]:
+    from moesim.curves.hit_ratios import ONE_PASS
+
     return list(ONE_PASS)
 
 
@@ -58,6 +59,11 @@ def curve(
     from locality, not from the popularity of some experts. The limit is the highest hit ratio
     that a policy without prefetching can have, knowing the future.
     """
+    from moeroute import open_trace
+
+    from moesim.curves.hit_ratios import LIMIT, hit_curve
+    from moesim.pictures.tables import curves
+
     destination = output.checked()
     plot.check(force=output.force)
     opened = open_trace(trace)
@@ -94,6 +100,10 @@ def curve(
 def _workloads(trace: Trace, seed: int) -> tuple[Workload, Workload]:
     """The trace's steps, and the same tokens in random order. A long trace lies in files of the
     system's folder for temporary ones, which are mapped."""
+    from moesim.curves.hit_ratios import shuffled
+    from moesim.simulation import IN_MEMORY
+    from moesim.workload.loading import load_workload
+
     if trace.n_rows <= IN_MEMORY:
         workload = load_workload(trace)
         return workload, shuffled(workload, seed)
@@ -112,6 +122,8 @@ def _row(
     common: dict[str, Any],
 ) -> dict[str, Any]:
     """One point of a policy's curve; ``curves`` are of the trace and of its shuffled copy."""
+    from moesim.curves.hit_ratios import LIMIT
+
     limit, shuffled_limit = (float(of[slots]) for of in curves[LIMIT])
     known = {
         "policy": policy,
@@ -129,6 +141,10 @@ def _row(
 def _refused(policies: list[str]) -> Refusals:
     """Of policies that have no curve, why. Raises UsageError where there is no such policy, or none
     that has one."""
+    from moepolicy import policy_names
+
+    from moesim.curves.hit_ratios import check_one_pass
+
     refused: Refusals = {}
     for name in dict.fromkeys(policies):
         try:

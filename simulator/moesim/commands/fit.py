@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moepolicy import console, find_policy
+from moepolicy import console
 from moepolicy.apps import Force
 from moepolicy.completion import among
-from moepolicy.fitted import write_fitted
-from moepolicy.interface import can_be_fitted
-from moepolicy.library import BUILT_IN
 from moepolicy.outputs import check_free, check_suffix
-from moeroute import open_trace
 from moeroute.options import TraceName
 
-from moesim.workload.loading import DEFAULT_TRACE
+from moesim.workload import DEFAULT_TRACE
+
+# The built-in policies with something to fit, named here so that no help imports the policies.
+FITTABLE = (
+    *("edgemoe", "moe-infinity", "flashmoe", "promoe"),
+    *("foresight", "foresight-bypass", "foresight-spec"),
+)
 
 
-def _fittable() -> list[str]:
-    return [name for name, policy in BUILT_IN.items() if can_be_fitted(policy)]
+def _fittable() -> tuple[str, ...]:
+    return FITTABLE
 
 
 def fit(
@@ -28,7 +30,7 @@ def fit(
         str,
         typer.Argument(
             metavar="POLICY",
-            help=f"The policy to fit: {', '.join(_fittable())}, or path/to/file.py:Class.",
+            help=f"The policy to fit: {', '.join(FITTABLE)}, or path/to/file.py:Class.",
             autocompletion=among(_fittable),
         ),
     ],
@@ -52,6 +54,10 @@ def fit(
     Give them back as POLICY:params=FILE to compare, sweep and moerun. The file says which sequences
     of which trace it was fitted on; compare refuses to score a policy on those unless asked to.
     """
+    from moepolicy import find_policy
+    from moepolicy.fitted import write_fitted
+    from moeroute import open_trace
+
     check_suffix(out, [".safetensors"])
     check_free(out, force=force)
     from moesim.fitting import fit as fit_policy

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from moepolicy.completion import listed
 from moepolicy.lists import amounts, names
 from moepolicy.options import formerly
-from moeroute.models import ATTENTION
 from moeroute.options import SizeOptions, complete_traces
 
 from moesim.commands.options import (
@@ -22,14 +21,17 @@ from moesim.commands.options import (
     size_option,
     slots_option,
 )
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.machine.profile import machine_names
-from moesim.sweep.grid import parse_parameter
-from moesim.sweep.run import SweepSettings
+
+if TYPE_CHECKING:
+    from moesim.sweep.run import SweepSettings
 
 
 def precisions() -> list[str]:
     """The precisions that attention may have."""
+    from moeroute.models import ATTENTION
+
     return list(ATTENTION)
 
 
@@ -187,10 +189,14 @@ class RunOptions:
 
     def settings(self) -> SweepSettings:
         """The same for the sweep."""
+        from moesim.sweep.run import SweepSettings
+
         return SweepSettings(self.on, self.workers, self.resume, self.restart, self.state)
 
 
 def _parameters(texts: list[str]) -> dict[str, dict[str, list[str]]]:
+    from moesim.sweep.grid import parse_parameter
+
     found: dict[str, dict[str, list[str]]] = {}
     for text in texts:
         policy, name, values = parse_parameter(text)

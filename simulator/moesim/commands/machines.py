@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from moepolicy.apps import OutputOptions
@@ -13,10 +13,10 @@ from moepolicy.tables import Table, described, wrapped
 
 from moesim.commands.options import bytes_of
 from moesim.errors import UsageError
-from moesim.machine.costs import Sizes
 from moesim.machine.profile import Machine, load_machine, machine_names
-from moesim.machine.speed import copy_ns, copy_over_layer, gates_over_layer, layer_ns
-from moesim.report import per_second
+
+if TYPE_CHECKING:
+    from moesim.machine.costs import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class ExpertOptions:
 
     def sizes(self) -> Sizes | None:
         """The sizes; None where none is given. Wrong usage for some without --expert-bytes."""
+        from moesim.machine.costs import Sizes
+
         n_bytes = bytes_of(self.expert_bytes, "--expert-bytes")
         if n_bytes is not None:
             params = self.expert_params or n_bytes // 2
@@ -127,6 +129,8 @@ def _rate(per_s: float, unit: float) -> str:
 
 
 def _row(name: str, machine: Machine, sizes: Sizes | None, top_k: int) -> dict[str, Any]:
+    from moesim.machine.speed import copy_ns, copy_over_layer, gates_over_layer, layer_ns
+
     row = machine.row() | {"machine": name}
     if sizes is None:
         return row
@@ -143,6 +147,8 @@ def _row(name: str, machine: Machine, sizes: Sizes | None, top_k: int) -> dict[s
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
+    from moesim.report import per_second
+
     table = Table(["machine"], ["copy ms", "layer ms", "copy / layer"])
     for row in rows:
         spent = (None if row[name] is None else 1e3 * row[name] for name in ("copy_s", "layer_s"))

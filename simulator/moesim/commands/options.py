@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from moepolicy import policy_names
 from moepolicy.amounts import NoAmountError, parse_bytes
-from moepolicy.completion import among
+from moepolicy.completion import among, known_policies
 from moepolicy.console import say
 from moeroute.options import SizeOptions, complete_precisions, complete_traces
 
@@ -31,7 +30,7 @@ PolicyNames = Annotated[
         metavar="POLICY",
         help=POLICY_HELP,
         show_default=False,
-        autocompletion=among(policy_names),
+        autocompletion=among(known_policies),
     ),
 ]
 Scope = Annotated[

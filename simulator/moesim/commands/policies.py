@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from moepolicy import PolicySpec, find_policy, policy_names
 from moepolicy.apps import OutputOptions
-from moepolicy.catalogue import (
-    built_in,
-    catalogue,
-    catalogue_table,
-    description,
-    entry_of,
-    markdown,
-)
-from moepolicy.completion import among
-from moepolicy.composition import parts_of
+from moepolicy.completion import among, known_policies
 from moepolicy.console import CommandUsageError, emit
-from moepolicy.library import PARTS
+
+if TYPE_CHECKING:
+    from moepolicy import PolicySpec
 
 
 def policies(
@@ -29,7 +21,7 @@ def policies(
             help="Print this policy's rule and parameters: a name, or path/to/file.py:Class. "
             "Without it all policies are listed.",
             show_default=False,
-            autocompletion=among(policy_names),
+            autocompletion=among(known_policies),
         ),
     ] = None,
     *,
@@ -42,6 +34,15 @@ def policies(
     output: OutputOptions,
 ) -> None:
     """List the policies there are, or print one's rule, parameters, needs and paper."""
+    from moepolicy.catalogue import (
+        built_in,
+        catalogue,
+        catalogue_table,
+        description,
+        entry_of,
+        markdown,
+    )
+
     if as_markdown:
         if name is not None or output != OutputOptions():
             raise CommandUsageError("--markdown takes no policy and no other option")
@@ -59,6 +60,10 @@ def policies(
 
 def _parts(name: str) -> list[PolicySpec]:
     """The policy of a name, or the parts that it is made of."""
+    from moepolicy import PolicySpec, find_policy
+    from moepolicy.composition import parts_of
+    from moepolicy.library import PARTS
+
     if name in PARTS:
         return [PolicySpec(name, PARTS[name])]
     return parts_of(find_policy(name))

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
-from moepolicy import policy_names
 from moepolicy.apps import OutputOptions
-from moepolicy.completion import among
+from moepolicy.completion import among, known_policies
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from moepolicy.progress import Bar
 from moeroute.options import complete_models, complete_precisions, complete_traces
 
 from moesim.machine.profile import machine_names
-from moesim.recommend.ask import DISK, LEAST_BITS, recommendation
+from moesim.recommend import DISK, LEAST_BITS
 
 N_STEPS = 6  # that the progress counts
 
@@ -101,7 +100,7 @@ class ChoiceOptions:
         typer.Option(
             help="The policy, which is then not chosen.",
             show_default=False,
-            autocompletion=among(policy_names),
+            autocompletion=among(known_policies),
         ),
     ] = None
 
@@ -150,6 +149,8 @@ def recommend(
     Only policies that change no token are chosen. Nothing is downloaded: the model's weights may
     be anywhere.
     """
+    from moesim.recommend.ask import recommendation
+
     destination = output.checked()
     if config is not None:
         check_suffix(config, (".toml",), "--config")

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from moepolicy import PolicySpec, find_policy, lists, policy_names
+from moepolicy import lists
 from moepolicy.apps import Force
-from moepolicy.completion import among
+from moepolicy.completion import among, known_policies
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from moepolicy.progress import Bar
 from moepolicy.tables import to_csv
-from moeroute import Trace, TraceError
 from moeroute.options import SizeOptions, complete_traces
 
-from moesim.choice import choose
 from moesim.commands.compare import ExpertSizeOptions
 from moesim.commands.options import bytes_of, tell
-from moesim.comparison import Setting, workload_of
-from moesim.engines.compilations import Compilations
 from moesim.errors import UsageError
 from moesim.machine.profile import DEFAULT_MACHINE, load_machine, machine_names
-from moesim.overview.build import N_PARTS, live_first, make_page
-from moesim.overview.simulated import Study
 from moesim.pictures.drawing import require_plots, write_picture
-from moesim.pictures.page import Page
-from moesim.simulate import check_needs
-from moesim.sizes import spare_slots
+
+if TYPE_CHECKING:
+    from moepolicy import PolicySpec
+    from moeroute import Trace
+
+    from moesim.pictures.page import Page
 
 DEFAULT_POLICIES = ("lru", "lfu", "lru-spec", "foresight-bypass", "belady", "clairvoyant")
 DEFAULT_TOKENS = 4096
@@ -56,7 +53,7 @@ def report(
             help="The policies to show, separated by commas or blanks. Default: "
             f"{', '.join(DEFAULT_POLICIES)}, as far as the trace has what they need.",
             show_default=False,
-            autocompletion=among(policy_names),
+            autocompletion=among(known_policies),
         ),
     ] = None,
     machine: Annotated[
@@ -91,6 +88,13 @@ def report(
     the time goes, a few tokens in time, use of experts, locality, recall of predictions. All times
     are simulated. The page is light or dark as its reader prefers, and prints light.
     """
+    from moesim.choice import choose
+    from moesim.comparison import Setting, workload_of
+    from moesim.engines.compilations import Compilations
+    from moesim.overview.build import N_PARTS, live_first, make_page
+    from moesim.overview.simulated import Study
+    from moesim.sizes import spare_slots
+
     check_suffix(out, (".html",))
     check_free(out, force=force)
     if pictures is not None:
@@ -140,6 +144,8 @@ def report(
 
 def _specs(names: str | None, trace: Trace) -> list[PolicySpec]:
     """The policies named, or those by default that the trace serves."""
+    from moepolicy import find_policy
+
     if names is not None:
         found = [find_policy(name) for name in lists.policies(names)]
         if not found:
@@ -149,6 +155,10 @@ def _specs(names: str | None, trace: Trace) -> list[PolicySpec]:
 
 
 def _serves(trace: Trace, spec: PolicySpec) -> bool:
+    from moeroute import TraceError
+
+    from moesim.simulation import check_needs
+
     try:
         check_needs(trace, spec)
     except TraceError:

@@ -5,27 +5,22 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from moepolicy import policy_names
 from moepolicy.apps import Force
-from moepolicy.completion import among
+from moepolicy.completion import among, known_policies
 from moepolicy.console import FAILED, CommandError, say
 from moepolicy.outputs import Output, check_free
 from moepolicy.progress import Bar
 from moepolicy.tables import Format
 from moeroute.options import SizeOptions
-from moeroute.parquet import is_url
 
 from moesim.commands.grid_options import AxisOptions, ExpertSizeAxes, RunOptions
 from moesim.commands.plot import PlotOptions
-from moesim.pictures.tables import swept
-from moesim.sweep.grid import load_grid, make_grid, merge
-from moesim.sweep.loop import Watcher
-from moesim.sweep.results import read_finished, suffix_of
-from moesim.sweep.run import SweepReport, run_sweep
-from moesim.sweep.summary import best, table
+
+if TYPE_CHECKING:
+    from moesim.sweep.run import SweepReport
 
 SHOWN_FAILURES = 10
 LOG_EVERY_S = 60.0
@@ -46,7 +41,7 @@ def sweep(
             help="Policies, as for compare. Every axis can also come from --grid; what is given "
             "on the command line takes its place.",
             show_default=False,
-            autocompletion=among(policy_names),
+            autocompletion=among(known_policies),
         ),
     ] = None,
     *,
@@ -67,6 +62,11 @@ def sweep(
     whatever happens: the same command with --resume goes on from them, also with another grid. The
     result does not depend on the number of workers.
     """
+    from moesim.pictures.tables import swept
+    from moesim.sweep.grid import load_grid, make_grid, merge
+    from moesim.sweep.results import suffix_of
+    from moesim.sweep.run import run_sweep
+
     flags = {"policies": policies, **axes.entries(), **experts.entries(), **asdict(sizes)}
     given = {name: value for name, value in flags.items() if value or value is False}
     grid = make_grid(merge(load_grid(axes.grid) if axes.grid else {}, given))
@@ -86,6 +86,10 @@ def sweep(
 
 def _check_free(out: str, *, force: bool) -> None:
     """CommandError where a finished sweep, or another file, would be replaced."""
+    from moeroute.parquet import is_url
+
+    from moesim.sweep.results import read_finished
+
     if not is_url(out):
         check_free(Path(out), force=force)
     elif not force and (points := len(read_finished(out))):
@@ -100,6 +104,8 @@ class _Show:
     hours where nobody sees more of it than that."""
 
     def __init__(self) -> None:
+        from moesim.sweep.loop import Watcher
+
         self.bar = Bar("simulating", 0, "point")
         self.watcher = Watcher(advance=self._advance, say=say)
         self._began = self._logged = time.monotonic()
@@ -123,6 +129,8 @@ class _Show:
 
 def _conclude(report: SweepReport, out: str, format: Format, took_s: float) -> None:
     """The best policies on stdout; on stderr what failed, and what there is now."""
+    from moesim.sweep.summary import best, table
+
     if report.failures:
         say(f"{len(report.failures)} of {len(report.rows)} points failed:")
     for name, error in list(report.failures.items())[:SHOWN_FAILURES]:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from moepolicy import find_policy, policy_names
 from moepolicy.apps import OutputOptions
-from moepolicy.completion import among
-from moeroute import open_trace
+from moepolicy.completion import among, known_policies
 from moeroute.options import complete_traces
 
 from moesim import __version__
 from moesim.commands.options import Tokens
-from moesim.simulate import workload_for
-from moesim.table2.render import as_json, cells, text
-from moesim.table2.reproduce import find_reading, reproduce
 
 TRACE = "mixtral-like"
 PAPER = "arXiv 2312.17238, Table 2"
@@ -30,7 +25,7 @@ def table2(
             help="Policies that this project's engine runs on the same cards. Default: "
             f"{' '.join(OURS)}.",
             show_default=False,
-            autocompletion=among(policy_names),
+            autocompletion=among(known_policies),
         ),
     ] = None,
     *,
@@ -56,6 +51,13 @@ def table2(
     prints every cell as published and as simulated, the constants next to the data sheets', what
     stays unexplained, and what this project's engine would reach on the same cards.
     """
+    from moepolicy import find_policy
+    from moeroute import open_trace
+
+    from moesim.simulation import workload_for
+    from moesim.table2.render import as_json, cells, text
+    from moesim.table2.reproduce import find_reading, reproduce
+
     destination = output.checked()
     find_reading(reading)
     specs = [find_policy(name) for name in policies or OURS]

@@ -19,8 +19,8 @@ from moesim.conformance.runs import (
     place_of,
     steps_of,
 )
-from moesim.engines.compilations import Engine
-from moesim.simulate import simulate
+from moesim.engines.names import Engine
+from moesim.simulation import simulate
 
 DIFFERS = "it decides differently when compiled"  # engines.choose says so
 CLOCKS = 3

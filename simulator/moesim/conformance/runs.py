@@ -17,7 +17,8 @@ from moesim.conformance.clock import RandomClock
 from moesim.conformance.routing import EXPERT_BYTES, seeded_workload
 from moesim.engines.choose import run
 from moesim.engines.clock import Segment
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.machine.costs import Sizes, costs_of
 from moesim.machine.profile import Compute, Cpu, Disk, LinkProfile, Machine
 from moesim.machine.speed import with_constants

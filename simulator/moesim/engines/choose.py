@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from moesim.engines import replay as twin
 from moesim.engines import replay_state, step_times
 from moesim.engines.clock import SimulatedTime
-from moesim.engines.compilations import PREFIX, Compilations, Engine
+from moesim.engines.compilations import PREFIX, Compilations
 from moesim.engines.compile_process import CompileProcess, shared_out
 from moesim.engines.in_simpy import Simulation
+from moesim.engines.names import Engine
 from moesim.engines.one_piece import Omit, Pieces, piece
 from moesim.machine.costs import Costs
 from moesim.workload.steps import CHUNK, Workload

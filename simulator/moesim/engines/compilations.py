@@ -7,22 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from moepolicy import Policy, PolicySpec
 from moepolicy.compiled import NotCompilable
 
+from moesim.engines.names import Engine
 from moesim.engines.one_piece import Pieces
-
-
-class Engine(StrEnum):
-    """What replays a workload. All give the same results: SimPy slowly, with an event for each
-    decision, the replay fast. "auto" takes the replay where nothing observes the events."""
-
-    auto = "auto"
-    simpy = "simpy"
-    replay = "replay"
-
 
 PREFIX = 256
 

@@ -21,7 +21,7 @@ from moesim.machine.profile import Machine
 from moesim.pictures.colours import LIMIT
 from moesim.pictures.times import DEMAND, DENSE, EXPERTS, PREFETCH, READING, STALL
 from moesim.report import Compared
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.sizes import sizes_of
 from moesim.workload.steps import Workload
 

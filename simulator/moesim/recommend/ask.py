@@ -15,14 +15,12 @@ from moeroute.models import ATTENTION
 
 from moesim.errors import SimulationError, UsageError
 from moesim.machine.profile import Machine, load_machine, machine_names
+from moesim.recommend import DISK, LEAST_BITS
 from moesim.recommend.budget import Budget
 from moesim.recommend.hardware import LEAVE, find_here, on_disk
 from moesim.recommend.model import find_wanted
 from moesim.recommend.report import Recommendation, alternatives
 from moesim.recommend.search import Search
-
-DISK = "nvme-gen3"
-LEAST_BITS = 4
 
 
 def _silent(_: str) -> None:

@@ -16,7 +16,7 @@ from moesim.machine.profile import Machine
 from moesim.recommend.budget import Budget, dense_bytes
 from moesim.recommend.model import ModelToRun
 from moesim.result import Result
-from moesim.simulate import check_needs, simulate, workload_for
+from moesim.simulation import check_needs, simulate, workload_for
 from moesim.workload.steps import Workload
 
 # Lossless policies that run live, the simplest first: a later one has to be faster.

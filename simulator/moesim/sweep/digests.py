@@ -22,7 +22,7 @@ DECIDES = (
     "limits",
     "machine",
     "result.py",
-    "simulate.py",
+    "simulation.py",
     "sizes.py",
     "workload",
 )

@@ -42,10 +42,10 @@ from moeroute.jsontext import parse_toml
 from moeroute.models import find_model
 from moeroute.sizes import GivenSizes
 
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.errors import SimulationError, UsageError
 from moesim.machine.profile import DEFAULT_MACHINE
-from moesim.workload.loading import DEFAULT_TRACE
+from moesim.workload import DEFAULT_TRACE
 
 SCOPES = ("layer", "global")
 EXCLUSIVE = (("slots", "memory"), ("precisions", "expert_bytes"))

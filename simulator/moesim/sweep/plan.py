@@ -22,7 +22,7 @@ from moesim.errors import SimulationError, UsageError
 from moesim.fitting import refuse_fitted
 from moesim.gap import BASELINE
 from moesim.machine.profile import Machine, load_machine
-from moesim.simulate import check_calibration, check_needs, check_workers
+from moesim.simulation import check_calibration, check_needs, check_workers
 from moesim.sizes import expert_size, low_expert_size, quarters, spare_slots
 from moesim.sweep.digests import code_digest, digest_of, machine_digest
 from moesim.sweep.grid import Grid

@@ -19,13 +19,14 @@ from moepolicy.versions import installed
 from moeroute import TraceError, open_trace
 
 from moesim import __version__
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.engines.onepass import Decisions, decide, timeless
 from moesim.errors import MissingSize, SimulationError
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Machine
 from moesim.machine.speed import with_constants
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.sizes import sizes_of
 from moesim.sweep.digests import code_digest
 from moesim.sweep.point import NamedPolicy, SweepJob, SweepPoint, TraceSource

@@ -11,7 +11,7 @@ from moesim.engines.compilations import Compilations
 from moesim.limits import min_time_ns
 from moesim.machine.profile import NS_PER_S
 from moesim.machine.speed import with_constants
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.sizes import sizes_of
 from moesim.table2.fit import Fit
 from moesim.table2.published import CARDS, PRECISIONS, Algorithm, Card, published

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from moesim.engines.compilations import Compilations
 from moesim.machine.profile import Compute, LinkProfile, Machine
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.table2.published import Algorithm
 from moesim.workload.steps import Workload
 

@@ -27,7 +27,6 @@ from moesim.workload.passes import RowsInTime, is_alone
 from moesim.workload.steps import Workload, changes
 
 BLOCK_ROWS = 1 << 18  # rows that are made into steps together
-DEFAULT_TRACE = "tiny"  # the sample that is replayed where a command or function is told of none
 SKELETON = "workload.pickle"  # written last: where it is, the arrays are whole
 
 Columns = dict[str, NDArray[Any]]

@@ -31,7 +31,7 @@ from moerun.kernels.slots import SlotForm
 from moerun.settings import Settings
 from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.result import Result
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.workload.loading import load_workload
 from support.shapes import gated_expert
 from support.stores import verify

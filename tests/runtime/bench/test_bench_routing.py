@@ -19,7 +19,7 @@ from moerun.bench.schedule import BenchSchedule
 from moerun.settings import Settings
 from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.result import Result
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.workload.loading import load_workload
 
 OWN = Path(__file__).parents[2] / "support" / "routing.py"

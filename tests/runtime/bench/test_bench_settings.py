@@ -31,7 +31,7 @@ from moerun.offload.attention import PackedLinear
 from moerun.settings import Settings
 from moesim.machine.profile import Compute, Cpu, LinkProfile, Machine
 from moesim.result import Result
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.workload.loading import load_workload
 from support.big_models import SIZES
 from support.commands import Call, caller

@@ -29,7 +29,7 @@ from moesim.engines.compilations import Compilations
 from moesim.engines.in_simpy import Host
 from moesim.machine.costs import costs_of
 from moesim.machine.profile import Compute, Disk, LinkProfile, Machine
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from moesim.sizes import sizes_of
 from moesim.workload.loading import load_workload
 from support.links import RECORD_BYTES, MemoryRecords

@@ -30,7 +30,7 @@ from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim import Workload, load_workload
 from moesim.machine.profile import Compute, LinkProfile, Machine
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from support.links import ShuffledLink
 from support.moe_models import random_model, save_checkpoint
 from support.runs import generate

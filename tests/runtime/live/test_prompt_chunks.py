@@ -24,7 +24,7 @@ from moerun.store.expert_store import ExpertStore
 from moerun.store.pack import pack
 from moesim import load_workload
 from moesim.machine.profile import Compute, LinkProfile, Machine
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 
 CHUNK = 16
 PROMPT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3

@@ -20,7 +20,7 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moesim import Workload, load_workload
 from moesim.machine.profile import Compute, LinkProfile, Machine
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 
 a_machine = Machine(
     "m", "", "measured", LinkProfile(1e8, 1e-5, 2), Compute(1e-4, 1e-4, expert_s=1e-5)

@@ -21,7 +21,7 @@ from moerun.live.session import Session
 from moerun.offload.gate import Gate, GateOutput
 from moesim import Workload, load_workload
 from moesim.machine.profile import Compute, LinkProfile, Machine
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from support.links import RECORD_BYTES, MemoryRecords, MemorySlot, ShuffledLink
 
 

@@ -17,7 +17,7 @@ from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
 from moesim import load_workload
 from moesim.machine.profile import Compute, LinkProfile, Machine
-from moesim.simulate import simulate
+from moesim.simulation import simulate
 from support.serving import answering, answers_together, serving
 
 a_machine = Machine(

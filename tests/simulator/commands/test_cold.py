@@ -14,7 +14,7 @@ from moeroute import open_trace
 from moesim import Machine, SimulationError, Workload, load_workload, simulate
 from moesim.curves.hit_ratios import hit_curve, shuffled
 from moesim.engines.clock import Segment
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.limits import min_loads, min_time_ns
 from moesim.sizes import sizes_of
 from support.machines import machine, machines

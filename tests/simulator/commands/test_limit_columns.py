@@ -17,7 +17,7 @@ from moepolicy import Context, PolicySpec, find_policy
 from moepolicy.library.recency.lru import Lru
 from moepolicy.policy import Policy
 from moesim import Machine, simulate
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, LinkProfile
 from moesim.sizes import sizes_of

@@ -15,7 +15,7 @@ from moepolicy.console import WrongUsage
 from moeroute import TraceError, TraceWriter, open_trace
 from moesim.errors import SimulationError, UsageError
 from moesim.points import Points, same_figures
-from moesim.simulate import check_needs, workload_for
+from moesim.simulation import check_needs, workload_for
 from support.traces import write_trace
 
 LATE = """

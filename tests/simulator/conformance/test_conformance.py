@@ -10,7 +10,14 @@ import pytest
 from moepolicy import Policy, find_policy
 from moepolicy.library import BUILT_IN
 from moesim import UsageError
-from moesim.conformance import CHECKS, CheckResult, Status, assert_conforms, check_policy
+from moesim.conformance import (
+    CHECK_NAMES,
+    CHECKS,
+    CheckResult,
+    Status,
+    assert_conforms,
+    check_policy,
+)
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
 CORNERS = (
@@ -33,6 +40,10 @@ CASES = [
     pytest.param(name, marks=[] if name in FAST or name not in BUILT_IN else pytest.mark.slow)
     for name in POLICIES
 ]
+
+
+def test_the_help_names_the_checks_that_there_are() -> None:
+    assert tuple(CHECKS) == CHECK_NAMES
 
 
 @pytest.mark.parametrize("policy", CASES)
@@ -168,7 +179,7 @@ class Lowest(Policy):
 def test_a_result_beyond_the_limit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No policy comes to one: here the limit is raised."""
     from moesim.conformance import checks
-    from moesim.simulate import simulate as real
+    from moesim.simulation import simulate as real
 
     assert_conforms(Lowest, "limit")
 
@@ -183,7 +194,7 @@ def test_a_result_beyond_the_limit_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_engines_that_disagree_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from moesim.conformance.runs import CheckedPolicy
-    from moesim.engines.compilations import Engine
+    from moesim.engines.names import Engine
 
     real = CheckedPolicy.simulate
 

@@ -12,7 +12,8 @@ from moepolicy.reasons import why_not
 from moeroute import open_trace
 from moesim import load_workload
 from moesim.engines import choose as engines
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.machine.costs import Sizes, costs_of
 from support.machines import machine
 from support.pages import pages, snippet

@@ -13,7 +13,8 @@ from moepolicy.state import arrays_of
 from moeroute import open_trace
 from moesim import load_workload
 from moesim.engines import choose as engines
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.engines.timeless import decisions
 from moesim.machine.costs import Sizes, costs_of
 from support.machines import machine

@@ -18,7 +18,8 @@ from moeroute import open_trace
 from moesim import Machine, load_workload
 from moesim.engines import choose as engines
 from moesim.engines import one_piece
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.machine.costs import Sizes, costs_of
 from support.machines import full_machines, machine, machines
 from support.traces import traces, write_trace

@@ -13,7 +13,7 @@ import pytest
 from moepolicy import Kind, find_policy
 from moeroute import open_trace
 from moesim import load_workload, simulate
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.errors import SimulationError
 from moesim.machine.profile import Cpu, Disk
 from support.machines import NS, machine

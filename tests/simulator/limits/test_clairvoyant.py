@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moepolicy import Context, ExpertCache, Kind, PolicyError, find_policy, replay_journal
 from moeroute import open_trace
 from moesim import Machine, SimulationError, Workload, load_workload, simulate
-from moesim.engines.compilations import Compilations, Engine
+from moesim.engines.compilations import Compilations
+from moesim.engines.names import Engine
 from moesim.gap import gap_closed
 from moesim.limits import min_time_ns
 from moesim.machine.profile import Compute, LinkProfile

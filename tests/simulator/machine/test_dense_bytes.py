@@ -23,7 +23,7 @@ from moeroute.models import find_model
 from moeroute.schema import Rows
 from moesim import Workload, simulate
 from moesim.cli import main
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.errors import SimulationError
 from moesim.gap import gap_of
 from moesim.limits import limits_of, min_time_ns

@@ -19,7 +19,7 @@ import pytest
 from moepolicy import Context, Policy, PolicySpec, find_policy
 from moepolicy.kinds import COMPUTE
 from moesim import Machine, Workload, simulate
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.errors import SimulationError
 from moesim.limits import min_time_ns
 from moesim.machine.costs import Sizes, costs_of

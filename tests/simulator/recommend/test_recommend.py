@@ -23,7 +23,7 @@ from moesim.recommend.budget import Budget, dense_bytes, kv_token_bytes
 from moesim.recommend.hardware import find_here, on_disk
 from moesim.recommend.model import find_wanted
 from moesim.recommend.routing import locality_of, write_routing
-from moesim.simulate import workload_for
+from moesim.simulation import workload_for
 
 
 def recommend(*arguments: str) -> int:

@@ -29,7 +29,7 @@ def imported(file: Path) -> set[Path]:
 
 
 def test_the_digest_covers_all_that_a_simulation_and_its_limits_import() -> None:
-    pending = [ROOT / "simulate.py", *(ROOT / "limits").glob("*.py")]
+    pending = [ROOT / "simulation.py", *(ROOT / "limits").glob("*.py")]
     reached: set[Path] = set()
     while pending:
         file = pending.pop()

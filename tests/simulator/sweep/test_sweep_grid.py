@@ -11,7 +11,7 @@ import pytest
 from moepolicy import PolicyError, PolicySpec, find_policy
 from moeroute import TraceError, open_trace
 from moesim import SimulationError, load_workload
-from moesim.engines.compilations import Engine
+from moesim.engines.names import Engine
 from moesim.sweep.grid import Grid, load_grid, make_grid, merge, parse_parameter
 from moesim.sweep.plan import make_plan
 from moesim.sweep.run import run_sweep

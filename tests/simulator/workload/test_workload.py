@@ -18,7 +18,7 @@ from moesim.workload import loading
 from moesim.workload import steps as workload
 from support.traces import write_trace
 
-simulate_module = importlib.import_module("moesim.simulate")
+simulate_module = importlib.import_module("moesim.simulation")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeroute.families import WEIGHT_RULES
 from moeroute.foreign import NPZ, SAFETENSORS, TORCH, Source
 from moeroute.importers.arrays import archive
 from moeroute.importers.findings import Findings
@@ -23,7 +24,7 @@ from moeroute.importers.recording import (
 )
 from moeroute.importers.torchfile import Tensors, as_array, load_torch
 from moeroute.schema import TraceError
-from moeroute.weight_rules import WEIGHT_RULES, WeightRule, weights_by
+from moeroute.weight_rules import WeightRule, weights_by
 
 Logits = NDArray[Any]
 _LAYER = re.compile(r"^(?:router_logits[._])?(?:layers?[._])?(\d+)$")

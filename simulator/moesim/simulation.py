@@ -20,7 +20,8 @@ from moeroute.uses import UseCounts
 
 from moesim.engines.choose import run
 from moesim.engines.clock import Segment, SimulatedTime
-from moesim.engines.compilations import OF_THIS_PROCESS, Compilations, Engine
+from moesim.engines.compilations import OF_THIS_PROCESS, Compilations
+from moesim.engines.names import Engine
 from moesim.engines.onepass import Decisions
 from moesim.errors import MissingSize, SimulationError
 from moesim.limits import Limits, Shares, limits_of
