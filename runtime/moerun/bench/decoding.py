@@ -11,9 +11,9 @@ import torch
 from moerun.bench.routing import ForcedGates, ForcedRouting
 from moerun.checkpoint.families import find_experts
 from moerun.live.gates import SessionExperts
-from moerun.live.generate import Timings
 from moerun.live.kvcache import new_cache
 from moerun.live.sampling import Sampling
+from moerun.live.work import Timings
 from moerun.offload.experts import Sums, attach
 
 

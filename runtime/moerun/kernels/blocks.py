@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -111,6 +112,46 @@ class _LinearPlan:
         return out if self._rows == self._padded else out[:, : self._rows]
 
 
+class JoinedLinears:
+    """Matrices that the same single token is multiplied by, in one call: queries, keys, values."""
+
+    def __init__(self, linears: Sequence[BlockLinear]) -> None:
+        """``linears`` are of one scheme and of as many columns, without biases."""
+        first, threads = linears[0], torch.get_num_threads()
+        scheme, columns = first.scheme, first.columns
+        rows = math.gcd(*(linear.rows for linear in linears))
+        self.rows = sum(linear.rows for linear in linears)
+        # A job's matrices have as many rows each: larger ones are several below each other.
+        block_rows = columns * scheme.bits // 8, columns // scheme.group * 2
+        self._table = [
+            address + start * row_bytes
+            for linear in linears
+            for start in range(0, linear.rows, rows)
+            for address, row_bytes in zip(linear.addresses, block_rows, strict=True)
+        ]
+        n = self.rows // rows
+        self._job = _BlockJob(scheme, columns, n, 1)
+        self._job.share_out(rows // TILE_ROWS, rows // TILE_ROWS, threads)
+        self._out = torch.empty(self.rows)
+        self._job.set(out_stride=4 * rows)
+        self.zero = scheme.zero
+        self.x = self._job.rounded_address
+        """Where the token lies, rounded to 8 bits."""
+        self.out = self._out.data_ptr()
+        """Where the products lie, float32[rows]."""
+
+    @staticmethod
+    def fit(linears: Sequence[BlockLinear]) -> bool:
+        """Whether they can be multiplied by so."""
+        first = linears[0]
+        alike = all((e.scheme, e.columns) == (first.scheme, first.columns) for e in linears)
+        return alike and not any(e.rows % TILE_ROWS or e.bias is not None for e in linears)
+
+    def run(self) -> None:
+        """Multiply what lies at ``x``."""
+        self._job.run(_words().multiply, self._table, self.out)
+
+
 class _ExpertsPlan:
     """Some tokens through experts: what does not change from one time to the next."""
 
@@ -161,6 +202,11 @@ class _BlockJob:
         self._rounded = _memory(_rounded_bytes(scheme, tokens, columns))
         self.set(bits=scheme.bits, zero=scheme.zero, tokens=tokens)
         self.set(groups=columns // scheme.group, x=self._rounded.data_ptr())
+
+    @property
+    def rounded_address(self) -> int:
+        """Where activations lie in 8 bits."""
+        return self._rounded.data_ptr()
 
     def set(self, **words: int) -> None:
         """Set words by name."""

@@ -129,7 +129,7 @@ def _block_of_rows(job: Any, matrix: Any, block: Any, out: Any, token_bytes: Any
 
 
 @_jit  # type: ignore[untyped-decorator]
-def _round_group(values: Any, zero: Any, out: Any, group: Any, n: Any) -> None:
+def round_group(values: Any, zero: Any, out: Any, group: Any, n: Any) -> None:
     """Round 32 values to 8 bits: they are the ``group`` of ``n`` at ``out``."""
     codes = numba.carray(signed_bytes(out + group * WEIGHTS_A_SCALE), WEIGHTS_A_SCALE)
     most = np.float32(0)
@@ -193,7 +193,7 @@ def _hidden(address: Any) -> None:
                 gate = numba.carray(floats(gates + t * (4 * WEIGHTS_A_SCALE)), WEIGHTS_A_SCALE)
                 up = numba.carray(floats(ups + t * (4 * WEIGHTS_A_SCALE)), WEIGHTS_A_SCALE)
                 _gate(gate, up)
-                _round_group(up, job[JOB.zero], out, t * n_groups + group, tokens * n_groups)
+                round_group(up, job[JOB.zero], out, t * n_groups + group, tokens * n_groups)
 
 
 def _round(address: Any) -> None:
@@ -205,14 +205,14 @@ def _round(address: Any) -> None:
             values = numba.carray(
                 floats(job[JOB.raw] + group * (4 * WEIGHTS_A_SCALE)), WEIGHTS_A_SCALE
             )
-            _round_group(values, zero, x, group, n)
+            round_group(values, zero, x, group, n)
         return
     wide = np.empty(WEIGHTS_A_SCALE, np.uint32)
     for group in range(n):
         halves = numba.carray(shorts(job[JOB.raw] + group * (2 * WEIGHTS_A_SCALE)), WEIGHTS_A_SCALE)
         for i in range(WEIGHTS_A_SCALE):
             wide[i] = np.uint32(halves[i]) << np.uint32(16)
-        _round_group(wide.view(np.float32), zero, x, group, n)
+        round_group(wide.view(np.float32), zero, x, group, n)
 
 
 @cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor
 
 from moerun.devices import naming_lack_of_memory
 from moerun.live.batch_cache import BatchCache, check_batches
@@ -30,12 +30,7 @@ class BatchedGeneration(Generation):
     ) -> DynamicCache | None:
         """Read prompt_ids [1, tokens] and choose the first token; its cache, None where that was
         the last. Raises RunError when the model cannot take the prompt."""
-        self._prepare(prompt_ids, sampling)
-        self._sampling = sampling
-        self._ids = prompt_ids
-        self._drawn = torch.Generator(prompt_ids.device).manual_seed(sampling.seed)
-        self._chain: LogitsProcessorList = self._processors(sampling, prompt_ids.device, constraint)
-        self._timings.put(prompt_ids)
+        self._start(prompt_ids, sampling, constraint)
         self.session.before_steps.append(self._look_up)
         goes_on = False
         try:
@@ -54,28 +49,9 @@ class BatchedGeneration(Generation):
         return begun.cache if goes_on else None
 
     @property
-    def newest(self) -> torch.Tensor:
-        """The token that the next pass takes, int64[1, 1]."""
-        return self._ids[:, -1:]
-
-    @property
     def reads_again(self) -> bool:
         """Whether the text's cache is to be kept when it ends."""
         return self._kept is not None
-
-    def choose(self, logits: torch.Tensor) -> bool:
-        """Choose a token by logits [1, vocabulary]; whether the text goes on after it."""
-        scores = self._chain(self._ids, logits.to(torch.float32, copy=True))
-        if self._sampling.greedy:
-            token = scores.argmax(-1)
-        else:
-            probabilities = scores.softmax(-1)
-            token = torch.multinomial(probabilities, 1, generator=self._drawn)[:, 0]
-        self._ids = torch.cat([self._ids, token[:, None]], dim=1)
-        self._timings.put(token)
-        chosen = int(token)
-        stopped = self._take(chosen) or chosen in self._end_ids
-        return not stopped and len(self.token_ids) < self._room
 
     def leave(self, cache: DynamicCache | None) -> None:
         """The text has ended: its cache is for one that begins alike."""

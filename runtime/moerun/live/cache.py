@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +89,8 @@ class LiveCache:
     def acquire(self, key: int, slot: int) -> Any:
         """The weights of ``key``, in ``slot``, for the compute issued from now on."""
         self.link.acquire(slot)
-        low = self._has_low and self.cache.is_low(key)
-        return in_form(self.link.slots[slot], Variant(low))
+        found = self.link.slots[slot]
+        return in_form(found, Variant(self.cache.is_low(key))) if self._has_low else found
 
     def release(self, key: int, slot: int) -> None:
         """The step's compute with ``key``, in ``slot``, has been issued."""
@@ -97,6 +98,16 @@ class LiveCache:
         with self.lock:
             self.cache.consume(key)
             self._pump()
+
+    def release_all(self, keys: Sequence[int]) -> None:
+        """The same of several, one after the other."""
+        cache, release = self.cache, self.link.release
+        with self.lock:
+            for key in keys:
+                release(cache.slot_of(key))
+                cache.consume(key)
+                if cache.queued() is not None:
+                    self._pump()
 
     def await_arrival(self) -> int:
         """The next of the step's absent experts to arrive. Waiting for it counts as a stall."""

@@ -1,24 +1,14 @@
-"""Text from a prompt through transformers' own generate(), streamed and timed."""
+"""Text from a prompt, a token a pass of the stock model, streamed and timed."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    set_seed,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from moerun.devices import naming_lack_of_memory
 from moerun.live.kept import Begun, KeptCache, Mark
@@ -30,117 +20,11 @@ from moerun.live.sampling import Sampling
 from moerun.live.session import Session
 from moerun.live.text import TextStream
 from moerun.live.texts import Text
-from moerun.live.totals import Totals
-
-
-class Timings(BaseStreamer):  # type: ignore[misc]
-    """Notes when each token came."""
-
-    def __init__(self) -> None:
-        self.began_s = 0.0
-        self.token_s: list[float] = []
-        self.token_ids: list[int] = []
-        self._prompt = True
-
-    def begin(self) -> None:
-        """The prompt begins to be read."""
-        self.began_s = time.perf_counter()
-
-    def put(self, value: torch.Tensor) -> None:
-        """Note the time and the id of a token, int64[1]; the first call brings the prompt's ids."""
-        if self._prompt:
-            self._prompt = False
-        else:
-            self.token_s.append(time.perf_counter())
-            self.token_ids += value.reshape(-1).tolist()
-
-    def end(self) -> None:
-        """Do nothing: no token is held back."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What answering took, of one prompt or of several together.
-
-    The first new token comes out of the prompt's own pass: prompt_s is the time until it,
-    decode_s from there to the last. ``answers`` counts the prompts that got to a first token.
-    Of the prompt's tokens, ``cached_tokens`` were not read: their keys and values had been kept.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    answers: int
-    prompt_s: float
-    decode_s: float
-    totals: Totals
-    cached_tokens: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            new_tokens=self.new_tokens + other.new_tokens,
-            answers=self.answers + other.answers,
-            prompt_s=self.prompt_s + other.prompt_s,
-            decode_s=self.decode_s + other.decode_s,
-            totals=self.totals + other.totals,
-            cached_tokens=self.cached_tokens + other.cached_tokens,
-        )
-
-    @property
-    def decoded_tokens(self) -> int:
-        """Tokens that took a forward pass of their own."""
-        return self.new_tokens - self.answers
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decoded tokens per second; 0 where none was decoded."""
-        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
-
-    @property
-    def prompt_tokens_per_s(self) -> float:
-        """Tokens of the prompt read per second; 0 where there was no prompt."""
-        read = self.prompt_tokens - self.cached_tokens
-        return read / self.prompt_s if self.prompt_s else 0.0
-
-
-NO_WORK = Work(0, 0, 0, 0.0, 0.0, Totals())
-
-Ending = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generated(Work):
-    """One prompt's outcome: stopped by an end token or a stop string, full, or cut short.
-
-    ``reasoning`` is what the model's turn marks as such; it is no part of ``text``, and neither are
-    the calls of tools, each as the model's response template gives it. Log-probabilities are there
-    where the sampling asks for them: one for each token."""
-
-    token_ids: list[int]
-    text: str
-    reasoning: str
-    ending: Ending
-    token_s: list[float]  # when each token came, by the clock of `time.perf_counter`
-    tool_calls: list[Any] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+from moerun.live.work import Ending, Generated, Timings, Work
 
 
 class Cancelled(Exception):
     """A generation was told to stop while it read its prompt."""
-
-
-class Ends(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation of one sequence when ``ends`` says so of the newest token."""
-
-    def __init__(self, ends: Callable[[int], bool], device: torch.device) -> None:
-        self._ends = ends
-        self._answers = torch.tensor([False, True], device=device)  # copied there but once
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Whether to end, bool[1], after the newest of ``input_ids``, int64[1, tokens]."""
-        ends = self._ends(int(input_ids[0, -1]))
-        return self._answers[int(ends) : int(ends) + 1]
 
 
 class Generation:
@@ -192,6 +76,10 @@ class Generation:
         self.prompt_logprobs: list[TokenLogprob] = []
         """Of the prompt's tokens, from before its first new token on, where they are asked for."""
         self._end_ids: tuple[int, ...] = ()
+        self._ids: torch.Tensor  # of prompt and answer, int64[1, tokens]
+        self._greedy: bool
+        self._drawn: torch.Generator
+        self._chain: LogitsProcessorList
         self._room = 1
         self._before = session.totals
 
@@ -210,17 +98,16 @@ class Generation:
     ) -> Generated:
         """Answer prompt_ids [1, tokens]; ``constraint`` forbids tokens that a grammar has no place
         for. Raises RunError when the model cannot take the prompt."""
-        config = self._prepare(prompt_ids, sampling)
-        set_seed(sampling.seed)
+        self._start(prompt_ids, sampling, constraint)
         self.session.before_steps.append(self._look_up)
         try:
             out_of_memory = naming_lack_of_memory(prompt_ids.device, "generating")
             with torch.inference_mode(), out_of_memory:
                 begun = self._begin(prompt_ids, sampling)
-                processors = self._processors(sampling, prompt_ids.device, constraint)
                 with self.session.texts.passes_of([self.row]), self._scoring(prompt_ids, sampling):
-                    self._read_chunks(prompt_ids, begun)
-                    self._generate(prompt_ids, begun, config, processors)
+                    read = self._read_chunks(prompt_ids, begun)
+                    while self.choose(self._read(self._ids, begun.cache, read)):
+                        read = self._ids.shape[1] - 1
                 self._keep(prompt_ids[0].tolist() + self._timings.token_ids, begun.cache)
         except Cancelled:
             pass
@@ -230,18 +117,25 @@ class Generation:
         self.end_text()
         return self.outcome()
 
-    def _generate(
-        self, prompt_ids: torch.Tensor, begun: Begun, config: Any, processors: LogitsProcessorList
-    ) -> None:
-        self.model.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            past_key_values=begun.cache,
-            generation_config=config,
-            logits_processor=processors,
-            streamer=self._timings,
-            stopping_criteria=StoppingCriteriaList([Ends(self._take, prompt_ids.device)]),
-        )
+    @property
+    def newest(self) -> torch.Tensor:
+        """The token that the next pass takes, int64[1, 1]."""
+        return self._ids[:, -1:]
+
+    def choose(self, logits: torch.Tensor) -> bool:
+        """Choose a token by logits [1, vocabulary], as transformers' generate() does; whether the
+        text goes on after it."""
+        scores = self._chain(self._ids, logits.to(torch.float32, copy=True))
+        if self._greedy:
+            token = scores.argmax(-1)
+        else:
+            probabilities = scores.softmax(-1)
+            token = torch.multinomial(probabilities, 1, generator=self._drawn)[:, 0]
+        self._ids = torch.cat([self._ids, token[:, None]], dim=1)
+        self._timings.put(token)
+        chosen = int(token)
+        stopped = self._take(chosen) or chosen in self._end_ids
+        return not stopped and len(self.token_ids) < self._room
 
     def _begin(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Begun:
         """The cache that the text goes on from; its passes begin."""
@@ -360,8 +254,10 @@ class Generation:
             cached_tokens=self._cached_tokens,
         )
 
-    def _prepare(self, prompt_ids: torch.Tensor, sampling: Sampling) -> Any:
-        """Note what ends the answer; returns transformers' configuration of it."""
+    def _start(
+        self, prompt_ids: torch.Tensor, sampling: Sampling, constraint: LogitsProcessor | None
+    ) -> None:
+        """Note what the answer begins with, what ends it, and how its tokens are chosen."""
         sampling.check()
         check_ids(self.model, prompt_ids)
         room = check_length(self.model, prompt_ids.shape[1], self.context_tokens)
@@ -375,7 +271,11 @@ class Generation:
             on_reasoning=self._on_reasoning,
             parser=sampling.turn and sampling.turn.parser(self._tokenizer, prompt_ids),
         )
-        return sampling.config(self.model, self._room, self._end_ids)
+        device = prompt_ids.device
+        self._ids, self._greedy = prompt_ids, sampling.greedy
+        self._drawn = torch.Generator(device).manual_seed(sampling.seed)
+        self._chain = self._processors(sampling, device, constraint)
+        self._timings.put(prompt_ids)
 
     def _take(self, token: int) -> bool:
         if self._score is not None:

@@ -46,7 +46,33 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.values = self._append("values", held, self.values, value_states)
         return self.keys, self.values
 
+    @property
+    def holds_halves(self) -> bool:
+        """Whether it holds something of one text, in bfloat16."""
+        if not self.is_initialized or self.keys.ndim != 4:
+            return False
+        texts, _, tokens, _ = self.keys.shape
+        return texts == 1 and tokens > 0 and self.keys.dtype is torch.bfloat16
+
+    def extend(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Have one token more, whose states [1, heads, 1, width] are the caller's to write: the
+        states of all tokens."""
+        held = self.get_seq_length()
+        self.keys = self._extended("keys", held, self.keys)
+        self.values = self._extended("values", held, self.values)
+        return self.keys, self.values
+
+    def _extended(self, name: str, held: int, old: torch.Tensor) -> torch.Tensor:
+        return self._room(name, held, old, old[..., :1, :])[..., : held + 1, :]
+
     def _append(self, name: str, held: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        buffer, total = self._room(name, held, old, new), held + new.shape[-2]
+        buffer[..., held:total, :] = new
+        return buffer[..., :total, :]
+
+    def _room(self, name: str, held: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """The buffer, with room for the ``held`` tokens of ``old``, which are there, and the
+        new ones."""
         total = held + new.shape[-2]
         buffer = self._buffers.get(name)
         # The stock layer's other methods replace the held tensor by one outside the buffer.
@@ -56,8 +82,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             if held:
                 buffer[..., :held, :] = old
             self._buffers[name] = buffer
-        buffer[..., held:total, :] = new
-        return buffer[..., :total, :]
+        return buffer
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]

@@ -14,9 +14,9 @@ from moepolicy.tables import Format, described, to_csv, to_json
 from moerun.versions import run_packages
 
 if TYPE_CHECKING:
-    from moerun.live.generate import Work
     from moerun.live.runner import Runner
     from moerun.live.sampling import Sampling
+    from moerun.live.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)

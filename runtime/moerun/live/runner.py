@@ -22,6 +22,7 @@ from moerun.live.learned import keep
 from moerun.live.prompt import context_tokens, encode
 from moerun.live.session import Session
 from moerun.live.sizing import Sizing
+from moerun.live.token_layers import install_token_layers
 from moerun.live.weight_rule import find_weight_rule
 from moerun.memory.budget import BudgetWatch
 from moerun.memory.fit import plan_memory
@@ -80,6 +81,7 @@ class Runner:
         try:
             with naming_lack_of_memory(settings.device, "loading the weights"):
                 self.model, self.tokenizer = load_offloaded(store, settings.device, self.experts)
+            install_token_layers(self.model)
             self.predictor = (
                 GatePredictor(self.model, settings.predicts) if settings.predicts else None
             )

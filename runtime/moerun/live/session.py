@@ -251,8 +251,7 @@ class Session:
             if not together:
                 live.release(key, slot)
         if together:
-            for key in opened.hits:
-                live.release(key, live.cache.slot_of(key))
+            live.release_all(opened.hits)
         for key, substitute in opened.substitutes:
             slot = live.cache.slot_of(substitute)
             yield key, live.acquire(substitute, slot)

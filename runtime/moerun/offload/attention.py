@@ -11,6 +11,7 @@ from torch import nn
 from moerun.checkpoint.families import find_attention
 from moerun.errors import RunError
 from moerun.format.expert import ExpertShape
+from moerun.kernels.blocks import BlockLinear
 from moerun.kernels.slots import SlotForm
 from moerun.store.expert_store import ExpertStore
 
@@ -26,6 +27,12 @@ class PackedLinear(nn.Module):
         self._slot = form.bind(torch.empty(form.slot_bytes, dtype=torch.uint8, device=device))
         self._record_bytes = form.record_bytes
         self._on_host = device.type == "cpu"
+
+    @property
+    def blocks(self) -> BlockLinear | None:
+        """The matrix, without the bias, where it is in blocks of llama.cpp."""
+        (linear,) = self._slot.linears
+        return linear if isinstance(linear, BlockLinear) else None
 
     def read(self, store: ExpertStore, module: str) -> None:
         """Take up the record of `module`. Raises RunError when it is damaged."""

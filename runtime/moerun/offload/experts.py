@@ -22,6 +22,7 @@ from transformers.integrations import moe
 from moerun.checkpoint.families import family_of_model
 from moerun.errors import RunError
 from moerun.kernels.blocks import compute_experts
+from moerun.kernels.decode import weighted_sum
 from moerun.kernels.slots import ExpertWeights, whole_of
 from moerun.offload.cpu_experts import CpuExpert
 
@@ -216,6 +217,8 @@ def _first_together(
 
 def _sum_of_one(x: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The sum [1, H] of ``weights`` [1, K] times outputs [1, K, H], in router order."""
+    if x.is_cpu and (x.dtype, outputs.dtype) == (torch.bfloat16, torch.float32):
+        return weighted_sum(outputs[0], weights)  # of matrices in blocks
     return (outputs * weights[..., None]).sum(dim=1).to(x.dtype)
 
 

@@ -17,10 +17,10 @@ from moepolicy.refusals import Refusals
 
 from moerun.devices import freeze_loaded_objects
 from moerun.errors import RunError
-from moerun.live.generate import Generated
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
+from moerun.live.work import Generated
 from moerun.memory.fit import plan_memory
 from moerun.policies import CALIBRATION, require_some, servable
 from moerun.profiling.profiler import Profiler, Turn

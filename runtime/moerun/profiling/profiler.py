@@ -22,10 +22,10 @@ from moepolicy.amounts import counted
 from moerun.checkpoint.families import find_experts
 from moerun.devices import freeze_loaded_objects
 from moerun.live.gates import SessionExperts
-from moerun.live.generate import Generated
 from moerun.live.prompt import context_tokens
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
+from moerun.live.work import Generated
 from moerun.offload.experts import attach
 from moerun.profiling.compute import ComputeCost, StepTimes, Stopwatch, costs
 from moerun.profiling.cpu import CpuCost, CpuExpertBench

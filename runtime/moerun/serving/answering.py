@@ -12,7 +12,7 @@ from moepolicy import PolicyError
 from starlette.requests import ClientDisconnect, Request
 
 from moerun.errors import RunError
-from moerun.live.generate import Generated
+from moerun.live.work import Generated
 from moerun.serving.answers import Part
 from moerun.serving.api_error import ApiError
 from moerun.serving.chat import Lead

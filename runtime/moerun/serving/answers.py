@@ -6,8 +6,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moerun.live.generate import Generated
 from moerun.live.logprobs import TokenLogprob
+from moerun.live.work import Generated
 from moerun.serving.requests import ChatRequest, TextRequest
 from moerun.serving.tools import openai_calls
 

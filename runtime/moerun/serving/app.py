@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from moerun.live.generate import Generated
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
+from moerun.live.work import Generated
 from moerun.serving.answering import ChoiceEvent, PendingAnswers
 from moerun.serving.answers import Answer
 from moerun.serving.api_error import ApiError

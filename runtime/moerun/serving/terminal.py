@@ -16,12 +16,13 @@ from moepolicy.tables import Format, described
 from rich.console import Console
 
 from moerun.errors import RunError
-from moerun.live.generate import NO_WORK, Generated, Generation
+from moerun.live.generate import Generation
 from moerun.live.prompt import check_length
 from moerun.live.report import render, report_of
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.live.turn import turn_of
+from moerun.live.work import NO_WORK, Generated
 from moerun.memory.budget import parse_budget
 from moerun.serving.chat import Conversation, Lead, stops_of
 

@@ -18,10 +18,11 @@ from transformers import LogitsProcessor
 
 from moerun.errors import RunError
 from moerun.live.batch import Batch, BatchedGeneration
-from moerun.live.generate import NO_WORK, Generated, Generation, Work
+from moerun.live.generate import Generation
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
+from moerun.live.work import NO_WORK, Generated, Work
 
 LOG = logging.getLogger("moerun")
 

@@ -13,9 +13,9 @@ from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.live.batch import BatchedGeneration
 from moerun.live.batch_cache import check_batches
-from moerun.live.generate import Generated
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
+from moerun.live.work import Generated
 from moerun.memory.fit import plan_memory
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore

@@ -10,11 +10,11 @@ import pytest
 import torch
 from moepolicy import find_policy
 from moerun.checkpoint.hub import resolve
-from moerun.live.generate import Generated
 from moerun.live.kept import KeptCache, crop, shared_tokens
 from moerun.live.kvcache import new_cache
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
+from moerun.live.work import Generated
 from moerun.memory.fit import plan_memory
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore

@@ -14,10 +14,10 @@ from moerun.bench.models import find_config
 from moerun.bench.shapes import find_shape
 from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
-from moerun.live.generate import Generated
 from moerun.live.recording import LiveRecording
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
+from moerun.live.work import Generated
 from moerun.memory.fit import plan_memory
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore

@@ -12,10 +12,10 @@ import pytest
 import torch
 from moepolicy import find_policy
 from moerun.errors import RunError
-from moerun.live.generate import Generated
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
 from moerun.live.turn import model_ends, turn_of
+from moerun.live.work import Generated
 from moerun.serving.chat import encode_chat
 from moerun.settings import Settings
 from moerun.store.pack import pack
