@@ -1,7 +1,7 @@
 """How long an expert takes on the CPU in the bits in which it was published, and otherwise.
 
-CPU seconds of one thread, for both matrices of one expert with random weights: FP8 or MXFP4 as
-published, dequantised in bfloat16, and 4 bits (HQQ).
+CPU seconds of one thread, for both matrices of one expert with random weights: FP8, MXFP4 or a GGUF
+file's blocks as published, dequantised in bfloat16, and 4 bits (HQQ).
 
     python benchmarks/published_experts.py --out benchmarks/results/published_experts.json
 """
@@ -18,17 +18,21 @@ import torch
 import typer
 from measured import write_measured
 from moerun.bench.random_weights import RandomRecords
-from moerun.format.coding import Coding
+from moerun.format.block_scheme import BLOCK_SCHEMES, BlockScheme
+from moerun.format.coding import Coding, Kept
 from moerun.format.expert import ExpertParam, ExpertShape
 from moerun.kernels.slots import ExpertSlot, SlotForm
 
 CPU = torch.device("cpu")
 FP8 = Coding("e4m3", "float32", (128, 128))
 MXFP4 = Coding("e2m1", "e8m0", (32, 1))
-MODELS = {  # hidden size, width of an expert, coding, and whether the model has matrices turned
-    "gpt-oss-20b": (2880, 2880, MXFP4, True),
-    "qwen3-30b-a3b-fp8": (2048, 768, FP8, False),
-    "deepseek-v3": (7168, 2048, FP8, False),
+# Hidden size, width of an expert, codings of its matrices, and whether the model has them turned.
+MODELS: dict[str, tuple[int, int, tuple[Kept, Kept], bool]] = {
+    "gpt-oss-20b": (2880, 2880, (MXFP4, MXFP4), True),
+    "qwen3-30b-a3b-fp8": (2048, 768, (FP8, FP8), False),
+    "deepseek-v3": (7168, 2048, (FP8, FP8), False),
+    "qwen3-30b-a3b-q4_k_m": (2048, 768, (BLOCK_SCHEMES["q4_k"], BLOCK_SCHEMES["q6_k"]), False),
+    "qwen3-30b-a3b-q6_k": (2048, 768, (BLOCK_SCHEMES["q6_k"], BLOCK_SCHEMES["q6_k"]), False),
 }
 
 
@@ -48,7 +52,7 @@ def main(
         for row in measure(name, [int(count) for count in tokens.split(",")], rounds, seed):
             rows.append(row)
             ms = "  ".join(f"{precision} {took:7.1f}" for precision, took in row["ms"].items())
-            typer.echo(f"{row['model']:>18} {row['tokens']:4} tokens  {ms} ms")
+            typer.echo(f"{row['model']:>20} {row['tokens']:4} tokens  {ms} ms")
     if out is not None:
         write_measured(out, rows, rounds=rounds, seed=seed)
 
@@ -56,10 +60,11 @@ def main(
 @torch.inference_mode()
 def measure(name: str, tokens: list[int], rounds: int, seed: int) -> list[dict[str, Any]]:
     """A row for each number of tokens."""
-    hidden, inner, coding, _ = MODELS[name]
+    hidden, inner, codings, _ = MODELS[name]
     random = torch.Generator().manual_seed(seed)
+    published = "+".join(dict.fromkeys(coding.name for coding in codings))
     slots = {
-        coding.name: coded_slot(name, random),
+        published: coded_slot(name, random),
         **{precision: plain_slot(name, precision, seed) for precision in ("bf16", "4bit")},
     }
     rows = []
@@ -111,13 +116,17 @@ def plain_slot(name: str, precision: str, seed: int) -> tuple[ExpertSlot, int]:
 
 def coded_slot(name: str, random: torch.Generator) -> tuple[ExpertSlot, int]:
     """The same of random codes."""
-    coding = MODELS[name][2]
-    shape = ExpertShape(tuple(replace(param, coding=coding) for param in shape_of(name).params))
+    codings = MODELS[name][2]
+    params = zip(shape_of(name).params, codings, strict=True)
+    shape = ExpertShape(tuple(replace(param, coding=coding) for param, coding in params))
     form = SlotForm(shape, "native", CPU)
     parts: dict[str, torch.Tensor] = {}
-    for param in shape.params:
-        for part, dtype, size in coding.parts(param.shape):
+    for param, coding in zip(shape.params, codings, strict=True):
+        rows, columns = param.shape
+        for part, dtype, size in coding.parts(rows, columns):
             least, most = (0, 126) if part == "codes" else (115, 125)
+            if part == "scales" and isinstance(coding, BlockScheme):
+                least, most = 0, 48  # so that no float16 of these bytes is infinite
             values = torch.randint(least, most, size, generator=random)
             scaled = values / 1e4 if dtype is torch.float32 else values
             parts[f"{param.name}.{part}"] = scaled.to(dtype)

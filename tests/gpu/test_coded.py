@@ -25,7 +25,7 @@ def test_a_gpu_dequantises_to_the_same_bits_as_the_cpu(coding: Coding) -> None:
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     random = torch.Generator().manual_seed(0)
     parts: dict[str, torch.Tensor] = {}
-    for name, dtype, size in coding.parts((4096, 2880)):
+    for name, dtype, size in coding.parts(4096, 2880):
         values = torch.randint(100, 126, size, generator=random)
         parts[name] = (values / 1e4 if dtype is torch.float32 else values).to(dtype)
     wanted = dequantise(parts, coding, torch.empty(4096, 2880, dtype=torch.bfloat16))

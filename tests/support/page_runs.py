@@ -241,6 +241,8 @@ RUNS: dict[str, Run] = {
     "moetrace export T --to jsonl --out t.jsonl": Run(("t.parquet",), "t.jsonl"),
     "moetrace export T --to npz --out t.npz": Run(("t.parquet",), "t.npz"),
     "moetrace export T --to placement --slots 4 --out p.json": Run(("t.parquet",), "p.json"),
+    "moerun pack MODEL.gguf --out store/": Run(("tiny.gguf",), "store/index.json"),
+    "moerun --plan --model MODEL.gguf --memory 12GiB": Run(("tiny.gguf",), prints="slots"),
     "moerun generate --model MODEL.gguf --record OUT.parquet": Run(
         ("tiny.gguf",),
         "out.parquet",

@@ -171,8 +171,8 @@ def expert_bytes(
     shape = expert_shape(found[0][1], stored)
     own = precision_name(stored)
     sizes: dict[str, int] = {}
-    if published and (coding := published.coding(NATIVE)):
-        sizes[coding.name] = published.record(NATIVE).record_bytes
+    if published and (kept := published.kept_as(NATIVE)):
+        sizes[kept] = published.record(NATIVE).record_bytes
     for precision in (own, *PRECISIONS):
         if precision == NATIVE:
             continue

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from moeroute.models import dense_sizes
@@ -28,6 +28,8 @@ from moerun.checkpoint.families import (
     vocabulary_of,
 )
 from moerun.errors import RunError
+from moerun.format.block_scheme import BlockScheme
+from moerun.format.expert import ExpertShape
 from moerun.format.precision import NATIVE, PLAIN, Precisions
 from moerun.offload.attention import install_attention
 from moerun.offload.experts import IMPLEMENTATION, register
@@ -39,13 +41,28 @@ from moerun.store.reading import Pieces, Read
 from moerun.versions import store_packages
 
 
+class Published(NamedTuple):
+    """What native records of a checkpoint keep in its own bits."""
+
+    expert: ExpertShape
+    attention: Mapping[str, BlockScheme]  # projections by module
+
+
 class GeneratedModel:
     """A model of a configuration whose weights are drawn as they are asked for."""
 
     def __init__(
-        self, config: Any, *, name: str, precision: str, seed: int, attention: str = NATIVE
+        self,
+        config: Any,
+        *,
+        name: str,
+        precision: str,
+        seed: int,
+        attention: str = NATIVE,
+        published: Published | None = None,
     ) -> None:
         """``precision`` is the experts'; both precisions are chosen from as for a pack.
+        ``published`` is of a checkpoint whose native records keep its bits.
 
         Raises RunError where one does not fit the configuration's matrices.
         """
@@ -62,14 +79,15 @@ class GeneratedModel:
             raise RunError(f"{name} has no layers with experts: keep more of its layers")
         self._modules = [module for module, _ in found]
         self.n_experts = count_experts(found[0][1])
-        self.shape = expert_shape(found[0][1], native)
+        self.shape = published.expert if published else expert_shape(found[0][1], native)
         self.records = RandomRecords(self.shape, precision, seed)
         for _, module in found:
             for parameter, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, parameter, None)
         self.attention: RandomAttention | None = None
-        if self.precisions.packs_attention:
-            self.attention = RandomAttention(self._model, self.precisions.attention, seed)
+        kept = published.attention if published and self.precisions.keeps_all else {}
+        if self.precisions.packs_attention or kept:
+            self.attention = RandomAttention(self._model, self.precisions.attention, seed, kept)
         buffers = self._buffers()
         self.dense = RandomDense(self._dense_tensors() | buffers, seed, buffers)
         self.index = self._index()

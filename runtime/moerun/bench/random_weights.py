@@ -8,7 +8,7 @@ more than copying it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,20 +55,27 @@ class RandomRecords:
 class RandomAttention:
     """The projections of a model's attention, packed: a record a module."""
 
-    def __init__(self, model: Any, precision: str, seed: int) -> None:
-        """Projections of one shape share what is drawn. Raises RunError where the precision does
-        not fit a projection."""
+    def __init__(
+        self, model: Any, precision: str, seed: int, kept: Mapping[str, BlockScheme] | None = None
+    ) -> None:
+        """Projections of one shape share what is drawn. ``kept`` are the blocks of those that
+        native records keep: at native precision only these are packed. Raises RunError where the
+        precision does not fit a projection."""
         self._precision = precision
-        self._linears = find_attention(model)
-        drawn: dict[tuple[int, int], RandomRecords] = {}
+        self._kept = kept or {}
+        native = precision not in PACKED_SCHEMES
+        found = find_attention(model)
+        self._linears = [pair for pair in found if not native or pair[0] in self._kept]
+        drawn: dict[ExpertShape, RandomRecords] = {}
         self._records: dict[str, RandomRecords] = {}
         for name, linear in self._linears:
             rows, columns = linear.weight.shape
-            PACKED_SCHEMES[precision].check(name, columns)
-            if (rows, columns) not in drawn:
-                shape = ExpertShape.matrix(rows, columns)
-                drawn[rows, columns] = RandomRecords(shape, precision, seed)
-            self._records[name] = drawn[rows, columns]
+            if not native:
+                PACKED_SCHEMES[precision].check(name, columns)
+            shape = ExpertShape.matrix(rows, columns, self._kept.get(name))
+            if shape not in drawn:
+                drawn[shape] = RandomRecords(shape, precision, seed)
+            self._records[name] = drawn[shape]
 
     @property
     def record_bytes(self) -> dict[str, int]:
@@ -83,7 +90,9 @@ class RandomAttention:
         """What an index says of them, without checksums."""
         file_bytes, offsets = laid_out(self.record_bytes)
         linears = tuple(
-            LinearRecord(name, linear.out_features, linear.in_features, offset, crc32=0)
+            LinearRecord(
+                name, linear.out_features, linear.in_features, offset, 0, self._kept.get(name)
+            )
             for (name, linear), offset in zip(self._linears, offsets, strict=True)
         )
         return AttentionRecords(self._precision, ATTENTION_FILE, file_bytes, linears)

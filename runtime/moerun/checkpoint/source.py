@@ -32,13 +32,18 @@ from moerun.checkpoint.mapping import TensorMap
 from moerun.checkpoint.opening import open_weights
 from moerun.checkpoint.published.experts import CodedExperts
 from moerun.errors import RunError
-from moerun.format.expert import ExpertParam, ExpertShape
+from moerun.format.block_scheme import BlockScheme
+from moerun.format.expert import KIND, ExpertParam, ExpertShape
 from moerun.format.precision import NATIVE
 from moerun.format.tensorfile import CACHE_LINE, bytes_of
 
 
 class ModelSource:
-    """A checkpoint in the model's terms: dense tensors by name, experts by layer and number."""
+    """A checkpoint in the model's terms: dense tensors by name, experts by layer and number.
+
+    The class is long because dense tensors, attention and experts, as values and in their own bits,
+    are read from the same files, by the same names.
+    """
 
     def __init__(
         self, path: Path, *, dtype: torch.dtype | None = None, attention_apart: bool = False
@@ -71,6 +76,9 @@ class ModelSource:
         }
         """Rows and columns of each projection of attention, by its module's name."""
         self._apart = {f"{name}.weight" for name in self.attention} if attention_apart else set()
+        self.kept_attention: dict[str, BlockScheme] = {}
+        """The blocks of the projections of attention that are kept as they are: see
+        `keep_attention`."""
         self._mapping = TensorMap(self.checkpoint, self.model, self.config)
         self._state, self._targets = self._mapping.state, self._mapping.targets
         self._dtypes = _dtypes_of(self.model, self._state, self.dtype)
@@ -79,10 +87,13 @@ class ModelSource:
         )
         params = tuple(replace(p, skew=self._expert_skew(p)) for p in self.shape.params)
         self._coded = CodedExperts(self.checkpoint, self._mapping, self.layers, self.n_experts)
-        self.shape = ExpertShape(self._with_codings(params))
+        self._params = self._coded.kinds(params, self.dtype, self._expert_param)
+        """Of each layer, where native records keep the bits of publication; else empty."""
+        first, *others = dict.fromkeys(self._params or [params])
+        self.shape = ExpertShape(first, tuple(others))
         self.notes = [
             *_notes(self.checkpoint.path, left_out, self.config),
-            *self.checkpoint.notes(self.shape.coding(NATIVE)),
+            *self.checkpoint.notes(self.shape.kept_as(NATIVE)),
             *self._tie(),
         ]
         """What a person should know of how the checkpoint is taken, one line each."""
@@ -120,18 +131,6 @@ class ModelSource:
                 "shape or number, which is not supported"
             )
         return kinds.pop()
-
-    def _with_codings(self, params: tuple[ExpertParam, ...]) -> tuple[ExpertParam, ...]:
-        """The parameters with the coding that native records keep, where all matrices have one."""
-        coded = [
-            replace(p, coding=self._coded.coding(p, self._expert_param), dtype=self.dtype)
-            for p in params
-            if p.is_matrix
-        ]
-        if not coded or any(param.coding is None for param in coded):
-            return params
-        by_name = {param.name: param for param in coded}
-        return tuple(by_name.get(param.name, param) for param in params)
 
     def _tie(self) -> list[str]:
         """Tie the tensors that stock transformers ties; returns notes of what differs from the
@@ -200,10 +199,17 @@ class ModelSource:
         """The stored parameters of one expert, without the dimension of the experts."""
         return {param.name: self._expert_param(layer, expert, param) for param in self.shape.params}
 
+    def kind(self, layer: int) -> int:
+        """The number of the layer's kind, by what native records keep its experts in."""
+        kinds = (self.shape.params, *self.shape.others)
+        return kinds.index(self._params[layer]) if self._params else 0
+
     def read_coded_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The parts of one expert's native record, matrices in the bits of their publication."""
         parts: dict[str, torch.Tensor] = {}
-        for param in self.shape.params:
+        if self.shape.others:
+            parts[KIND] = torch.tensor([self.kind(layer)], dtype=torch.uint8)
+        for param in self._params[layer]:
             if param.coding is None:
                 parts[param.name] = self._expert_param(layer, expert, param)
                 continue
@@ -211,8 +217,18 @@ class ModelSource:
             parts |= {f"{param.name}.{part}": tensor for part, tensor in coded.items()}
         return parts
 
+    def keep_attention(self) -> None:
+        """Have the projections of attention that are in blocks of llama.cpp in ``kept_attention``,
+        not among the dense tensors, where native records keep experts in such blocks."""
+        if self.shape.blocks(NATIVE):
+            self.kept_attention = self._coded.attention(self.attention)
+            self._apart |= {f"{module}.weight" for module in self.kept_attention}
+
     def read_attention(self, module: str) -> dict[str, torch.Tensor]:
-        """The stored weight of one projection of attention."""
+        """The stored weight of one projection of attention, or its blocks where they are kept."""
+        if module in self.kept_attention:
+            parts = self._coded.read_matrix(f"{module}.weight")
+            return {f"weight.{part}": tensor for part, tensor in parts.items()}
         return {"weight": self._mapping.make(f"{module}.weight", self.checkpoint.read)}
 
     def _expert_param(self, layer: int, expert: int, param: ExpertParam) -> torch.Tensor:

@@ -14,7 +14,7 @@ from moepolicy.outputs import naming
 
 from moerun.checkpoint.folder import weight_files
 from moerun.errors import RunError
-from moerun.format.coding import Coding
+from moerun.format.coding import Kept
 from moerun.format.tensorfile import TensorEntry, TensorFile, UnreadEntry, bytes_at
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -83,7 +83,7 @@ class Weights(ABC):
         found: list[Any] = get_model_conversion_mapping(model)
         return found
 
-    def coding(self, name: str) -> Coding | None:
+    def coding(self, name: str) -> Kept | None:
         """How a record can keep a weight, or one of its rows, in its own bits; None where it
         cannot, or is not quantised."""
         return None
@@ -92,9 +92,9 @@ class Weights(ABC):
         """A weight that has a coding, or one of its rows, in its own bits (a ``Coded``)."""
         raise NotImplementedError
 
-    def notes(self, coding: Coding | None) -> Iterator[str]:
-        """What a person should know of how quantised weights are taken, a line each. ``coding`` is
-        that of the experts' native records, if they have one."""
+    def notes(self, kept: str | None) -> Iterator[str]:
+        """What a person should know of how quantised weights are taken, a line each. ``kept`` names
+        the bits of publication that the experts' native records have, if they do."""
         yield from ()
 
     def read_row(self, name: str, row: int) -> torch.Tensor:

@@ -83,7 +83,7 @@ def _gguf_row() -> dict[str, Any]:
     return {
         "format": "GGUF",
         "read": True,
-        "native": "16 bits, dequantised",
+        "native": "its own bits (Q4_K, Q5_K, Q6_K, Q4_0, Q5_0, Q8_0, MXFP4), else 16 bits",
         "published": "of most models, by their users",
         "instead": None,
     }

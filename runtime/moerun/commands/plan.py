@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from moepolicy.console import say
 from moepolicy.tables import Format
 
-from moerun.bench.generated import GeneratedModel, GeneratedStore
+from moerun.bench.generated import GeneratedModel, GeneratedStore, Published
 from moerun.bench.models import find_config
 from moerun.bench.shapes import Shape, find_shape
 from moerun.checkpoint.local import find_local
+from moerun.checkpoint.source import ModelSource
 from moerun.commands.options import ModelOptions
 from moerun.commands.run import print_plan
+from moerun.errors import RunError
 from moerun.format.names import NATIVE, PRECISIONS
 from moerun.live.assembly import check_lower
 from moerun.live.prompt import encode
@@ -31,14 +34,17 @@ def show_shape_plan(
     be."""
     shape = find_shape(model.model)
     shape.check_family()
+    published = _published(shape, model)
     generated = GeneratedModel(
         find_config(shape),
         name=shape.name,
         precision=model.precision,
         seed=0,
         attention=model.attention,
+        published=published,
     )
-    _tell_quantised(shape, model)
+    if published is None:
+        _tell_quantised(shape, model)
     store = GeneratedStore(generated, held=False)
     if model.low is not None:
         lower = (
@@ -53,6 +59,21 @@ def show_shape_plan(
         context = settings.context_tokens or tokens + sampling.max_new_tokens
         settings = replace(settings, context_tokens=context, prompt_tokens=tokens)
     print_plan(store, settings, format)
+
+
+def _published(shape: Shape, model: ModelOptions) -> Published | None:
+    """What native records of a checkpoint that is here keep in its own bits; None where only its
+    configuration is here, or they keep nothing so."""
+    local = None if shape.is_named_only else find_local(model.model)
+    if model.precision != NATIVE or local is None or local.name == "config.json":
+        return None
+    try:
+        with closing(ModelSource(local)) as source:
+            source.keep_attention()
+            kept = Published(source.shape, source.kept_attention)
+            return kept if source.shape.codings(NATIVE) else None
+    except RunError:  # its weights are not here, or not whole
+        return None
 
 
 def _tell_quantised(shape: Shape, model: ModelOptions) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moerun.format.block_scheme import BlockScheme
 from moerun.format.precision import PartSpec, Tensors
 
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -48,17 +49,16 @@ class Coding:
         rows, columns = shape
         return -(-rows // self.block[0]), -(-columns // self.block[1])
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
+    def fits(self, shape: tuple[int, ...], *, transposed: bool = False) -> bool:
         """Whether a matrix of this shape can be kept so."""
         return self.elements == "e4m3" or shape[1] % 2 == 0
 
-    def parts(self, shape: tuple[int, ...]) -> list[PartSpec]:
+    def parts(self, rows: int, columns: int) -> list[PartSpec]:
         """The tensors of one matrix [rows, columns]: name, dtype, shape."""
-        rows, columns = shape
         width = columns if self.elements == "e4m3" else columns // 2
         return [
             ("codes", torch.uint8, (rows, width)),
-            ("scales", SCALES[self.scale], self.grid(shape)),
+            ("scales", SCALES[self.scale], self.grid((rows, columns))),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -73,6 +73,18 @@ class Coding:
         if coding.elements not in ELEMENTS or coding.scale not in SCALES or min(coding.block) < 1:
             raise ValueError(f"{described} is no coding")
         return coding
+
+
+Kept = Coding | BlockScheme
+"""How a matrix is kept in the bits of its publication. A `Coding` is dequantised whenever it is
+multiplied; blocks are multiplied as they are."""
+
+
+def kept_from_json(described: Mapping[str, Any]) -> Kept:
+    """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
+    return (
+        BlockScheme.from_json(described) if "blocks" in described else Coding.from_json(described)
+    )
 
 
 def pack_elements(elements: torch.Tensor, coding: Coding) -> torch.Tensor:

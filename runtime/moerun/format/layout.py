@@ -11,6 +11,9 @@ import torch
 from moerun.format.names import RECORD_ALIGN
 from moerun.format.tensorfile import DTYPE_NAMES, DTYPES, as_bytes, bytes_of
 
+PartSpec = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a part of a record."""
+
 PART_ALIGN = 256  # what vector loads on the CPU and coalesced ones on a GPU ask for
 
 

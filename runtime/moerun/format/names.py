@@ -61,6 +61,11 @@ class Precisions:
         return cls(expert, attention if attention in PACKED else chosen, chosen)
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether all weights are as they were published."""
+        return self.expert == self.attention == self.dense == NATIVE
+
+    @property
     def packs_attention(self) -> bool:
         """Whether the matrices of attention are quantised too."""
         return self.attention in PACKED

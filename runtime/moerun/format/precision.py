@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from moerun.errors import RunError
-from moerun.format.layout import align_up
-from moerun.format.names import NATIVE, PRECISIONS, Precisions, check_precision
+from moerun.format.block_scheme import BLOCK_SCHEMES, BlockScheme
+from moerun.format.layout import PartSpec, align_up
+from moerun.format.names import BLOCKS, NATIVE, PRECISIONS, Precisions, check_precision
 
 __all__ = [
     "BLOCK_SCHEMES",
@@ -19,6 +20,7 @@ __all__ = [
     "PRECISIONS",
     "SCHEMES",
     "BlockScheme",
+    "PartSpec",
     "Precisions",
     "Scheme",
     "check_precision",
@@ -30,7 +32,6 @@ META_GROUP = 128  # scales (and zeros) that share one range, at 8 bits
 KERNEL_GROUP = 32  # the smallest group torch's int4 kernel knows
 
 Tensors = Mapping[str, torch.Tensor]
-PartSpec = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,45 +89,10 @@ SCHEMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class BlockScheme:
-    """Blocks of llama.cpp (ggml/src/ggml-common.h): 32 weights of a row share a float16 scale, and
-    weight = (code - 2^(bits - 1)) x scale.
-
-    A record holds the same codes and scales as a GGUF file of type Q4_0 or Q8_0, in the order in
-    which `moerun.kernels.blocks_cpu` multiplies 16 rows at once.
-    """
-
-    name: str
-    bits: int
-    group: int = 32
-
-    @property
-    def zero(self) -> int:
-        """The code of a weight of 0."""
-        return 1 << (self.bits - 1)
-
-    def check(self, name: str, columns: int) -> None:
-        """Raises RunError when a matrix of so many input columns does not divide into blocks."""
-        if columns % self.group:
-            raise RunError(
-                f"{name} has {columns} input columns, which {self.name} cannot divide into blocks "
-                f"of {self.group}: pack with another precision"
-            )
-
-    def parts(self, rows: int, columns: int) -> list[PartSpec]:
-        """The tensors of one packed matrix [rows, columns]: name, dtype, shape."""
-        at_once, blocks = align_up(rows, TILE_ROWS) // TILE_ROWS, columns // self.group
-        code_bytes = TILE_ROWS * self.group * self.bits // 8
-        return [
-            ("codes", torch.uint8, (at_once, blocks, code_bytes)),
-            ("scales", torch.float16, (at_once, blocks, TILE_ROWS)),
-        ]
-
-
-TILE_ROWS = 16  # rows that the kernel multiplies at once
-BLOCK_SCHEMES = {scheme.name: scheme for scheme in (BlockScheme("q4_0", 4), BlockScheme("q8_0", 8))}
-PACKED_SCHEMES: dict[str, Scheme | BlockScheme] = {**SCHEMES, **BLOCK_SCHEMES}
+PACKED_SCHEMES: dict[str, Scheme | BlockScheme] = {
+    **SCHEMES,
+    **{name: BLOCK_SCHEMES[name] for name in BLOCKS},
+}
 
 PLAIN = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from moerun.format.block_scheme import BLOCK_SCHEMES, TILE_ROWS, BlockScheme
 from moerun.format.expert import ExpertParam
 from moerun.format.layout import PART_ALIGN, align_up
-from moerun.format.precision import BLOCK_SCHEMES, TILE_ROWS, BlockScheme
 from moerun.kernels.team import run_here, run_on_all
 
 _CHUNKS_A_THREAD = 8  # more would share the work out better, and cost more to claim
@@ -49,7 +49,7 @@ class BlockExpert:
     def __init__(self, up: BlockLinear, down: BlockLinear) -> None:
         """``up`` has the gate's rows above those of the up projection."""
         self.up, self.down = up, down
-        self.sizes = up.scheme.name, up.columns, down.columns, down.rows
+        self.sizes = f"{up.scheme.name} {down.scheme.name}", up.columns, down.columns, down.rows
         """By which experts can be computed together: blocks, and the sizes of the matrices."""
 
     @property
@@ -82,7 +82,8 @@ class _Kept(threading.local):
         key = kind, sizes, n, tokens, threads
         found = self.plans.get(key)
         if found is None:
-            found = kind(BLOCK_SCHEMES[sizes[0]], *sizes[1:], n, tokens, threads)
+            schemes = [BLOCK_SCHEMES[name] for name in sizes[0].split()]
+            found = kind(*schemes, *sizes[1:], n, tokens, threads)
             if tokens <= _KEPT_TOKENS:
                 self.plans[key] = found
         return found
@@ -99,6 +100,7 @@ class _LinearPlan:
     ) -> None:
         self._rows, self._padded = rows, align_up(rows, TILE_ROWS)
         self._tokens = tokens
+        self._multiply = _words().address_of("multiply", scheme)
         self._job = _BlockJob(scheme, columns, n, tokens)
         self._job.share_out(self._padded // TILE_ROWS, self._padded // TILE_ROWS, threads)
         self._job.set(out_stride=4 * tokens * self._padded)
@@ -108,7 +110,7 @@ class _LinearPlan:
         job = self._job
         job.take(x)
         out = torch.empty(self._tokens, self._padded)
-        job.run(_words().multiply, addresses, out.data_ptr())
+        job.run(self._multiply, addresses, out.data_ptr())
         return out if self._rows == self._padded else out[:, : self._rows]
 
 
@@ -122,7 +124,7 @@ class JoinedLinears:
         rows = math.gcd(*(linear.rows for linear in linears))
         self.rows = sum(linear.rows for linear in linears)
         # A job's matrices have as many rows each: larger ones are several below each other.
-        block_rows = columns * scheme.bits // 8, columns // scheme.group * 2
+        block_rows = columns * scheme.bits // 8, columns // scheme.block * scheme.scale_bytes
         self._table = [
             address + start * row_bytes
             for linear in linears
@@ -130,11 +132,12 @@ class JoinedLinears:
             for address, row_bytes in zip(linear.addresses, block_rows, strict=True)
         ]
         n = self.rows // rows
+        self._multiply = _words().address_of("multiply", scheme)
         self._job = _BlockJob(scheme, columns, n, 1)
         self._job.share_out(rows // TILE_ROWS, rows // TILE_ROWS, threads)
         self._out = torch.empty(self.rows)
         self._job.set(out_stride=4 * rows)
-        self.zero = scheme.zero
+        self.scheme = scheme
         self.x = self._job.rounded_address
         """Where the token lies, rounded to 8 bits."""
         self.out = self._out.data_ptr()
@@ -149,7 +152,7 @@ class JoinedLinears:
 
     def run(self) -> None:
         """Multiply what lies at ``x``."""
-        self._job.run(_words().multiply, self._table, self.out)
+        self._job.run(self._multiply, self._table, self.out)
 
 
 class _ExpertsPlan:
@@ -157,7 +160,8 @@ class _ExpertsPlan:
 
     def __init__(
         self,
-        scheme: BlockScheme,
+        above: BlockScheme,
+        below: BlockScheme,
         columns: int,
         width: int,
         rows: int,
@@ -167,25 +171,28 @@ class _ExpertsPlan:
     ) -> None:
         self._rows, self._padded = rows, align_up(rows, TILE_ROWS)
         self._n, self._tokens = n, tokens
-        self._up = _BlockJob(scheme, columns, n, tokens)
-        self._up.share_out(2 * width // TILE_ROWS, width // scheme.group, threads)
-        self._down = _BlockJob(scheme, width, n, tokens)
+        address_of = _words().address_of
+        self._hide, self._multiply = address_of("hidden", above), address_of("multiply", below)
+        self._up = _BlockJob(above, columns, n, tokens)
+        self._up.share_out(2 * width // TILE_ROWS, width // above.group, threads)
+        self._down = _BlockJob(below, width, n, tokens)
         self._down.share_out(self._padded // TILE_ROWS, self._padded // TILE_ROWS, threads)
         self._down.set(out_stride=4 * tokens * self._padded)
-        n_bytes = _rounded_bytes(scheme, tokens, width)
+        n_bytes = _rounded_bytes(below, tokens, width)
         self._hidden = _memory(n * n_bytes)
-        scratch_bytes = align_up(2 * 4 * tokens * scheme.group, PART_ALIGN)
+        scratch_bytes = align_up(2 * 4 * tokens * below.group, PART_ALIGN)
         self._scratch = _memory(threads * scratch_bytes)
         self._up.set(out_stride=n_bytes, scratch_bytes=scratch_bytes)
         self._up.set(scratch=self._scratch.data_ptr())
+        self._up.set(out_zero=below.zero, out_sums=below.sums_a_group)
         self._down.set(x=self._hidden.data_ptr(), x_stride=n_bytes)
 
     def __call__(self, x: torch.Tensor, ups: list[int], downs: list[int]) -> torch.Tensor:
         """x[T, columns] through the experts whose codes and scales are at these addresses."""
         self._up.take(x)
-        self._up.run(_words().hidden, ups, self._hidden.data_ptr())
+        self._up.run(self._hide, ups, self._hidden.data_ptr())
         out = torch.empty(self._n, self._tokens, self._padded)
-        self._down.run(_words().multiply, downs, out.data_ptr())
+        self._down.run(self._multiply, downs, out.data_ptr())
         return out if self._rows == self._padded else out[..., : self._rows]
 
 
@@ -200,7 +207,7 @@ class _BlockJob:
         self._job: Any = (ctypes.c_int64 * self._last)()
         self._address = ctypes.addressof(self._job)
         self._rounded = _memory(_rounded_bytes(scheme, tokens, columns))
-        self.set(bits=scheme.bits, zero=scheme.zero, tokens=tokens)
+        self.set(zero=scheme.zero, sums=scheme.sums_a_group, tokens=tokens)
         self.set(groups=columns // scheme.group, x=self._rounded.data_ptr())
 
     @property
@@ -246,8 +253,7 @@ class _Words:
 
         self.at = blocks_cpu.JOB
         self.round = blocks_cpu.address_of("round")
-        self.hidden = blocks_cpu.address_of("hidden")
-        self.multiply = blocks_cpu.address_of("multiply")
+        self.address_of = blocks_cpu.address_of
 
 
 _words = cache(_Words)
@@ -255,7 +261,7 @@ _words = cache(_Words)
 
 def _rounded_bytes(scheme: BlockScheme, tokens: int, columns: int) -> int:
     values = tokens * columns
-    return align_up(values + 8 * values // scheme.group, PART_ALIGN)
+    return align_up(values + 4 * (1 + scheme.sums_a_group) * values // scheme.group, PART_ALIGN)
 
 
 def _memory(n_bytes: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class CodedLinear:
     def __init__(
         self, param: ExpertParam, views: dict[str, torch.Tensor], scratch: Scratch
     ) -> None:
-        assert param.coding is not None
+        assert isinstance(param.coding, Coding)
         self._param, self._coding, self._scratch = param, param.coding, scratch
         self._parts = parts_of(param, views)
         self._bias = views.get(f"{param.name}_bias")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moerun.format.block_scheme import BlockScheme
 from moerun.format.layout import PART_ALIGN, align_up
 from moerun.kernels.team import run_here, run_on_all
 
@@ -34,17 +35,26 @@ class TokenNorm:
     """An RMS norm of one token's hidden state, which may be added to first and rounded after."""
 
     def __init__(
-        self, weight: torch.Tensor, eps: float, *, added: int = 0, rounded: int = 0, zero: int = 0
+        self,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        added: int = 0,
+        rounded: int = 0,
+        scheme: BlockScheme | None = None,
     ) -> None:
         """``weight``: bfloat16[width]. ``added``: the address of float32[width], 0: none;
-        ``rounded``: where what comes out is to lie in 8 bits, 0: nowhere."""
+        ``rounded``: where what comes out is to lie in 8 bits, 0: nowhere, else for matrices of
+        ``scheme``."""
         self._held = weight, torch.tensor([eps], dtype=torch.float32)
         self._width, self._adds = len(weight), bool(added)
         kept, eps_at = (part.data_ptr() for part in self._held)
         self._job = _TokenJob("norm", weight=kept, eps=eps_at, width=len(weight), y=added)
         self._scratch = torch.empty(len(weight), dtype=torch.bfloat16)
         words, at = self._job.words, self._job.at
-        words[at.rounded], words[at.zero] = rounded, zero
+        words[at.rounded] = rounded
+        if scheme is not None:
+            words[at.zero], words[at.sums] = scheme.zero, scheme.sums_a_group
         words[at.out] = self._scratch.data_ptr()
 
     def round(self, x: torch.Tensor) -> None:
@@ -73,7 +83,7 @@ class TokenAttention:
         width: int,
         projected: int,
         rounded: int,
-        zero: int,
+        scheme: BlockScheme,
         scaling: float,
         bias: torch.Tensor | None,
         norms: tuple[torch.Tensor, torch.Tensor] | None,
@@ -82,14 +92,16 @@ class TokenAttention:
         """``heads`` of keys and values, each with a ``group`` of queries, all ``width`` wide.
 
         ``projected``: the address of float32[(group + 2) * heads * width]; ``rounded``: where what
-        comes out is to lie in 8 bits. ``bias`` and ``norms`` of queries and of keys: bfloat16.
+        comes out is to lie in 8 bits, for matrices of ``scheme``. ``bias`` and ``norms`` of queries
+        and of keys: bfloat16.
         """
         self._group, self._width = group, width
         numbers = torch.tensor([eps, scaling], dtype=torch.float32)
         self._held = bias, norms, numbers
         self._job = _TokenJob("attend", heads=heads, group=group, width=width, projected=projected)
         words, at = self._job.words, self._job.at
-        words[at.rounded], words[at.zero] = rounded, zero
+        words[at.rounded] = rounded
+        words[at.zero], words[at.sums] = scheme.zero, scheme.sums_a_group
         words[at.numbers] = numbers.data_ptr()
         words[at.bias] = 0 if bias is None else bias.data_ptr()
         if norms is not None:

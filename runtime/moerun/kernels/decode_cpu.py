@@ -36,7 +36,7 @@ _jit: Any = numba.njit(nogil=True, error_model="numpy")
 
 
 class NormWords(NamedTuple):
-    """A job of `norm`, int64: addresses, but for ``width`` and ``zero``."""
+    """A job of `norm`, int64: addresses, but for ``width``, ``zero`` and ``sums``."""
 
     x: int = 0  # bfloat16[width]
     y: int = 1  # float32[width], to be added first; 0: nothing is
@@ -46,8 +46,9 @@ class NormWords(NamedTuple):
     width: int = 5
     out: int = 6  # bfloat16[width]
     rounded: int = 7  # the same in 8 bits, as `blocks_cpu` has activations; 0: it is not wanted
-    zero: int = 8  # of those: the code of a weight of 0
-    last: int = 9
+    zero: int = 8  # of those, as of `blocks_cpu`'s jobs
+    sums: int = 9
+    last: int = 10
 
 
 class AttendWords(NamedTuple):
@@ -71,10 +72,11 @@ class AttendWords(NamedTuple):
     head_bytes: int = 21  # from the keys of a head to those of the next
     mask: int = 22  # bool[held + 1]; 0: all tokens are seen
     rounded: int = 23  # what comes out, in 8 bits
-    zero: int = 24
-    scratch: int = 25
-    scratch_bytes: int = 26  # of a thread
-    last: int = 27
+    zero: int = 24  # of those, as of `blocks_cpu`'s jobs
+    sums: int = 25
+    scratch: int = 26
+    scratch_bytes: int = 27  # of a thread
+    last: int = 28
 
 
 class RowsWords(NamedTuple):
@@ -193,7 +195,8 @@ def _norm(address: Any) -> None:
             halves = numba.carray(shorts(out + group * (2 * WEIGHTS_A_SCALE)), WEIGHTS_A_SCALE)
             for i in range(WEIGHTS_A_SCALE):
                 values[i] = _wide(halves[i])
-            round_group(values, job[NORM.zero], job[NORM.rounded], group, n)
+            zero, sums = job[NORM.zero], job[NORM.sums]
+            round_group(values, zero, sums, job[NORM.rounded], group, n)
 
 
 @_jit  # type: ignore[untyped-decorator]
@@ -296,7 +299,8 @@ def _attend(address: Any) -> None:
         for place in range(group * groups_a_head):
             values = found[place * WEIGHTS_A_SCALE : (place + 1) * WEIGHTS_A_SCALE]
             at = head * group * groups_a_head + place
-            round_group(values, job[ATTEND.zero], job[ATTEND.rounded], at, n)
+            zero, a_group = job[ATTEND.zero], job[ATTEND.sums]
+            round_group(values, zero, a_group, job[ATTEND.rounded], at, n)
 
 
 def _rows(address: Any) -> None:

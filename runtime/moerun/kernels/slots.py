@@ -6,6 +6,7 @@ lands in the slot itself; where it is not, `arrive` derives it, once a load and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -46,7 +47,10 @@ class ExpertSlot(ExpertWeights, Protocol):
     """
 
     landing: torch.Tensor | None
-    linears: tuple[Linear, ...]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The matrices of the expert in the slot."""
 
     def arrive(self, record: torch.Tensor) -> None:
         """Take up the expert whose record, uint8[record_bytes], has been read.
@@ -61,18 +65,19 @@ class SlotForm:
     def __init__(self, shape: ExpertShape, precision: str, device: torch.device) -> None:
         self._shape = shape
         scheme = scheme_of(precision)
-        self._blocks = scheme if isinstance(scheme, BlockScheme) else None
+        self._blocks = bool(shape.blocks(precision))
         self._scheme = None if isinstance(scheme, BlockScheme) else scheme
         self._device = device
+        self._precision = precision
         if self._blocks and device.type != "cpu":
             raise RunError(
-                f"weights in {precision} are computed on the CPU alone: give --device cpu, or pack "
-                "with 4bit"
+                f"weights in {shape.kept_as(precision) or precision} are computed on the CPU "
+                "alone: give --device cpu, or pack with bf16 or 4bit"
             )
         self.layout = shape.record(precision)
         self.record_bytes = self.layout.record_bytes
-        coded = shape.coding(precision) is not None
-        self._scratch = Scratch(scratch_bytes(shape), device) if coded else None
+        decoded = shape.is_decoded(precision)
+        self._scratch = Scratch(scratch_bytes(shape), device) if decoded else None
         self._extra = self._extra_layout()
         self.slot_bytes = self._extra.record_bytes
         """Bytes of memory one slot takes, at least those of the record where it lands inside."""
@@ -119,10 +124,10 @@ class SlotForm:
 
     def bind(self, memory: torch.Tensor) -> ExpertSlot:
         """The slot that lives in `memory`, uint8[slot_bytes] on the form's device."""
+        if self._blocks:
+            return self._in_blocks(memory)
         if not self._takes_nibbles:
             views = self.layout.views(memory)
-            if self._blocks:
-                return BlockSlot(self._shape, self._blocks, views, memory[: self.record_bytes])
             if self._scheme is None:
                 return PlainSlot(self._shape, views, memory[: self.record_bytes], self._scratch)
             return FusedSlot(self._shape, self._scheme, views, memory[: self.record_bytes])
@@ -130,6 +135,14 @@ class SlotForm:
         landing = memory[: self.record_bytes] if self._lands_inside else None
         extra = memory[self.record_bytes :] if self._lands_inside else memory
         return NibbleSlot(self._shape, self._scheme, self.layout, landing, self._extra.views(extra))
+
+    def _in_blocks(self, memory: torch.Tensor) -> BlockSlot | MixedSlot:
+        shape, precision, landing = self._shape, self._precision, memory[: self.record_bytes]
+        slots = []
+        for number, kind in enumerate(shape.kinds if shape.codings(precision) else (shape,)):
+            views = shape.record(precision, number).views(memory)
+            slots.append(BlockSlot(kind, kind.blocks(precision), views, landing))
+        return MixedSlot(slots, landing) if len(slots) > 1 else slots[0]
 
 
 class _Slot:
@@ -191,19 +204,65 @@ class BlockSlot(_Slot):
     def __init__(
         self,
         shape: ExpertShape,
-        scheme: BlockScheme,
+        schemes: tuple[BlockScheme, ...],
         views: dict[str, torch.Tensor],
         landing: torch.Tensor,
     ) -> None:
-        linears = tuple(BlockLinear(param, scheme, views) for param in _matrices(shape))
+        linears = tuple(
+            BlockLinear(param, scheme, views)
+            for param, scheme in zip(_matrices(shape), schemes, strict=True)
+        )
         whole = BlockExpert(*linears) if len(linears) == 2 else None
         self.whole = whole if whole and whole.fits else None
         super().__init__(landing, linears)
 
 
+class MixedSlot:
+    """A slot for experts of several kinds of layers: the record in it tells which one it holds."""
+
+    def __init__(self, slots: Sequence[BlockSlot], landing: torch.Tensor) -> None:
+        """``slots`` share their memory, of which ``landing`` is the record; one for each kind."""
+        self.landing: torch.Tensor | None = landing
+        self._slots = tuple(slots)
+        self.computes_whole = all(slot.whole for slot in slots)
+        self._kind = landing[:1].numpy()  # the first part of each record
+
+    @property
+    def now(self) -> BlockSlot:
+        """The slot as the expert that is in it needs it."""
+        return self._slots[int(self._kind[0])]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The matrices of the expert that is in the slot."""
+        return self.now.linears
+
+    def arrive(self, record: torch.Tensor) -> None:
+        """Copy ``record``, uint8[record_bytes], to its place in the slot unless it landed there."""
+        _land(record, self.landing)
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        """x[T, H] through the fused gate and up projection."""
+        return self.now.up(x)
+
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        """h[T, I] through the down projection."""
+        return self.now.down(h)
+
+
+def computes_whole(slot: object) -> bool:
+    """Whether any expert that comes into a slot can be computed at once, where its gate is a
+    SiLU."""
+    if isinstance(slot, MixedSlot):
+        return slot.computes_whole
+    return whole_of(slot) is not None
+
+
 def whole_of(slot: object) -> BlockExpert | None:
     """What computes all of the expert in a slot at once, where its gate is a SiLU; None where
     nothing does."""
+    if isinstance(slot, MixedSlot):
+        slot = slot.now
     return slot.whole if isinstance(slot, BlockSlot) else None
 
 

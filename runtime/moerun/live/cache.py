@@ -17,7 +17,7 @@ from moepolicy import ExpertCache, Kind, PolicyFailed, Step, TokenRows
 from moepolicy.cache import Transfer
 
 from moerun.errors import RunError, as_error
-from moerun.kernels.slots import whole_of
+from moerun.kernels.slots import computes_whole
 from moerun.links import Link, Variant, in_form
 from moerun.live.step import Opened, opened
 
@@ -49,7 +49,7 @@ class LiveCache:
         self._has_low = has_low
         # Experts of two precisions are of two forms.
         slots = () if has_low else link.slots[:1]
-        self._together = any(whole_of(slot) is not None for slot in slots)
+        self._together = any(computes_whole(slot) for slot in slots)
         self._memory = SlotMemory(link, cache.n_slots)
         self._streams = Streams(link)
         self._awaited: set[int] = set()

@@ -128,7 +128,7 @@ class TokenLayer:
             first.weight,
             first.variance_epsilon,
             rounded=self._projections.x,
-            zero=self._projections.zero,
+            scheme=self._projections.scheme,
         )
         self._between = TokenNorm(second.weight, second.variance_epsilon, added=self._output.out)
         norms = None
@@ -141,7 +141,7 @@ class TokenLayer:
             width=attention.head_dim,
             projected=self._projections.out,
             rounded=self._output.x,
-            zero=self._output.zero,
+            scheme=self._output.scheme,
             scaling=attention.scaling,
             bias=_joined_bias(attention),
             norms=norms,

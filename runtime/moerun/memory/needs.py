@@ -168,7 +168,8 @@ def _cpu_expert_bytes(
     derived with, and activations. Inputs wait for the thread, which computes one expert at a
     time."""
     form = SlotForm(store.index.shape, store.index.precision, torch.device("cpu"))
-    quantised = scheme_of(store.index.precision) is not None
+    shape, precision = store.index.shape, store.index.precision
+    quantised = scheme_of(precision) is not None or bool(shape.blocks(precision))
     buffers = 3 * form.record_bytes if quantised else 0
     inputs = batch * store.index.top_k * int(config.hidden_size) * itemsize
     return form.slot_bytes + buffers + inputs + _inside_bytes(config, model, store, batch, itemsize)
@@ -206,7 +207,7 @@ def _cpu_scratch_bytes(matrices: list[PackedMatrix], batch: int) -> int:
 def _coded_bytes(store: ExpertStore, device: torch.device) -> int:
     """What experts kept in the bits of their publication are dequantised in: on the CPU by the
     main thread and by the thread that computes experts there."""
-    if store.index.shape.coding(store.index.precision) is None:
+    if not store.index.shape.is_decoded(store.index.precision):
         return 0
     one = coded_scratch_bytes(store.index.shape)
     return 2 * one + KERNELS_BYTES if device.type == "cpu" else one + DECODING_BYTES
@@ -216,9 +217,14 @@ def _quantised_matrices(store: ExpertStore) -> list[PackedMatrix]:
     """Rows, columns and scheme of an expert's matrices and of attention's, as far as quantised."""
     index = store.index
     found: list[PackedMatrix] = []
-    if scheme := scheme_of(index.precision):
-        params = [param for param in index.shape.params if param.is_matrix]
-        found += [(*param.rows_columns, scheme) for param in params]
-    if index.attention and (scheme := scheme_of(index.attention.precision)):
-        found += [(each.rows, each.columns, scheme) for each in index.attention.linears]
+    scheme = scheme_of(index.precision)
+    for kind in index.shape.kinds:
+        matrices = [param.rows_columns for param in kind.params if param.is_matrix]
+        schemes = (scheme,) * len(matrices) if scheme else kind.blocks(index.precision)
+        found += [(*sizes, each) for sizes, each in zip(matrices, schemes, strict=False)]
+    if index.attention:
+        of_all = scheme_of(index.attention.precision)
+        for each in index.attention.linears:
+            if scheme := of_all or each.coding:
+                found.append((each.rows, each.columns, scheme))
     return found

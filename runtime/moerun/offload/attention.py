@@ -10,20 +10,23 @@ from torch import nn
 
 from moerun.checkpoint.families import find_attention
 from moerun.errors import RunError
-from moerun.format.expert import ExpertShape
 from moerun.kernels.blocks import BlockLinear
 from moerun.kernels.slots import SlotForm
 from moerun.store.expert_store import ExpertStore
+from moerun.store.index import LinearRecord
 
 
 class PackedLinear(nn.Module):
     """A linear projection in the form that quantised experts compute in; its bias stays plain."""
 
-    def __init__(self, linear: nn.Linear, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, linear: nn.Linear, record: LinearRecord, precision: str, device: torch.device
+    ) -> None:
+        """``record`` is of a matrix that ``linear`` would have."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        form = _form(linear.out_features, linear.in_features, precision, device)
+        form = SlotForm(record.shape, precision, device)
         self._slot = form.bind(torch.empty(form.slot_bytes, dtype=torch.uint8, device=device))
         self._record_bytes = form.record_bytes
         self._on_host = device.type == "cpu"
@@ -50,18 +53,13 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _form(rows: int, columns: int, precision: str, device: torch.device) -> SlotForm:
-    return SlotForm(ExpertShape.matrix(rows, columns), precision, device)
-
-
 def packed_attention_bytes(store: ExpertStore, device: torch.device) -> int:
     """The memory that a store's packed attention takes on a device; 0 where it is not packed."""
     packed = store.index.attention
     if packed is None:
         return 0
     return sum(
-        _form(linear.rows, linear.columns, packed.precision, device).slot_bytes
-        for linear in packed.linears
+        SlotForm(linear.shape, packed.precision, device).slot_bytes for linear in packed.linears
     )
 
 
@@ -73,15 +71,16 @@ def install_attention(model: nn.Module, store: ExpertStore, device: torch.device
     packed = store.index.attention
     if packed is None:
         return
-    stored = {linear.module: (linear.rows, linear.columns) for linear in packed.linears}
-    found = find_attention(model)
-    if stored != {name: tuple(linear.weight.shape) for name, linear in found}:
+    stored = {record.module: record for record in packed.linears}
+    found = {name: linear for name, linear in find_attention(model) if name in stored}
+    wanted = {name: (record.rows, record.columns) for name, record in stored.items()}
+    if wanted != {name: tuple(linear.weight.shape) for name, linear in found.items()}:
         raise RunError(
             f"{store.path}: the attention in index.json is not that of config.json: "
             "pack the store again"
         )
-    for name, linear in found:
-        standing = PackedLinear(linear, packed.precision, device)
+    for name, linear in found.items():
+        standing = PackedLinear(linear, stored[name], packed.precision, device)
         standing.read(store, name)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, standing)

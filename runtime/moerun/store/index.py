@@ -12,9 +12,10 @@ from moepolicy.outputs import written_whole
 from moeroute.jsontext import parse_json
 
 from moerun.errors import RunError
+from moerun.format.block_scheme import BlockScheme
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RecordLayout
-from moerun.format.precision import PACKED_SCHEMES
+from moerun.format.precision import NATIVE, PACKED_SCHEMES
 
 INDEX_FILE = "index.json"
 DENSE_FILE = "dense.safetensors"
@@ -23,6 +24,9 @@ FORMAT = "moerun expert store"
 FORMAT_VERSION = 1
 CODED_VERSION = 2
 """Of stores whose experts are kept in the bits of their publication, which version 1 had not."""
+BLOCK_VERSION = 3
+"""Of stores that keep a GGUF file's blocks so, in which layers may differ."""
+VERSIONS = (FORMAT_VERSION, CODED_VERSION, BLOCK_VERSION)
 
 
 def experts_file(layer: int) -> str:
@@ -39,6 +43,7 @@ class LayerRecords:
     file_bytes: int
     offsets: tuple[int, ...]
     crc32: tuple[int, ...]
+    kind: int = 0  # of the experts' shape, where layers differ in what they keep experts in
 
     def to_json(self) -> dict[str, Any]:
         """The layer as an entry of `index.json`."""
@@ -48,6 +53,7 @@ class LayerRecords:
             "bytes": self.file_bytes,
             "offsets": list(self.offsets),
             "crc32": list(self.crc32),
+            **({"kind": self.kind} if self.kind else {}),
         }
 
     @classmethod
@@ -60,7 +66,9 @@ class LayerRecords:
             raise ValueError("layers and experts do not match")
         n_bytes = int(described["bytes"])
         _check_offsets(offsets, n_bytes)
-        return cls(_text(described["module"]), _file(described["file"]), n_bytes, offsets, crc32)
+        kind = int(described.get("kind", 0))
+        module, file = _text(described["module"]), _file(described["file"])
+        return cls(module, file, n_bytes, offsets, crc32, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +80,27 @@ class LinearRecord:
     columns: int
     offset: int
     crc32: int
+    coding: BlockScheme | None = None  # the file's own blocks, at native precision
+
+    @property
+    def shape(self) -> ExpertShape:
+        """The matrix as its record keeps it."""
+        return ExpertShape.matrix(self.rows, self.columns, self.coding)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as an entry of `index.json`."""
+        described = asdict(self)
+        del described["coding"]
+        return described | ({"coding": self.coding.to_json()} if self.coding else {})
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionRecords:
-    """The records of attention, where it is quantised. Their layout follows from their shape."""
+    """The records of attention, where it is quantised. Their layout follows from their shape.
+
+    At native precision these are the projections that a GGUF file has in blocks that are kept; the
+    others are among the dense weights.
+    """
 
     precision: str
     file: str
@@ -85,7 +109,13 @@ class AttentionRecords:
 
     def layout(self, linear: LinearRecord) -> RecordLayout:
         """Where the parts of a matrix lie in its record."""
-        return ExpertShape.matrix(linear.rows, linear.columns).record(self.precision)
+        return linear.shape.record(self.precision)
+
+    @property
+    def kept_as(self) -> str:
+        """What reports call the precision: that of the file's own blocks at native precision."""
+        names = {linear.coding.name for linear in self.linears if linear.coding}
+        return "+".join(sorted(names)) or self.precision
 
     @property
     def n_weights(self) -> int:
@@ -94,13 +124,20 @@ class AttentionRecords:
 
     def to_json(self) -> dict[str, Any]:
         """Attention as an entry of `index.json`."""
-        return asdict(self)
+        linears = [linear.to_json() for linear in self.linears]
+        return {
+            "precision": self.precision,
+            "file": self.file,
+            "file_bytes": self.file_bytes,
+            "linears": linears,
+        }
 
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> AttentionRecords:
         """Raises KeyError, TypeError or ValueError when the description is not one of to_json."""
-        if described["precision"] not in PACKED_SCHEMES:
-            raise ValueError(f"attention in {described['precision']!r}")
+        precision = described["precision"]
+        if precision not in (*PACKED_SCHEMES, NATIVE):
+            raise ValueError(f"attention in {precision!r}")
         linears = tuple(
             LinearRecord(
                 _text(record["module"]),
@@ -108,12 +145,13 @@ class AttentionRecords:
                 int(record["columns"]),
                 int(record["offset"]),
                 int(record["crc32"]),
+                BlockScheme.from_json(record["coding"]) if precision == NATIVE else None,
             )
             for record in described["linears"]
         )
         n_bytes = int(described["file_bytes"])
         _check_offsets([linear.offset for linear in linears], n_bytes)
-        return cls(described["precision"], _file(described["file"]), n_bytes, linears)
+        return cls(precision, _file(described["file"]), n_bytes, linears)
 
 
 def _text(value: Any) -> str:
@@ -179,14 +217,13 @@ class StoreIndex:
     @property
     def attention_precision(self) -> str:
         """Precision of attention: its own if quantised, else that of the dense weights."""
-        return self.attention.precision if self.attention else self.dense_precision
+        return self.attention.kept_as if self.attention else self.dense_precision
 
     @property
     def expert_format(self) -> str:
         """What the experts' weights are kept as: the precision, or at native precision how they
-        are published, fp8 or mxfp4, where they are kept in those bits."""
-        coding = self.shape.coding(self.precision)
-        return coding.name if coding else self.precision
+        are published, such as fp8, mxfp4 or q4_k+q6_k, where they are kept in those bits."""
+        return self.shape.kept_as(self.precision) or self.precision
 
     @property
     def expert_label(self) -> str:
@@ -204,11 +241,23 @@ class StoreIndex:
         """Number of experts of a layer."""
         return len(self.layers[0].offsets)
 
+    @property
+    def _version(self) -> int:
+        """The oldest version of the format that has what this store has."""
+        if self.shape.is_decoded(self.precision):
+            return CODED_VERSION
+        return BLOCK_VERSION if self.shape.codings(self.precision) else FORMAT_VERSION
+
+    def layout_of(self, layer: int) -> RecordLayout:
+        """Where the parts of an expert of this layer lie in its record."""
+        kind = self.layers[layer].kind
+        return self.shape.record(self.precision, kind) if self.shape.others else self.layout
+
     def to_json(self) -> dict[str, Any]:
         """The whole content of `index.json`."""
         return {
             "format": FORMAT,
-            "version": CODED_VERSION if self.shape.coding(self.precision) else FORMAT_VERSION,
+            "version": self._version,
             "model": {
                 "name": self.model,
                 "revision": self.revision,
@@ -230,7 +279,7 @@ class StoreIndex:
             "attention": self.attention.to_json() if self.attention else None,
             "expert": {
                 "precision": self.precision,
-                "params": self.shape.to_json(),
+                **self.shape.to_json(),
                 "record": self.layout.to_json(),
             },
             "layers": [layer.to_json() for layer in self.layers],
@@ -246,7 +295,8 @@ class StoreIndex:
         attention, dense_crc32 = described.get("attention"), dense.get("crc32")
         n_experts = int(model["experts"])
         layers = tuple(LayerRecords.from_json(each, n_experts) for each in described["layers"])
-        if not layers:
+        shape = ExpertShape.from_json(expert)
+        if not layers or not all(0 <= layer.kind < len(shape.kinds) for layer in layers):
             raise ValueError("layers and experts do not match")
         return cls(
             model=_text(model["name"]),
@@ -260,7 +310,7 @@ class StoreIndex:
             dense_skew={name: _skew(skew) for name, skew in dense["skew"].items()},
             layer_bytes=int(dense["layer_bytes"]),
             token_bytes=int(dense["token_bytes"]),
-            shape=ExpertShape.from_json(expert["params"]),
+            shape=shape,
             layout=RecordLayout.from_json(expert["record"]),
             layers=layers,
             source_digest=_text(described["source"]["digest"]),
@@ -282,9 +332,10 @@ def checksums(
         stored = {r.module: (attention.layout(r), r.crc32) for r in attention.linears}
         kept = attention.precision
     else:
-        layer = next((layer for layer in index.layers if layer.file == file), None)
-        crc32 = layer.crc32 if layer else ()
-        stored = {f"expert.{e}": (index.layout, crc) for e, crc in enumerate(crc32)}
+        layer = next((n for n, each in enumerate(index.layers) if each.file == file), None)
+        crc32 = () if layer is None else index.layers[layer].crc32
+        layout = index.layout if layer is None else index.layout_of(layer)
+        stored = {f"expert.{e}": (layout, crc) for e, crc in enumerate(crc32)}
         kept = index.precision
     if kept != precision or {name: layout for name, (layout, _) in stored.items()} != records:
         return None
@@ -314,10 +365,10 @@ def read_index(folder: Path) -> StoreIndex:
         raise RunError(
             f"{path} is not the index of an expert store: give a folder made by 'moerun pack'"
         )
-    if described.get("version") not in (FORMAT_VERSION, CODED_VERSION):
+    if described.get("version") not in VERSIONS:
         raise RunError(
             f"{path} has store format version {described.get('version')!r}, this moerun reads "
-            f"{FORMAT_VERSION} and {CODED_VERSION}: pack the store again"
+            f"{FORMAT_VERSION} to {BLOCK_VERSION}: pack the store again"
         )
     try:
         return StoreIndex.from_json(described)

@@ -62,6 +62,8 @@ def pack(
     source_dtype = PLAIN.get(precisions.dense)
     apart = precisions.packs_attention
     with closing(ModelSource(source, dtype=source_dtype, attention_apart=apart)) as model:
+        if precisions.keeps_all:
+            model.keep_attention()
         for note in model.notes:
             (report or silent)(note)
         packer = _Packer(model, out, precisions)

@@ -12,6 +12,7 @@ from moeroute.models import dense_sizes
 
 from moerun.checkpoint.families import shared_experts_of, top_k_of, vocabulary_of
 from moerun.checkpoint.source import ModelSource
+from moerun.format.block_scheme import BlockScheme
 from moerun.format.expert import ExpertShape
 from moerun.format.layout import RecordLayout
 from moerun.format.names import RECORD_ALIGN
@@ -90,21 +91,21 @@ def plan_pack(model: ModelSource, precisions: Precisions) -> PackPlan:
     """Sizes of a pack. Raises RunError when a precision does not fit the model's shapes."""
     dense = model.dense_tensors()
     header, _ = header_of(dense)
-    layout = model.shape.record(precisions.expert)
+    layout = model.shape.record(precisions.expert)  # of the first kind of layers
     return PackPlan(
         precisions=precisions,
         layout=layout,
         experts=tuple(
-            _experts_of(model, layer, layout, precisions.expert)
-            for layer in range(len(model.layers))
+            _experts_of(model, layer, precisions.expert) for layer in range(len(model.layers))
         ),
-        attention=_attention_of(model, precisions) if precisions.packs_attention else None,
+        attention=_attention_of(model, precisions),
         dense_bytes=len(header) + sum(bytes_of(dtype, shape) for dtype, shape in dense.values()),
     )
 
 
-def _experts_of(model: ModelSource, layer: int, layout: RecordLayout, precision: str) -> RecordFile:
-    read = model.read_coded_expert if model.shape.coding(precision) else model.read_expert
+def _experts_of(model: ModelSource, layer: int, precision: str) -> RecordFile:
+    layout = model.shape.record(precision, model.kind(layer))
+    read = model.read_coded_expert if model.shape.codings(precision) else model.read_expert
     records = (
         Record(
             name=f"expert.{expert}",
@@ -118,14 +119,19 @@ def _experts_of(model: ModelSource, layer: int, layout: RecordLayout, precision:
     return RecordFile(experts_file(layer), precision, tuple(records))
 
 
-def _attention_of(model: ModelSource, precisions: Precisions) -> RecordFile:
+def _attention_of(model: ModelSource, precisions: Precisions) -> RecordFile | None:
+    """The records of attention that is quantised, or kept in the blocks of a file."""
+    kept = model.kept_attention
+    modules = model.attention if precisions.packs_attention else kept
     records = []
-    for module, (rows, columns) in model.attention.items():
-        PACKED_SCHEMES[precisions.attention].check(module, columns)
-        shape = ExpertShape.matrix(rows, columns)
+    for module in modules:
+        rows, columns = model.attention[module]
+        if precisions.packs_attention:
+            PACKED_SCHEMES[precisions.attention].check(module, columns)
+        shape = ExpertShape.matrix(rows, columns, kept.get(module))
         layout = shape.record(precisions.attention)
         records.append(Record(module, module, shape, layout, partial(model.read_attention, module)))
-    return RecordFile(ATTENTION_FILE, precisions.attention, tuple(records))
+    return RecordFile(ATTENTION_FILE, precisions.attention, tuple(records)) if records else None
 
 
 def crc32_of(record: torch.Tensor) -> int:
@@ -178,7 +184,7 @@ def build_index(
 
 def _layers(model: ModelSource, plan: PackPlan, crc32: Checksums) -> tuple[LayerRecords, ...]:
     layers = []
-    for module, file in zip(model.layers, plan.experts, strict=True):
+    for number, (module, file) in enumerate(zip(model.layers, plan.experts, strict=True)):
         file_bytes, entries = file.entries()
         layers.append(
             LayerRecords(
@@ -187,6 +193,7 @@ def _layers(model: ModelSource, plan: PackPlan, crc32: Checksums) -> tuple[Layer
                 file_bytes=file_bytes,
                 offsets=tuple(entries[record.name].offset for record in file.records),
                 crc32=tuple(crc32[file.name, record.name] for record in file.records),
+                kind=model.kind(number) if model.shape.codings(plan.precisions.expert) else 0,
             )
         )
     return tuple(layers)
@@ -196,9 +203,9 @@ def _attention(file: RecordFile, crc32: Checksums) -> AttentionRecords:
     file_bytes, entries = file.entries()
     linears = []
     for record in file.records:
-        rows, columns = record.shape.params[0].shape
-        offset = entries[record.name].offset
-        linears.append(
-            LinearRecord(record.name, rows, columns, offset, crc32[file.name, record.name])
-        )
+        (param,) = record.shape.params
+        offset, crc = entries[record.name].offset, crc32[file.name, record.name]
+        coding = param.coding if isinstance(param.coding, BlockScheme) else None
+        rows, columns = param.shape
+        linears.append(LinearRecord(record.name, rows, columns, offset, crc, coding))
     return AttentionRecords(file.precision, file.name, file_bytes, tuple(linears))

@@ -15,6 +15,7 @@ from moerun.bench.models import find_config
 from moerun.bench.routing import choose_routing
 from moerun.bench.shapes import find_shape, shape_names
 from moerun.checkpoint.hub import resolve
+from moerun.store.pack import pack
 from support.commands import Call, error_line
 from support.gguf_files import Converter
 from support.hub import fake_hub
@@ -116,6 +117,23 @@ def test_a_plan_by_a_gguf_header_needs_no_weights(moerun: Call, tmp_path: Path) 
         (folder / file.name).write_bytes(file.read_bytes())
     file = Converter(folder, "mixtral", lambda _name: Kind.F16).write(tmp_path / "tiny.gguf")
     assert plan_of(moerun, "--model", file, *BUDGET) == plan_of(moerun, *BUDGET)
+
+
+def test_a_plan_of_a_gguf_file_counts_experts_in_its_own_blocks(
+    moerun: Call, tmp_path: Path
+) -> None:
+    """As the store's plan does, once the file is packed."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for file in resolve("tiny").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    file = Converter(folder, "mixtral", lambda _name: Kind.Q8_0).write(tmp_path / "tiny.gguf")
+    budget = ("--memory", "300MiB", "--format", "json")
+    before = plan_of(moerun, "--model", file, "--precision", "native", *budget)
+    store = pack(file, tmp_path / "store")
+    assert store.index.expert_label == "native (q8_0)"
+    assert store.index.attention_precision == "q8_0"
+    assert before == plan_of(moerun, "--model", store.path, *budget)
 
 
 @pytest.mark.parametrize("name", shape_names())

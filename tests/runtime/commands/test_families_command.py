@@ -39,7 +39,7 @@ def test_formats_are_listed_with_what_becomes_of_them(
     blocks = moerun("families", "--formats").stdout.split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == [row["format"] for row in told]
     shown = " ".join(blocks[0].split())
-    assert "GGUF read yes at native 16 bits, dequantised published of most models" in shown
+    assert "GGUF read yes at native its own bits (Q4_K, Q5_K, Q6_K, Q4_0," in shown
     monkeypatch.setenv("COLUMNS", "80")
     narrow = moerun("families", "--formats").stdout.splitlines()
     assert max(map(len, narrow)) <= 80

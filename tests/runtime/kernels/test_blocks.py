@@ -15,42 +15,73 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moerun.errors import RunError
+from moerun.format.block_files import from_file
 from moerun.format.blocks import dequantise_blocks, quantise_blocks
 from moerun.format.expert import ExpertParam, ExpertShape
-from moerun.format.precision import BLOCK_SCHEMES, BlockScheme
+from moerun.format.precision import BLOCK_SCHEMES, BlockScheme, Tensors
 from moerun.kernels import blocks, team
 from moerun.kernels.blocks import BlockExpert, BlockLinear, compute_experts
 from moerun.kernels.slots import SlotForm, whole_of
 from moerun.offload.experts import compute_expert
+from support.gguf_files import random_blocks
 
 SCHEMES = tuple(BLOCK_SCHEMES.values())
-KINDS = {"q4_0": Kind.Q4_0, "q8_0": Kind.Q8_0}
+QUANTISED = tuple(BLOCK_SCHEMES[name] for name in ("q4_0", "q8_0"))  # that weights become
 
 
 def normals(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
+def kind_of(scheme: BlockScheme) -> Kind:
+    return Kind[scheme.name.upper()]
+
+
 def linear_of(weight: torch.Tensor, scheme: BlockScheme) -> BlockLinear:
-    parts = quantise_blocks(weight, scheme)
-    param = ExpertParam("weight", tuple(weight.shape), torch.bfloat16)
+    rows, columns = weight.shape
+    return linear_from(quantise_blocks(weight, scheme), rows, columns, scheme)
+
+
+def linear_from(parts: Tensors, rows: int, columns: int, scheme: BlockScheme) -> BlockLinear:
+    param = ExpertParam("weight", (rows, columns), torch.bfloat16)
     return BlockLinear(param, scheme, {f"weight.{name}": part for name, part in parts.items()})
+
+
+def random_linear(
+    rows: int, columns: int, scheme: BlockScheme, seed: int = 0
+) -> tuple[BlockLinear, torch.Tensor]:
+    """A matrix from a file's random blocks, and its values as gguf has them."""
+    raw = random_blocks(kind_of(scheme), rows, columns, seed)
+    linear = linear_from(from_file(torch.from_numpy(raw), scheme), rows, columns, scheme)
+    return linear, torch.from_numpy(dequantize(raw, kind_of(scheme)))
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x, rounded to 8 bits in blocks of 32, times a matrix: in float64."""
     grouped = x.float().view(len(x), -1, 32)
     most = grouped.abs().amax(-1, keepdim=True)
-    inverse = torch.where(most > 0, 127 / most, 0)
+    # torch computes 127 / most by the reciprocal, which rounds twice.
+    inverse = torch.where(most > 0, torch.full_like(most, 127) / most, 0)
     rounded = (grouped * inverse).round() * (most / 127)
     return rounded.double().flatten(1) @ weight.double().T
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_blocks_of_a_file_are_kept_in_its_own_bits(scheme: BlockScheme) -> None:
+    raw = random_blocks(kind_of(scheme), 40, 512)
+    parts = from_file(torch.from_numpy(raw), scheme)
+    laid = [(name, part.dtype, tuple(part.shape)) for name, part in parts.items()]
+    assert laid == scheme.parts(40, 512)
+    ours = dequantise_blocks(parts, scheme, 40)
+    assert np.array_equal(ours.numpy(), dequantize(raw, kind_of(scheme)))
+    assert sum(part.nbytes for part in parts.values()) * 40 == raw.nbytes * 48  # rows in sixteens
+
+
+@pytest.mark.parametrize("scheme", QUANTISED, ids=lambda scheme: scheme.name)
 def test_codes_and_scales_are_those_of_llama_cpp(scheme: BlockScheme) -> None:
     weight = normals(40, 96)
     weight[3, 32:64] = 0
-    by_gguf = dequantize(quantize(weight.numpy(), KINDS[scheme.name]), KINDS[scheme.name])
+    by_gguf = dequantize(quantize(weight.numpy(), kind_of(scheme)), kind_of(scheme))
     ours = dequantise_blocks(quantise_blocks(weight, scheme), scheme, 40)
     assert np.array_equal(ours.numpy(), by_gguf)
 
@@ -72,34 +103,43 @@ def test_values_from_a_file_come_back_as_they_were(seed: int, least: int, signed
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_products_are_those_of_rounded_activations(scheme: BlockScheme, dtype: torch.dtype) -> None:
-    weight = normals(50, 128) * 0.02
-    linear = linear_of(weight, scheme)
-    x = normals(19, 128, seed=1).to(dtype)
+    linear, values = random_linear(50, 512, scheme)
+    x = normals(19, 512, seed=1).to(dtype)
     x[4, 32:64] = 0
-    values = dequantise_blocks(quantise_blocks(weight, scheme), scheme, 50)
     y = linear(x)
     assert y.shape == (19, 50)
-    assert torch.allclose(y.double(), reference(x, values), rtol=1e-5, atol=1e-6)
+    wanted = reference(x, values)
+    assert torch.allclose(y.double(), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
     one_by_one = torch.cat([linear(row[None]) for row in x])
     assert torch.equal(y, one_by_one)  # whatever else is in the batch
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_experts_together_are_each_alone(scheme: BlockScheme) -> None:
-    pairs = [(normals(192, 64, seed=n) * 0.1, normals(64, 96, seed=9 + n)) for n in range(3)]
-    experts = [BlockExpert(linear_of(up, scheme), linear_of(down, scheme)) for up, down in pairs]
+@pytest.mark.parametrize(
+    ("above", "below"),
+    [
+        ("q4_0", "q4_0"),
+        ("q8_0", "q8_0"),
+        ("q4_k", "q6_k"),
+        ("q6_k", "q5_k"),
+        ("q5_0", "q4_k"),
+        ("q4_k", "q8_0"),
+    ],
+)
+def test_experts_together_are_each_alone(above: str, below: str) -> None:
+    schemes = BLOCK_SCHEMES[above], BLOCK_SCHEMES[below]
+    pairs = [
+        (random_linear(512, 256, schemes[0], n), random_linear(64, 256, schemes[1], 9 + n))
+        for n in range(3)
+    ]
+    experts = [BlockExpert(up, down) for (up, _), (down, _) in pairs]
     assert all(expert.fits for expert in experts)
-    x = normals(9, 64, seed=5).bfloat16()
+    x = 8 * normals(9, 256, seed=5).bfloat16()
     together = compute_experts(experts, x)
     for number, expert in enumerate(experts):
         assert torch.equal(compute_experts([expert], x)[0], together[number])
-    gate, up = reference(x, _values(pairs[1][0], scheme)).float().chunk(2, dim=-1)
-    wanted = reference(F.silu(gate) * up, _values(pairs[1][1], scheme))
+    gate, up = reference(x, pairs[1][0][1]).float().chunk(2, dim=-1)
+    wanted = reference(F.silu(gate) * up, pairs[1][1][1])
     assert (together[1] - wanted).norm() < 2e-2 * wanted.norm()  # a rounding may fall otherwise
-
-
-def _values(weight: torch.Tensor, scheme: BlockScheme) -> torch.Tensor:
-    return dequantise_blocks(quantise_blocks(weight, scheme), scheme, len(weight))
 
 
 def test_a_sum_is_the_same_on_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +238,18 @@ from moerun.kernels import blocks_ir
 blocks_ir.VNNI = blocks_ir.VNNI and sys.argv[1] == "with"
 import torch
 from moerun.format.expert import ExpertParam
-from moerun.format.blocks import quantise_blocks
 from moerun.format.precision import BLOCK_SCHEMES
 from moerun.kernels.blocks import BlockLinear
 for scheme in BLOCK_SCHEMES.values():
     torch.manual_seed(0)
-    parts = quantise_blocks(torch.randn(48, 96), scheme)
-    param = ExpertParam("w", (48, 96), torch.bfloat16)
-    y = BlockLinear(param, scheme, {f"w.{k}": v for k, v in parts.items()})(torch.randn(9, 96))
+    views = {}
+    for name, dtype, shape in scheme.parts(48, 256):
+        size = (*shape[:-1], shape[-1] * dtype.itemsize)
+        part = torch.randint(0, 48, size, dtype=torch.uint8).view(dtype)  # no float16 is NaN
+        views[f"w.{name}"] = part
+    param = ExpertParam("w", (48, 256), torch.bfloat16)
+    y = BlockLinear(param, scheme, views)(torch.randn(9, 256))
+    assert y.isfinite().all()
     print(y.view(torch.int32).flatten().tolist())
 """
     told = [

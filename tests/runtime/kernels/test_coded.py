@@ -31,7 +31,7 @@ def parts_of(coding: Coding, shape: tuple[int, int], seed: int = 0) -> Tensors:
         name: torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
         if dtype == torch.uint8
         else torch.randn(size, generator=random)
-        for name, dtype, size in coding.parts(shape)
+        for name, dtype, size in coding.parts(*shape)
     }
 
 
@@ -108,7 +108,7 @@ def test_a_slot_multiplies_as_the_dequantised_matrix_would(threads: int) -> None
     assert scratch_bytes(shape) == 2 * 1024 * 1100
     parts = {"down_bias": torch.randn(512).bfloat16()}
     for param in shape.params[:2]:
-        assert param.coding is not None
+        assert isinstance(param.coding, Coding)
         made = parts_of(param.coding, (param.shape[0], param.shape[1]))
         made["codes"][made["codes"] & 0x7F == 0x7F] = 0  # NaN in E4M3
         if param.coding.scale == "e8m0":
@@ -121,7 +121,7 @@ def test_a_slot_multiplies_as_the_dequantised_matrix_would(threads: int) -> None
     x, h = torch.randn(3, 1100).bfloat16(), torch.randn(3, 64).bfloat16()
     weights = []
     for param in shape.params[:2]:
-        assert param.coding is not None
+        assert isinstance(param.coding, Coding)
         own = {n: parts[f"{param.name}.{n}"] for n in ("codes", "scales")}
         weights.append(decode(own, param.coding, torch.empty(param.shape, dtype=torch.bfloat16)))
     before = torch.get_num_threads()

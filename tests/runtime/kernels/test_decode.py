@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from moerun.format.block_scheme import BLOCK_SCHEMES
 from moerun.kernels.decode import (
     ExpertChoice,
     HalvesLinear,
@@ -13,6 +14,7 @@ from moerun.kernels.decode import (
     weighted_sum,
 )
 
+Q4_0 = BLOCK_SCHEMES["q4_0"]
 HALF = torch.bfloat16
 
 
@@ -59,8 +61,8 @@ def test_a_norm_rounds_where_the_stock_module_does() -> None:
     assert total is x
     assert torch.equal(found, stock_norm(x, weight, 1e-6))
     codes = torch.zeros(96 + 8 * 3, dtype=torch.uint8)
-    places = {"added": added.data_ptr(), "rounded": codes.data_ptr()}
-    total, found = TokenNorm(weight, 1e-6, **places)(x)
+    norm = TokenNorm(weight, 1e-6, added=added.data_ptr(), rounded=codes.data_ptr(), scheme=Q4_0)
+    total, found = norm(x)
     assert torch.equal(total, x + added.to(HALF))
     assert torch.equal(found, stock_norm(total, weight, 1e-6))
     groups = found.float().view(3, 32)
@@ -90,7 +92,7 @@ def test_attention_is_that_of_torch(normed: int, biased: int, masked: int) -> No
         width=width,
         projected=projected.data_ptr(),
         rounded=codes.data_ptr(),
-        zero=8,
+        scheme=Q4_0,
         scaling=width**-0.5,
         bias=bias,
         norms=norms,

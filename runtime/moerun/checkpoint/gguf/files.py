@@ -25,7 +25,9 @@ from moerun.checkpoint.gguf.header import GgufHeader, GgufTensor, read_header
 from moerun.checkpoint.published.reader import Coded
 from moerun.checkpoint.weights import Weights
 from moerun.errors import RunError
-from moerun.format.coding import Coding
+from moerun.format.block_files import row_bytes
+from moerun.format.block_scheme import BLOCK_SCHEMES, BlockScheme
+from moerun.format.coding import Kept
 from moerun.format.tensorfile import TensorEntry, UnreadEntry, read_at
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -158,7 +160,7 @@ class GgufWeights(Weights):
         """The dtype that a model of these weights has: see `native_dtype`."""
         return native_dtype(self.headers)
 
-    def notes(self, coding: Coding | None) -> Iterator[str]:
+    def notes(self, kept: str | None) -> Iterator[str]:
         """See the class this one is of: which blocks there are, and of the tokenizer."""
         from moerun.checkpoint.gguf.tokenizer import tokenizer_note
 
@@ -166,10 +168,11 @@ class GgufWeights(Weights):
         blocks = [kind for kind in kinds if kind not in PLAIN]
         if blocks:
             named = ", ".join(sorted({type_name(kind) for kind in blocks}))
-            kept = "in MXFP4" if coding else f"as {str(self.dtype).removeprefix('torch.')}"
+            dtype = str(self.dtype).removeprefix("torch.")
+            how = f"in {kept.replace('+', ' and ').upper()}" if kept else f"as {dtype}"
             yield (
                 f"{len(blocks)} weights are in blocks ({named}) and are dequantised; at precision "
-                f"native, experts are kept {kept}"
+                f"native, experts are kept {how}"
             )
         if (told := tokenizer_note(self.path)) is not None:
             yield told
@@ -186,16 +189,22 @@ class GgufWeights(Weights):
         raw = self._raw(name, start, stop)
         return values_of(raw, tensor.ggml_type, (stop - start, *tensor.shape[1:]))
 
-    def coding(self, name: str) -> Coding | None:
-        """See the class this one is of: MXFP4 is kept in its own bits."""
-        return MXFP4_CODING if self._of[name][1].ggml_type == MXFP4 else None
+    def coding(self, name: str) -> Kept | None:
+        """See the class this one is of: some types of blocks are kept as they are."""
+        ggml_type = self._of[name][1].ggml_type
+        if ggml_type == MXFP4:
+            return MXFP4_CODING
+        return None if ggml_type in PLAIN else BLOCK_SCHEMES.get(type_name(ggml_type).lower())
 
     def read_coded(self, name: str, row: int | None = None) -> Coded:
         """See the class this one is of."""
         shape = self._of[name][1].shape
         start, stop = (0, shape[0]) if row is None else (row, row + 1)
-        elements, scales = mxfp4_parts(self._raw(name, start, stop), shape[-1])
-        return Coded(MXFP4_CODING, elements, scales)
+        raw, coding = self._raw(name, start, stop), self.coding(name)
+        if isinstance(coding, BlockScheme):
+            return Coded(coding, {"rows": raw.view(-1, row_bytes(coding, shape[-1]))})
+        elements, scales = mxfp4_parts(raw, shape[-1])
+        return Coded(MXFP4_CODING, {"codes": elements, "scales": scales})
 
     def _raw(self, name: str, start: int, stop: int) -> torch.Tensor:
         fd, tensor = self._of[name]

@@ -107,7 +107,7 @@ class BlockScaled:
         codes = parts["codes"].view(torch.uint8)
         if coding.elements == "e2m1":
             codes = unpack_nibbles(codes)
-        return Coded(coding, codes, scales)
+        return Coded(coding, {"codes": codes, "scales": scales})
 
     def _shape(self, headers: Headers) -> tuple[int, ...]:
         codes = headers["codes"]

@@ -45,4 +45,5 @@ class FusedMxfp4:
     def coded(self, parts: Tensors) -> Coded:
         """The codes and exponents, turned as the weight is."""
         elements = unpack_nibbles(parts["blocks"]).flatten(-2)
-        return Coded(Coding("e2m1", "e8m0", (MX_BLOCK, 1)), elements.T, parts["scales"].T)
+        turned = {"codes": elements.T, "scales": parts["scales"].T}
+        return Coded(Coding("e2m1", "e8m0", (MX_BLOCK, 1)), turned)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from moerun.format.coding import Coding
+from moerun.format.coding import Coding, Kept
 from moerun.format.precision import Tensors
 
 
@@ -51,12 +51,12 @@ class Names:
 
 
 class Coded(NamedTuple):
-    """A matrix in the bits of its publication: a code a weight, uint8[rows, columns], and the
-    scales of blocks."""
+    """A matrix in the bits of its publication, in parts that are joined and turned as it is: of a
+    `Coding` ``codes``, one a weight, uint8[rows, columns], and the ``scales`` of blocks; of blocks
+    of llama.cpp ``rows``, uint8[rows, bytes of a row]."""
 
-    coding: Coding
-    elements: torch.Tensor
-    scales: torch.Tensor
+    coding: Kept
+    parts: Tensors
 
 
 class Reader(Protocol):

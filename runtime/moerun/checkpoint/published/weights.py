@@ -146,16 +146,16 @@ class PublishedCheckpoint(Checkpoint):
             return super().equal(name, other, dtype)
         return torch.equal(self.read(name).to(dtype), self.read(other).to(dtype))
 
-    def notes(self, coding: Coding | None) -> Iterator[str]:
+    def notes(self, kept: str | None) -> Iterator[str]:
         """See the class this one is of."""
         if not self.quantised:
             return
         names = " and ".join(each.name for each in self.formats)
         dtype = str(self.dtype).removeprefix("torch.")
-        kept = f"in their own bits ({coding.name})" if coding else f"as {dtype}, dequantised"
+        how = f"in their own bits ({kept})" if kept else f"as {dtype}, dequantised"
         yield (
             f"{len(self.quantised)} weights are quantised ({names}) and are dequantised to "
-            f"{dtype}; at precision native, experts are kept {kept}"
+            f"{dtype}; at precision native, experts are kept {how}"
         )
         if self.spare:
             yield (
