@@ -15,7 +15,6 @@ are simulated or counted, and nothing is drawn: a second run gives the same.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +34,7 @@ from moesim import SimulationError, Workload, load_workload, simulate
 from moesim.engines.compilations import Compilations
 from moesim.machine.profile import load_machine
 from moesim.sizes import quarters
+from research_files import Row, agrees, row_of, speeds_in, write
 from research_threshold import FixedThreshold
 
 BLOCKS = 4  # into which the test sequences are split, each learned from nothing: the error bars
@@ -50,13 +50,14 @@ TUNED = {
     "slru": ("protected", (0.5, 0.8)),
     "lru-spec": ("n", (1, 2)),
 }
-OURS = ("foresight", "foresight-bypass", "foresight-spec")
-TD = "foresight:pairs=0,habit=0"  # the rule as this project first found it
+OURS = ("foresight", "foresight-bypass", "foresight-ahead", "foresight-spec")
+TD = "foresight:pairs=0,habit=0,recent=0"  # the rule as this project first found it
 ABLATIONS = {
     "foresight": "foresight",
     "without pairs": "foresight:pairs=0",
     "without the decayed count": "foresight:habit=0",
-    "without both": TD,
+    "without recency": "foresight:recent=0",
+    "without all three": TD,
     "own layer and 2 either side": "foresight:reach=2",
     "discount 0.8": "foresight:discount=0.8",
     "discount 0.93": "foresight:discount=0.93",
@@ -91,8 +92,6 @@ STRETCHES = {
     "gpt-oss-120b": Stretch(slice(None), "all of it", own_sizes=True),
 }
 
-Row = dict[str, Any]
-
 
 def main() -> None:
     """Make the tables asked for, as Markdown and CSV."""
@@ -103,7 +102,8 @@ def main() -> None:
     parser.add_argument(
         "--published",
         type=Path,
-        help="research_time.csv of an earlier run: its other policies are not run again",
+        help="the folder of an earlier run's tables of hits and times: of its published policies "
+        "the best is taken from there",
     )
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args()
@@ -116,8 +116,9 @@ def main() -> None:
         for name in asked.tables.split(","):
             job, columns = TABLES[name]
             points = list(points_of(name, given))
-            if name == "time" and asked.published:
-                points = [(*point, asked.published) for point in points]
+            if name in ("hits", "time") and asked.published:
+                earlier = asked.published / f"research_{name}.csv"
+                points = [(*point, earlier) for point in points]
             rows = []
             for found in pool.map(job, *zip(*points, strict=True)):
                 rows += found
@@ -232,8 +233,10 @@ def blocks(workload: Workload) -> list[Workload]:
     return [workload.only(part.tolist()) for part in parts] if len(parts) > 1 else [workload]
 
 
-def hit_table(name: str, path: str, slots: int) -> list[Row]:
-    """Hit ratios of the test stretch, and shares of the gap by blocks and on its first tokens."""
+def hit_table(name: str, path: str, slots: int, earlier: Path | None = None) -> list[Row]:
+    """Hit ratios of the test stretch, and shares of the gap by blocks and on its first tokens.
+
+    The best published policy is run, or is that of the row of ``earlier``."""
     whole = test_of(name, path)
     rows = []
     lengths = [n for n in (64, 300) if n < whole.n_decoded]
@@ -243,7 +246,12 @@ def hit_table(name: str, path: str, slots: int) -> list[Row]:
             for policy in ("lru", "belady", "belady-bypass")
         )
         scored = {p: [hits(name, part, p, slots) for part in parts] for p in (*OURS[:2], TD)}
-        others = {p: mean(hits(name, part, p, slots) for part in parts) for p in rivals()}
+        if earlier is None:
+            others = {p: mean(hits(name, part, p, slots) for part in parts) for p in rivals()}
+        else:
+            row = row_of(earlier, name, slots, tokens=str(tokens or whole.n_decoded))
+            others = {row["which"]: float(row["best published"]) / 100}
+            agrees(float(row["lru"]), 100 * mean(lru), earlier)
         best = max(others, key=lambda policy: (others[policy], policy))
         bounds = list(zip(lru, kept, free, strict=True))
         gaps = {
@@ -289,6 +297,9 @@ def time_table(
     whole = test_of(name, path)
     part = whole.head(min(GRID_TOKENS, whole.n_decoded))
     speeds = {} if earlier is None else speeds_in(earlier, name, slots, machine)
+    if earlier is not None:
+        lru = run(name, part, find_policy("lru"), slots, machine)
+        agrees(speeds["lru"], lru.tokens_per_s, earlier)
     policies: tuple[str, ...] = OURS
     if earlier is None:
         policies = (*published(prefetching=True), *OURS, "belady-bypass", "clairvoyant")
@@ -299,8 +310,7 @@ def time_table(
     online = {p: v for p, v in speeds.items() if p not in ("belady-bypass", "clairvoyant")}
     others = {p: v for p, v in online.items() if p not in OURS}
     best = max(others, key=lambda policy: (others[policy], policy))
-    # Without predictions foresight-spec fetches nothing, and pays for gates that do not speak.
-    chosen = "foresight-spec" if whole.predicted else "foresight-bypass"
+    chosen = "foresight-spec" if whole.predicted else "foresight-ahead"
     return [
         {
             "trace": name,
@@ -312,21 +322,10 @@ def time_table(
             **{policy: speeds.get(policy) for policy in OURS},
             "clairvoyant": speeds.get("clairvoyant"),
             "ours over published %": 100 * (speeds[chosen] / others[best] - 1),
-            "spec over bypass %": 100 * (speeds[chosen] / speeds["foresight-bypass"] - 1),
+            "fetching over bypass %": 100 * (speeds[chosen] / speeds["foresight-bypass"] - 1),
             "fastest": max(online, key=lambda policy: online[policy]),
         }
     ]
-
-
-def speeds_in(table: Path, name: str, slots: int, machine: str) -> dict[str, float]:
-    """Tokens/s of the policies that are not ours, by a table of times."""
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if (row["trace"], row["slots"], row["machine"]) == (name, str(slots), machine):
-                others = {"lru": row["lru"], row["which"]: row["best published"]}
-                others |= {"clairvoyant": row["clairvoyant"]} if row["clairvoyant"] else {}
-                return {policy: float(value) for policy, value in others.items()}
-    raise SystemExit(f"{table} has no row of {name}, {slots} slots, {machine}")
 
 
 def threshold_table(name: str, path: str, slots: int, machine: str) -> list[Row]:
@@ -363,27 +362,6 @@ def ablation_table(name: str, path: str, slots: int) -> list[Row]:
     found = {said: hits(name, part, policy, slots) for said, policy in ABLATIONS.items()}
     gaps = {said: share(value, lru, belady) for said, value in found.items()}
     return [{"trace": name, "slots": slots, **gaps}]
-
-
-def write(path: Path, rows: list[Row], digits: int) -> None:
-    """``path`` with .csv, and with .md at so many digits."""
-    if not rows:
-        return
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
-    lines += [" | ".join(shown(value, digits) for value in row.values()) for row in rows]
-    text = "".join(f"| {line} |\n" for line in lines)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-
-
-def shown(value: Any, digits: int) -> str:
-    """A cell."""
-    if isinstance(value, float):
-        return f"{value:.{digits}f}" if np.isfinite(value) else "-"
-    return "-" if value is None else str(value)
 
 
 TABLES: dict[str, tuple[Any, int]] = {

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from moepolicy import Context
-from moepolicy.library.learned.foresight_spec import AHEAD, ForesightSpec, among_first
+from moepolicy.library.learned.foresight_fetch import among_first
+from moepolicy.library.learned.foresight_spec import AHEAD, ForesightSpec
 from numpy.typing import NDArray
 
 

@@ -42,6 +42,7 @@ class Adaptive(Policy):
         self.staging = max(base.staging, other.staging)
         prefetcher = base if "prefetching" in aspects_of(type(base)) else other
         self.stage_prefetches = prefetcher.stage_prefetches
+        self.fills_slots = prefetcher.fills_slots
         self.base_reads = "predictions" in base.requires
         self.other_reads = "predictions" in other.requires
 

@@ -139,7 +139,7 @@ def attributes_of(policy: Policy) -> dict[str, Any]:
                 f"{type(policy).__name__}.{name} is a {type(value).__name__}, neither an array nor "
                 "a number"
             )
-    own = {name: getattr(policy, name) for name in ("staging", "stage_prefetches")}
+    own = {name: getattr(policy, name) for name in ("staging", "stage_prefetches", "fills_slots")}
     return vars(policy) | {name: own[name] for name in own if name not in vars(policy)}
 
 

@@ -26,6 +26,7 @@ class MadeOfTwo(Policy):
         self.staging = max(base.staging, part.staging)
         prefetcher = part if "prefetching" in aspects_of(type(part)) else base
         self.stage_prefetches = prefetcher.stage_prefetches
+        self.fills_slots = prefetcher.fills_slots
         self.base_reads = "predictions" in base.requires
         self.part_reads = "predictions" in part.requires
 
@@ -175,6 +176,7 @@ class Only(Policy):
         self.whole = whole
         self.staging = whole.staging
         self.stage_prefetches = whole.stage_prefetches
+        self.fills_slots = whole.fills_slots
 
     def on_step(self, step: Step) -> None:
         """Tell it."""

@@ -16,6 +16,7 @@ from moepolicy.policy import CONSTANTS, HOOKS, NEEDS, Policy, PolicyError
 DECLARATIONS = frozenset(
     {
         *("requires", "horizon", "always_evicts", "lossy", "staging", "stage_prefetches"),
+        "fills_slots",
         *("same_as", "fit", "learned", "welcomes", "share_slots", "made_of", "only"),
     }
 )

@@ -285,8 +285,11 @@ def _load(cache: Cache, policy: Policy, key: int, slot: int, kind: int) -> None:
 
 
 def _prefetch_slot(cache: Cache, policy: Policy, key: int) -> int:
-    """A place for a prefetch: a free staging buffer or, as the policy says, a cache slot."""
+    """A place for a prefetch: a free staging buffer or, as the policy says, a cache slot that is
+    free, or any."""
     if not cache.stage_prefetches:
+        return _claim_slot(cache, policy, key)
+    if cache.fills_slots and cache.n_free[domain_of(cache, key)]:
         return _claim_slot(cache, policy, key)
     if cache.n_free[cache.staging] == 0:
         return -1

@@ -101,6 +101,8 @@ class Policy:
     made_of, only     of a class that was made for a composition: the classes of its parts, and
                       the one aspect of them that it decides
     stage_prefetches  False sends a prefetched expert straight to a slot, evicting as it starts
+    fills_slots       where ``stage_prefetches``: True sends a prefetched expert to a slot that is
+                      free, where there is one, and there it stays; to a buffer otherwise
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -112,6 +114,7 @@ class Policy:
     always_evicts: ClassVar[bool] = False
     staging: int = 1
     stage_prefetches: bool = True
+    fills_slots: bool = False
 
     def __init__(self, context: Context) -> None:
         """Policies take the context first and their own parameters by keyword."""

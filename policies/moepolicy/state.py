@@ -52,6 +52,7 @@ class Cache(NamedTuple):
     staging_buffers: int
     staging: int  # the area of the staging buffers, after those of the domains
     stage_prefetches: bool
+    fills_slots: bool
     prefetching: bool
     declining: bool  # the policy has a say in whether later gates are asked for predictions
     retaining: bool
@@ -167,6 +168,7 @@ def new_cache(
         staging_buffers=buffers,
         staging=n_domains,
         stage_prefetches=policy.stage_prefetches,
+        fills_slots=policy.fills_slots,
         prefetching=overrides(policy, "prefetch"),
         declining=overrides(policy, "wants_predictions"),
         retaining=retaining,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moepolicy import Context, ExpertCache, Kind, PolicyError, find_policy, replay_journal
 from support.clock import context_for, drive, make_steps, scenarios
+from support.step_by_step import StepByStep
 
 QUEUES = ["clock", "sieve", "slru:protected=0.5", "2q", "s3-fifo:small=0.5,ghosts=1", "arc"]
 FREQUENCIES = ["lfu-aging", "lfu-aging:aging=0", "lfru", "least-stale", "class-lru:half_life=2"]
@@ -22,6 +23,7 @@ DEMAND_ONLY = [
 PREFETCHING = ["lru-spec:n=1,staging=1", "lru-spec:n=2,staging=4"]
 OWN = Path(__file__).parents[1] / "support" / "policies.py"
 SLOT_PREFETCHING = f"{OWN}:SlotSpec"
+FILLING = f"{OWN}:Filling"
 
 
 GUESSING = [
@@ -30,7 +32,7 @@ GUESSING = [
 ]
 CHOOSING = f"{OWN}:Anything"
 CHOOSING_AHEAD = [f"{OWN}:AnythingAhead", f"{OWN}:AnythingStaged"]
-ALL = [*DEMAND_ONLY, *PREFETCHING, SLOT_PREFETCHING, *GUESSING, CHOOSING, *CHOOSING_AHEAD]
+ALL = [*DEMAND_ONLY, *PREFETCHING, SLOT_PREFETCHING, FILLING, *GUESSING, CHOOSING, *CHOOSING_AHEAD]
 
 
 @pytest.mark.parametrize("policy", ALL)
@@ -339,3 +341,16 @@ def test_slots_and_staging_below_what_works_are_refused() -> None:
         drive("lru-spec:staging=0", context, steps)
     with pytest.raises(PolicyError, match="'layer' or 'global'"):
         drive("lru", context._replace(scope="both"), steps)
+
+
+def test_a_guess_fills_a_free_slot_and_stays() -> None:
+    """Two layers of 4 experts in 2 slots each, guesses of keys 4, 5 and 6 at layer 0. 4 and 5 take
+    layer 1's free slots, 6 a buffer. Layer 1 uses its expert 3: what lies in slots stays but for
+    the one that makes room, the candidate 7 % 2, and 6 goes."""
+    run = StepByStep(FILLING, Context(2, 4, 1, slots=2))
+    run.step([1], 0)
+    assert run.guessed == [4, 5, 6]
+    assert {4, 5, 6} <= set(run.held)
+    run.step([3], 1)
+    assert 6 not in run.held
+    assert {4, 7} == {key for key in run.held if key >= 4}

@@ -282,3 +282,10 @@ class AnswersLow(Answers):
     """The same where there is a store of lower precision."""
 
     requires = frozenset({"low", "cpu"})
+
+
+class Filling(SlotSpec):
+    """The same with guesses that go to free slots, and to staging buffers where there is none."""
+
+    stage_prefetches = True
+    fills_slots = True

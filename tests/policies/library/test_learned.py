@@ -121,6 +121,31 @@ def test_foresight_s_window_moves_with_the_layer() -> None:
     assert policy.window == 5
 
 
+def test_foresight_tells_values_about_0_apart_by_age() -> None:
+    """Unlearned, with no count: an expert just used is worth 0.1 + 0.05, one used n steps ago
+    0.05 * 32 / (32 + n). Expert 0 has learned that it is worth -1, which counts as 0; 1 was used a
+    step earlier, and goes. By values alone 0 goes."""
+    for recent, goes in ((0.05, 1), (0.0, 0)):
+        run = StepByStep(f"foresight:rate=0.0,habit=0.0,recent={recent}", Context(1, 4, 1, slots=2))
+        for expert in (1, 0):
+            run.step([expert])
+        run.policy.bias[0, 0] = -1.0
+        run.step([2])
+        assert run.evicted == [goes]
+        if recent:
+            worth = [0.05 * 32 / 33, 0.05 * 32 / 34, 0.1 + 0.05]
+            assert run.policy.merit[:3] == pytest.approx(worth)
+
+
+def test_foresight_takes_a_prompt_s_heavier_experts_for_newer() -> None:
+    """A prompt of 3 tokens ends at time 3; its first expert was used then, the second 1/3 before,
+    and both are older by a token after the next step."""
+    run = StepByStep("foresight", Context(1, 4, 1, slots=3))
+    run.step([2, 0], tokens=3)
+    run.step([1])
+    assert run.policy.last[:3] == pytest.approx([3 - 1 / 3, 4, 3])
+
+
 def hits_of_a_cycle(policy: str) -> int:
     """Hits among the last 30 of 300 steps that use three experts in turn, in two slots."""
     run = StepByStep(policy, Context(1, 4, 1, slots=2))
@@ -200,6 +225,17 @@ def test_foresight_spec_counts_how_often_guesses_of_a_margin_come_true() -> None
     assert policy.n_open.sum() == 0
 
 
+def test_foresight_spec_risks_nothing_by_a_copy_that_soon_ends() -> None:
+    """A copy of 0.7 layers that starts now is over before the next gate speaks: the guess is worth
+    a chance of 3 %. One that starts 0.2 layers later may not be."""
+    policy = spec_run(0.7).policy
+    policy.open[0, 1, 0], policy.bin[0, 1, 0], policy.n_open[0, 1] = 5, 0, 1
+    none = np.empty(0, np.int32)
+    assert policy.best(0, 0.0, none) == 5
+    assert policy.expected[0] == pytest.approx(0.03 * 0.7)
+    assert policy.best(0, 0.2, none) == -1
+
+
 def guesses_of(run: StepByStep, right: bool) -> list[int]:
     """How many are fetched in each of 40 passes of two layers, all of it predicted as it comes, or
     as it does not come."""
@@ -268,6 +304,92 @@ def test_foresight_spec_asks_again_once_it_pays() -> None:
     assert all(asked[-20:])
 
 
+def ahead_run(layers: int = 3, slots: int = 1, copy_over_layer: float = 0.5) -> StepByStep:
+    """foresight-ahead on layers of 4 experts, top-1."""
+    context = Context(layers, 4, 1, slots=slots, copy_over_layer=copy_over_layer)
+    return StepByStep("foresight-ahead", context)
+
+
+def test_foresight_ahead_counts_what_follows() -> None:
+    """Of the experts of layer 1 that followed expert 0 of layer 0, 3 was one of two; 4 more uses
+    count as seen with nothing after them: a share of 1/6, and of 1/5 by the one pass of 2. Twice
+    1/6, curved by 2 less that and of 20 bins, is bin 11: 8 * 0.8 * 11/19 of 8 guesses came true."""
+    run = ahead_run()
+    for expert, followed in ((0, 3), (0, 2), (2, 3)):
+        run.step([expert], 0)
+        run.step([followed], 1)
+    run.step([0], 0)
+    policy = run.policy
+    assert policy.seen[0, 1].tolist() == [2, 0, 1, 0]
+    assert policy.together[0, 1, 0].tolist() == [0, 0, 1, 1]
+    policy.add_shares(1, 0)
+    assert policy.share == pytest.approx([0, 0, 1 / 6, 1 / 6])
+    assert policy.open[0, 1, 0] == 4 + 2  # 3 is in the slot
+    assert policy.bin[0, 1, 0] == 11
+    assert policy.all_guesses[0].sum() > 20 * 8  # of the passes before
+
+
+def test_foresight_ahead_takes_the_mean_of_two_layers() -> None:
+    """Layer 2 follows expert 1 of layer 1 once, seen once, and expert 0 of layer 0 once: 1/5 of
+    each, their mean. For layer 2 from layer 0 alone, the second table speaks."""
+    run = ahead_run()
+    for layer, expert in ((0, 0), (1, 1), (2, 2), (0, 0)):
+        run.step([expert], layer)
+    run.policy.add_shares(2, 1)
+    assert run.policy.share == pytest.approx([0, 0, 1 / 5, 0])
+    run.step([3], 1)
+    run.policy.add_shares(2, 0)
+    assert run.policy.share == pytest.approx([0, 0, 1 / 10, 0])
+
+
+def test_foresight_ahead_counts_nothing_across_passes_or_of_a_prompt() -> None:
+    run = ahead_run()
+    run.step([0], 0)
+    run.step([1], 2)  # layer 1 is missing: of layer 0's table two layers on
+    run.step([0], 0, tokens=2)
+    run.step([3], 1)
+    run.step([2], 2)
+    assert run.policy.seen[0].sum() == 1  # layer 2 after layer 1
+    assert run.policy.seen[1].sum() == 1  # layer 2 after layer 0, in the first pass
+    run.step([0, 1], 0, tokens=2)
+    assert run.guessed == []
+
+
+def test_foresight_ahead_fetches_while_what_follows_repeats() -> None:
+    """Layer 1 uses 0 to 3 in turn, and so does layer 0: all follows. In a slot each, nothing that
+    is kept is used again, and what follows is fetched; not where a copy takes 60 layers."""
+    for copy, some in ((0.5, True), (60.0, False)):
+        run, found = ahead_run(layers=2, copy_over_layer=copy), []
+        for number in range(60):
+            run.step([number % 4], 0)
+            found += [run.guessed]
+            run.step([number % 4], 1)
+        assert all(found[-20:]) == some
+
+
+def test_foresight_ahead_fills_free_slots() -> None:
+    """A layer has 3 slots, and uses expert 0 alone: others come where nothing waits, and stay."""
+    run = ahead_run(layers=2, slots=3)
+    for _ in range(6):
+        run.step([0], 0)
+        run.step([0], 1)
+    assert len([key for key in run.held if key >= 4]) >= 3
+    assert 4 in run.held
+
+
+def test_foresight_ahead_begins_with_what_it_was_fitted_with() -> None:
+    run = ahead_run()
+    for layer in (0, 1, 2):
+        run.step([layer], layer)
+    spec = find_policy("foresight-ahead").policy
+    learned = run.policy.learned()
+    begun: Any = spec(run.context, params=learned)  # type: ignore[call-arg]
+    assert (begun.together == run.policy.together).all()
+    assert (begun.seen == run.policy.seen).all()
+    assert (begun.weight == run.policy.weight).all()
+    assert begun.together is not run.policy.together
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -277,6 +399,9 @@ def test_foresight_spec_asks_again_once_it_pays() -> None:
         ("foresight-bypass:rate=0.5", "foresight: rate must be from 0 to 0.4, not 0.5"),
         ("foresight:pairs=-1", "foresight: pairs must be 0 or more, not -1"),
         ("foresight:habit=2.0", "foresight: habit must be from 0 to 1, not 2.0"),
+        ("foresight:recent=-0.1", "foresight: recent must be from 0 to 1, not -0.1"),
+        ("foresight-ahead:staging=0", "foresight-ahead: staging must be 1 or more, not 0"),
+        ("foresight-ahead:unseen=0.0", "foresight-ahead: unseen must be more than 0, not 0.0"),
         ("foresight-spec:staging=0", "foresight-spec: staging must be 1 or more, not 0"),
         ("foresight:reach=-1", "foresight: reach must be 0 or more, not -1"),
         ("flashmoe:rate=-0.5", "flashmoe: rate must be from 0 to 1, not -0.5"),

@@ -2,6 +2,7 @@
 
 from moepolicy.library.learned.flashmoe import FlashMoe
 from moepolicy.library.learned.foresight import Foresight, ForesightBypass
+from moepolicy.library.learned.foresight_ahead import ForesightAhead
 from moepolicy.library.learned.foresight_spec import ForesightSpec
 from moepolicy.library.learned.promoe import ProMoe
 from moepolicy.policy import Policy
@@ -11,5 +12,6 @@ POLICIES: dict[str, type[Policy]] = {
     "promoe": ProMoe,
     "foresight": Foresight,
     "foresight-bypass": ForesightBypass,
+    "foresight-ahead": ForesightAhead,
     "foresight-spec": ForesightSpec,
 }

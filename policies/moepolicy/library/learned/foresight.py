@@ -20,6 +20,9 @@ STEADY = 0.4  # a step of learning never moves a sum by more than this share of 
 REACH_EXPERTS = 1600  # experts of other layers that an expert is told by, about
 PAIRED = 32  # experts of a layer, at most, for pairs to be told apart
 PAIRS = 256  # rows for the pairs of a layer; rarer pairs share them
+RECENT = 0.05  # what recency is worth to an expert used in this step
+RECENT_STEPS = 32.0  # steps of the layer after which it is worth half of that
+LONG_AGO = -1e9  # when an expert was used last that never was
 
 
 class Foresight(Policy):
@@ -34,8 +37,14 @@ class Foresight(Policy):
     The weights are learned while the policy runs, by TD(0): at each step of a layer the value of
     the step before moves towards 1 for an expert that the step uses, and for the others towards
     ``discount`` times their new value. Nothing is fitted offline, and neither logits nor
-    predictions are read. Only additions, products and one division a step are computed, so that
-    simulated and live decisions are equal.
+    predictions are read. Only additions, products and divisions are computed, so that simulated and
+    live decisions are equal.
+
+    Values are told apart by what is learned where it says much, and else by age: the victim has the
+    least of its value, or 0 where it is less, and ``recent`` * 32 / (32 + age), the age being steps
+    of the layer since its last use. A step of several tokens counts as so many. Most experts of a
+    large cache have values about 0, which say more of noise than of their next use. Where
+    ``recent`` is 0 the victim has the least value.
 
     ``reach`` is how many layers before and after a layer have a say; 0 takes as many as have some
     1600 experts together. Pairs are told apart in layers of at most 32 experts, by at most
@@ -55,18 +64,10 @@ class Foresight(Policy):
         reach: int = 0,
         pairs: int = PAIRS,
         habit: float = HABIT,
+        recent: float = RECENT,
         params: dict[str, NDArray[Any]] | None = None,
     ) -> None:
-        if not 0 <= discount < 1:
-            raise PolicyUsageError(f"foresight: discount must be 0 or more, below 1: {discount}")
-        if not 0 <= rate <= STEADY:
-            raise PolicyUsageError(f"foresight: rate must be from 0 to {STEADY}, not {rate}")
-        if reach < 0:
-            raise PolicyUsageError(f"foresight: reach must be 0 or more, not {reach}")
-        if pairs < 0:
-            raise PolicyUsageError(f"foresight: pairs must be 0 or more, not {pairs}")
-        if not 0 <= habit <= 1:
-            raise PolicyUsageError(f"foresight: habit must be from 0 to 1, not {habit}")
+        _check(discount, rate, reach, pairs, habit, recent)
         layers, experts = context.n_layers, context.n_experts
         self.discount = float(discount)
         self.rate = float(rate)
@@ -87,6 +88,11 @@ class Foresight(Policy):
         self.uses = np.zeros((layers, experts))  # decayed counts
         self.keeps = 0.5 ** (1.0 / HALF_LIFE)
         self.value = np.zeros(context.n_keys)
+        self.recent = float(recent)
+        self.floor = 0.0 if recent > 0 else LONG_AGO
+        self.clock = np.zeros(layers)  # tokens
+        self.last = np.full(context.n_keys, LONG_AGO)  # use, by the clock of the layer
+        self.merit = np.zeros(context.n_keys)  # the least goes
         self.fresh = np.zeros(experts)
         self.used = np.zeros(experts, np.bool_)
         # What each layer used last, heaviest first; more than these of a prompt's are not told.
@@ -134,8 +140,12 @@ class Foresight(Policy):
             self.rows[layer, i] = self.now[i]
         self.n_rows[layer] = n
         first = layer * self.n_experts
+        now = self.clock[layer]
         for e in range(self.n_experts):
             self.value[first + e] = self.fresh[e]
+            age = now - self.last[first + e]
+            newer = self.recent * RECENT_STEPS / (RECENT_STEPS + age)
+            self.merit[first + e] = max(self.fresh[e], self.floor) + newer
 
     def take_note(self, step: Step) -> None:
         """Which experts the step uses: marked, among the newest, and in the decayed counts."""
@@ -152,9 +162,11 @@ class Foresight(Policy):
         for i in range(n):
             self.newest[layer, i] = step.experts[i] - first
         wanted = len(step.experts)
+        self.clock[layer] += step.tokens
         for i in range(wanted):
             expert = step.experts[i] - first
             self.used[expert] = True
+            self.last[first + expert] = self.clock[layer] - i / (wanted + 1.0)
             # Of several tokens, how many used it is told by its rank alone: as if they fell evenly.
             often = 1.0
             if step.tokens > 1:
@@ -214,16 +226,16 @@ class Foresight(Policy):
                 row[e] += self.value[first + e]
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        """The candidate of the least value; of equals the lowest key."""
-        return lowest(self.value, candidates)
+        """The candidate of the least merit; of equals the lowest key."""
+        return lowest(self.merit, candidates)
 
 
 class ForesightBypass(Foresight):
-    """Foresight that keeps, of the cache and the step's experts, those of the greatest value.
+    """Foresight that keeps, of the cache and the step's experts, those of the greatest merit.
 
-    A missing expert of no greater value than all that could make room for it passes through a
+    A missing expert of no greater merit than all that could make room for it passes through a
     staging buffer. It takes a slot at the end of its step where an expert of that step, which could
-    not go before, has the least value. There are ``top_k`` staging buffers.
+    not go before, has the least merit. There are ``top_k`` staging buffers.
     """
 
     always_evicts = False
@@ -236,9 +248,10 @@ class ForesightBypass(Foresight):
         reach: int = 0,
         pairs: int = PAIRS,
         habit: float = HABIT,
+        recent: float = RECENT,
         params: dict[str, NDArray[Any]] | None = None,
     ) -> None:
-        super().__init__(context, discount, rate, reach, pairs, habit, params)
+        super().__init__(context, discount, rate, reach, pairs, habit, recent, params)
         self.staging = context.top_k
         self.held = np.zeros(context.n_keys, np.bool_)
         self.wanted = np.zeros(context.n_experts, np.int32)
@@ -264,17 +277,34 @@ class ForesightBypass(Foresight):
         self.held[key] = False
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        """The candidate of the least value; -1 where another expert is to go."""
-        least = lowest(self.value, candidates)
-        if self.value[incoming] <= self.value[least]:
+        """The candidate of the least merit; -1 where another expert is to go."""
+        least = lowest(self.merit, candidates)
+        if self.merit[incoming] <= self.merit[least]:
             return -1
         for rank in range(self.n_wanted[0]):
             key = self.wanted[rank]
-            if self.held[key] and self.value[key] < self.value[least]:
+            if self.held[key] and self.merit[key] < self.merit[least]:
                 return -1  # that one goes instead, once its pin has dropped: see retain
         return least
 
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
-        """The candidate of the least value; -1 where that of ``key`` is no greater."""
-        least = lowest(self.value, candidates)
-        return least if self.value[key] > self.value[least] else -1
+        """The candidate of the least merit; -1 where that of ``key`` is no greater."""
+        least = lowest(self.merit, candidates)
+        return least if self.merit[key] > self.merit[least] else -1
+
+
+def _check(
+    discount: float, rate: float, reach: int, pairs: int, habit: float, recent: float
+) -> None:
+    """PolicyUsageError for a parameter that there cannot be."""
+    if not 0 <= discount < 1:
+        raise PolicyUsageError(f"foresight: discount must be 0 or more, below 1: {discount}")
+    if not 0 <= rate <= STEADY:
+        raise PolicyUsageError(f"foresight: rate must be from 0 to {STEADY}, not {rate}")
+    if reach < 0:
+        raise PolicyUsageError(f"foresight: reach must be 0 or more, not {reach}")
+    if pairs < 0:
+        raise PolicyUsageError(f"foresight: pairs must be 0 or more, not {pairs}")
+    for name, value in (("habit", habit), ("recent", recent)):
+        if not 0 <= value <= 1:
+            raise PolicyUsageError(f"foresight: {name} must be from 0 to 1, not {value}")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moepolicy.library.learned.foresight import HABIT, PAIRS, ForesightBypass
+from moepolicy.library.learned.foresight import HABIT, PAIRS, RECENT
+from moepolicy.library.learned.foresight_fetch import ForesightFetching
 from moepolicy.library.probabilities import is_predicted
 from moepolicy.library.selection import top_n
 from moepolicy.policy import Context, PolicyUsageError
@@ -18,7 +19,6 @@ AHEAD = 3  # layers
 BINS = 16  # of margins
 BIN_WIDTH = 0.25
 BELOW = 4  # bins of margins below the boundary
-POOLED = 8.0  # guesses of all layers that a layer's own are weighed against
 # How often guesses come true, by distance and bin, before any has: as on the development stretches
 # of the bundled model, of prose and code alike. Each counts as so many guesses.
 BEGIN = np.array(
@@ -29,21 +29,15 @@ BEGIN = np.array(
     ]
 )  # %
 BELIEVED = 8.0
-OWN_KEPT, ALL_KEPT = 128.0, 1024.0  # guesses that a bin of a layer counts, and one of all layers
-CALM_RATE = 0.02
-LONG = 10.0  # layers that a copy takes where nobody knows: about as on most cards, by Mixtral
-LONGEST = 64.0  # layers that a copy takes, at most: what a longer one may cost is no different
-BUSY = 0.15  # of a wrong copy's time is lost to later copies, besides what the next load waits
 GATES = 0.05  # layers that asking the gates takes where nobody knows
 SURE = 1.25  # what asking saves is to be so many times what it takes
 BEGINNING = 24  # passes at first whose gates are all asked
 ASKED_AGAIN = 128  # passes after which gates that are asked no more are asked again, for one pass
 TRIAL = 8  # passes for which they are asked where that one paid
 OWN_RATE, ALL_RATE = 0.05, 0.01  # of what is known of a layer's own saving, and of all layers'
-AFTER_A_LOAD = 0.4  # of a layer's time is over when the layer's last load has come
 
 
-class ForesightSpec(ForesightBypass):
+class ForesightSpec(ForesightFetching):
     """foresight-bypass that fetches what later gates predict, where that pays.
 
     The gates of the next three layers are read. A guess is an expert that is not on the device,
@@ -55,9 +49,10 @@ class ForesightSpec(ForesightBypass):
     estimates how long compute goes on until some layer has to load an expert, from how often each
     layer had nothing to load. A right guess saves the compute that its copy overlaps up to the
     guess's layer. A wrong guess costs the rest of its copy, which the next load waits for, and some
-    of the link's time. A guess is fetched where its chance times the first is more than its risk
-    times the second, the best ones first, each behind those before it and behind the copies under
-    way. Guesses wait in the ``staging`` buffers.
+    of the link's time; none of it where the copy has ended before the next gate speaks. A guess is
+    fetched where its chance times the first is more than its risk times the second, the best ones
+    first, each behind those before it and behind the copies under way. Guesses wait in the
+    ``staging`` buffers, or in slots that are free.
 
     Asking the gates takes compute itself, `gates_over_layer` layers. While what the fetches of a
     layer are expected to save is less than that, its gates are not asked, after the first 24 passes
@@ -68,7 +63,6 @@ class ForesightSpec(ForesightBypass):
     """
 
     requires = frozenset({"predictions"})
-    welcomes = frozenset({"speed"})
     horizon = AHEAD
 
     def __init__(
@@ -79,31 +73,27 @@ class ForesightSpec(ForesightBypass):
         reach: int = 0,
         pairs: int = PAIRS,
         habit: float = HABIT,
+        recent: float = RECENT,
         staging: int = 4,
         params: dict[str, NDArray[Any]] | None = None,
     ) -> None:
-        super().__init__(context, discount, rate, reach, pairs, habit, params)
         if staging < 1:
             raise PolicyUsageError(f"foresight-spec: staging must be 1 or more, not {staging}")
+        super().__init__(
+            context,
+            BEGIN / 100.0,
+            BELIEVED,
+            staging,
+            discount=discount,
+            rate=rate,
+            reach=reach,
+            pairs=pairs,
+            habit=habit,
+            recent=recent,
+            params=params,
+        )
         layers, experts = context.n_layers, context.n_experts
-        self.staging = staging
-        self.n_layers = layers
-        speed = float(context.copy_over_layer)
-        self.copy = LONG if math.isnan(speed) else min(speed, LONGEST)
-        self.calm = np.full(layers, 0.5)  # share of a layer's steps that load nothing
-        self.n_missing = np.zeros(1, np.int64)  # of the step in progress
-        self.right = np.zeros((AHEAD, layers, BINS))
-        self.guesses = np.zeros((AHEAD, layers, BINS))
-        self.all_right = BEGIN / 100.0 * BELIEVED
-        self.all_guesses = np.full((AHEAD, BINS), BELIEVED)
-        # The guesses of each layer whose gate has not spoken yet, by distance.
-        most = min(2 * self.top_k, experts)
-        self.open = np.zeros((AHEAD, layers, most), np.int32)
-        self.bin = np.zeros((AHEAD, layers, most), np.int64)
-        self.n_open = np.zeros((AHEAD, layers), np.int64)
-        self.likeliest = np.zeros(most, np.int32)
-        self.idle = np.zeros(AHEAD + 1)
-        self.expected = np.zeros(1)
+        self.likeliest = np.zeros(min(2 * self.top_k, experts), np.int32)
         # Whether asking the gates pays: layers of compute saved by it, a step.
         known = float(context.gates_over_layer)
         self.gates = SURE * (GATES if math.isnan(known) else known)
@@ -116,21 +106,8 @@ class ForesightSpec(ForesightBypass):
 
     def on_step(self, step: Step) -> None:
         """Learn from what is used, and from the guesses about it."""
-        n_missing = 0
-        for rank in range(len(step.experts)):
-            n_missing += not self.held[step.experts[rank]]
-        self.n_missing[0] = n_missing
-        self.foresee(step)
-        self.remember(step)
+        self.settle(step)
         layer = step.layer
-        self.calm[layer] += CALM_RATE * ((1.0 if n_missing == 0 else 0.0) - self.calm[layer])
-        for ahead in range(AHEAD):
-            for i in range(self.n_open[ahead, layer]):
-                used = self.used[self.open[ahead, layer, i] - layer * self.n_experts]
-                at = self.bin[ahead, layer, i]
-                count(self.guesses[ahead, layer], self.right[ahead, layer], at, used, OWN_KEPT)
-                count(self.all_guesses[ahead], self.all_right[ahead], at, used, ALL_KEPT)
-            self.n_open[ahead, layer] = 0
         first = layer * self.n_experts
         for key in range(first, first + self.n_experts):
             self.fetched[key] = False
@@ -217,72 +194,6 @@ class ForesightSpec(ForesightBypass):
                 found += 1
         self.n_open[ahead, layer] = found
 
-    def delay(self, step: Step) -> float:
-        """Layers of compute until a copy asked for now can start."""
-        before = float(step.backlog)
-        if self.n_missing[0] > 0:
-            # Compute waits for the copy under way and for the step's own.
-            return AFTER_A_LOAD + max(before - 1.0, 0.0) * self.copy
-        return max(before - 0.5, 0.0) * self.copy
-
-    def best(self, layer: int, begins: float, taken: NDArray[np.int32]) -> int:
-        """The guess that is expected to save most beyond its cost; -1 where none does."""
-        risk = self.overlaps(layer, begins) + BUSY * self.copy
-        found, most = -1, 0.0
-        self.expected[0] = 0.0
-        for ahead in range(min(AHEAD, self.n_layers - 1 - layer)):
-            later = layer + 1 + ahead
-            for i in range(self.n_open[ahead, later]):
-                key = int(self.open[ahead, later, i])
-                chance = self.chance(ahead, later, self.bin[ahead, later, i])
-                gain = chance * self.idle[ahead + 1] - (1.0 - chance) * risk
-                if gain > most and not among_first(taken, key):
-                    found, most = key, gain
-        self.expected[0] = most
-        return found
-
-    def chance(self, ahead: int, layer: int, at: int) -> float:
-        """How often guesses of such a margin came true."""
-        pooled = self.all_right[ahead, at] / self.all_guesses[ahead, at]
-        right = self.right[ahead, layer, at] + POOLED * pooled
-        return float(right / (self.guesses[ahead, layer, at] + POOLED))
-
-    def overlaps(self, layer: int, begins: float) -> float:
-        """Into ``idle``, by layers ahead: the compute that a copy overlaps up to there, in layers.
-
-        The copy starts ``begins`` layers from now, if nothing has to be loaded until then. Returns
-        what of the copy is expected to be left when something has to be loaded."""
-        ends = begins + self.copy
-        lasts = 1.0  # the chance that nothing has to be loaded before
-        starts, whole = 0.0, 0.0
-        for i in range(AHEAD + 1):
-            self.idle[i] = 0.0
-        at = 0
-        while at < ends:
-            if at <= begins < at + 1:
-                starts = lasts
-            whole += lasts * max(min(ends, at + 1.0) - max(begins, float(at)), 0.0)
-            at += 1
-            if at <= AHEAD:
-                self.idle[at] = whole
-            lasts *= self.calm[(layer + at) % self.n_layers]
-        for i in range(at + 1, AHEAD + 1):
-            self.idle[i] = whole
-        return starts * self.copy - whole
-
-
-def count(
-    guesses: NDArray[np.float64], right: NDArray[np.float64], at: int, came: bool, most: float
-) -> None:
-    """Count a guess in bin ``at``. Where there are ``most``, all of the bin count half from now on:
-    what was learned from another text is outweighed in time."""
-    if guesses[at] >= most:
-        guesses[at] *= 0.5
-        right[at] *= 0.5
-    guesses[at] += 1.0
-    if came:
-        right[at] += 1.0
-
 
 def forget(guesses: NDArray[np.float64], right: NDArray[np.float64], most: float) -> None:
     """Let no entry count more than ``most`` guesses."""
@@ -290,11 +201,3 @@ def forget(guesses: NDArray[np.float64], right: NDArray[np.float64], most: float
         if guesses.flat[i] > most:
             right.flat[i] *= most / guesses.flat[i]
             guesses.flat[i] = most
-
-
-def among_first(keys: NDArray[np.int32], key: int) -> bool:
-    """Whether ``key`` is one of ``keys``."""
-    found = False
-    for i in range(len(keys)):
-        found = found or keys[i] == key
-    return found
