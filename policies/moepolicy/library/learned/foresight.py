@@ -52,6 +52,9 @@ class Foresight(Policy):
     16 steps of the layer. `moesim fit foresight` keeps the weights of a calibration trace, to begin
     with. The rule is this project's own: docs/research.md has the method, the results and what
     failed.
+
+    The class is long because signals, values and their lessons share the arrays that a step reads
+    and the next one teaches.
     """
 
     always_evicts = True
