@@ -9,7 +9,9 @@ mkdir -p demo
 export OMP_NUM_THREADS=1
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
+# The command as it can be typed again: what has blanks in quotes.
+shown() { for word in "$@"; do case $word in *' '*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac; done; }
+run() { printf '$%s\n' "$(shown "$@")"; "$@"; }
 
 # Text that any Python carries: the language reference as pydoc shows it, and library sources.
 library=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')

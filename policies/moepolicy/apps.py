@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from moepolicy.versions import installed
 ARGUMENTS = "Arguments"
 OPTIONS = "Options"  # the section of the help for options that name none
 WIDEST_NAME, NARROWEST_HELP = 28, 20  # columns
+TYPER_LEAST = 52  # columns: typer wraps the text of a help at these where a terminal has fewer
 
 Force = Annotated[
     bool,
@@ -110,6 +112,9 @@ class Group(TyperGroup):
 
         Raises CommandUsageError for what cannot be taken, and Interrupted.
         """
+        columns = shutil.get_terminal_size((TYPER_LEAST, 24)).columns
+        if columns < TYPER_LEAST:
+            extra = {"terminal_width": columns - 2} | extra
         try:
             code = super().main(*args, **extra | {"standalone_mode": False})
         except _TyperError as error:
@@ -299,6 +304,8 @@ def _write_section(title: str, records: Sequence[tuple[str, str]], formatter: An
     column = min(max(len(name) for name, _ in records), WIDEST_NAME) + 2
     with formatter.section(title):
         indent = " " * formatter.current_indent
+        if formatter.width - len(indent) - column < NARROWEST_HELP:
+            column = 4  # a narrow terminal: what names mean stands below them
         width = max(formatter.width - len(indent) - column, NARROWEST_HELP)
         for name, text in records:
             lines = textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)

@@ -146,13 +146,13 @@ class Table:
 
 
 def _packed(pairs: Sequence[str], width: int) -> list[str]:
-    """As many of ``pairs`` to an indented line as fit."""
+    """As many of ``pairs`` to an indented line as fit; one that is wider is broken at its words."""
     lines: list[str] = []
     for pair in pairs:
         if lines and cell_len(lines[-1]) + INDENT + cell_len(pair) <= width:
             lines[-1] += " " * INDENT + pair
         else:
-            lines.append(" " * INDENT + pair)
+            lines += _wrapped_lines(" " * INDENT + pair, width)
     return lines
 
 

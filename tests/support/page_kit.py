@@ -110,7 +110,7 @@ def _recommended(name: str, **options: str) -> Callable[[Path], None]:
     """What `moesim recommend --config` writes for the guide's model."""
 
     def make(folder: Path) -> None:
-        options_of_all = {"policy": "class-lru", "memory": "10240MiB"} | options
+        options_of_all = {"policy": "class-lru", "memory": "10GiB"} | options
         lines = [f'{option} = "{value}"' for option, value in options_of_all.items()]
         (folder / name).write_text("\n".join([*lines, "context = 4096", ""]))
 

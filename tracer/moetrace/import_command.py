@@ -11,7 +11,7 @@ from moepolicy import console
 from moepolicy.amounts import NoAmountError, parse_bytes
 from moepolicy.apps import Force
 from moepolicy.outputs import own_folder
-from moepolicy.tables import Table
+from moepolicy.tables import described
 from moeroute.families import WEIGHT_RULES
 from moeroute.options import SizeOptions
 
@@ -31,10 +31,7 @@ def _show_formats(wanted: bool) -> None:
     if wanted:
         from moeroute.importers import FORMATS
 
-        table = Table(["name", "what"], [])
-        for known in FORMATS:
-            table.add_row(known.name, known.title)
-        console.emit(table.render())
+        console.emit(described({known.name: known.title for known in FORMATS}))
         raise typer.Exit
 
 

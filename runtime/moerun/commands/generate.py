@@ -66,7 +66,8 @@ def generate(
         Format,
         typer.Option(
             help="table: stream the text to stdout and print statistics on stderr. json, csv: "
-            "print everything on stdout at the end."
+            "print everything on stdout at the end. There is no --out, as the text streams: send "
+            "stdout to a file."
         ),
     ] = Format.table,
     on_policy_error: OnPolicyError = "fallback",

@@ -14,7 +14,11 @@ from moepolicy.tables import Format
 from moerun.commands import names
 
 Output = Annotated[
-    Format, typer.Option(help="How to print results: table for people, json or csv for programs.")
+    Format,
+    typer.Option(
+        help="How to print results: table for people, json or csv for programs. --out holds no "
+        "such results, but what is measured, to go on with."
+    ),
 ]
 Machine = Annotated[
     str | None,

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 from moepolicy.apps import OutputOptions
 from moepolicy.completion import among, known_policies
+from moepolicy.console import say
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from moepolicy.progress import Bar
 from moeroute.options import complete_models, complete_precisions, complete_traces
@@ -168,3 +169,6 @@ def recommend(
         with written_whole(config) as partial:
             partial.write_text(found.toml(), encoding="utf-8")
     destination.deliver(found.rows(), found.table, found.document())
+    if config is not None:
+        say(f'{config} has these options: moerun --config {config} --prompt "..."')
+        say(f"is it right? on that machine: moerun fidelity --config {config}")

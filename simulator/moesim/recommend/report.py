@@ -232,7 +232,11 @@ def _figures(trial: Trial) -> tuple[str, str]:
 
 
 def _amount(n_bytes: int) -> str:
-    """An amount as an option's value, rounded down."""
+    """An amount as an option's value: in the largest unit that it is whole ones of, as a user would
+    type it, or rounded down."""
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if n_bytes >= 1 << power and not n_bytes % (1 << power):
+            return f"{n_bytes >> power}{unit}"
     return f"{n_bytes >> 20}MiB" if n_bytes >= 1 << 30 else f"{n_bytes >> 10}KiB"
 
 
