@@ -18,9 +18,10 @@ from memory_group import peak_bytes_of, usage_bytes
 from moepolicy import find_policy
 from moerun.commands.prepare import quiet_libraries
 from moerun.devices import freeze_loaded_objects
-from moerun.kernels import blocks
+from moerun.kernels import blocks, decode
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
+from moerun.live.token_layers import TokenLayer
 from moerun.offload.gate_predictor import find_routers
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
@@ -141,15 +142,18 @@ def _clocked(runner: Runner, clock: Clock) -> Iterator[None]:
         setattr(owner, name, clock.timed(part, getattr(owner, name)))
 
     for layer in model.model.layers:
-        patch(layer.self_attn, "forward", "attention")
+        patch(layer.self_attn, "forward", "attention")  # of a prompt
+        if isinstance(token_layer := vars(layer).get("forward"), TokenLayer):
+            patch(token_layer, "attend", "attention")
         patch(layer.mlp, "forward", "experts")
     for router in find_routers(model):
         patch(router, "forward", "gate")
     patch(model.lm_head, "forward", "head")
     patch(model, "forward", "pass")
     patch(runner.session, "serve", "policy")
-    patch(blocks, "run_here", "kernel")
-    patch(blocks, "run_on_all", "kernel")
+    for kernels in (blocks, decode):
+        patch(kernels, "run_here", "kernel")
+        patch(kernels, "run_on_all", "kernel")
     hook = model.lm_head.register_forward_hook(lambda *_: setattr(clock, "phase", 1))
     try:
         yield

@@ -106,7 +106,7 @@ def _parts(found: dict[str, Any], phase: int) -> list[str]:
         ]
         column += [whole_s - seconds.get("pass", 0.0), whole_s]
         columns.append([1e3 * each / passes for each in column])
-    names = [*_WHERE, "generate() around the pass", "all"]
+    names = [*_WHERE, "choosing, text: around the pass", "all"]
     rows = [[name, *(f"{column[i]:.2f}" for column in columns)] for i, name in enumerate(names)]
     align = ["---", *("--:" for _ in cases)]
     return [f"| {' | '.join(row)} |" for row in (head, align, *rows)]

@@ -227,6 +227,7 @@ RUNS: dict[str, Run] = {
     "python benchmarks/llama_cpp.py --folder SCRATCH --llama-python LLAMA/bin/python": Run(
         options=True
     ),
+    "python benchmarks/llama_cpp_tries.py SCRATCH/qwen3-30b-a3b/store": Run(options=True),
     "moesim policies --markdown": Run(prints="do not edit"),
     # traces.md and gguf.md
     "moetrace import run.npz --out t.parquet": Run(("run.npz",), "t.parquet"),

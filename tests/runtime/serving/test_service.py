@@ -108,7 +108,7 @@ def test_an_error_has_no_folder_and_no_stack(
         raise ZeroDivisionError(f"in {tmp_path}/secret.py")
 
     with asking(runner) as ask:
-        monkeypatch.setattr("moerun.live.generate.Generation._prepare", fail)
+        monkeypatch.setattr("moerun.live.generate.Generation._start", fail)
         failed = ask("/v1/completions", prompt="a", max_tokens=1)
         assert failed.status_code == 500
         assert str(tmp_path) not in failed.text
