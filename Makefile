@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 SHELL := bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow explore docs bench mutants lint format lock clean
+.PHONY: help install demo test test-slow test-clients explore docs bench mutants lint format lock clean
 
 help:
 	@echo 'make demo       record routing of the bundled model, compare policies on it, run live'
 	@echo 'make test       lint, types and the fast tests'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make explore    the property tests with examples that no run has drawn before'
+	@echo 'make test-clients  the server with clients as their users start them: 616 MB more'
 	@echo 'make docs       the documentation as pages to open from a folder: site/index.html'
 	@echo 'make bench      the speed of simulator and recorder on this machine'
 	@echo 'make mutants    which changes of MODULE its TESTS let through'
@@ -54,6 +55,12 @@ test-slow: $(INSTALLED)
 explore: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'hypothesis and not gpu' \
 	  --hypothesis-profile explore
+
+# They are not in CI: the harness, llama-benchy and guidellm bring some seventy packages.
+test-clients: $(INSTALLED)
+	@$(BIN)/python -c 'import guidellm, llama_benchy, lm_eval' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/runtime/serving/test_clients.py
 
 # Nothing is fetched once the extra is installed: neither the pages nor building them needs a network.
 docs: $(INSTALLED)

@@ -66,7 +66,9 @@ def shard(folder: Path, *, index: bool = True) -> list[Path]:
         save_file({n: tensors[n] for n in names}, files[-1], metadata={"format": "pt"})
         held |= dict.fromkeys(names, files[-1].name)
     if index:
-        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": held}))
+        (folder / f"{WEIGHTS}.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": held})
+        )
     return files
 
 

@@ -87,7 +87,7 @@ class Architecture:
         """Every weight of a layer but those of routed experts, by names within the layer."""
         block = self._experts_block() if layer in self.moe_layers else self._dense_block()
         parts = self._attention(layer) | block
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        for norm in self.family.layer_norms:
             parts[f"{norm}.weight"] = (self.hidden,)
         return parts
 
@@ -117,12 +117,15 @@ class Architecture:
 
     def _experts_block(self) -> Shapes:
         """What a layer has besides its routed experts: the gate, and shared experts."""
-        router = f"mlp.{self.family.router}"
+        block = self.family.block
+        router = f"{block}.{self.family.router}"
         found: Shapes = {f"{router}.weight": (self.n_experts, self.hidden)}
         if self.model_type == "gpt_oss":
             found[f"{router}.bias"] = (self.n_experts,)
         if self.family.correction:
-            found[f"{router}.{CORRECTION_BIAS}"] = (self.n_experts,)
+            at = self.family.correction_at
+            holder = router if at is None else f"{block}.{at}".rstrip(".")
+            found[f"{holder}.{CORRECTION_BIAS}"] = (self.n_experts,)
         if self.family.shared == "one" and self.n_shared_experts:
             found |= self.gated("mlp.shared_expert", self.whole("shared_expert_intermediate_size"))
             found["mlp.shared_expert_gate.weight"] = (1, self.hidden)
@@ -135,7 +138,7 @@ class Architecture:
         """Experts that every token passes besides the routed ones."""
         if self.family.shared == "one":
             return int(self.whole("shared_expert_intermediate_size", 0) > 0)
-        return self.whole("n_shared_experts", 0) if self.family.shared else 0
+        return self.whole(self.family.shared_field, 0) if self.family.shared else 0
 
     def _dense_block(self) -> Shapes:
         return self.gated("mlp", self.whole("intermediate_size"))
@@ -151,6 +154,8 @@ class Architecture:
     def _attention(self, layer: int) -> Shapes:
         if self.family.attention == "latent":
             found = self._latent()
+        elif self.family.attention == "indexed":
+            found = self._latent() | self._indexer()
         elif self.family.attention == "mixed" and not self._is_full(layer):
             return {f"linear_attn.{name}": shape for name, shape in self._delta_net().items()}
         else:
@@ -221,6 +226,18 @@ class Architecture:
                 if f"{name}.weight" in found:
                     found[f"{name}.bias"] = found[f"{name}.weight"][:1]
         return found
+
+    def _indexer(self) -> Shapes:
+        """What chooses the tokens that sparse attention looks at."""
+        heads, dim = self.whole("index_n_heads"), self.whole("index_head_dim")
+        shapes: Shapes = {
+            "wq_b.weight": (heads * dim, self.whole("q_lora_rank")),
+            "wk.weight": (dim, self.hidden),
+            "k_norm.weight": (dim,),
+            "k_norm.bias": (dim,),
+            "weights_proj.weight": (heads, self.hidden),
+        }
+        return {f"indexer.{name}": shape for name, shape in shapes.items()}
 
     def _delta_net(self) -> Shapes:
         heads = self.whole("linear_num_value_heads")

@@ -25,13 +25,18 @@ all experts, 0 where not chosen, and the logits."""
 class Weights:
     """How the weights of a family's models follow from a config.json.
 
-    attention  "grouped" heads, "latent" ones (MLA), or "mixed": one layer in several has grouped
-               heads with an output gate, the others are gated delta nets
+    attention  "grouped" heads, "latent" ones (MLA), "indexed": latent with an indexer of sparse
+               attention, or "mixed": one layer in several has grouped heads with an output gate,
+               the others are gated delta nets
     norms      of queries and keys: "" none, "head" over a head, "all" over all heads
     biases     of queries, keys and values where the config says nothing
     shared     experts that every token passes: "" none, "one" with a gate of its own, "several" as
                one block
+    shared_field  of the number of these
+    block        of a layer, that its experts are in
     correction   the gate has a bias that serves its choice alone
+    correction_at  the module of the block that has it, if not the gate; empty: the block itself
+    layer_norms  of each layer
     dense_first  layers without experts at the beginning, where the config says nothing
     tied         the head is the embeddings where the config says nothing
     layout       "" as most; else the architecture of its own in `architectures.py`
@@ -41,10 +46,14 @@ class Weights:
     norms: str = ""
     biases: bool = False
     shared: str = ""
+    shared_field: str = "n_shared_experts"
+    block: str = "mlp"
     router: str = "gate"
     expert_field: str = "moe_intermediate_size"
     top_k_field: str = "num_experts_per_tok"
     correction: bool = False
+    correction_at: str | None = None
+    layer_norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     dense_first: int = 0
     tied: bool = False
     layout: str = ""
@@ -131,26 +140,45 @@ FAMILIES: tuple[Family, ...] = (
         ("deepseek-ai/DeepSeek-V3.2-Exp",),
         _SIGMOID,
         _INDEXED,
+        weights=Weights("indexed", shared="several", correction=True),
     ),
     Family(
         "deepseek_v4",
         ("deepseek-ai/DeepSeek-V4-Flash",),
         "sqrtsoftplus-renorm-scale",
         "The gates of the first layers choose experts by a table of tokens: predictions of these "
-        "layers are certain. Compressed keys cannot be taken back. Not in float16.",
+        "layers are certain. Compressed keys cannot be taken back. Not in float16, in which stock "
+        "transformers fails: it keeps the keys' projections in float32.",
         more_gates=("DeepseekV4HashRouter",),
         no_float16=True,
         weights=Weights(shared="several", layout="deepseek_v4"),
     ),
-    Family("dots1", ("rednote-hilab/dots.llm1.inst",), "sigmoid"),
+    Family(
+        "dots1",
+        ("rednote-hilab/dots.llm1.inst",),
+        "sigmoid",
+        weights=Weights(norms="head", shared="several", correction=True),
+    ),
     Family("ernie4_5_moe", ("baidu/ERNIE-4.5-21B-A3B-PT",), _RENORM),
     Family(
         "exaone_moe",
         ("LGAI-EXAONE/K-EXAONE-236B-A23B",),
         _SIGMOID,
         _WINDOW,
+        weights=Weights(
+            norms="head", shared="several", shared_field="num_shared_experts", correction=True
+        ),
     ),
-    Family("flex_olmo", ("allenai/FlexOlmo-7x7B-1T",), "softmax"),
+    Family(
+        "flex_olmo",
+        ("allenai/FlexOlmo-7x7B-1T",),
+        "softmax",
+        weights=Weights(
+            norms="all",
+            expert_field="intermediate_size",
+            layer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        ),
+    ),
     Family(
         "gemma4",
         ("google/gemma-4-26B-A4B-it",),
@@ -178,7 +206,13 @@ FAMILIES: tuple[Family, ...] = (
         _SIGMOID,
         weights=Weights("latent", shared="several", correction=True, dense_first=1),
     ),
-    Family("glm_moe_dsa", ("zai-org/GLM-5",), _SIGMOID, _INDEXED),
+    Family(
+        "glm_moe_dsa",
+        ("zai-org/GLM-5",),
+        _SIGMOID,
+        _INDEXED,
+        weights=Weights("indexed", shared="several", correction=True),
+    ),
     Family(
         "gpt_oss",
         ("openai/gpt-oss-20b", "openai/gpt-oss-120b"),
@@ -186,23 +220,48 @@ FAMILIES: tuple[Family, ...] = (
         _WINDOW,
         weights=Weights(biases=True, router="router", expert_field="intermediate_size"),
     ),
-    Family("granitemoe", ("ibm-granite/granite-3.1-3b-a800m-instruct",), _RENORM),
+    Family(
+        "granitemoe",
+        ("ibm-granite/granite-3.1-3b-a800m-instruct",),
+        _RENORM,
+        weights=Weights(
+            block="block_sparse_moe", router="router", expert_field="intermediate_size"
+        ),
+    ),
     Family("granitemoehybrid", ("ibm-granite/granite-4.0-h-tiny",), _RENORM, _STATE),
     Family("hunyuan_v1_moe", ("tencent/Hunyuan-A13B-Instruct",), _RENORM),
-    Family("hy_v3", ("tencent/Hy3-preview",), _SIGMOID),
+    Family(
+        "hy_v3",
+        ("tencent/Hy3-preview",),
+        _SIGMOID,
+        weights=Weights(
+            norms="head",
+            shared="several",
+            shared_field="num_shared_experts",
+            correction=True,
+            correction_at="",
+        ),
+    ),
     Family("kimi_linear", ("moonshotai/Kimi-Linear-48B-A3B-Instruct",), _SIGMOID, _STATE),
     Family(
         "llama4",
         ("meta-llama/Llama-4-Scout-17B-16E-Instruct",),
         "sigmoid",
-        "Text only, one expert a token. " + _WINDOW,
+        "Text only, one expert a token, as all published models have it. " + _WINDOW,
         also=("llama4_text",),
         others=("vision_model.", "multi_modal_projector."),
         gate_gives="scores",
         always_shared=1,
     ),
     Family("mimo_v2_flash", ("XiaomiMiMo/MiMo-V2-Flash",), _SIGMOID, _WINDOW),
-    Family("minimax_m2", ("MiniMaxAI/MiniMax-M2",), _SIGMOID),
+    Family(
+        "minimax_m2",
+        ("MiniMaxAI/MiniMax-M2",),
+        _SIGMOID,
+        weights=Weights(
+            norms="all", expert_field="intermediate_size", correction=True, correction_at=""
+        ),
+    ),
     Family(
         "mixtral",
         ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
@@ -252,7 +311,12 @@ FAMILIES: tuple[Family, ...] = (
         _STATE,
         weights=Weights("mixed", norms="head", shared="one"),
     ),
-    Family("solar_open", ("upstage/Solar-Open-100B",), _SIGMOID),
+    Family(
+        "solar_open",
+        ("upstage/Solar-Open-100B",),
+        _SIGMOID,
+        weights=Weights(shared="several", correction=True),
+    ),
 )
 
 _BY_TYPE = {name: each for each in FAMILIES for name in (each.model_type, *each.also)}

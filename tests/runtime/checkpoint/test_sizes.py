@@ -106,7 +106,13 @@ def test_a_config_tells_every_weight_that_transformers_makes(
     assert len(found.layers) == len(find_experts(model)) == found.n_layers
 
 
-@pytest.mark.parametrize("family", ["gemma4", "deepseek_v4", "glm4_moe_lite", "qwen3_5_moe"])
+SMALL_PUBLISHED = [
+    *("gemma4", "deepseek_v4", "glm4_moe_lite", "qwen3_5_moe", "deepseek_v32", "dots1"),
+    *("exaone_moe", "flex_olmo", "glm_moe_dsa", "granitemoe", "hy_v3", "minimax_m2", "solar_open"),
+]
+
+
+@pytest.mark.parametrize("family", SMALL_PUBLISHED)
 def test_a_config_of_text_and_images_tells_the_weights_of_its_text(family: str) -> None:
     config = published_config(family)
     found = described(config)
@@ -115,7 +121,7 @@ def test_a_config_of_text_and_images_tells_the_weights_of_its_text(family: str) 
 
 
 def test_every_family_is_among_the_cases() -> None:
-    tested = {family for family, _ in CASES} | {"gemma4", "deepseek_v4", "glm4_moe_lite"}
+    tested = {family for family, _ in CASES} | {*SMALL_PUBLISHED}
     known = {each.model_type for each in FAMILIES if each.weights}
     assert {*map(family_of, tested)} == {*map(family_of, known)}
 
