@@ -10,6 +10,7 @@ from torch import nn
 
 from moerun.checkpoint.families import find_attention
 from moerun.errors import RunError
+from moerun.format.precision import NATIVE
 from moerun.kernels.blocks import BlockLinear
 from moerun.kernels.slots import SlotForm
 from moerun.store.expert_store import ExpertStore
@@ -72,7 +73,8 @@ def install_attention(model: nn.Module, store: ExpertStore, device: torch.device
     if packed is None:
         return
     stored = {record.module: record for record in packed.linears}
-    found = {name: linear for name, linear in find_attention(model) if name in stored}
+    some = packed.precision == NATIVE  # the others are among the dense weights
+    found = {n: linear for n, linear in find_attention(model) if n in stored or not some}
     wanted = {name: (record.rows, record.columns) for name, record in stored.items()}
     if wanted != {name: tuple(linear.weight.shape) for name, linear in found.items()}:
         raise RunError(
