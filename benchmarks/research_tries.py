@@ -1,8 +1,7 @@
 """What was tried for foresight's start and for foresight-ahead, on development stretches alone.
 
     python benchmarks/research_tries.py wikitext=wiki.parquet code=code.parquet \
-        gpt-oss-20b=gpt-oss-20b.parquet qwen3-30b=qwen3-30b.parquet \
-        gpt-oss-120b=gpt-oss-120b.parquet --out tries.md
+        gpt-oss-20b=gpt-oss-20b.parquet qwen3-30b=qwen3-30b.parquet --out tries.md
 
 Any of the traces may be left out. Two tables: hit ratios of eviction alone, in points beyond
 foresight without recency, and simulated tokens/s of fetching, in % beyond foresight-bypass without
@@ -25,10 +24,9 @@ from moesim import Workload, load_workload
 from numpy.typing import NDArray
 from research import MIXTRAL, STRETCHES, run
 
-# Sequences, tokens and slots of each development stretch.
+# Sequences, tokens (a prompt's among them) and slots of each development stretch.
 PARTS: dict[str, tuple[slice, int, tuple[int, ...]]] = {
     "qwen3-30b": (slice(None), 128, (32, 64, 96)),
-    "gpt-oss-120b": (slice(None), 64, (8, 16, 32)),
     "gpt-oss-20b": (slice(0, 3), 700, (8, 16, 24)),
     "code": (slice(0, 2), 512, (4, 6)),
     "wikitext": (slice(0, 2), 512, (4,)),

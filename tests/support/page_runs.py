@@ -165,8 +165,7 @@ RUNS: dict[str, Run] = {
     "python benchmarks/research.py prose=prose.parquet code=code.parquet "
     "gpt-oss-20b=gpt-oss-20b.parquet --out research --tables ablations": Run(options=True),
     "python benchmarks/research_tries.py wikitext=wiki.parquet code=code.parquet "
-    "gpt-oss-20b=gpt-oss-20b.parquet qwen3-30b=qwen3-30b.parquet "
-    "gpt-oss-120b=gpt-oss-120b.parquet --out tries.md": Run(options=True),
+    "gpt-oss-20b=gpt-oss-20b.parquet qwen3-30b=qwen3-30b.parquet --out tries.md": Run(options=True),
     "python benchmarks/research_live.py --gbps 0.2 --gbps 0.5 --gbps 2 --out live.md": Run(
         options=True
     ),
