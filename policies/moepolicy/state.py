@@ -26,6 +26,8 @@ STAYS = np.iinfo(np.int64).max  # an entry of Cache.standing: what may not go no
 
 INDEX = (1 << 31) - 1  # what is masked so is no index from an array's end, for which there is code
 
+BUFFERS = 1024  # of staging, that any policy may have: more only where there are more experts
+
 NOTHING = -1  # what an event is about besides its key, where that is nothing
 
 # Entries of Cache.mass: gate weight since the start.
@@ -147,6 +149,11 @@ def new_cache(
             "an expert without a slot is used from a staging buffer"
         )
     n_keys = context.n_layers * context.n_experts
+    if buffers > max(n_keys, BUFFERS):
+        raise PolicyUsageError(
+            f"policy '{name or type(policy).__name__}': staging is {buffers}, and the model has "
+            f"{n_keys} experts"
+        )
     layers = np.repeat(np.arange(context.n_layers), context.n_experts)
     areas = n_domains + 1
     held = np.full((areas, max(widest, buffers)), -1, np.int64)

@@ -339,6 +339,8 @@ def test_slots_and_staging_below_what_works_are_refused() -> None:
         drive("lru", context._replace(slots=-1), steps)
     with pytest.raises(PolicyError, match="staging must be 1 or more"):
         drive("lru-spec:staging=0", context, steps)
+    with pytest.raises(PolicyError, match="staging is 1099511627776, and the model has 2 experts"):
+        drive("lru-spec:staging=1099511627776", context, steps)
     with pytest.raises(PolicyError, match="'layer' or 'global'"):
         drive("lru", context._replace(scope="both"), steps)
 
