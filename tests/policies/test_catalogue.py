@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from moepolicy import find_policy, policy_names
+from moepolicy import find_policy
 from moepolicy.catalogue import built_in, catalogue_table, description, entry_of, markdown
 from moepolicy.library import BUILT_IN, FAMILIES
 from support.commands import error_line
@@ -126,10 +125,3 @@ def test_the_command_prints_a_table_json_or_csv_and_one_policy() -> None:
 @pytest.mark.parametrize("other", ["lru", "--format=json"])
 def test_the_page_is_of_all_and_of_one_form(other: str) -> None:
     assert "--markdown takes no policy" in error_line(moesim("--markdown", other), 2)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/comparison.md"])
-def test_pages_say_how_many_policies_there_are(page: str) -> None:
-    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
-    said = {int(number) for number in re.findall(r"(?<=[ |])(\d+)(?: policies|, or a class)", text)}
-    assert said == {len(policy_names())}

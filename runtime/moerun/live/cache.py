@@ -89,8 +89,8 @@ class LiveCache:
     def acquire(self, key: int, slot: int) -> Any:
         """The weights of ``key``, in ``slot``, for the compute issued from now on."""
         self.link.acquire(slot)
-        found = self.link.slots[slot]
-        return in_form(found, Variant(self.cache.is_low(key))) if self._has_low else found
+        low = self._has_low and self.cache.is_low(key)
+        return in_form(self.link.slots[slot], Variant(low))
 
     def release(self, key: int, slot: int) -> None:
         """The step's compute with ``key``, in ``slot``, has been issued."""

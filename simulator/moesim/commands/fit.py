@@ -17,7 +17,7 @@ from moesim.workload import DEFAULT_TRACE
 # The built-in policies with something to fit, named here so that no help imports the policies.
 FITTABLE = (
     *("edgemoe", "moe-infinity", "flashmoe", "promoe"),
-    *("foresight", "foresight-bypass", "foresight-spec"),
+    *("foresight", "foresight-bypass", "foresight-ahead", "foresight-spec"),
 )
 
 
