@@ -13,6 +13,7 @@ import torch
 
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import layer_configs
+from moerun.devices import KEPT_OPERATIONS
 from moerun.format.precision import BlockScheme, Scheme, scheme_of
 from moerun.format.tensorfile import bytes_of
 from moerun.kernels.coded import DECODING_BYTES
@@ -31,6 +32,8 @@ LIBRARIES_BYTES = {"cpu": 48 * MIB, "cuda": 96 * MIB}
 PARTIAL_SUMS_BYTES = 16 * MIB
 # numba and the kernels that dequantise, compiled (measured: 121 MiB) or kept on disk (102 MiB).
 KERNELS_BYTES = 128 * MIB
+# Operations of oneDNN that one more thread keeps, where weights are of fewer bits than float32.
+OPERATIONS_BYTES = KEPT_OPERATIONS * MIB
 LOGIT_ROWS = 256  # turned into float32 at a time where many are scored
 PackedMatrix = tuple[int, int, Scheme | BlockScheme]
 DEFAULT_CONTEXT = 2048  # tokens planned for where neither the user nor a prompt says how many
@@ -165,14 +168,16 @@ def _cpu_expert_bytes(
     config: Any, model: ModelShape, store: ExpertStore, batch: int, itemsize: int
 ) -> int:
     """Bytes for computing experts on the CPU: the slot, its buffer, what the slot's contents are
-    derived with, and activations. Inputs wait for the thread, which computes one expert at a
-    time."""
+    derived with, activations, and operations of oneDNN. Inputs wait for the thread, which computes
+    one expert at a time."""
     form = SlotForm(store.index.shape, store.index.precision, torch.device("cpu"))
     shape, precision = store.index.shape, store.index.precision
     quantised = scheme_of(precision) is not None or bool(shape.blocks(precision))
     buffers = 3 * form.record_bytes if quantised else 0
     inputs = batch * store.index.top_k * int(config.hidden_size) * itemsize
-    return form.slot_bytes + buffers + inputs + _inside_bytes(config, model, store, batch, itemsize)
+    inside = _inside_bytes(config, model, store, batch, itemsize)
+    operations = OPERATIONS_BYTES if itemsize < 4 else 0
+    return form.slot_bytes + buffers + inputs + inside + operations
 
 
 def _quantised_bytes(store: ExpertStore, device: torch.device, copies: int, batch: int) -> int:
