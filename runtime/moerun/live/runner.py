@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from moepolicy import WEIGHT_RULES, Context, PolicyError, RoutingRule
 
-from moerun.devices import naming_lack_of_memory
+from moerun.devices import keep_few_operations, naming_lack_of_memory
 from moerun.kernels.slots import SlotForm
 from moerun.links import HostTier
 from moerun.live.assembly import check_low, make_cpu_experts, make_link
@@ -61,6 +61,7 @@ class Runner:
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
         plan = plan_memory(store, settings)
         self._peak = Peak(store, settings.device)
+        keep_few_operations()
         self.session = Session(
             plan_context(store, settings, plan.slots),
             settings.policy,

@@ -37,7 +37,9 @@ def install_token_layers(model: Any) -> None:
     One thread at a time may run the model then.
     """
     modules: list[Any] = list(model.modules())
-    if not any(isinstance(module, PackedLinear) for module in modules):
+    # Not for attention in other bits: where no weights are in blocks, no plan counts numba.
+    packed = (module for module in modules if isinstance(module, PackedLinear))
+    if all(linear.blocks is None for linear in packed):
         return
     head: Any = model.get_output_embeddings()
     plain = isinstance(head, nn.Linear) and "bias" not in dict(head.named_parameters())

@@ -13,6 +13,7 @@ import torch
 
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import layer_configs
+from moerun.devices import KEPT_OPERATIONS
 from moerun.format.precision import BlockScheme, Scheme, scheme_of
 from moerun.format.tensorfile import bytes_of
 from moerun.kernels.coded import DECODING_BYTES
@@ -31,6 +32,8 @@ LIBRARIES_BYTES = {"cpu": 48 * MIB, "cuda": 96 * MIB}
 PARTIAL_SUMS_BYTES = 16 * MIB
 # numba and the kernels that dequantise, compiled (measured: 121 MiB) or kept on disk (102 MiB).
 KERNELS_BYTES = 128 * MIB
+# Operations of oneDNN that one more thread keeps, where weights are of fewer bits than float32.
+OPERATIONS_BYTES = KEPT_OPERATIONS * MIB
 LOGIT_ROWS = 256  # turned into float32 at a time where many are scored
 PackedMatrix = tuple[int, int, Scheme | BlockScheme]
 DEFAULT_CONTEXT = 2048  # tokens planned for where neither the user nor a prompt says how many
@@ -71,6 +74,7 @@ def needs_of(
     model = shape_of(whole_config, dtype)
     weights = sum(bytes_of(dtype, shape) for dtype, shape in dense.values())
     on_host = device.type == "cpu"
+    scores = _holds_scores(config, model, device)
     cpu_expert_bytes = 0
     if computes_on_cpu and on_host:
         cpu_expert_bytes = _cpu_expert_bytes(config, model, store, batch, itemsize)
@@ -79,8 +83,10 @@ def needs_of(
         weights_bytes=weights + packed_attention_bytes(store, device),
         kv_cache_bytes=texts
         * (model.cache_bytes(context) + (model.marked_bytes(context) if marks else 0)),
-        workspace_bytes=_activation_bytes(config, model, store, batch, context, itemsize, horizon)
-        + (texts - 1) * _text_bytes(config, model, context, itemsize)
+        workspace_bytes=_activation_bytes(
+            config, model, store, batch, context, itemsize, horizon, scores
+        )
+        + (texts - 1) * _text_bytes(config, context, itemsize, scores)
         + _logit_bytes(config, logit_tokens, itemsize)
         + quantised
         + LIBRARIES_BYTES[device.type],
@@ -93,16 +99,25 @@ def needs_of(
 
 def _attended_widths(config: Any) -> tuple[int, int]:
     """Heads, and the numbers of a head's key and value as they are multiplied: of the widest layer.
-    DeepSeek's two differ, and Gemma's layers."""
-    return max(map(_widths_of_layer, layer_configs(config)), key=math.prod)
+    Gemma's layers differ."""
+    widths = [(heads, key + value) for heads, key, value in map(_widths_of, layer_configs(config))]
+    return max(widths, key=math.prod)
 
 
-def _widths_of_layer(config: Any) -> tuple[int, int]:
+def _widths_of(config: Any) -> tuple[int, int, int]:
+    """A layer's heads, and the numbers of a head's key and of its value: DeepSeek's two differ."""
     heads = config.num_attention_heads
     if getattr(config, "qk_nope_head_dim", None):
-        return heads, config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        return heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, width + (getattr(config, "v_head_dim", None) or width)
+    return heads, width, getattr(config, "v_head_dim", None) or width
+
+
+def _holds_scores(config: Any, model: ModelShape, device: torch.device) -> bool:
+    """Whether attention holds its scores whole: torch's kernel for the CPU does not where keys and
+    values are of the same width."""
+    differ = any(key != value for _, key, value in map(_widths_of, layer_configs(config)))
+    return model.holds_scores or (differ and device.type == "cpu")
 
 
 def _activation_bytes(
@@ -113,6 +128,7 @@ def _activation_bytes(
     context: int,
     itemsize: int,
     horizon: int,
+    holds_scores: bool,
 ) -> int:
     """The most that one forward pass holds at once in addition to weights and cache: a layer's
     attention or experts, and the hidden states around them."""
@@ -123,7 +139,7 @@ def _activation_bytes(
     projected = 3 * batch * heads * widths * itemsize
     repeated = context * heads * widths * itemsize
     scores = batch * context * (1 + wide)  # the mask, as bits and as what is added
-    if model.holds_scores:
+    if holds_scores:
         scores += 3 * heads * batch * context * wide
     sparse = model.indexing.n_bytes(batch, context)
     linear = model.linear.n_bytes(batch, context)
@@ -135,12 +151,12 @@ def _activation_bytes(
     return int(around + max(attention, experts) + gates)
 
 
-def _text_bytes(config: Any, model: ModelShape, context: int, itemsize: int) -> int:
+def _text_bytes(config: Any, context: int, itemsize: int, holds_scores: bool) -> int:
     """What a pass over a token of each of several texts holds for one more of them: the keys and
     values of its context, repeated for each head, their scores, and its logits."""
     heads, widths = _attended_widths(config)
     repeated = context * heads * widths * itemsize
-    scores = context * 8 * (3 * heads if model.holds_scores else 1)
+    scores = context * 8 * (3 * heads if holds_scores else 1)
     return int(repeated + scores + 64 * int(config.vocab_size))
 
 
@@ -165,14 +181,16 @@ def _cpu_expert_bytes(
     config: Any, model: ModelShape, store: ExpertStore, batch: int, itemsize: int
 ) -> int:
     """Bytes for computing experts on the CPU: the slot, its buffer, what the slot's contents are
-    derived with, and activations. Inputs wait for the thread, which computes one expert at a
-    time."""
+    derived with, activations, and operations of oneDNN. Inputs wait for the thread, which computes
+    one expert at a time."""
     form = SlotForm(store.index.shape, store.index.precision, torch.device("cpu"))
     shape, precision = store.index.shape, store.index.precision
     quantised = scheme_of(precision) is not None or bool(shape.blocks(precision))
     buffers = 3 * form.record_bytes if quantised else 0
     inputs = batch * store.index.top_k * int(config.hidden_size) * itemsize
-    return form.slot_bytes + buffers + inputs + _inside_bytes(config, model, store, batch, itemsize)
+    inside = _inside_bytes(config, model, store, batch, itemsize)
+    operations = OPERATIONS_BYTES if itemsize < 4 else 0
+    return form.slot_bytes + buffers + inputs + inside + operations
 
 
 def _quantised_bytes(store: ExpertStore, device: torch.device, copies: int, batch: int) -> int:

@@ -132,10 +132,11 @@ def test_what_is_hidden_stays_hidden(runner_of: Callable[..., Runner]) -> None:
     assert torch.equal(*told)
 
 
-def test_attention_as_published_is_computed_by_the_stock_code(
-    runner_of: Callable[..., Runner],
+@pytest.mark.parametrize("attention", ["native", "4bit"])
+def test_attention_in_no_blocks_is_computed_by_the_stock_code(
+    attention: str, runner_of: Callable[..., Runner]
 ) -> None:
-    runner = runner_of("mixtral", "native")
+    runner = runner_of("mixtral", attention)
     assert not any("forward" in vars(module) for module in runner.model.modules())
     sampling = Sampling(max_new_tokens=6, stop=False)
     done = runner.generation().run(IDS, sampling)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from moepolicy import Kind, find_policy, pointers
 from moepolicy.calls import CompiledCalls
+from moerun.checkpoint.hub import resolve
 from moerun.errors import RunError
 from moerun.live.runner import Runner
 from moerun.live.sampling import Sampling
@@ -21,7 +22,9 @@ from moerun.memory.fit import plan_memory
 from moerun.memory.plan import COMPILED_BYTES, MIB, MemoryPlan, Needs
 from moerun.settings import Settings
 from moerun.store.expert_store import ExpertStore
+from moerun.store.pack import pack
 from support.big_models import big_store
+from support.moe_models import random_model, save_checkpoint
 from support.runs import generate
 
 OWN = Path(__file__).parents[2] / "support" / "policies.py"
@@ -273,6 +276,72 @@ def test_a_process_that_scores_long_windows_keeps_to_its_budget(big: ExpertStore
     assert found["context"] == 2048
     assert 0 < found["slots"] < 8
     assert 0.5 * budget < found["peak"] <= budget
+
+
+def test_scores_of_keys_wider_than_values_are_planned_on_the_cpu(tmp_path: Path) -> None:
+    """torch's kernel for the CPU takes no such heads, which DeepSeek has: it holds their scores."""
+
+    def workspace(v_head_dim: int, device: str) -> int:
+        store = ExpertStore.open(tmp_path / f"{v_head_dim}")
+        settings = Settings(
+            find_policy("lru"), slots=1, context_tokens=1000, device=torch.device(device)
+        )
+        return plan_memory(store, settings).needs.workspace_bytes
+
+    widths = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "max_position_embeddings": 1000}
+    for width in (128, 192):
+        model = random_model("deepseek_v2", v_head_dim=width, **widths)
+        source = save_checkpoint(model, resolve("tiny"), tmp_path / f"model-{width}")
+        pack(source, tmp_path / f"{width}").close()
+    heads = model.config.num_attention_heads
+    scores = 3 * 4 * heads * 999 * 1000
+    narrow = heads * 64 * 4 * (3 * 999 + 1000)  # keys and values take less as they are narrower
+    assert workspace(128, "cpu") == workspace(192, "cpu") + scores - narrow
+    assert workspace(128, "cuda:0") == workspace(192, "cuda:0") - narrow
+
+
+LENGTHS = """
+import json, sys
+from moepolicy import find_policy
+from moerun.live.sampling import Sampling
+from moerun.live.runner import Runner
+from moerun.settings import Settings
+from moerun.store.expert_store import ExpertStore
+path, budget, policy, prompt = sys.argv[1:]
+store = ExpertStore.open(path)
+settings = Settings(find_policy(policy), memory_bytes=int(budget), context_tokens=300, low=store)
+with Runner(store, settings) as runner:
+    ids = runner.encode(prompt)
+    for length in range(20, 280, 8):
+        runner.generation().run(ids[:, :length], Sampling(max_new_tokens=2, stop=False))
+    print(json.dumps({"peak": runner.peak_bytes, "planned": runner.plan.total_bytes,
+                      "numba": "numba" in sys.modules}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attention", "policy"), [("native", "lru"), ("native", f"{OWN}:Anything"), ("4bit", "lru")]
+)
+def test_a_process_that_computes_many_shapes_in_bfloat16_keeps_to_its_budget(
+    big: ExpertStore, tmp_path: Path, attention: str, policy: str
+) -> None:
+    """torch would keep oneDNN's operations for every shape, 0.7 MiB each, and each thread its own.
+    Where no weights are in blocks, no kernels of numba are loaded, either."""
+    source = big.path.parent / "model"
+    store = pack(source, tmp_path / "store", precision="bf16", attention=attention)
+    done = subprocess.run(
+        [sys.executable, "-c", LENGTHS, str(store.path), str(160 * MIB), policy, PROSE * 20],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert not found["numba"]
+    assert 0.4 * found["planned"] < found["peak"] <= found["planned"] <= 160 * MIB
 
 
 def test_code_that_was_kept_is_loaded_and_no_other_compiled(
