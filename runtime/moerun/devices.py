@@ -65,8 +65,9 @@ def keep_few_operations() -> None:
 
     In bfloat16 oneDNN makes one for each shape, such as each number of tokens that an expert gets,
     and each length of a text that attention is computed over. torch and oneDNN keep 1,024 of them,
-    by a thread and in all: 800 MiB. Both ask the environment when they make the first, so this
-    comes too late in a process that has computed in bfloat16 before.
+    by a thread and in all: 800 MiB. Where there is a budget that is too much; where there is none,
+    a prompt is read some 20 % faster with all of them. Both ask the environment when they make the
+    first, so this comes too late in a process that has computed in bfloat16 before.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KEPT_OPERATIONS))

@@ -61,7 +61,8 @@ class Runner:
         self.form = SlotForm(store.index.shape, store.index.precision, settings.device)
         plan = plan_memory(store, settings)
         self._peak = Peak(store, settings.device)
-        keep_few_operations()
+        if settings.memory_bytes is not None or settings.memory_file is not None:
+            keep_few_operations()
         self.session = Session(
             plan_context(store, settings, plan.slots),
             settings.policy,
