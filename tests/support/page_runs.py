@@ -169,6 +169,13 @@ RUNS: dict[str, Run] = {
     "python benchmarks/research_live.py --gbps 0.2 --gbps 0.5 --gbps 2 --out live.md": Run(
         options=True
     ),
+    "moerun bench --shape mixtral-8x7b --layers 4 --precision 4bit --routing tiny --store STORE "
+    "--direct --slots 4 --policy lru --policy lru-spec --policy class-lru --policy "
+    "foresight-bypass --policy foresight-spec --tokens 24 --warm-up 8 --rounds 3": Run(
+        instead="moerun bench --shape tiny --layers 2 --precision 4bit --routing tiny "
+        "--store bench --direct --slots 4 --policy lru --policy foresight-bypass --tokens 2 "
+        "--warm-up 1 --rounds 1"
+    ),
     "python benchmarks/policy_results.py tiny mixtral-like prose.trace.parquet code.trace.parquet "
     "> docs/results.md": Run(options=True),
     "moetrace record README.md docs --out prose.trace.parquet": Run(
