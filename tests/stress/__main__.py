@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moepolicy.tables import Table
 
@@ -48,10 +50,7 @@ def kills(arguments: argparse.Namespace) -> int:
     campaign = Kills(arguments.out, arguments.seed)
     names, workers = tuple(arguments.only), arguments.workers
     campaign.run(arguments.count, minutes=arguments.minutes, names=names, workers=workers)
-    _print(campaign.rows())
-    for ended in campaign.faults:
-        print(f"{ended.work} {ended.number}: {ended.fault.strip()}", file=sys.stderr)
-    return int(bool(campaign.faults))
+    return _told(campaign, lambda ended: f"{ended.work} {ended.number}: {ended.fault.strip()}")
 
 
 def faults(arguments: argparse.Namespace) -> int:
@@ -59,11 +58,13 @@ def faults(arguments: argparse.Namespace) -> int:
     campaign = Faults(arguments.out, arguments.seed)
     names, workers = tuple(arguments.only), arguments.workers
     campaign.run(arguments.count, minutes=arguments.minutes, names=names, workers=workers)
-    _print(campaign.rows())
-    for failed in campaign.faults:
-        print(f"{failed.work} {failed.number}, {failed.kind} {failed.path} {failed.way}: "
-              f"{failed.told.strip()}", file=sys.stderr)  # fmt: skip
-    return int(bool(campaign.faults))
+    return _told(
+        campaign,
+        lambda failed: (
+            f"{failed.work} {failed.number}, {failed.kind} {failed.path} {failed.way}: "
+            f"{failed.told.strip()}"
+        ),
+    )
 
 
 def powercuts(arguments: argparse.Namespace) -> int:
@@ -71,10 +72,7 @@ def powercuts(arguments: argparse.Namespace) -> int:
     campaign = PowerCuts(arguments.out, arguments.seed)
     names, workers = tuple(arguments.only), arguments.workers
     campaign.run(arguments.count, minutes=arguments.minutes, names=names, workers=workers)
-    _print(campaign.rows())
-    for cut in campaign.faults:
-        print(f"{cut.work} {cut.number} {cut.model}: {cut.fault.strip()}", file=sys.stderr)
-    return int(bool(campaign.faults))
+    return _told(campaign, lambda cut: f"{cut.work} {cut.number} {cut.model}: {cut.fault.strip()}")
 
 
 def plans(arguments: argparse.Namespace) -> int:
@@ -92,30 +90,23 @@ def plans(arguments: argparse.Namespace) -> int:
 def schedules(arguments: argparse.Namespace) -> int:
     """Run random schedules; 1 where one computed something wrong, or hung."""
     campaign = run_schedules(arguments.out, arguments.seed, arguments.count, arguments.minutes)
-    _print(campaign.rows())
-    for ran in campaign.faults:
-        print(f"seed {ran.seed}, {ran.failing} fails: {ran.fault}", file=sys.stderr)
-    return int(bool(campaign.faults))
+    return _told(campaign, lambda ran: f"seed {ran.seed}, {ran.failing} fails: {ran.fault}")
 
 
 def pairs(arguments: argparse.Namespace) -> int:
     """Run commands two at a time; 1 where they got into each other's way."""
     campaign = Pairs(arguments.out, arguments.seed)
     campaign.run(arguments.count, minutes=arguments.minutes, names=tuple(arguments.only))
-    _print(campaign.rows())
-    for paired in campaign.faults:
-        print(f"{paired.work} {paired.number}: {paired.fault.strip()}", file=sys.stderr)
-    return int(bool(campaign.faults))
+    return _told(campaign, lambda paired: f"{paired.work} {paired.number}: {paired.fault.strip()}")
 
 
 def limits(arguments: argparse.Namespace) -> int:
     """Run commands under limits of memory; 1 where one ended in another way than in one line."""
     campaign = Limits(arguments.out, arguments.seed)
     campaign.run(arguments.count, minutes=arguments.minutes, names=tuple(arguments.only))
-    _print(campaign.rows())
-    for limited in campaign.faults:
-        print(f"{limited.work}, {limited.limit_mib} MiB: {limited.told.strip()}", file=sys.stderr)
-    return int(bool(campaign.faults))
+    return _told(
+        campaign, lambda limited: f"{limited.work}, {limited.limit_mib} MiB: {limited.told.strip()}"
+    )
 
 
 def server(arguments: argparse.Namespace) -> int:
@@ -137,10 +128,7 @@ def long(arguments: argparse.Namespace) -> int:
         campaign.simulated(arguments.count, minutes=arguments.minutes)
     if "simulated" not in arguments.only:
         campaign.live(arguments.live_tokens, arguments.piece, minutes=arguments.minutes)
-    _print(campaign.rows())
-    for ran in campaign.faults:
-        print(f"{ran.what}: {ran.fault.strip()[-500:]}", file=sys.stderr)
-    return int(bool(campaign.faults))
+    return _told(campaign, lambda ran: f"{ran.what}: {ran.fault.strip()[-500:]}")
 
 
 def fuzz(arguments: argparse.Namespace) -> int:
@@ -150,6 +138,14 @@ def fuzz(arguments: argparse.Namespace) -> int:
     )
     _print(rows)
     return int(any(row["faults"] for row in rows))
+
+
+def _told(campaign: Any, say: Callable[[Any], str]) -> int:
+    """Print a campaign's rows, and on stderr its faults; 1 where there are any."""
+    _print(campaign.rows())
+    for fault in campaign.faults:
+        print(say(fault), file=sys.stderr)
+    return int(bool(campaign.faults))
 
 
 def _print(rows: list[dict[str, str | int]]) -> None:
