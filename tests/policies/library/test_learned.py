@@ -56,7 +56,7 @@ def test_promoe_learns_what_follows() -> None:
     assert run.guessed == []
     run.step([1], 1)
     assert run.policy.bias[1] == pytest.approx([0, 8 / 13])
-    assert run.policy.weight[1, 1] == pytest.approx([6 / 13, 2 / 13])
+    assert run.policy.weight[1, :, 1] == pytest.approx([6 / 13, 2 / 13])
     run.step([0], 1, tokens=2)
     run.step([0], 0, logits=seen)
     assert run.policy.value[1] == pytest.approx([0, 1])

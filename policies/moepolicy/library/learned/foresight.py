@@ -97,6 +97,7 @@ class Foresight(Policy):
         self.last = np.full(context.n_keys, LONG_AGO)  # use, by the clock of the layer
         self.merit = np.zeros(context.n_keys)  # the least goes
         self.fresh = np.zeros(experts)
+        self.scratch = np.zeros(experts)
         self.used = np.zeros(experts, np.bool_)
         # What each layer used last, heaviest first; more than these of a prompt's are not told.
         most = min(2 * context.top_k, experts)
@@ -139,16 +140,20 @@ class Foresight(Policy):
         n = self.gather(layer)
         self.add_up(layer, n)
         self.learn(layer)
-        for i in range(n):
-            self.rows[layer, i] = self.now[i]
+        self.rows[layer, :n] = self.now[:n]
         self.n_rows[layer] = n
-        first = layer * self.n_experts
-        now = self.clock[layer]
-        for e in range(self.n_experts):
-            self.value[first + e] = self.fresh[e]
-            age = now - self.last[first + e]
-            newer = self.recent * RECENT_STEPS / (RECENT_STEPS + age)
-            self.merit[first + e] = max(self.fresh[e], self.floor) + newer
+        self.judge(layer)
+
+    def judge(self, layer: int) -> None:
+        """Keep the values of the layer's experts, and what they are worth with recency."""
+        begin, end = layer * self.n_experts, (layer + 1) * self.n_experts
+        self.value[begin:end] = self.fresh
+        newer, merit = self.scratch, self.merit[begin:end]
+        np.subtract(self.clock[layer], self.last[begin:end], newer)  # the age
+        np.add(newer, RECENT_STEPS, newer)
+        np.divide(self.recent * RECENT_STEPS, newer, newer)
+        np.fmax(self.fresh, self.floor, merit)
+        np.add(merit, newer, merit)
 
     def take_note(self, step: Step) -> None:
         """Which experts the step uses: marked, among the newest, and in the decayed counts."""
@@ -157,9 +162,8 @@ class Foresight(Policy):
         kept = self.keeps
         for _ in range(1, step.tokens):
             kept *= self.keeps
-        for e in range(self.n_experts):
-            self.used[e] = False
-            self.uses[layer, e] *= kept
+        self.used[:] = False
+        np.multiply(self.uses[layer], kept, self.uses[layer])
         n = min(len(step.experts), self.newest.shape[1])
         self.n_newest[layer] = n
         for i in range(n):
@@ -202,31 +206,31 @@ class Foresight(Policy):
 
     def add_up(self, layer: int, n: int) -> None:
         """The values of the layer's experts by the first ``n`` rows of ``now``, into ``fresh``."""
-        for e in range(self.n_experts):
-            self.fresh[e] = self.bias[layer, e] + self.habit * self.uses[layer, e]
+        np.multiply(self.uses[layer], self.habit, self.fresh)
+        np.add(self.bias[layer], self.fresh, self.fresh)
         for i in range(n):
-            row = self.weight[layer, self.now[i]]
-            for e in range(len(row)):
-                self.fresh[e] += row[e]
+            np.add(self.fresh, self.weight[layer, self.now[i]], self.fresh)
 
     def learn(self, layer: int) -> None:
         """Move the values of the layer's last step towards what has come of them."""
         n = self.n_rows[layer]
         if n == 0 or self.rate == 0:
             return
-        rate = min(self.rate, STEADY / n)
-        first = layer * self.n_experts
+        begin, end = layer * self.n_experts, (layer + 1) * self.n_experts
+        more = self.scratch
+        np.fmax(self.fresh, 0.0, more)
+        np.fmin(more, 1.0, more)
+        np.multiply(more, self.discount, more)
         for e in range(self.n_experts):
-            target = self.discount * min(max(self.fresh[e], 0.0), 1.0)
             if self.used[e]:
-                target = 1.0
-            # The value is not needed any more: what is added to each of its terms.
-            self.value[first + e] = rate * (target - self.value[first + e])
-            self.bias[layer, e] += self.value[first + e]
+                more[e] = 1.0
+        np.subtract(more, self.value[begin:end], more)
+        np.multiply(more, min(self.rate, STEADY / n), more)
+        # What is added to each term of a value.
+        np.add(self.bias[layer], more, self.bias[layer])
         for i in range(n):
             row = self.weight[layer, self.rows[layer, i]]
-            for e in range(len(row)):
-                row[e] += self.value[first + e]
+            np.add(row, more, row)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
         """The candidate of the least merit; of equals the lowest key."""

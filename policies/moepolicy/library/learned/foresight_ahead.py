@@ -137,14 +137,12 @@ class ForesightAhead(ForesightFetching):
         """Note the absent experts of a layer, ``ahead`` + 1 later, with the greatest shares."""
         self.add_shares(layer, ahead)
         first = layer * self.n_experts
+        np.subtract(self.share, self.held[first : first + self.n_experts], self.share)
         found = 0
         while found < min(LIKELIEST, self.open.shape[2]):
-            best = -1
-            for e in range(self.n_experts):
-                if not self.held[first + e] and (best < 0 or self.share[e] > self.share[best]):
-                    best = e
-            if best < 0 or self.share[best] < 0.0:
-                break
+            best = int(np.argmax(self.share))
+            if self.share[best] < 0.0:
+                break  # the others are held
             wide = min(2.0 * self.share[best], 1.0)
             self.open[ahead, layer, found] = first + best
             self.bin[ahead, layer, found] = min(
@@ -160,14 +158,12 @@ class ForesightAhead(ForesightFetching):
         for back in range(ahead, LAYERS_ON):
             if self.follows(layer, back):
                 told += self.n_newest[layer - 1 - back]
-        for e in range(self.n_experts):
-            self.share[e] = 0.0
+        self.share[:] = 0.0
         for back in range(ahead, LAYERS_ON):
             if self.follows(layer, back):
                 before = layer - 1 - back
                 for i in range(self.n_newest[before]):
                     earlier = self.newest[before, i]
-                    row = self.together[back, layer, earlier]
                     each = 1.0 / ((self.seen[back, layer, earlier] + self.unseen) * told)
-                    for e in range(len(row)):
-                        self.share[e] += each * row[e]
+                    np.multiply(self.together[back, layer, earlier], each, self.scratch)
+                    np.add(self.share, self.scratch, self.share)

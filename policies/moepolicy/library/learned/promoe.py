@@ -51,14 +51,16 @@ class ProMoe(Policy):
         self.n_layers = layers
         self.n_experts = experts
         self.used = np.zeros(context.n_keys, np.int64)
-        # Of the layer that is predicted: [layer, expert of it, expert of the layer before].
+        # Of the layer that is predicted: [layer, expert of the layer before, expert of it].
         self.weight = np.zeros((layers, experts, experts))
         self.bias = np.zeros((layers, experts))
         self.value = np.zeros((layers, experts))  # as predicted last
         self.given = np.zeros((layers, experts))  # the probabilities that it was predicted from
+        self.change = np.zeros(experts)
+        self.scratch = np.zeros(experts)
         self.open = np.zeros(layers, np.bool_)  # predicted, and its gate has not spoken yet
         if params is not None:
-            self.weight[:] = params["weight"]
+            self.weight[:] = np.swapaxes(params["weight"], 1, 2)
             self.bias[:] = params["bias"]
 
     @classmethod
@@ -105,24 +107,26 @@ class ProMoe(Policy):
         norm = 1.0
         for i in range(self.n_experts):
             norm += given[i] * given[i]
-        for e in range(self.n_experts):
-            target = 0.0
-            for rank in range(len(step.experts)):
-                if step.experts[rank] == layer * self.n_experts + e:
-                    target = 1.0
-            change = self.rate * (target - self.value[layer, e]) / norm
-            self.bias[layer, e] += change
-            for i in range(self.n_experts):
-                self.weight[layer, e, i] += change * given[i]
+        change = self.change
+        np.subtract(0.0, self.value[layer], change)
+        for rank in range(len(step.experts)):
+            expert = step.experts[rank] - layer * self.n_experts
+            change[expert] = 1.0 - self.value[layer, expert]
+        np.multiply(change, self.rate, change)
+        np.divide(change, norm, change)
+        np.add(self.bias[layer], change, self.bias[layer])
+        for i in range(self.n_experts):
+            row = self.weight[layer, i]
+            np.multiply(change, given[i], self.scratch)
+            np.add(row, self.scratch, row)
 
     def predict(self, layer: int) -> None:
         """Work out the values of the experts of ``layer``."""
-        given = self.given[layer]
-        for e in range(self.n_experts):
-            value = self.bias[layer, e]
-            for i in range(self.n_experts):
-                value += self.weight[layer, e, i] * given[i]
-            self.value[layer, e] = value
+        value = self.value[layer]
+        value[:] = self.bias[layer]
+        for i in range(self.n_experts):
+            np.multiply(self.weight[layer, i], self.given[layer, i], self.scratch)
+            np.add(value, self.scratch, value)
 
     def on_hit(self, key: int, now: int) -> None:
         """Note the time of the use."""
