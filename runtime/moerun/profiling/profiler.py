@@ -53,13 +53,15 @@ TEXT = (
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """``waited`` is the share of its time that the most disturbed turn waited for a processor."""
+    """``waited`` is the share of its time that the most disturbed turn waited for a processor;
+    ``device`` is "gpu" or "cpu"."""
 
     name: str
     description: str
     link: LinkCost
     compute: ComputeCost
     cpu: CpuCost
+    device: str
     waited: float = 0.0
 
     @property
@@ -77,6 +79,7 @@ class MachineProfile:
         lines = [
             f"name = {_quoted(self.name)}",
             'source = "measured"',
+            f"device = {_quoted(self.device)}",
             f"description = {_quoted('; '.join(filter(None, (self.description, self.note))))}",
         ]
         sections: list[tuple[str, LinkCost | ComputeCost | CpuCost]]
@@ -185,6 +188,7 @@ class Profiler:
             link=LinkCost.median_of([turn.link for turn in turns]),
             compute=ComputeCost.median_of([turn.compute for turn in turns]),
             cpu=CpuCost.median_of([turn.cpu for turn in turns]),
+            device="cpu" if self._settings.device.type == "cpu" else "gpu",
         )
 
 

@@ -20,6 +20,7 @@ from moesim.errors import SimulationError, UsageError
 SHIPPED = Path(__file__).parents[1] / "machines"
 SOURCES = ("measured", "published")
 PLACES = ("host", "disk")  # that the link may fetch experts from
+DEVICES = ("gpu", "cpu")  # that may compute
 ORIGINS = ("datasheet", "derived", "measured", "assumed")
 NS_PER_S = 1_000_000_000
 DEFAULT_MACHINE = "rtx3060"  # where a command or function is told of none
@@ -90,6 +91,7 @@ class Machine:
     disk    a stage before the link; None: the experts are in host memory
     cpu     None: no policy may compute on CPU workers
     memory_bytes  of the device that computes; None: unknown
+    device  what computes: "gpu" or "cpu"
     experts_in  where the link fetches experts from: "host", or "disk" where the device computes in
              the host's memory
     sources  where each entry is from, by its name ("link.bytes_per_s"): "datasheet: ...",
@@ -104,6 +106,7 @@ class Machine:
     disk: Disk | None = None
     cpu: Cpu | None = None
     memory_bytes: int | None = None
+    device: str = "gpu"
     experts_in: str = "host"
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
 
@@ -114,6 +117,7 @@ class Machine:
             "source": self.source,
             "description": self.description,
             "memory_bytes": self.memory_bytes,
+            "device": self.device,
             "experts_in": self.experts_in,
         }
         parts = {"link": LinkProfile, "compute": Compute, "disk": Disk, "cpu": Cpu}
@@ -206,26 +210,30 @@ def load_machine(name_or_path: str) -> Machine:
 
 def _machine(path: Path, table: dict[str, Any]) -> Machine:
     known = {"name", "description", "source", "memory_bytes", "link", "compute", "disk", "cpu"}
-    known |= {"experts_in", "sources"}
-    place = table.get("experts_in", PLACES[0])
-    if place not in PLACES:
-        raise SimulationError(f"{path}: experts_in is {place!r}, not one of {', '.join(PLACES)}")
+    known |= {"device", "experts_in", "sources"}
     _refuse_unknown(path, "", table, known)
-    source = table.get("source", "published")
-    if source not in SOURCES:
-        raise SimulationError(f"{path}: source is '{source}', not one of {', '.join(SOURCES)}")
     return Machine(
         name=str(table.get("name", path.stem)),
         description=str(table.get("description", "")),
-        source=source,
+        source=_one_of(path, table, "source", SOURCES, "published"),
         link=LinkProfile(**_numbers(path, "link", table, LinkProfile)),
         compute=Compute(**_numbers(path, "compute", table, Compute)),
         disk=Disk(**_numbers(path, "disk", table, Disk)) if "disk" in table else None,
         cpu=Cpu(**_numbers(path, "cpu", table, Cpu)) if "cpu" in table else None,
         memory_bytes=_memory(path, table),
-        experts_in=place,
+        device=_one_of(path, table, "device", DEVICES, DEVICES[0]),
+        experts_in=_one_of(path, table, "experts_in", PLACES, PLACES[0]),
         sources=_sources(path, table),
     )
+
+
+def _one_of(
+    path: Path, table: dict[str, Any], key: str, values: tuple[str, ...], default: str
+) -> str:
+    found = table.get(key, default)
+    if found not in values:
+        raise SimulationError(f"{path}: {key} is {found!r}, not one of {', '.join(values)}")
+    return str(found)
 
 
 def _memory(path: Path, table: dict[str, Any]) -> int | None:

@@ -60,7 +60,7 @@ def recommendation(
     with TemporaryDirectory(prefix="moesim-") as scratch:
         wanted = find_wanted(model, trace, Path(scratch))
         tokens, context_note = wanted.context(context)
-        budget = Budget.of(found.memory_bytes, tokens, wanted.shape)
+        budget = Budget(found.memory_bytes, tokens, wanted.shape, found.machine.device)
         search = Search(wanted, found.machine, budget, least_bits, fixed_options, tell=tell)
         tier = _host_tier(search, found.host_bytes) if found.machine.experts_in == "host" else None
         if tier is not None:
@@ -159,7 +159,7 @@ def _host_tier(search: Search, host_bytes: int | None) -> int | None:
 def _too_small(search: Search, memory_bytes: int) -> str:
     return (
         f"{format_bytes(memory_bytes)} of memory do not hold {search.wanted.name} without its "
-        f"experts at any precision of {search.least_bits} bits or more: give more --memory, a "
-        "smaller --context or fewer --least-bits"
+        f"experts, at any precision of attention of {search.least_bits} bits or more: give more "
+        "--memory, a smaller --context or fewer --least-bits"
         f"{unit_hint(memory_bytes)}"
     )

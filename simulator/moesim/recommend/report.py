@@ -53,6 +53,8 @@ class Recommendation:
             found["context"] = self.context_tokens
         if self.host_memory_bytes is not None:
             found["host-memory"] = _amount(self.host_memory_bytes)
+        if chosen.prompt_chunk is not None:
+            found["prompt-chunk"] = chosen.prompt_chunk
         if chosen.streams != 1:
             found["streams"] = chosen.streams
         if "speed" in self._policy.requires | self._policy.welcomes:

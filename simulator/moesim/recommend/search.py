@@ -21,12 +21,14 @@ from moesim.workload.steps import Workload
 
 # Lossless policies that run live, the simplest first: a later one has to be faster.
 POLICIES = ("lru", "lfu", "class-lru", "s3-fifo", "foresight", "foresight-bypass")
-AHEAD = ("foresight-spec",)  # that choose by themselves what to fetch ahead
+AHEAD = ("foresight-ahead", "foresight-spec")  # that choose by themselves what to fetch ahead
 DEPTHS = (1, 2, 3, 4)  # likeliest experts of the next layer that are fetched ahead
 NO_PREFETCH = "none"
+WHOLE = "whole"  # a prompt is read at once
 STREAMS = (1, 2, 3)
 WORTH = 0.01  # what a less simple option must gain
-WORTH_BITS = 0.05  # what fewer bits must gain
+WORTH_BITS = 0.05  # what fewer bits must gain, and what slower reading of a prompt must
+PROMPT_CHUNK = 512  # tokens of a prompt that are read at a time where all at once take much memory
 REPLAYED = 256  # tokens that are simulated
 
 
@@ -43,6 +45,7 @@ class Options:
     attention: str = NATIVE
     policy: str = "lru"
     streams: int = 1
+    prompt_chunk: int | None = None  # None: a prompt is read at once
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Search:
             self.depths = [n for n in DEPTHS if self._may_run(f"lru+gate(n={n})")]
         specs = [find_policy(name) for name in self.policies]
         specs += [find_policy(f"lru+gate(n={n})") for n in self.depths]
-        specs += [find_policy(name) for name in AHEAD if self.depths and self._may_run(name)]
+        specs += [find_policy(name) for name in self._ahead()]
         self.workload: Workload = workload_for(self.wanted.trace, specs).head(REPLAYED)
         shape = self.wanted.shape
         sizes = self.wanted.trace.meta.expert_bytes if shape is None else shape.expert_bytes()
@@ -114,16 +117,36 @@ class Search:
             return False
         return True
 
+    def _ahead(self) -> list[str]:
+        """Policies that fetch ahead by themselves and may be chosen."""
+        free = "policy" not in self.fixed
+        return [name for name in AHEAD if free and self._may_run(name)]
+
     def run(self) -> list[OptionStep]:
-        """Decide precision, attention, policy, depth and streams in turn."""
+        """Decide precision, attention, policy, depth, streams and how a prompt is read in turn;
+        the last first where nothing fits that reads a whole prompt at once."""
+        start = self.trial(Options(self.precisions()[0], self.attentions()[0], self.policies[0]))
+        steps = self._rest(start)
+        if steps[-1].after.result is None:
+            chunked = self.trial(replace(start.options, prompt_chunk=PROMPT_CHUNK))
+            first = OptionStep("prompt chunk", str(PROMPT_CHUNK), start, chunked, [])
+            return [first, *self._rest(chunked)]
+        if self.wanted.shape is None:
+            return steps  # what a prompt takes is not known
+        whole = steps[-1].after
+        chunks = (None, PROMPT_CHUNK)
+        chunk = self._step("prompt chunk", whole, chunks, "prompt_chunk", WORTH_BITS)
+        return [*steps, replace(chunk, chosen=WHOLE if chunk.chosen == "None" else chunk.chosen)]
+
+    def _rest(self, start: Trial) -> list[OptionStep]:
+        """Decide all but how a prompt is read."""
         precisions = self.precisions()
-        start = self.trial(Options(precisions[0], self.attentions()[0], self.policies[0]))
         steps = [self._step("precision", start, precisions, "precision", WORTH_BITS)]
         steps.append(
             self._step("attention", steps[-1].after, self.attentions(), "attention", WORTH_BITS)
         )
         steps.append(self._step("policy", steps[-1].after, self.policies, "policy", WORTH))
-        if self.depths:
+        if self.depths or self._ahead():
             steps.append(self._prefetch(steps[-1].after))
         if self.machine.experts_in == "host":
             steps.append(self._step("streams", steps[-1].after, STREAMS, "streams", WORTH))
@@ -152,7 +175,12 @@ class Search:
         return [NATIVE, *(name for name in PACKED if bits(name) >= self.least_bits)]
 
     def _step(
-        self, what: str, before: Trial, values: Iterable[str | int], option: str, worth: float
+        self,
+        what: str,
+        before: Trial,
+        values: Iterable[str | int | None],
+        option: str,
+        worth: float,
     ) -> OptionStep:
         """Choose one option's value: the first, unless a later one gains enough."""
         self.tell(what)
@@ -170,7 +198,7 @@ class Search:
         """Whether the next layer's likeliest experts are fetched ahead, and how many."""
         policy = before.options.policy
         named = {str(n): f"{policy}+gate(n={n})" for n in self.depths}
-        named |= {f"by {name}, in place of {policy}": name for name in AHEAD if self._may_run(name)}
+        named |= {f"by {name}, in place of {policy}": name for name in self._ahead()}
         step = self._step("prefetch depth", before, [policy, *named.values()], "policy", WORTH)
         names = {policy: NO_PREFETCH} | {spec: depth for depth, spec in named.items()}
         tried = [(names[spec], trial) for spec, trial in step.tried]
@@ -190,7 +218,7 @@ class Search:
         shape, meta = self.wanted.shape, self.wanted.trace.meta
         dense = dense_bytes(shape, meta, options.attention)
         size, spec = self.sizes[options.precision], find_policy(options.policy)
-        slots = budget.slots(self.workload, spec, size, dense)
+        slots = budget.slots(self.workload, spec, size, dense, options.prompt_chunk)
         if slots is None:
             return Trial(options, None, None)
         if shape is not None:

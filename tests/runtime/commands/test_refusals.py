@@ -125,6 +125,7 @@ def test_a_disturbed_profile_says_so() -> None:
         link=LinkCost(bytes_per_s=1e9, latency_s=0.0, streams=1),
         compute=ComputeCost(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         cpu=CpuCost(1, 0.0, 0.0),
+        device="cpu",
         waited=0.38,
     )
     assert "kept the measurement waiting for 38 %" in profile.note

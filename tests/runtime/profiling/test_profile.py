@@ -164,6 +164,7 @@ PROFILE = MachineProfile(
     link=LinkCost(bytes_per_s=1e9, latency_s=2 * US, streams=3),
     compute=ComputeCost(11 * US, 12 * US, 13 * US, 14 * US, 15 * US, 16 * US, 17 * US),
     cpu=CpuCost(2, 21 * US, 22 * US),
+    device="cpu",
 )
 
 
@@ -172,6 +173,7 @@ def test_moesim_reads_every_constant_that_was_measured(tmp_path: Path) -> None:
     path.write_text(PROFILE.to_toml(), encoding="utf-8")
     machine = load_machine(str(path))
     assert (machine.name, machine.description, machine.source) == ("mine", "Measured.", "measured")
+    assert machine.device == "cpu"
     link = machine.link
     assert (link.bytes_per_s, link.streams) == (1e9, 3)
     assert link.latency_s == pytest.approx(2 * US)

@@ -19,7 +19,7 @@ from moeroute.models import describe, find_model, published
 from moeroute.statistics import locality, read_routing, recall
 from moesim import SimulationError
 from moesim.recommend import hardware
-from moesim.recommend.budget import Budget, dense_bytes, kv_token_bytes
+from moesim.recommend.budget import Budget, cache_bytes, dense_bytes
 from moesim.recommend.hardware import find_here, on_disk
 from moesim.recommend.model import find_wanted
 from moesim.recommend.routing import locality_of, write_routing
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What is recommended for the sample of the bundled model, as JSON."""
     folder = tmp_path_factory.mktemp("recommended")
     out, config = folder / "r.json", folder / "r.toml"
-    options = ["--machine", "cpu-disk", "--memory", "103MiB", "--precision", "fp16"]
+    options = ["--machine", "cpu-disk", "--memory", "55MiB", "--precision", "fp16"]
     assert recommend("tiny", *options, "--out", str(out), "--config", str(config)) == 0
     found: dict[str, Any] = json.loads(out.read_text())
     return found | {"toml": tomllib.loads(config.read_text())}
@@ -75,8 +75,36 @@ def test_no_step_makes_it_slower(tiny: dict[str, Any]) -> None:
 
 def test_what_prefetching_is_worth_is_found(tiny: dict[str, Any]) -> None:
     """With few slots and a slow disk the gates' guesses pay on the bundled model's routing."""
+    assert tiny["steps"][-1]["step"] == "prefetch depth"
     assert tiny["steps"][-1]["chosen"] != "none"
-    assert "predictions" in find_policy(tiny["options"]["policy"]).requires
+    policy = find_policy(tiny["options"]["policy"])
+    assert "predictions" in policy.requires or policy.name == "foresight-ahead"
+
+
+def test_a_prompt_is_read_in_pieces_where_only_that_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """gpt-oss holds the scores of a whole prompt: 13 GB at 4,096 tokens."""
+    options = ["--machine", "rtx3060", "--policy", "lru", "--format", "json"]
+    assert recommend("gpt-oss-20b", *options, "--memory", "11GiB") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"][0]["step"] == "prompt chunk"
+    assert found["options"]["prompt-chunk"] == 512
+    assert "--prompt-chunk 512" in found["line"]
+    assert recommend("gpt-oss-20b", *options, "--memory", "11GiB", "--context", "512") == 0
+    assert "prompt-chunk" not in json.loads(capsys.readouterr().out)["options"]
+
+
+def test_slots_of_a_cpu_have_what_its_libraries_leave() -> None:
+    """104 MiB hold the bundled model's experts whole, as moerun plans there: 8 of 8."""
+    for device, slots in (("gpu", 4), ("cpu", 8)):
+        budget = Budget(104 << 20, None, None, device)
+        workload = workload_for(open_trace("tiny"), []).head(10)
+        meta = open_trace("tiny").meta
+        dense = dense_bytes(None, meta, "native")
+        assert meta.expert_bytes is not None
+        size = meta.expert_bytes["fp16"]
+        assert budget.slots(workload, find_policy("lru"), size, dense) == slots
 
 
 def test_the_file_and_the_line_say_the_same(tiny: dict[str, Any]) -> None:
@@ -152,7 +180,7 @@ def test_a_model_without_a_trace_gets_generated_routing(
     precision = found["options"].get("precision", "bf16")
     attention = found["options"].get("attention", "native")
     held = 16 * found["slots"] * shape.expert_bytes()[precision]
-    held += dense_bytes(shape, open_trace("tiny").meta, attention) + 4096 * kv_token_bytes(shape)
+    held += dense_bytes(shape, open_trace("tiny").meta, attention) + cache_bytes(shape, 4096)
     assert held < 6 * 2**30
 
 
@@ -196,7 +224,8 @@ def test_published_locality() -> None:
 
 def test_slots_are_what_memory_leaves() -> None:
     workload = workload_for(open_trace("mixtral-like"), []).head(10)
-    budget, lru = Budget(10**9, 10**8, 2 * 10**8), find_policy("lru")
+    lru = find_policy("lru")
+    budget = Budget(8 * 10**8 + (96 << 20) - 10**8, None, None)
     # 6e8 for a staging buffer and slots of 32 layers, 5e6 each
     assert budget.slots(workload, lru, 5 * 10**6, 10**8) == (6 * 10**8 // (5 * 10**6) - 1) // 32
     assert budget.slots(workload, lru, 10**4, 10**8) == 8
