@@ -11,6 +11,7 @@ import inspect
 from types import CodeType
 from typing import Any
 
+from moepolicy.near import meant
 from moepolicy.policy import CONSTANTS, HOOKS, NEEDS, Policy, PolicyError
 
 DECLARATIONS = frozenset(
@@ -189,8 +190,7 @@ def _check_needs(name: str, what: str, given: Any, known: frozenset[str], exampl
             f'frozenset({{"{example}"}})'
         )
     for need in sorted(map(str, given - known)):
-        close = difflib.get_close_matches(need, known, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
         raise PolicyError(
-            f"policy '{name}' {what} '{need}': {hint}there are: {', '.join(sorted(known))}"
+            f"policy '{name}' {what} '{need}': {meant(need, known)}there are: "
+            f"{', '.join(sorted(known))}"
         )
