@@ -19,6 +19,11 @@ PACKAGES = {
     "moerun": ("runtime", {"moeroute", "moepolicy"}),
     "moetrace": ("tracer", {"moeroute", "moepolicy", "moerun"}),
 }
+OF_THEIR_OWN = {
+    ("moesim", "ahead.py"): "python -m moesim.ahead, before the commands",
+    ("moeroute", "families.py"): "python -m moeroute.families, for a page",
+    ("moeroute", "synthetic.py"): "python -m moeroute.synthetic",
+}
 # From the ground up: a room imports rooms of lower floors only. A room is a folder or a file.
 FLOORS = {
     "moesim": [
@@ -159,3 +164,17 @@ def test_the_plan_names_files_that_are_there() -> None:
     for path in re.findall(r"`(moe\w+/[\w/]*\w\.py)`", plan):
         folder = PACKAGES[path.split("/")[0]][0]
         assert (ROOT / folder / path).is_file(), f"docs/structure.md names {path}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_commands_print_by_the_console_alone(package: str) -> None:
+    # emit, say and note know terminals, widths, full disks and lines that stand unfinished.
+    root = ROOT / PACKAGES[package][0] / package
+    odd = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in sorted(root.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo")
+        if (package, file.name) not in OF_THEIR_OWN
+    ]
+    assert not odd

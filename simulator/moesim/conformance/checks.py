@@ -24,6 +24,10 @@ from moesim.simulation import simulate
 
 DIFFERS = "it decides differently when compiled"  # engines.choose says so
 CLOCKS = 3
+TO_REPEAT = (
+    "; keep all state in self, draw from what __init__ makes of a seed, and read no clock: for "
+    "example self.rng = np.random.default_rng(seed)"
+)
 # The hook that a decision of a kind comes of.
 _HOOK_OF = {
     Kind.EVICT: "victim",
@@ -86,7 +90,7 @@ def repeats(checked: CheckedPolicy) -> str:
     """Two runs with the same seed decide the same."""
     for size in CACHES:
         one, other = checked.drive(size), checked.drive(size)
-        _require_equal(checked, one.events, other.events, "a second run")
+        _require_equal(checked, one.events, other.events, "a second run", TO_REPEAT)
     return f"{len(CACHES)} caches, twice"
 
 
@@ -176,7 +180,9 @@ def never_beats_the_limit(checked: CheckedPolicy) -> str:
     return f"{', '.join(least)} times the fewest loads"
 
 
-def _require_equal(checked: CheckedPolicy, one: list[Event], other: list[Event], what: str) -> None:
+def _require_equal(
+    checked: CheckedPolicy, one: list[Event], other: list[Event], what: str, hint: str = ""
+) -> None:
     """Violation where the decisions differ: at which step, and by which hook of the policy."""
     for first, second in zip_longest(one, other):
         if first != second:
@@ -184,7 +190,7 @@ def _require_equal(checked: CheckedPolicy, one: list[Event], other: list[Event],
             place = place_of(checked.spec.policy, _HOOK_OF.get(known.kind, "victim"))
             raise Violation(
                 f"{what} decides differently at step {known.step}: {_said(first)}, then "
-                f"{_said(second)}{f' ({place})' if place else ''}"
+                f"{_said(second)}{f' ({place})' if place else ''}{hint}"
             )
 
 
