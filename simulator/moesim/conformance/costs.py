@@ -52,8 +52,11 @@ def keeps_its_size(checked: CheckedPolicy) -> str:
 
 def _sizes(policy: Policy) -> dict[str, int]:
     """The pickled size of each thing it keeps. Remark where one cannot be pickled."""
-    found = {}
+    found: dict[str, int] = {}
     for name, value in _kept(policy).items():
+        if isinstance(value, Policy):  # a composition's part
+            found |= {f"{name}.{inner}": size for inner, size in _sizes(value).items()}
+            continue
         try:
             found[name] = len(pickle.dumps(value))
         except Exception as error:  # whatever the attribute's own class raises

@@ -163,6 +163,17 @@ def checked(tmp_path: Path, code: str, check: str) -> CheckResult:
     return result
 
 
+def test_the_memory_of_a_part_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "part.py").write_text(
+        "from moepolicy import Policy\n\nclass Part(Policy):\n"
+        "    def __init__(self, context):\n        self.seen = []\n"
+        "    def prefetch(self, step, keys):\n        self.seen.append(1)\n        return 0\n"
+    )
+    (result,) = check_policy(f"lru+{tmp_path / 'part.py'}:Part", ["memory"])
+    assert result.status is Status.failed
+    assert "memory is not bounded: 'part.seen' has grown by" in result.said
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found_and_its_place_is_named(tmp_path: Path, mistake: str) -> None:
     code, check, said = MISTAKES[mistake]
