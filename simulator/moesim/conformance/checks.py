@@ -41,6 +41,10 @@ _HOOK_OF = {
 }
 
 
+_AHEAD = (Kind.SPECULATE, Kind.QUEUE_PREFETCH)
+FEW_KEYS = 8  # so few prefetches may all be of one layer by chance
+
+
 class Remark(Exception):
     """A check that does not apply to the policy, or that has more to say than that it held."""
 
@@ -52,6 +56,7 @@ class Violation(Exception):
 def keeps_the_rules(checked: CheckedPolicy) -> str:
     """Never over capacity, never evicts what is pinned; every answer is one the hook may give."""
     moves = [0]
+    ahead: list[int] = []
 
     def look(cache: ExpertCache) -> None:
         cache.check()
@@ -62,7 +67,14 @@ def keeps_the_rules(checked: CheckedPolicy) -> str:
     for number, size in enumerate(CACHES):
         decided = checked.drive(size, clock=number, look=look)
         _require_unpinned(decided.events)
-    return f"{len(CACHES)} caches, {checked.workload.n_steps} steps, {moves[0]:,} moves"
+        ahead += [event.key for event in decided.events if event.kind in _AHEAD]
+    held = f"{len(CACHES)} caches, {checked.workload.n_steps} steps, {moves[0]:,} moves"
+    if len(ahead) >= FEW_KEYS and max(ahead) < checked.workload.meta.n_experts:
+        raise Remark(
+            f"{held}; every expert that it fetches ahead is of layer 0: a key is layer * "
+            "n_experts + expert"
+        )
+    return held
 
 
 def _require_unpinned(events: list[Event]) -> None:

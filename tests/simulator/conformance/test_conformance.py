@@ -163,6 +163,16 @@ def checked(tmp_path: Path, code: str, check: str) -> CheckResult:
     return result
 
 
+def test_experts_taken_for_keys_are_remarked_upon(tmp_path: Path) -> None:
+    ahead = "    requires = frozenset({'logits'})\n    def prefetch(self, step, keys):\n"
+    expert = "        keys[0] = np.argmax(step.logits)\n        return 1\n"
+    result = checked(tmp_path, ahead + expert, "rules")
+    assert result.status is Status.remark
+    assert "fetches ahead is of layer 0: a key is layer * n_experts + expert" in result.said
+    key = expert.replace("np", "step.layer * self.n + np")
+    assert checked(tmp_path, ahead + key, "rules").status is Status.ok
+
+
 def test_the_memory_of_a_part_is_measured(tmp_path: Path) -> None:
     (tmp_path / "part.py").write_text(
         "from moepolicy import Policy\n\nclass Part(Policy):\n"
