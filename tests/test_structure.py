@@ -1,4 +1,4 @@
-"""The plan of the house: imports run down, between packages and between the rooms of a package."""
+"""docs/structure.md holds: imports run down, between packages and between a package's modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ PACKAGES = {
     "moerun": ("runtime", {"moeroute", "moepolicy"}),
     "moetrace": ("tracer", {"moeroute", "moepolicy", "moerun"}),
 }
-# From the ground up: a room imports rooms of lower floors only. A room is a folder or a file.
+OF_THEIR_OWN = {
+    ("moesim", "ahead.py"): "python -m moesim.ahead, before the commands",
+    ("moeroute", "families.py"): "python -m moeroute.families, for a page",
+    ("moeroute", "synthetic.py"): "python -m moeroute.synthetic",
+}
+# From the ground up: a module imports modules of lower floors only. It is a folder or a file.
 FLOORS = {
     "moesim": [
         {"errors", "jit", "result"},
@@ -117,13 +122,13 @@ def test_packages_import_only_those_below(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", FLOORS)
-def test_rooms_import_only_lower_floors(package: str) -> None:
+def test_modules_import_only_lower_floors(package: str) -> None:
     floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
     known = dict(modules(package))
     seen = set()
     for name, file in known.items():
         if name == package:
-            continue  # the package's face shows what the rooms have
+            continue  # the package's face shows what its modules have
         room = name.split(".")[1]
         seen.add(room)
         for wanted in imports(file) & set(known) - {package}:
@@ -144,7 +149,7 @@ def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_plan_shows_every_room(package: str) -> None:
+def test_the_plan_shows_every_module(package: str) -> None:
     plan = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
     section = plan.split(f"## {package}:")[1].split("\n## ")[0]
     folder = ROOT / PACKAGES[package][0] / package
@@ -159,3 +164,19 @@ def test_the_plan_names_files_that_are_there() -> None:
     for path in re.findall(r"`(moe\w+/[\w/]*\w\.py)`", plan):
         folder = PACKAGES[path.split("/")[0]][0]
         assert (ROOT / folder / path).is_file(), f"docs/structure.md names {path}"
+    for path in re.findall(r"`((?:policies|simulator|runtime|tracer|traces|tests)/[\w/.]+)`", plan):
+        assert (ROOT / path).exists(), f"docs/structure.md names {path}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_commands_print_by_the_console_alone(package: str) -> None:
+    # emit, say and note know terminals, widths, full disks and lines that stand unfinished.
+    root = ROOT / PACKAGES[package][0] / package
+    odd = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in sorted(root.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo")
+        if (package, file.name) not in OF_THEIR_OWN
+    ]
+    assert not odd

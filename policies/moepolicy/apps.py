@@ -28,6 +28,7 @@ from moepolicy.console import (
     nearest,
     what_is_kept,
 )
+from moepolicy.near import meant
 from moepolicy.options import old_spellings, signed
 from moepolicy.outputs import FORMATS, Output
 from moepolicy.tables import Format
@@ -171,8 +172,8 @@ def _told(error: Any) -> str:
     if hasattr(error, "possibilities") and ctx is not None:  # NoSuchOption
         name = str(error.option_name)
         known = [each for param in ctx.command.get_params(ctx) for each in param.opts]
-        hint = nearest(name, known).partition("there are: ")[0].strip().rstrip("?")
-        return f"there is no option {name}" + (f"; {hint}?" if hint else "")
+        hint = meant(name, known).rstrip()
+        return f"there is no option {name}" + (f"; {hint}" if hint else "")
     param = getattr(error, "param", None)
     if type(error).__name__ == "MissingParameter" and param is not None:
         return f"{_shown(param)} is missing"

@@ -47,7 +47,8 @@ def broken(name: str, policy: type[Policy], error: Exception, step: int | None =
     if own:
         line = f"{own[-1].filename}:{own[-1].lineno}"
         where = ", ".join([own[0].name, *at, line])
-        return PolicyFailed(f"policy '{name}' failed: {told(error)} ({where})")
+        hint = f"; {need}" if (need := undeclared(policy)) else ""
+        return PolicyFailed(f"policy '{name}' failed: {told(error)} ({where}){hint}")
     if not isinstance(error, MISTAKES) or isinstance(error, PolicyError):
         return error
     answer = _answer(error.__traceback__)
@@ -84,6 +85,26 @@ def files_of(policy: type[Policy]) -> frozenset[str]:
     return files.union(*map(files_of, policy.made_of))
 
 
+# What a policy must require for a step's field to hold something.
+_NEED_OF = {"predicted": "predictions", "logits": "logits", "token_ids": "tokens"}
+
+
+def undeclared(policy: type[Policy]) -> str:
+    """What the policy's own code reads of steps and its class does not require, in words; or "".
+
+    Such a field is there, and empty. A field of the policy's own of that name is taken for the
+    step's: this is a hint for where something failed, no judgement.
+    """
+    own = [cls for cls in policy.__mro__ if cls is not Policy and issubclass(cls, Policy)]
+    methods = [each for cls in own for each in vars(cls).values() if inspect.isfunction(each)]
+    names = set().union(*(method.__code__.co_names for method in methods))
+    for field, need in _NEED_OF.items():
+        if field in names and need not in policy.requires:
+            wanted = ", ".join(f'"{each}"' for each in sorted({*policy.requires, need}))
+            return f"step.{field} is empty unless the class has requires = frozenset({{{wanted}}})"
+    return ""
+
+
 def told(error: BaseException) -> str:
     """An error's class and what it says, as far as its own code can say it."""
     try:
@@ -115,7 +136,7 @@ def _shown(names: dict[str, Any], local: str) -> str:
     if local == "n" and "key" in names:  # the count was right, a key was not
         value = names["key"]
     if hasattr(value, "tolist"):
-        value = value.tolist() if getattr(value, "size", 1) > 1 else value.item()
+        value = value.tolist()  # an array of one entry stays a list: it is no number
     text = repr(value)
     return text if len(text) < 60 else text[:57] + "..."
 

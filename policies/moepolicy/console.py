@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import io
 import os
 import shutil
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 from typing import NoReturn, Self
+
+from moepolicy.near import meant
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -66,14 +67,12 @@ class _StdoutError(OSError):
 
 
 def nearest(name: str, choices: Iterable[str], listed_by: str | None = None) -> str:
-    """The tail of an "unknown name" message: the closest choice, then all of them.
+    """The tail of an "unknown name" message: the choice that is near, if one is, then all of them.
 
     ``listed_by`` is the command that lists the choices, where the choices would fill lines.
     """
     known = sorted(choices)
-    folded = {choice.casefold(): choice for choice in known}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    hint = f"did you mean '{folded[close[0]]}'? " if close else ""
+    hint = meant(name, known)
     if listed_by:
         return f"{hint}`{listed_by}` lists the {len(known)} there are"
     return f"{hint}there are: {', '.join(known)}"

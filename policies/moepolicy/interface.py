@@ -11,6 +11,8 @@ import inspect
 from types import CodeType
 from typing import Any
 
+from moepolicy.aspects import aspects_of
+from moepolicy.near import meant
 from moepolicy.policy import CONSTANTS, HOOKS, NEEDS, Policy, PolicyError
 
 DECLARATIONS = frozenset(
@@ -35,9 +37,11 @@ def check_class(name: str, policy: type[Policy], *, part: bool = False) -> None:
     for hook in sorted(HOOKS):
         _check_hook(name, policy, hook)
     if policy.victim is Policy.victim and not part:
+        as_part = f"; or give it as a part of another policy, lru+{name}"
         raise PolicyError(
             f"policy '{name}' has no victim: define victim(self, layer, incoming, candidates), "
             "which answers one of the candidates, or -1 to decline"
+            f"{as_part if aspects_of(policy) else ''}"
         )
     _check_declarations(name, policy)
     _check_share_slots(name, policy)
@@ -189,8 +193,7 @@ def _check_needs(name: str, what: str, given: Any, known: frozenset[str], exampl
             f'frozenset({{"{example}"}})'
         )
     for need in sorted(map(str, given - known)):
-        close = difflib.get_close_matches(need, known, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
         raise PolicyError(
-            f"policy '{name}' {what} '{need}': {hint}there are: {', '.join(sorted(known))}"
+            f"policy '{name}' {what} '{need}': {meant(need, known)}there are: "
+            f"{', '.join(sorted(known))}"
         )

@@ -49,7 +49,20 @@ def _causes(lines: list[str]) -> Iterator[str]:
             call = next((each for each in lines[i:] if each.startswith(">>> ")), None)
             yield f"no implementation of {call[4:]}" if call else bare
         else:
-            yield bare
+            yield _shorter(bare)
+
+
+def _shorter(cause: str) -> str:
+    """What numba says of an unknown attribute, without the listing of a type or a module's file."""
+    unknown = re.match(r"Unknown attribute '(\w+)' of type (.*)", cause)
+    if unknown is None:
+        return cause
+    module = re.match(r"Module\(<module '([\w.]+)'", unknown[2])
+    if module:
+        return f"{module[1]}.{unknown[1]} does not compile"
+    if re.match(r"\w+\[\S+ [0-9a-f]{32}\]\(", unknown[2]):  # the policy's own fields
+        return f"self.{unknown[1]} is not set in __init__ as an array or a number"
+    return cause
 
 
 def _place(lines: list[str], files: frozenset[str]) -> str:

@@ -27,6 +27,7 @@ from moepolicy.fitted import PARAMETER
 from moepolicy.guard import no_quitting
 from moepolicy.interface import accepted, check_class, required
 from moepolicy.library import BUILT_IN, PARTS
+from moepolicy.near import meant
 from moepolicy.overdue import Watch
 from moepolicy.policy import Policy, PolicyError, PolicyUsageError
 from moepolicy.spec import PolicySpec
@@ -46,7 +47,9 @@ def find_policy(spec: str) -> PolicySpec:
     """
     if spec.count("(") != spec.count(")"):
         raise PolicyUsageError(f"policy '{spec}': a parenthesis is open or closed too many")
-    terms = separated(spec, "+")
+    terms = [term.strip() for term in separated(spec, "+")]
+    if not all(terms):
+        raise PolicyUsageError(f"policy '{spec}': give a name on each side of a +, lru+gate")
     if len(terms) > 1:
         return compose([_find(term, part=True) for term in terms])
     return _find(spec)
@@ -159,6 +162,9 @@ def _by_name(name: str, *, part: bool) -> type[Policy]:
         return BUILT_IN[name]
     installed = _installed()
     if name not in installed:
+        file = Path(f"{name.partition('.')[0]}.py")
+        if name and file.is_file():  # the suffix was left out
+            raise PolicyUsageError(f"unknown policy '{name}'; {_which_class(file)}")
         known = [*BUILT_IN, *installed, *(PARTS if part else ())]
         raise PolicyUsageError(
             f"unknown policy '{name}'; {nearest(name, known, LISTED_BY)}; "
@@ -201,7 +207,8 @@ def _policy_classes(module: ModuleType) -> list[str]:
 
 def _load(path: Path) -> ModuleType:
     if not path.is_file():
-        raise PolicyError(f"no policy file {path}")
+        beside = (file.name for file in path.parent.glob("*.py"))
+        raise PolicyError(f"no policy file {path}; {meant(path.name, beside)}".rstrip(" ;"))
     module_spec = importlib.util.spec_from_file_location(f"{FILE_MODULE}{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise PolicyError(f"{path} is not a Python file")

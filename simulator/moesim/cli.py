@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from moepolicy import console
 from moepolicy.apps import add_command, make_app
 from moepolicy.codecache import tell_of_compiling
@@ -52,5 +50,5 @@ def _errors() -> tuple[type[Exception], ...]:
 
 def main() -> None:
     """Run the command line; an error becomes one line and an exit code."""
-    tell_of_compiling(lambda text: print(text, file=sys.stderr, flush=True))
+    tell_of_compiling(console.say)
     console.run(app, errors=_errors)

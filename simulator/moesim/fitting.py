@@ -43,7 +43,8 @@ def fit(policy: PolicySpec, trace: Trace, *, share: float = 0.5, seed: int = 0) 
     if not can_be_fitted(policy.policy):
         fittable = ", ".join(name for name, cls in BUILT_IN.items() if can_be_fitted(cls))
         raise PolicyUsageError(
-            f"policy '{policy.label}' has nothing that is fitted; these have: {fittable}"
+            f"policy '{policy.label}' has nothing that is fitted; these have: {fittable}, and "
+            "a class of your own with a method fit"
         )
     if PARAMETER in policy.parameters:
         raise PolicyError(f"policy '{policy.label}' is fitted already: leave {PARAMETER} out")

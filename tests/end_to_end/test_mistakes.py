@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 import moerun.cli
 import moesim.cli
 import moetrace.cli
+import polars as pl
 import pytest
 import typer
+from moeroute import open_trace
+from moeroute.schema import FORMAT_VERSION
 
 PROGRAMS: dict[str, Any] = {
     "moesim": typer.main.get_command(moesim.cli.app),
@@ -95,14 +98,14 @@ NAMES = {
     "--prediction": ["nosuch"],
 }
 FILES = {
-    "--trace": [".", "nofile.parquet", "bad.toml"],
+    "--trace": [".", "nofile.parquet", "bad.toml", "later.parquet"],
     "--machine": ["nofile.toml", "bad.toml", "typo.toml"],
     "--policy": ["nofile.py:A"],
     "--model": ["nofolder/"],
-    "--calibration": ["nofile.parquet", "."],
+    "--calibration": ["nofile.parquet", ".", "later.parquet"],
     "--like": ["nofile.json"],
     "--shape": ["nofile.json"],
-    "--routing": ["nofile.parquet"],
+    "--routing": ["nofile.parquet", ".", "later.parquet"],
     "--out": ["nofolder/x"],
     "--plot": ["nofolder/x.svg"],
     "--timeline": ["nofolder/x.json.gz"],
@@ -116,7 +119,7 @@ FILES = {
 }
 ARGUMENTS = {
     "POLICY": (["nosuch", "LRU"], ["nofile.py:A"]),
-    "TRACE": (["nosuch", "TINY"], [".", "nofile.parquet"]),
+    "TRACE": (["nosuch", "TINY"], [".", "nofile.parquet", "later.parquet"]),
     "MACHINE": (["nosuch", "T4"], ["nofile.toml"]),
     "MODEL": (["nosuch"], ["nofolder/"]),
     "CORPUS": ([], ["nofile.txt"]),
@@ -187,7 +190,7 @@ def _with(name: str, option: str, value: str, *, argument: bool) -> list[str]:
     return [*needed, option, value]
 
 
-FEW = {"--nosuch", "", ".", "T4", "TINY", "LRU", "typo.toml", "nofile.txt"}
+FEW = {"--nosuch", "", ".", "later.parquet", "T4", "TINY", "LRU", "typo.toml", "nofile.txt"}
 
 
 def told(folder: Path, wanted: list[Case]) -> list[tuple[Case, Any, str, str]]:
@@ -196,6 +199,7 @@ def told(folder: Path, wanted: list[Case]) -> list[tuple[Case, Any, str, str]]:
     (folder / "r.json").write_text("{}\n")
     (folder / "bad.toml").write_text('name = "x\n')
     (folder / "typo.toml").write_text("slotz = 3\n")
+    _write_of_a_later_version(folder / "later.parquet")
     done = subprocess.run(
         [sys.executable, "-c", CALLS],
         input=json.dumps([case.line for case in wanted]),
@@ -208,8 +212,16 @@ def told(folder: Path, wanted: list[Case]) -> list[tuple[Case, Any, str, str]]:
     return [(case, *each) for case, each in zip(wanted, json.loads(done.stdout), strict=True)]
 
 
+def _write_of_a_later_version(path: Path) -> None:
+    tiny = open_trace("tiny").path
+    kept = pl.read_parquet_metadata(tiny)
+    (name,) = [name for name, text in kept.items() if "format_version" in text]
+    meta = json.dumps(json.loads(kept[name]) | {"format_version": FORMAT_VERSION + 1})
+    pl.read_parquet(tiny, n_rows=64).write_parquet(path, metadata={name: meta})
+
+
 def check(folder: Path, wanted: list[Case]) -> None:
-    before = {"text.txt", "r.json", "bad.toml", "typo.toml", "cache"}
+    before = {"text.txt", "r.json", "bad.toml", "typo.toml", "later.parquet", "cache"}
     odd = []
     for case, code, out, err in told(folder, wanted):
         lines = err.splitlines()

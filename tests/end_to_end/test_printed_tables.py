@@ -287,3 +287,15 @@ def test_a_terminal_s_own_width_counts(columns: int) -> None:
     lines = text.decode().splitlines()
     assert max(map(len, lines)) <= columns
     assert sum(line.startswith("policy") for line in lines) == {40: 3, 80: 1}[columns]
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_sentences_keep_to_the_width_piped_as_on_a_terminal(
+    printed: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = printed("moesim", "fit", "edgemoe", "--out", "edgemoe.safetensors", width=width)
+    assert max(map(len, said.splitlines())) <= width
+    assert " ".join(said.split()).startswith("edgemoe.safetensors: edgemoe fitted on ")
+    said = printed("moetrace", "export", "tiny", "--to", "jsonl", "--out", "t.jsonl", width=width)
+    assert said == "t.jsonl: jsonl of tiny\n"

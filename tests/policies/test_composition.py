@@ -82,7 +82,7 @@ def test_a_composition_is_named_as_it_is_typed_and_needs_what_its_parts_need(
         ("gate+hobbit.misses", "none of 'gate' and 'hobbit.misses' decides eviction"),
         ("lru+hobbit.mises", "no aspect 'mises'; did you mean 'misses'"),
         ("lru.misses", "'lru' decides eviction, and not 'misses'"),
-        ("lru+", "unknown policy ''"),
+        ("lru+", r"policy 'lru\+': give a name on each side of a"),
         ("lru+gats", "unknown policy 'gats'; did you mean 'gate'"),
         ("lru+gate(n=2", "a parenthesis is open or closed too many"),
         ("lru+gate(m=1)", "policy 'gate' has no parameter 'm': it has n"),

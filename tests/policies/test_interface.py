@@ -55,6 +55,12 @@ def test_a_policy_without_a_victim_is_told(tmp_path: Path) -> None:
         find(tmp_path, "def on_hit(self, key, now): pass")
 
 
+def test_a_part_alone_is_told_how_to_give_it(tmp_path: Path) -> None:
+    says = r"has no victim: .* or give it as a part of another policy, lru\+.*mine\.py:Mine$"
+    with pytest.raises(PolicyError, match=says):
+        find(tmp_path, "def prefetch(self, step, keys): return 0")
+
+
 def test_what_is_no_class_is_told(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="an_instance is not a class, but a int"):
         find(tmp_path, VICTIM, spec="an_instance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,37 @@ def test_parameters_reach_the_policy() -> None:
         ("lru-spec:n=many", "n must be a number, not 'many'"),
         ("lru-spec:n=1.5", "n must be a whole number, not 1.5"),
         ("absent.py:Mine", "no policy file absent.py"),
+        ("lru+", "policy 'lru+': give a name on each side of a +, lru+gate"),
+        ("", "give a name"),
     ],
 )
 def test_a_spec_that_cannot_be_found_says_why(spec: str, says: str) -> None:
     with pytest.raises(PolicyError) as caught:
         find_policy(spec)
     assert says in str(caught.value)
+
+
+def test_blanks_beside_a_plus_are_no_part_of_a_name() -> None:
+    assert find_policy("lru + gate(n=1)").label == find_policy("lru+gate(n=1)").label
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("Mine.py:Lru2", "no policy file Mine.py; did you mean 'mine.py'?"),
+        ("mine:Lru2", "unknown policy 'mine'; mine.py needs a class, as mine.py:Lru2"),
+        ("mine.Lru2", "unknown policy 'mine.Lru2'; mine.py needs a class, as mine.py:Lru2"),
+        ("mine.py:lru2", "mine.py has no class 'lru2'; did you mean 'Lru2'?"),
+    ],
+)
+def test_a_file_that_is_given_wrongly_is_found_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, says: str
+) -> None:
+    code = "from moepolicy import Policy\n\nclass Lru2(Policy):\n    pass\n"
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PolicyError, match=re.escape(says)):
+        find_policy(spec)
 
 
 @pytest.mark.parametrize(

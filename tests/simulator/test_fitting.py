@@ -231,7 +231,10 @@ def test_the_command_fits_and_compares(tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "--force replaces it" in again.stderr
     for arguments, said in (
-        (("lru", "--out", str(tmp_path / "l.safetensors")), "has nothing that is fitted"),
+        (
+            ("lru", "--out", str(tmp_path / "l.safetensors")),
+            "has nothing that is fitted; these have: edgemoe, ",
+        ),
         (("promoe", "--out", str(tmp_path / "p.npz")), "the suffix says the format"),
     ):
         failed = moesim("fit", *arguments)

@@ -143,6 +143,9 @@ def test_an_optional_column_is_required_by_name(path: Path) -> None:
     ("change", "message"),
     [
         ({"format_version": 99}, "format version 99"),
+        ({"format_version": 0}, "format version 0: there is none, a version is 1 to"),
+        ({"format_version": True}, "format version True: there is none"),
+        ({"format_version": "1"}, "format version '1': there is none"),
         ({"n_layers": "3"}, "n_layers cannot be '3'"),
         ({"n_layers": True}, "n_layers cannot be True"),
         ({"top_k": 5}, "top_k is 5"),

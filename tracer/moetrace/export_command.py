@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from moepolicy.apps import Force
+from moepolicy.console import emit
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from moeroute.options import TRACE_HELP, complete_traces
 
@@ -117,7 +118,7 @@ def export(
         else:
             document = _placement(opened, placing)
             unfinished.write_text(json.dumps(document), encoding="utf-8")
-    typer.echo(f"{out}: {to.value} of {opened.title}")
+    emit(f"{out}: {to.value} of {opened.title}\n")
 
 
 def _placement(trace: Any, placing: PlacementOptions) -> dict[str, Any]:

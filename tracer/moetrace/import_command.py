@@ -11,7 +11,7 @@ from moepolicy import console
 from moepolicy.amounts import NoAmountError, parse_bytes
 from moepolicy.apps import Force
 from moepolicy.outputs import own_folder
-from moepolicy.tables import described
+from moepolicy.tables import described, wrapped
 from moeroute.families import WEIGHT_RULES
 from moeroute.options import SizeOptions
 
@@ -179,10 +179,10 @@ def import_trace(
             format=reading.format,
             options=options,
             sizes=sizes.given(known),
-            tell=lambda line: typer.echo(f"note: {line}", err=True),
+            tell=lambda line: console.say(f"note: {line}"),
             scratch=scratch,
         )
-    typer.echo(made.describe(notes=False))
+    console.emit(wrapped(made.describe(notes=False).splitlines()))
 
 
 def _expert_bytes(text: str | None) -> dict[str, int]:

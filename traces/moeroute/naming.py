@@ -13,6 +13,7 @@ from pathlib import Path
 from moeroute.schema import TraceError
 
 Place = Path | str  # a file, or a URL that polars can read
+NEARLY_ALL = 0.7  # of two names' letters, as in moepolicy.near: what is further is not suggested
 
 
 @contextmanager
@@ -46,5 +47,5 @@ def sha256_of(path: Path) -> bytes:
 def meant(name: str, choices: Iterable[str]) -> str:
     """The words "did you mean 'x'? " for the choice nearest to ``name`` in any case, or none."""
     folded = {choice.casefold(): choice for choice in choices}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1)
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=NEARLY_ALL)
     return f"did you mean {folded[near[0]]!r}? " if near else ""

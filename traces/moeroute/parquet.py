@@ -18,7 +18,7 @@ from moeroute.schema import PHASES, PREDICTED, Rows, TraceError, TraceMeta, colu
 if TYPE_CHECKING:
     import polars as pl
 
-_MAGIC = b"PAR1"
+MAGIC = b"PAR1"
 
 
 def is_url(path: Place) -> bool:
@@ -135,16 +135,16 @@ def check_whole(path: Path) -> None:
         raise TraceError(f"{path}: there is no such trace{hint}")
     source = Source(path, "trace")
     with path.open("rb") as file:
-        start = file.read(len(_MAGIC))
+        start = file.read(len(MAGIC))
         size = file.seek(0, 2)
-        file.seek(max(0, size - len(_MAGIC)))
+        file.seek(max(0, size - len(MAGIC)))
         end = file.read()
-    if start != _MAGIC:
+    if start != MAGIC:
         raise TraceError(
             f"{path}: not a routing trace (not a Parquet file, but {source.described}); recordings "
             f"of other programs become traces by: moetrace import {path} --out TRACE.parquet"
         )
-    if end != _MAGIC or size < 12:
+    if end != MAGIC or size < 12:
         raise TraceError(f"{path}: truncated: the file ends in the middle ({size} bytes)")
 
 

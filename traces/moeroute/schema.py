@@ -266,7 +266,12 @@ class TraceMeta:
         if not isinstance(found, dict):
             raise TraceError("trace metadata is not a JSON object")
         version = found.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise TraceError(
+                f"trace format version {version!r}: there is none, a version is 1 to "
+                f"{FORMAT_VERSION}"
+            )
+        if version > FORMAT_VERSION:
             raise TraceError(
                 f"trace format version {version}; this program reads up to {FORMAT_VERSION}: a "
                 "newer moe-offload-lab made it, and reads it"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moeroute.check import OrderChecker, RowChecker, check_names
 from moeroute.naming import Place, meant, naming_errors, sha256_of
-from moeroute.parquet import array_from_series, column_type, is_url, scan
+from moeroute.parquet import MAGIC, array_from_series, column_type, is_url, scan
 from moeroute.schema import (
     META_KEY,
     NO_EXPERT,
@@ -61,13 +61,20 @@ def find_trace(path_or_name: str | Path) -> Place:
 
 
 def find_existing(path_or_name: str | Path) -> Place:
-    """As `find_trace`. Raises TraceError where it leads to no file; reads nothing."""
+    """As `find_trace`. Raises TraceError where it leads to no file, and for a local Parquet file
+    that is no trace of this program's versions; reads no more than its metadata."""
     place = find_trace(path_or_name)
-    if isinstance(place, Path) and not place.is_file():
+    if not isinstance(place, Path):
+        return place
+    if not place.is_file():
         is_folder = place.is_dir()
         raise TraceError(
             f"{place}: {'is a folder, not a' if is_folder else 'there is no such'} trace"
         )
+    with place.open("rb") as file:
+        is_parquet = file.read(len(MAGIC)) == MAGIC
+    if is_parquet:
+        Trace(place)
     return place
 
 

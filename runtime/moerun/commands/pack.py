@@ -11,6 +11,7 @@ import typer
 from moepolicy.completion import among
 from moepolicy.console import emit, keeping, note
 from moepolicy.options import taking
+from moepolicy.tables import wrapped
 
 from moerun.amounts import decimal_bytes
 from moerun.commands import names, prepare
@@ -107,8 +108,7 @@ def pack(
             progress=progress,
         )
     with store:
-        for line in _sizes(store):
-            emit(f"{line}\n")
+        emit(wrapped(_sizes(store)))
 
 
 def _check_out(out: Path, *, force: bool) -> None:

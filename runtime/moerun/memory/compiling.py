@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import AbstractContextManager
 from enum import Enum
@@ -11,6 +10,7 @@ from typing import Any
 from moepolicy import ExpertCache, Policy
 from moepolicy.blame import files_of
 from moepolicy.compiled import NotCompilable
+from moepolicy.console import say
 from moepolicy.reasons import why_not
 
 COMPILE_AFTER_S = 20.0
@@ -42,7 +42,7 @@ class Told:
         """Say on stderr that ``policy`` runs interpreted, unless that has been said."""
         if policy not in self._policies:
             self._policies.add(policy)
-            print(f"policy '{name}' runs interpreted: {reason}", file=sys.stderr)
+            say(f"policy '{name}' runs interpreted: {reason}")
 
 
 TOLD_IN_THIS_PROCESS = Told()

@@ -110,8 +110,14 @@ class Results:
         self._identity = {"kind": KIND, **identity}
         self._windows: dict[Key, dict[int, Scored]] = {}
         self.cells: dict[Key, Cell] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = self._locked(path.with_name(f"{path.name}.windows"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = self._locked(path.with_name(f"{path.name}.windows"))
+        except OSError as error:  # of the cache: a folder that is named is looked at before
+            raise RunError(
+                f"nothing can be written to {path.parent} ({error.strerror}): name a file for the "
+                "results with --out"
+            ) from error
         try:
             self._read_cells()
             self._read_windows()

@@ -198,11 +198,9 @@ def _lock_file(lock: Path) -> Iterator[None]:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("w")
-        except FileNotFoundError:
-            if lock.parent.is_dir():  # removed by one that is done, between the two calls
-                continue
-            raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and lock.parent.is_dir():
+                continue  # removed by one that is done, between the two calls
             raise RunError(
                 f"nothing can be written to {lock.parent} ({error.strerror}): "
                 "name a folder for the packed model with --store"

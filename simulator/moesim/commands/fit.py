@@ -10,6 +10,7 @@ from moepolicy import console
 from moepolicy.apps import Force
 from moepolicy.completion import among
 from moepolicy.outputs import check_free, check_suffix
+from moepolicy.tables import wrapped
 from moeroute.options import TraceName
 
 from moesim.workload import DEFAULT_TRACE
@@ -69,8 +70,8 @@ def fit(
     sizes = ", ".join(
         f"{name} {'x'.join(map(str, array.shape))}" for name, array in fitting.arrays.items()
     )
-    console.emit(
+    told = (
         f"{out}: {spec.label} fitted on {len(fitting.of.sequences)} of {fitting.of.n_sequences} "
-        f"sequences of {trace} (seed {seed}), {fitting.held_out} held out\n"
-        f"arrays: {sizes}; {n_bytes:,} bytes\n"
+        f"sequences of {trace} (seed {seed}), {fitting.held_out} held out"
     )
+    console.emit(wrapped([told, f"arrays: {sizes}; {n_bytes:,} bytes"]))

@@ -9,9 +9,10 @@ import typer
 from moepolicy import lists
 from moepolicy.apps import Force
 from moepolicy.completion import among, known_policies
+from moepolicy.console import emit, say
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from moepolicy.progress import Bar
-from moepolicy.tables import to_csv
+from moepolicy.tables import to_csv, wrapped
 from moeroute.options import SizeOptions, complete_traces
 
 from moesim.commands.compare import ExpertSizeOptions
@@ -138,8 +139,8 @@ def report(
             _write_pictures(pictures, page)
     with written_whole(out) as partial:
         partial.write_text(text, encoding="utf-8")
-    typer.echo(f"{out}: {len(page.figures)} pictures, {len(text.encode()):,} bytes", err=True)
-    typer.echo(page.lead)
+    say(f"{out}: {len(page.figures)} pictures, {len(text.encode()):,} bytes")
+    emit(wrapped([page.lead]))
 
 
 def _specs(names: str | None, trace: Trace) -> list[PolicySpec]:

@@ -24,6 +24,10 @@ from moesim.simulation import simulate
 
 DIFFERS = "it decides differently when compiled"  # engines.choose says so
 CLOCKS = 3
+TO_REPEAT = (
+    "; keep all state in self, draw from what __init__ makes of a seed, and read no clock: for "
+    "example self.rng = np.random.default_rng(seed)"
+)
 # The hook that a decision of a kind comes of.
 _HOOK_OF = {
     Kind.EVICT: "victim",
@@ -37,6 +41,10 @@ _HOOK_OF = {
 }
 
 
+_AHEAD = (Kind.SPECULATE, Kind.QUEUE_PREFETCH)
+FEW_KEYS = 8  # so few prefetches may all be of one layer by chance
+
+
 class Remark(Exception):
     """A check that does not apply to the policy, or that has more to say than that it held."""
 
@@ -48,6 +56,7 @@ class Violation(Exception):
 def keeps_the_rules(checked: CheckedPolicy) -> str:
     """Never over capacity, never evicts what is pinned; every answer is one the hook may give."""
     moves = [0]
+    ahead: list[int] = []
 
     def look(cache: ExpertCache) -> None:
         cache.check()
@@ -58,7 +67,14 @@ def keeps_the_rules(checked: CheckedPolicy) -> str:
     for number, size in enumerate(CACHES):
         decided = checked.drive(size, clock=number, look=look)
         _require_unpinned(decided.events)
-    return f"{len(CACHES)} caches, {checked.workload.n_steps} steps, {moves[0]:,} moves"
+        ahead += [event.key for event in decided.events if event.kind in _AHEAD]
+    held = f"{len(CACHES)} caches, {checked.workload.n_steps} steps, {moves[0]:,} moves"
+    if len(ahead) >= FEW_KEYS and max(ahead) < checked.workload.meta.n_experts:
+        raise Remark(
+            f"{held}; every expert that it fetches ahead is of layer 0: a key is layer * "
+            "n_experts + expert"
+        )
+    return held
 
 
 def _require_unpinned(events: list[Event]) -> None:
@@ -86,7 +102,7 @@ def repeats(checked: CheckedPolicy) -> str:
     """Two runs with the same seed decide the same."""
     for size in CACHES:
         one, other = checked.drive(size), checked.drive(size)
-        _require_equal(checked, one.events, other.events, "a second run")
+        _require_equal(checked, one.events, other.events, "a second run", TO_REPEAT)
     return f"{len(CACHES)} caches, twice"
 
 
@@ -176,7 +192,9 @@ def never_beats_the_limit(checked: CheckedPolicy) -> str:
     return f"{', '.join(least)} times the fewest loads"
 
 
-def _require_equal(checked: CheckedPolicy, one: list[Event], other: list[Event], what: str) -> None:
+def _require_equal(
+    checked: CheckedPolicy, one: list[Event], other: list[Event], what: str, hint: str = ""
+) -> None:
     """Violation where the decisions differ: at which step, and by which hook of the policy."""
     for first, second in zip_longest(one, other):
         if first != second:
@@ -184,7 +202,7 @@ def _require_equal(checked: CheckedPolicy, one: list[Event], other: list[Event],
             place = place_of(checked.spec.policy, _HOOK_OF.get(known.kind, "victim"))
             raise Violation(
                 f"{what} decides differently at step {known.step}: {_said(first)}, then "
-                f"{_said(second)}{f' ({place})' if place else ''}"
+                f"{_said(second)}{f' ({place})' if place else ''}{hint}"
             )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from statistics import median
@@ -18,6 +20,7 @@ from moesim.conformance.runs import CheckedPolicy, place_of, serve, steps_of
 from moesim.machine.profile import DEFAULT_MACHINE, load_machine
 
 GROWS = 0.5  # bytes a step: more than counters that grow longer, less than an entry a step
+CONTAINERS = (list, dict, set, bytearray, deque)
 SHAPES = ((8, 2, 15.0), (128, 8, 60.0))  # experts a layer, top-k, and the goal in us
 
 
@@ -48,9 +51,12 @@ def keeps_its_size(checked: CheckedPolicy) -> str:
 
 
 def _sizes(policy: Policy) -> dict[str, int]:
-    """The pickled size of each attribute. Remark where one cannot be pickled."""
-    found = {}
-    for name, value in vars(policy).items():
+    """The pickled size of each thing it keeps. Remark where one cannot be pickled."""
+    found: dict[str, int] = {}
+    for name, value in _kept(policy).items():
+        if isinstance(value, Policy):  # a composition's part
+            found |= {f"{name}.{inner}": size for inner, size in _sizes(value).items()}
+            continue
         try:
             found[name] = len(pickle.dumps(value))
         except Exception as error:  # whatever the attribute's own class raises
@@ -59,6 +65,19 @@ def _sizes(policy: Policy) -> dict[str, int]:
                 f"({type(error).__name__}); bounded memory is not guaranteed"
             ) from error
     return found
+
+
+def _kept(policy: Policy) -> dict[str, Any]:
+    """What a policy keeps: its own attributes, and containers of its class and its module."""
+    found: dict[str, Any] = {}
+    for cls in type(policy).__mro__:
+        if cls is Policy or not issubclass(cls, Policy):
+            continue
+        found |= {n: v for n, v in vars(cls).items() if isinstance(v, CONTAINERS)}
+        for method in filter(inspect.isfunction, vars(cls).values()):
+            known = {n: method.__globals__.get(n) for n in method.__code__.co_names}
+            found |= {n: v for n, v in known.items() if isinstance(v, CONTAINERS)}
+    return found | vars(policy)
 
 
 def _where_used(policy: type[Policy], attribute: str) -> str:
@@ -71,7 +90,7 @@ def _where_used(policy: type[Policy], attribute: str) -> str:
         except OSError:
             return ""
         for number, line in enumerate(lines, first):
-            if f"self.{attribute}" in line:
+            if re.search(rf"\b{attribute}\b", line):
                 return f" ({name}, {method.__code__.co_filename}:{number})"
     return ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 
 from moepolicy import Policy, PolicySpec
 from moepolicy.compiled import NotCompilable
+from moepolicy.console import say
 
 from moesim.engines.names import Engine
 from moesim.engines.one_piece import Pieces
@@ -70,10 +70,7 @@ class Compilations:
     def interpret(self, policy: PolicySpec, reason: str) -> None:
         """Run a policy's class interpreted from now on, and say why."""
         self.interpreted[policy.policy] = reason
-        print(
-            f"policy '{policy.name}' runs interpreted, some 100 times slower: {reason}",
-            file=sys.stderr,
-        )
+        say(f"policy '{policy.name}' runs interpreted, some 100 times slower: {reason}")
 
 
 OF_THIS_PROCESS = Compilations()

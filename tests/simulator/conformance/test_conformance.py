@@ -66,7 +66,7 @@ def test_checks_that_do_not_apply_say_why() -> None:
 
 
 HEAD = """
-import random
+import random; LOG = []
 import numpy as np
 from moepolicy import Policy
 from moepolicy.kinds import SKIP
@@ -110,7 +110,28 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         f"{VICTIM}        return int(candidates[random.randrange(len(candidates))])\n",
         "repeats",
         r"a second run decides differently at step \d+: EVICT of key \d+, then EVICT of key \d+ "
-        r"\(.*mine\.py:15\)",
+        r"\(.*mine\.py:15\); keep all state in self, draw from what __init__ makes of a seed",
+    ),
+    "grows in its class": (
+        "    log = []\n    def on_hit(self, key, now):\n        self.log.append(key)\n",
+        "memory",
+        r"memory is not bounded: 'log' has grown by [\d,]+ bytes .*\(on_hit, .*mine\.py:17\)",
+    ),
+    "grows in its module": (
+        "    def on_hit(self, key, now):\n        LOG.append(key)\n",
+        "memory",
+        r"memory is not bounded: 'LOG' has grown by [\d,]+ bytes .*\(on_hit, .*mine\.py:16\)",
+    ),
+    "an array": (
+        f"{VICTIM}        return candidates[:1]\n",
+        "rules",
+        r"victim answered \[\d+\], and must answer one of the candidates",
+    ),
+    "undeclared": (
+        "    def on_step(self, step):\n        self.n = step.predicted[0, 0]\n",
+        "rules",
+        r"IndexError: .*\(on_step, step 0, .*mine\.py:16\); step\.predicted is empty unless the "
+        r"class has requires = frozenset\(\{\"predictions\"\}\)",
     ),
     "grows": (
         "    def on_hit(self, key, now):\n        self.seen.append(key)\n",
@@ -140,6 +161,27 @@ def checked(tmp_path: Path, code: str, check: str) -> CheckResult:
     path.write_text(HEAD + code)
     (result,) = check_policy(f"{path}:Mine", [check])
     return result
+
+
+def test_experts_taken_for_keys_are_remarked_upon(tmp_path: Path) -> None:
+    ahead = "    requires = frozenset({'logits'})\n    def prefetch(self, step, keys):\n"
+    expert = "        keys[0] = np.argmax(step.logits)\n        return 1\n"
+    result = checked(tmp_path, ahead + expert, "rules")
+    assert result.status is Status.remark
+    assert "fetches ahead is of layer 0: a key is layer * n_experts + expert" in result.said
+    key = expert.replace("np", "step.layer * self.n + np")
+    assert checked(tmp_path, ahead + key, "rules").status is Status.ok
+
+
+def test_the_memory_of_a_part_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "part.py").write_text(
+        "from moepolicy import Policy\n\nclass Part(Policy):\n"
+        "    def __init__(self, context):\n        self.seen = []\n"
+        "    def prefetch(self, step, keys):\n        self.seen.append(1)\n        return 0\n"
+    )
+    (result,) = check_policy(f"lru+{tmp_path / 'part.py'}:Part", ["memory"])
+    assert result.status is Status.failed
+    assert "memory is not bounded: 'part.seen' has grown by" in result.said
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -73,6 +73,27 @@ BEYOND = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("setup", "line", "says"),
+    [
+        ("import time\n", "time.sleep(0)", r"mine\.py:\d+: numba: time\.sleep does not compile"),
+        ("", "self.log.append(key)", r"numba: self\.log is not set in __init__ as an array or a n"),
+    ],
+)
+def test_what_numba_does_not_know_is_told_without_its_listings(
+    tmp_path: Path, workload: Any, setup: str, line: str, says: str
+) -> None:
+    spec = policy(
+        tmp_path,
+        f"{setup}{STATE}    log = []\n    def __init__(self, context):\n"
+        "        self.uses = np.zeros(context.n_keys, np.int64)\n"
+        f"    def on_hit(self, key, now):\n        {line}\n"
+        "    def victim(self, layer, incoming, candidates):\n        return candidates[0]\n",
+    )
+    _, _, known = both_ways(workload, spec)
+    assert re.search(says, known.interpreted[spec.policy])
+
+
 def test_the_colours_of_numba_are_no_part_of_a_reason() -> None:
     coloured = ValueError("\x1b[1m\x1b[1mCannot capture it\x1b[0m\n\x1b[1mDuring: typing\x1b[0m")
     assert why_not(coloured, frozenset()) == "numba: Cannot capture it"
