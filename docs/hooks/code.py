@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from html import unescape
 from typing import Any
 
 BLOCK = re.compile(r"<pre>(?P<code>.*?)</pre>", re.DOTALL)
 # In a paragraph: a block's <code> follows <pre> or the anchor of its first line.
 NAME = re.compile(r"(?<!<pre>)(?<!</span>)<code>(?P<name>[^<\n]{1,28})</code>")
+COMMENT = re.compile(r"\S {2,}(?=# )")
+MANY = 4
 COLUMNS = re.compile(r"\S {2,}(?!#)\S")
 # A browser breaks lines behind a hyphen: --precision became - and -precision.
 HYPHENATED = re.compile(r"(?<![\w&/.-])-{0,2}\w+(?:-\w+)+|(?<![\w&/.-])--\w+")
@@ -30,5 +33,9 @@ def _wrapping(found: re.Match[str]) -> str:
 
 
 def has_columns(text: str) -> bool:
-    """Whether lines hold columns that wrapping would break; a comment behind a command is none."""
-    return any(COLUMNS.search(line) for line in text.splitlines())
+    """Whether lines hold columns that wrapping would break. Comments behind code are one where
+    many of them begin in the same place."""
+    lines = text.splitlines()
+    places = Counter(found.end() for line in lines if (found := COMMENT.search(line)))
+    many = max(places.values(), default=0) >= MANY
+    return many or any(COLUMNS.search(line) for line in lines)

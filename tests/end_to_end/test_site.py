@@ -136,6 +136,8 @@ def test_no_list_has_run_into_a_paragraph(read: dict[Path, Page]) -> None:
 
 
 def test_commands_wrap_and_columns_scroll(read: dict[Path, Page], site: Path) -> None:
+    profile = read[site / "machines.html"].text
+    assert "<pre>" in profile  # whose entries have their comments in a column
     text = read[site / "guides" / "mixtral-12gb.html"].text
     blocks = {
         unescape(re.sub("<[^>]*>", "", code)): mark
