@@ -9,6 +9,7 @@ import typer
 from moepolicy.apps import Force
 from moepolicy.options import formerly, taking
 from moepolicy.outputs import check_free, check_suffix, written_whole
+from moepolicy.tables import wrapped
 
 from moerun.commands import prepare
 from moerun.commands.options import CacheOptions, DeviceOptions, ModelOptions
@@ -52,10 +53,11 @@ def profile(
     with written_whole(out) as partial:
         partial.write_text(measured.to_toml(), encoding="utf-8")
     link, cost = measured.link, measured.compute
-    typer.echo(
+    told = (
         f"{out}: link {link.bytes_per_s / 1e9:.3f} GB/s + {1e6 * link.latency_s:.0f} us a copy; "
         f"layer {1e6 * cost.layer_s:.0f} us, expert {1e6 * cost.expert_s:.0f} us, "
         f"token {1e6 * cost.token_s:.0f} us, waking up {1e6 * cost.arrival_s:.0f} us"
     )
+    typer.echo(wrapped([told]), nl=False)
     if measured.note:
         typer.echo(f"warning: {measured.note}", err=True)

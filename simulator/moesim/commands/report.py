@@ -11,7 +11,7 @@ from moepolicy.apps import Force
 from moepolicy.completion import among, known_policies
 from moepolicy.outputs import check_free, check_suffix, written_whole
 from moepolicy.progress import Bar
-from moepolicy.tables import to_csv
+from moepolicy.tables import to_csv, wrapped
 from moeroute.options import SizeOptions, complete_traces
 
 from moesim.commands.compare import ExpertSizeOptions
@@ -139,7 +139,7 @@ def report(
     with written_whole(out) as partial:
         partial.write_text(text, encoding="utf-8")
     typer.echo(f"{out}: {len(page.figures)} pictures, {len(text.encode()):,} bytes", err=True)
-    typer.echo(page.lead)
+    typer.echo(wrapped([page.lead]), nl=False)
 
 
 def _specs(names: str | None, trace: Trace) -> list[PolicySpec]:

@@ -186,6 +186,7 @@ def test_the_routing_of_a_shape_is_found_by_its_experts() -> None:
         "routing: the sample tiny (recorded), of 4 layers, top-2 of 8 experts, of whose 8 layers "
         "the first count",
     )
+    assert "of 1 layer, top-2 of 8 experts" in choose_routing(1, 8, 2)[1]
     assert choose_routing(33, 8, 2)[0] == choose_routing(48, 128, 8)[0] == "uniform"
 
 
