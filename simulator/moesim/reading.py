@@ -131,6 +131,8 @@ def _by(gains: Sequence[tuple[str, float]], timed: bool) -> str:
     low, high = (f"{100 * of(gain for _, gain in gains):.0f}" for of in (min, max))
     over = others.pop() if len(others) == 1 else "the next"
     unit = "faster" if timed else "fewer loads"
+    if all(gain == 0 for _, gain in gains):
+        return f" (as {'fast' if timed else 'few loads'} as {over})"
     if high == "0":
         return f" (by less than 0.5 % over {over})"
     return f" ({low if low == high else f'{low} to {high}'} % {unit} than {over})"

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,29 @@ def test_the_reference_is_that_of_the_code(read: dict[Path, Page], site: Path) -
     policy = read[site / "reference" / "policy.html"]
     for hook in ("victim", "prefetch", "on_miss", "route", "retain"):
         assert f"moepolicy.Policy.{hook}" in policy.anchors
+
+
+def test_no_list_has_run_into_a_paragraph(read: dict[Path, Page]) -> None:
+    """Markdown for Python wants a blank line where GitHub wants none."""
+    for file, page in read.items():
+        for paragraph in re.findall(r"<p>(.*?)</p>", page.text, re.DOTALL):
+            assert not re.search(r"\n(\d+\.|[-*]) ", paragraph), (file, paragraph)
+
+
+def test_commands_wrap_and_columns_scroll(read: dict[Path, Page], site: Path) -> None:
+    profile = read[site / "machines.html"].text
+    assert "<pre>" in profile  # whose entries have their comments in a column
+    text = read[site / "guides" / "mixtral-12gb.html"].text
+    blocks = {
+        unescape(re.sub("<[^>]*>", "", code)): mark
+        for mark, code in re.findall(r"<pre( [^>]*)?>(.*?)</pre>", text, re.DOTALL)
+    }
+    (planned,) = [mark for code, mark in blocks.items() if "slots          6.41 GiB" in code]
+    (pack,) = [mark for code, mark in blocks.items() if code.startswith("moerun pack")]
+    assert planned == ""
+    assert pack == ' class="wraps"'
+    assert '<span class="whole">--precision</span> 3bit' in text
+    assert '<code class="whole">--plan</code>' in text
 
 
 @needs_chromium

@@ -127,6 +127,14 @@ def test_the_sentence_says_that_nothing_is_to_choose() -> None:
     assert "compute hardly waits" in said
 
 
+def test_policies_that_cannot_differ_are_not_said_to_lead() -> None:
+    """At as many slots as a token has experts, lru and lfu do the same."""
+    found = compared("tiny", "lru", "lfu", "lru-spec", slots=[2], machine="t4")
+    said = sentence(found.rows)
+    assert "at 2 slots (as fast as lfu)" in said
+    assert "less than" not in said
+
+
 def test_without_times_loads_are_read() -> None:
     found = compared("tiny", "lru", "lfu", slots=[4])
     untimed = [

@@ -21,6 +21,7 @@ from moesim.sweep.grid import make_grid
 from moesim.sweep.run import run_sweep
 from transformers import AutoModelForImageTextToText
 
+from support import published
 from support.families import small_config
 from support.gguf_files import Converter
 from support.moe_models import save_checkpoint
@@ -33,7 +34,7 @@ PLACEHOLDERS = {
     **{"CORPUS": "text.txt", "TEXT": "text.txt", "M": "tiny", "CHECKPOINT": "tiny"},
     **{"T": "t.parquet", "T.parquet": "t.parquet", "TRACE.parquet": "trace.parquet"},
     **{"mistralai/Mixtral-8x7B-Instruct-v0.1": "tiny", "Qwen/Qwen3.6-35B-A3B": "qwen36-published"},
-    **{"OWNER/NAME": "tiny", "my-texts/": "folder/"},
+    **{"openai/gpt-oss-20b": "gpt-oss-published", "OWNER/NAME": "tiny", "my-texts/": "folder/"},
     **{"FILE": "recording.json", "MODEL.gguf": "tiny.gguf", "OUT.parquet": "out.parquet"},
 }
 
@@ -133,6 +134,21 @@ def _qwen(folder: Path) -> None:
     pack(folder / "qwen36-published", folder / "qwen36", precision="4bit")
 
 
+def _gpt_oss_published(folder: Path) -> None:
+    """In the layout of openai/gpt-oss-20b: experts in MXFP4."""
+    made = published.publish_gpt_oss(
+        folder / "gpt-oss-published", folder / "plain", vocab_size=4096
+    )
+    for file in resolve("tiny").glob("*token*.json"):
+        shutil.copy(file, made)
+
+
+def _gpt_oss(folder: Path) -> None:
+    if not (folder / "gpt-oss-published").exists():
+        _gpt_oss_published(folder)
+    pack(folder / "gpt-oss-published", folder / "gpt-oss")
+
+
 def _sweep(folder: Path) -> None:
     run_sweep(make_grid({"policies": ["lru"], "slots": [2, 4]}), str(folder / "sweep.parquet"))
 
@@ -162,6 +178,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "lines.jsonl": _lines,
     "mine.py": _policy("mine.py"),
     "mixtral": _mixtral,
+    "gpt-oss": _gpt_oss,
+    "gpt-oss-published": _gpt_oss_published,
     "mixtral.toml": _recommended("mixtral.toml", precision="3bit", attention="4bit"),
     "my_policy.py": _policy("my_policy.py"),
     "promoe.safetensors": _fitted,

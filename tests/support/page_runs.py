@@ -285,6 +285,19 @@ RUNS: dict[str, Run] = {
     "moerun chat --config mixtral.toml --model mixtral/": Run(
         ("mixtral", "mixtral.toml"), stdin="Hello\n", slow=True
     ),
+    # guides/gpt-oss.md
+    "moerun --plan --model gpt-oss-20b --memory 11GiB --context 4096 --prompt-chunk 512 "
+    "--device cuda": Run(shows=True),
+    "moesim recommend gpt-oss-20b --machine rtx3060 --memory 11GiB --context 1024": Run(
+        prints="--model openai/gpt-oss-20b", slow=True
+    ),
+    "moerun pack openai/gpt-oss-20b --out gpt-oss/": Run(
+        ("gpt-oss-published",), "gpt-oss/index.json", downloads=True
+    ),
+    "moerun chat --model gpt-oss/ --policy foresight-spec --memory 11GiB --context 4096 "
+    "--prompt-chunk 512": Run(("gpt-oss",), stdin="Hello\n", slow=True),
+    "moerun serve --model gpt-oss/ --policy foresight-spec --memory 11GiB --context 4096 "
+    "--prompt-chunk 512 --port 8000": Run(("gpt-oss",), by=SERVED),
     # guides/qwen36.md
     "moesim recommend qwen3.6-35b-a3b --machine rtx4070 --memory 10GiB --config qwen.toml": Run(
         leaves="qwen.toml", prints="--model Qwen/Qwen3.6-35B-A3B --precision 4bit", slow=True

@@ -68,9 +68,9 @@ def _shell_lines(lines: list[str]) -> Iterator[str]:
 
 
 def _commands_of(line: str) -> Iterator[Command]:
-    """The commands of a line: ``;`` parts them, and several blanks or a # explain them."""
+    """The commands of a line: ``;`` parts them, and a # explains them."""
     line, _, comment = line.removeprefix("$ ").partition("  #")
-    for part in re.split(rf" {{2,}}|; *(?={PROGRAM})", line):
+    for part in re.split(rf"; *(?={PROGRAM})", line):
         if re.match(PROGRAM, part.strip()):
             yield Command(part.strip(), comment.strip())
 

@@ -240,9 +240,9 @@ def publish(published: Format, folder: Path, plain: Path, **changes: Any) -> Pat
     return folder
 
 
-def publish_gpt_oss(folder: Path, plain: Path) -> Path:
+def publish_gpt_oss(folder: Path, plain: Path, **changes: Any) -> Path:
     """gpt-oss in MXFP4: fused experts as blocks of 32, the router and attention unquantised."""
-    make_checkpoint("gpt_oss", plain, intermediate_size=64)
+    make_checkpoint("gpt_oss", plain, intermediate_size=64, **changes)
     change_config(plain, dtype="bfloat16")
     change_weights(plain, lambda t: t.update({n: w.bfloat16() for n, w in t.items()}))
     shutil.copytree(plain, folder)

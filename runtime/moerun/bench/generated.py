@@ -27,8 +27,10 @@ from moerun.checkpoint.families import (
     top_k_of,
     vocabulary_of,
 )
+from moerun.checkpoint.published.planned import as_declared
 from moerun.errors import RunError
 from moerun.format.block_scheme import BlockScheme
+from moerun.format.coding import Coding
 from moerun.format.expert import ExpertShape
 from moerun.format.precision import NATIVE, PLAIN, Precisions
 from moerun.offload.attention import install_attention
@@ -60,9 +62,11 @@ class GeneratedModel:
         seed: int,
         attention: str = NATIVE,
         published: Published | None = None,
+        declared: Coding | None = None,
     ) -> None:
         """``precision`` is the experts'; both precisions are chosen from as for a pack.
-        ``published`` is of a checkpoint whose native records keep its bits.
+        ``published`` is of a checkpoint whose native records keep its bits. ``declared`` is how
+        the configuration says that experts are published, where no checkpoint is here.
 
         Raises RunError where one does not fit the configuration's matrices.
         """
@@ -79,7 +83,8 @@ class GeneratedModel:
             raise RunError(f"{name} has no layers with experts: keep more of its layers")
         self._modules = [module for module, _ in found]
         self.n_experts = count_experts(found[0][1])
-        self.shape = published.expert if published else expert_shape(found[0][1], native)
+        plain = expert_shape(found[0][1], native)
+        self.shape = published.expert if published else as_declared(plain, declared)
         self.records = RandomRecords(self.shape, precision, seed)
         for _, module in found:
             for parameter, _ in list(module.named_parameters(recurse=False)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from moepolicy import RoutingRule
+from moepolicy.amounts import counted
 from numpy.typing import NDArray
 
 from moerun.checkpoint.families import family_of_model
@@ -111,7 +112,7 @@ def choose_routing(
     """
     from moeroute import open_trace, sample_names
 
-    of = f"{layers} layers, top-{top_k} of {experts} experts"
+    of = f"{counted(layers, 'layer')}, top-{top_k} of {experts} experts"
     if importlib.util.find_spec("polars") is None:
         return UNIFORM, (
             "routing: uniform, drawn without locality: traces cannot be read without polars, which "

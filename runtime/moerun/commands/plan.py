@@ -14,6 +14,7 @@ from moerun.bench.generated import GeneratedModel, GeneratedStore, Published
 from moerun.bench.models import find_config
 from moerun.bench.shapes import Shape, find_shape
 from moerun.checkpoint.local import find_local
+from moerun.checkpoint.published.planned import declared_coding
 from moerun.checkpoint.source import ModelSource
 from moerun.commands.options import ModelOptions
 from moerun.commands.run import print_plan
@@ -35,6 +36,7 @@ def show_shape_plan(
     shape = find_shape(model.model)
     shape.check_family()
     published = _published(shape, model)
+    declared = declared_coding(shape.fields) if model.precision == NATIVE else None
     generated = GeneratedModel(
         find_config(shape),
         name=shape.name,
@@ -42,9 +44,10 @@ def show_shape_plan(
         seed=0,
         attention=model.attention,
         published=published,
+        declared=declared,
     )
     if published is None:
-        _tell_quantised(shape, model)
+        _tell_quantised(shape, generated.shape.kept_as(model.precision), model)
     store = GeneratedStore(generated, held=False)
     if model.low is not None:
         lower = (
@@ -76,8 +79,15 @@ def _published(shape: Shape, model: ModelOptions) -> Published | None:
         return None
 
 
-def _tell_quantised(shape: Shape, model: ModelOptions) -> None:
-    if NATIVE in (model.precision, model.attention) and "quantization_config" in shape.fields:
+def _tell_quantised(shape: Shape, kept: str | None, model: ModelOptions) -> None:
+    """Say what the plan makes of a configuration of quantised weights."""
+    if NATIVE not in (model.precision, model.attention) or (
+        "quantization_config" not in shape.fields
+    ):
+        return
+    if kept:
+        say(f"{shape.place} says that experts are published in {kept}: the plan counts them so")
+    else:
         say(
             f"{shape.place} is of quantised weights: the plan counts them unquantised; packed as "
             "native, experts may be kept in fewer bits"

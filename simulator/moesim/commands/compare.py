@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+from moepolicy.amounts import decimal_bytes
 from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
 from moepolicy.console import FAILED, say
@@ -205,6 +206,9 @@ def _drawn(found: PolicyComparison, setting: Setting) -> tuple[list[dict[str, An
     """The rows to draw, what they are, and of which trace and machine."""
     machine = setting.machine
     where = f"{setting.trace.title} on {machine.name} ({machine.source} constants)"
+    size = setting.expert_bytes
+    if size is not None and size not in setting.trace.meta.expert_bytes.values():
+        where += f", experts of {decimal_bytes(size)}"  # another model's: speeds are of these
     return [one.row() for one in found.rows], f"simulated, {setting.meta.source} routing", where
 
 

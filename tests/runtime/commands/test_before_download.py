@@ -16,6 +16,7 @@ from moerun.bench.routing import choose_routing
 from moerun.bench.shapes import find_shape, shape_names
 from moerun.checkpoint.hub import resolve
 from moerun.store.pack import pack
+from support import published
 from support.commands import Call, error_line
 from support.gguf_files import Converter
 from support.hub import fake_hub
@@ -136,6 +137,32 @@ def test_a_plan_of_a_gguf_file_counts_experts_in_its_own_blocks(
     assert before == plan_of(moerun, "--model", store.path, *budget)
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "fp8-block", "fp8-block-cut-off", "fp8-tensor"])
+def test_a_plan_by_a_configuration_counts_experts_as_they_are_published(
+    moerun: Call, tmp_path: Path, name: str
+) -> None:
+    """As the store's plan does, once the checkpoint is packed. Of a scale a tensor (fp8-tensor) the
+    configuration does not tell what is kept: experts count unquantised, and the plan says so."""
+    folder, alone = tmp_path / "published", tmp_path / "alone"
+    if name == "gpt-oss":
+        published.publish_gpt_oss(folder, tmp_path / "plain")
+    else:
+        published.publish(published.formats()[name], folder, tmp_path / "plain")
+    alone.mkdir()
+    (alone / "config.json").write_bytes((folder / "config.json").read_bytes())
+    asked = ("--precision", "native", "--memory", "600MiB", "--format", "json")
+    done = moerun("--plan", "--model", alone, *asked)
+    assert done.returncode == 0, done.stderr
+    store = pack(folder, tmp_path / "store")
+    packed = plan_of(moerun, "--model", store.path, *asked[2:])
+    if name == "fp8-tensor":
+        assert "the plan counts them unquantised" in done.stderr
+        assert json.loads(done.stdout)["staging_bytes"] > packed["staging_bytes"]
+    else:
+        assert f"published in {store.index.expert_format}: the plan counts" in done.stderr
+        assert json.loads(done.stdout) == packed
+
+
 @pytest.mark.parametrize("name", shape_names())
 def test_every_shape_by_name_has_sizes_and_a_model(name: str) -> None:
     shape = find_shape(name)
@@ -159,6 +186,7 @@ def test_the_routing_of_a_shape_is_found_by_its_experts() -> None:
         "routing: the sample tiny (recorded), of 4 layers, top-2 of 8 experts, of whose 8 layers "
         "the first count",
     )
+    assert "of 1 layer, top-2 of 8 experts" in choose_routing(1, 8, 2)[1]
     assert choose_routing(33, 8, 2)[0] == choose_routing(48, 128, 8)[0] == "uniform"
 
 

@@ -59,6 +59,17 @@ def test_a_comparison_is_drawn_as_it_is_printed(rows: list[dict[str, Any]]) -> N
     assert "moe-eras*" in {one["policy"] for one in drawn}  # lossy, as in the table
 
 
+def test_a_picture_names_experts_that_are_not_the_models_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Else a small model's routing with Mixtral's bytes reads as the small model's speed."""
+    plot = tmp_path / "c.svg"
+    for given, named in (("93671424", True), ("196608", False)):
+        options = ("--slots", "3,4", "--tokens", "50", "--machine", "t4", "--expert-bytes", given)
+        run(capsys, "compare", "lru", "lfu", *options, "--plot", str(plot), "--force")
+        assert ("constants), experts of 93.671 MB" in plot.read_text()) == named
+
+
 def test_one_size_is_drawn_as_bars(rows: list[dict[str, Any]]) -> None:
     spec = tables.compared([row for row in rows if row["slots"] == 4], "simulated", "here")
     assert {row["policy"] for row in values(spec)} == {*(r["policy"] for r in values(spec))}

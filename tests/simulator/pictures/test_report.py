@@ -176,3 +176,14 @@ def test_a_browser_opens_it_without_a_network(folder: Path) -> None:
     assert shown.count("<svg") == len(NAMES)
     assert first_pixel(folder / "r.html", folder, dark=True) == (0x15, 0x18, 0x1C)
     assert first_pixel(folder / "r.html", folder, dark=False) == (255, 255, 255)
+
+
+def test_the_sentence_fits_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    options = ("--policies", "lru lru-spec", "--tokens", "60", "--slots", "4")
+    assert report("tiny", "--out", str(tmp_path / "r.html"), *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "is the fastest policy that runs live" in " ".join(line.strip() for line in lines)
+    assert max(map(len, lines)) <= 60
