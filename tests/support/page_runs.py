@@ -288,7 +288,7 @@ RUNS: dict[str, Run] = {
     # guides/gpt-oss.md
     "moerun --plan --model gpt-oss-20b --memory 11GiB --context 4096 --prompt-chunk 512 "
     "--device cuda": Run(shows=True),
-    "moesim recommend gpt-oss-20b --machine rtx3060 --memory 11GiB --context 1024": Run(
+    "moesim recommend gpt-oss-20b --machine rtx3060 --memory 11GiB": Run(
         prints="--model openai/gpt-oss-20b", slow=True
     ),
     "moerun pack openai/gpt-oss-20b --out gpt-oss/": Run(

@@ -171,4 +171,5 @@ def recommend(
     destination.deliver(found.rows(), found.table, found.document())
     if config is not None:
         say(f'{config} has these options: moerun --config {config} --prompt "..."')
-        say(f"is it right? on that machine: moerun fidelity --config {config}")
+        packed = "" if found.wanted.run_as == "tiny" else " --model FOLDER, what you packed"
+        say(f"is it right? on that machine: moerun fidelity --config {config}{packed}")

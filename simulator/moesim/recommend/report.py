@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moepolicy import PolicySpec, find_policy
@@ -204,13 +204,16 @@ def alternatives(search: Search, final: Trial, memory_bytes: int) -> list[tuple[
     found = []
     for precision in PACKED:
         if precision in search.sizes and bits(precision) < search.least_bits:
-            options = Options(
-                precision, final.options.attention, final.options.policy, final.options.streams
-            )
+            options = replace(final.options, precision=precision)
             found.append((f"experts at {precision}", search.trial(options)))
     more = int(MORE_MEMORY * memory_bytes)
-    name = f"{format_bytes(more)} of memory"
-    found.append((name, search.with_memory(final.options, more)))
+    card = search.machine.memory_bytes
+    if search.machine.experts_in == "host" and card is not None and memory_bytes < card:
+        more = min(more, card)
+    what = f"{format_bytes(more)} of memory"
+    if card is not None and more > card:
+        what += ", a larger card" if search.machine.device == "gpu" else ", which it has not"
+    found.append((what, search.with_memory(final.options, more)))
     return found
 
 
