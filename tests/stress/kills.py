@@ -46,7 +46,8 @@ class Kills(Journaled[Ended]):
         super().__init__(folder, f"{seed}-{JOURNAL}", Ended)
         self.seed = seed
         self._seconds: dict[str, float] = {}
-        self._lock, self._alone = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self._alone = {name: threading.Lock() for name in WORKS}
         self._next = max((ended.number for ended in self.outcomes), default=-1) + 1
 
     def run(
@@ -101,7 +102,7 @@ class Kills(Journaled[Ended]):
         folder = self._fresh(f"{name}-{number}", name)
         before, fresh = set(files_of(folder)), self.folder / f"{name}.fresh"
         kills, done = 0, None
-        for _ in range(rng.choice((1, 1, 2, 3))):
+        for _ in range(rng.choice((1, 2, 3, 5))):
             request = self._request(work, folder)
             number_of = rng.choice(SIGNALS)
             after_s = rng.uniform(0.0, self._seconds[name])
@@ -123,15 +124,14 @@ class Kills(Journaled[Ended]):
         if not work.is_there(folder):
             fault = f"going on ended with {done.code}: {done.stderr[-1000:]}"
         # Refused: what was killed had just finished, and only its tidying was still to do.
-        left = [n for n in files_of(folder) if n not in before and not work.is_output(n)]
-        if not fault and left and done.code == 0:
-            fault = f"left {left[0]}"
+        if not fault and done.code == 0:
+            fault = _left(work, folder, whole, before)
         if not fault:
             shutil.rmtree(folder)
         return Ended(name, number, kills, fault)
 
     def _undisturbed(self, name: str, warm: Warm) -> None:
-        with self._alone:
+        with self._alone[name]:
             while name not in self._seconds:
                 folder = self._fresh(f"{name}.whole", name)
                 again = (self.folder / f"{name}.warm").exists()
@@ -150,4 +150,17 @@ class Kills(Journaled[Ended]):
     def _request(self, work: Work, folder: Path) -> Request:
         more = work.again if work.is_begun(folder) else ()
         env = work.env(folder, self.folder / "home")
-        return Request((*work.command, *more), str(folder), env=env, patience_s=600.0)
+        return Request((*work.command, *more), str(folder), env=env, patience_s=600.0,
+                       orphans_s=work.orphans_s)  # fmt: skip
+
+
+def _left(work: Work, folder: Path, whole: Path, before: set[str]) -> str:
+    """What there is beside the outputs that an undisturbed run has not; "": nothing."""
+    for name in files_of(folder):
+        if name in before or work.is_output(name):
+            continue
+        if not (whole / name).exists():
+            return f"left {name}"
+        if (folder / name).read_bytes() != (whole / name).read_bytes():
+            return f"{name} has other bytes"
+    return ""

@@ -36,6 +36,7 @@ SHIM = Path(__file__).with_name("shim.c")
 PACKAGES = ("moeroute", "moepolicy", "moesim", "moerun", "moetrace")
 MODELS = "transformers.models.mixtral.modeling_mixtral"
 NO_FAULT = (0, 0)
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 PAGE = resource.getpagesize()
 
 
@@ -48,6 +49,7 @@ class Request:
     ``signal``  sent to the process ``after_s`` seconds; 0: none
     ``resident``  whether the child begins with the pages that its parent has in memory
     ``limit_bytes``  of address space that the command may take beyond what the parent has; 0: none
+    ``orphans_s``  what processes that the command started may take to end after it
     """
 
     command: tuple[str, ...]
@@ -61,13 +63,15 @@ class Request:
     resident: bool = False
     limit_bytes: int = 0
     patience_s: float = 300.0
+    orphans_s: float = 10.0
 
 
 @dataclass(frozen=True)
 class Done:
     """How a command ended: its exit code, or minus the signal; what it printed; its own peak.
 
-    ``orphans`` says that processes which it had started outlived it by ORPHANS_S.
+    ``orphans`` says that processes which it had started outlived it by the request's ``orphans_s``,
+    in whatever group or session.
     """
 
     code: int
@@ -77,9 +81,6 @@ class Done:
     peak_bytes: int
     orphans: bool = False
     hung: bool = False
-
-
-ORPHANS_S = 10.0
 
 
 class Warm:
@@ -146,6 +147,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # or a child copies the memory of all that its collector looks at
     library = ctypes.CDLL(shim) if shim else None
+    # What a command leaves behind becomes a child of this process, which then sees it.
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     requests = os.fdopen(os.dup(0), "r")
     for line in iter(requests.readline, ""):
         described = json.loads(line)
@@ -189,22 +192,32 @@ def _serve(request: Request, scratch: Path, library: Any) -> Done:
         stderr=outs[1].read_text(errors="replace"),
         seconds=seconds,
         peak_bytes=used.ru_maxrss << 10,
-        orphans=_orphans(child),
+        orphans=_orphans(request.orphans_s),
         hung=hung,
     )
 
 
-def _orphans(group: int) -> bool:
-    """Whether processes of a group are left after a while; then ends them."""
-    until = time.monotonic() + ORPHANS_S
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return False
+def _orphans(patience_s: float) -> bool:
+    """Whether children of this process are left after a while; then ends them."""
+    until = time.monotonic() + patience_s
+    while _has_children():
+        if time.monotonic() > until:
+            while _has_children():  # those of a child that ends become children, too
+                for child in Path("/proc/thread-self/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+                time.sleep(0.02)
+            return True
         time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    return False
+
+
+def _has_children() -> bool:
+    """Whether this process has children that have not ended; takes note of those that have."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
     return True
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Work:
     names outputs that are whole line by line. ``keeps`` are the names of what an unfinished command
     may leave: what it goes on from. ``cache`` is the name of its cache's folder, where it has one
     of its own. ``varies`` names outputs that depend on what threads do when: whole JSON will do.
+    ``scratch`` is the name of the folder for what it keeps elsewhere while it runs, if it does.
+    Processes that it starts may take ``orphans_s`` to end after it.
     """
 
     make: Callable[[Path], object]
@@ -37,10 +40,16 @@ class Work:
     keeps: tuple[str, ...] = ()
     cache: str = ""
     varies: tuple[str, ...] = ()
+    scratch: str = ""
+    orphans_s: float = 10.0
 
     def env(self, folder: Path, home: Path) -> dict[str, str]:
-        """Variables of the command: where its cache is."""
-        return {"XDG_CACHE_HOME": str(folder / self.cache if self.cache else home)}
+        """Variables of the command: where its cache is, and its scratch. Ray's own files are where
+        they are without us: the names of its sockets must be short."""
+        found = {"XDG_CACHE_HOME": str(folder / self.cache if self.cache else home)}
+        if self.scratch:
+            found |= {"TMPDIR": str(folder / self.scratch), "RAY_TMPDIR": tempfile.gettempdir()}
+        return found
 
     def is_begun(self, folder: Path) -> bool:
         """Whether there is something to take up, by the names of what is there."""
@@ -90,7 +99,7 @@ def fresh_folder(root: Path, name: str, work: Work) -> Path:
     """The folder ``NAME.fresh`` below ``root`` with what a work begins with, made once."""
     fresh = root / f"{name}.fresh"
     if not fresh.exists():
-        making = root / "making"
+        making = root / f"{name}.making"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
         work.make(making)
@@ -141,6 +150,11 @@ def _numbers(n: int) -> Callable[[Path], None]:
 
 def _nothing(folder: Path) -> None:
     pass
+
+
+def _longer_trace(folder: Path) -> None:
+    random_trace(folder / "t.parquet", n_tokens=400, n_experts=8)
+    (folder / "scratch").mkdir()
 
 
 def _trace(folder: Path) -> None:
@@ -234,6 +248,10 @@ SMALL: dict[str, Work] = {
                        keeps=("p.jsonl.windows", "cache"), cache="cache"),
 }  # fmt: skip
 
+MANY_POINTS = ("moesim", "sweep", "lru", "lfu", "arc", "--trace", "t.parquet", "--slots",
+               "1,2,3,4,5,6", "--machine", "t4,a100", "--engine", "simpy", "--workers", "2",
+               "--out", "s.parquet")  # fmt: skip
+
 LONG: dict[str, Work] = {
     "record": Work(
         _text(4000),
@@ -251,11 +269,12 @@ LONG: dict[str, Work] = {
     "fit": Work(
         _nothing, ("moesim", "fit", "moe-infinity", "--trace", "tiny", "--out", "p.safetensors"),
         ("p.safetensors",)),
-    "sweep": Work(
-        _nothing,
-        ("moesim", "sweep", "lru", "lfu", "arc", "--trace", "tiny", "--slots", "1,2,3,4,5,6",
-         "--machine", "t4,a100", "--engine", "simpy", "--workers", "2", "--out", "s.parquet"),
-        ("s.parquet",), ("--resume",), keeps=("s.parquet.partial",)),
+    "sweep": Work(_longer_trace, MANY_POINTS, ("s.parquet",), ("--resume",),
+                  keeps=("s.parquet.partial",)),
+    # A Ray of its own, whose processes its driver ends (CLEAN_S twice) when it finds itself alone.
+    "sweep on ray": Work(_longer_trace, (*MANY_POINTS, "--on", "ray"), ("s.parquet",),
+                         ("--resume",), keeps=("s.parquet.partial",), scratch="scratch",
+                         orphans_s=60.0),
     "perplexity": Work(
         _text(4000),
         ("moerun", "perplexity", "corpus.txt", "--attention", "native", "--experts", "native,4bit",
@@ -267,4 +286,4 @@ LONG: dict[str, Work] = {
          "--slots", "2", "--seed", "3", "--record", "t.parquet", "--journal", "j.json"),
         ("t.parquet", "j.json"), keeps=("t.parquet.partial",), varies=("j.json",)),
 }  # fmt: skip
-"""The same as in use: seconds long, on the bundled model."""
+"""The same as in use: seconds long, mostly on the bundled model."""

@@ -129,6 +129,45 @@ def test_resuming_over_a_damaged_part_names_it(tmp_path: Path) -> None:
         TraceWriter(path, make_meta(), resume=True)
 
 
+@pytest.mark.parametrize("change", ["a byte of a value", "bytes lost in the middle"])
+def test_a_part_with_changed_values_or_offsets_is_refused_before_polars_reads_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], change: str
+) -> None:
+    """polars took changed values, and printed its own lines where offsets were wrong."""
+    path = tmp_path / "t.parquet"
+    leave_unfinished(path, make_meta(), make_rows(make_meta()))
+    part = next((tmp_path / "t.parquet.partial").glob("part-*"))
+    right = part.read_bytes()
+    middle = len(right) // 2
+    part.write_bytes(
+        right[:middle] + bytes([right[middle] ^ 1]) + right[middle + 1 :]
+        if change == "a byte of a value"
+        else right[:middle] + right[middle + 64 :]
+    )
+    with pytest.raises(TraceError, match=rf"{part.name}: is damaged .*remove .*\.partial to start"):
+        TraceWriter(path, make_meta(), resume=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_part_of_an_earlier_moetrace_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    path, rows = tmp_path / "t.parquet", make_rows(make_meta())
+    leave_unfinished(path, make_meta(), rows)
+    part = next((tmp_path / "t.parquet.partial").glob("part-*"))
+    part.rename(part.with_name("part-000000.arrow"))
+    with TraceWriter(path, make_meta(), resume=True) as writer:
+        assert writer.resumed_rows == len(rows)
+    assert open_trace(path).n_rows == len(rows)
+
+
+def test_a_part_that_is_missing_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    leave_unfinished(path, make_meta(), make_rows(make_meta()))
+    part = next((tmp_path / "t.parquet.partial").glob("part-*"))
+    part.rename(part.with_name(part.name.replace("000000", "000001")))
+    with pytest.raises(TraceError, match=r"000001-.*: the part before it is missing"):
+        TraceWriter(path, make_meta(), resume=True)
+
+
 @pytest.mark.parametrize("meta", [b"\xff", b"{", b"[]", b'{"format_version": 1}', b"9" * 5000])
 def test_resuming_over_a_damaged_description_says_what_to_do(tmp_path: Path, meta: bytes) -> None:
     path = tmp_path / "t.parquet"
@@ -288,7 +327,7 @@ def test_a_trace_is_given_up_from_its_end(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "unlink", noted)
     writer.discard()
-    assert gone[:3] == ["part-000001.arrow", "part-000000.arrow", "meta.json"]
+    assert [name[:11] for name in gone[:3]] == ["part-000001", "part-000000", "meta.json"]
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,8 @@ polars is imported inside functions: importing the package must not load polars.
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,18 +85,34 @@ def array_from_series(series: pl.Series, where: str, first_row: int = 0) -> NDAr
     return array
 
 
-def write_part(frame: pl.DataFrame, path: Path) -> None:
-    """Write `frame` to `path` as uncompressed Arrow IPC, the cheapest format for a recorder."""
+def part_of(frame: pl.DataFrame) -> memoryview:
+    """The bytes of `frame` as uncompressed Arrow IPC, the cheapest format for a recorder."""
+    data = io.BytesIO()
+    frame.write_ipc(data, compression="uncompressed")
+    return data.getbuffer()
+
+
+def write_part(part: memoryview, path: Path) -> None:
+    """Write the bytes of a part to `path`."""
     with naming_errors(path):
-        frame.write_ipc(path, compression="uncompressed")
+        path.write_bytes(part)
 
 
-def read_part(path: Path) -> dict[str, NDArray[Any]]:
-    """The columns that `write_part` wrote. Raises TraceError if the file is damaged."""
+def read_part(path: Path, crc32: int | None) -> dict[str, NDArray[Any]]:
+    """The columns of a part. Raises TraceError if the file is damaged.
+
+    `crc32` None: nobody knows its checksum. polars then takes changed values for right ones, and
+    prints lines of its own where offsets in the file are wrong.
+    """
     import polars as pl
 
     with naming_errors(path):
-        frame = pl.read_ipc(path)
+        part = path.read_bytes()
+        if crc32 is not None and zlib.crc32(part) != crc32:
+            raise TraceError(
+                f"{path}: is damaged (its checksum differs): remove {path.parent} to start over"
+            )
+        frame = pl.read_ipc(part)
     return {series.name: array_from_series(series, str(path)) for series in frame}
 
 

@@ -1,15 +1,18 @@
 """Streaming, crash-safe, resumable writing of traces.
 
-Rows go to numbered part files in `<path>.partial/`, each whole or not there at all; closing joins
-them under a temporary name and renames that to `path`, so nothing at `path` is ever half a trace.
+Rows go to numbered part files in `<path>.partial/`, each whole or not there at all, and each with
+its CRC-32 in its name; closing joins them under a temporary name and renames that to `path`, so
+nothing at `path` is ever half a trace.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -21,7 +24,14 @@ import numpy as np
 
 from moeroute.check import RowChecker
 from moeroute.naming import naming_errors
-from moeroute.parquet import frame_from_rows, join_parts, partial_folder, read_part, write_part
+from moeroute.parquet import (
+    frame_from_rows,
+    join_parts,
+    part_of,
+    partial_folder,
+    read_part,
+    write_part,
+)
 from moeroute.schema import META_KEY, Rows, TraceError, TraceMeta, rows_from_columns
 
 PART_BYTES = 16 << 20
@@ -117,9 +127,10 @@ class TraceWriter:
         held = [rows.columns() for rows in self._buffer]
         joined = {name: np.concatenate([columns[name] for columns in held]) for name in held[0]}
         frame = frame_from_rows(rows_from_columns(joined), self.meta)
-        part = self.folder / f"part-{self._parts:06d}.arrow"
-        with self._finishing(part) as unfinished:
-            write_part(frame, unfinished)
+        part = part_of(frame)
+        name = f"part-{self._parts:06d}-{zlib.crc32(part):08x}.arrow"
+        with self._finishing(self.folder / name) as unfinished:
+            write_part(part, unfinished)
         self._parts += 1
         self._buffer, self._buffer_bytes = [], 0
         self._flushed_at = time.monotonic()
@@ -232,7 +243,9 @@ class TraceWriter:
             return
         self._refuse_other_meta(self._begun_as(noted))
         for part in self._part_paths():
-            rows = rows_from_columns(read_part(part))
+            if not part.name.startswith(f"part-{self._parts:06d}"):
+                raise TraceError(f"{part}: the part before it is missing: remove {self.folder}")
+            rows = rows_from_columns(read_part(part, _crc32_named(part)))
             self._check.add(rows)
             self._note_last(rows)
             self._parts += 1
@@ -261,6 +274,12 @@ class TraceWriter:
     def _note_last(self, rows: Rows) -> None:
         self.last_sequence = int(rows.sequence[-1])
         self.last_position = int(rows.position[-1])
+
+
+def _crc32_named(part: Path) -> int | None:
+    """The CRC-32 that a part has in its name; None: it is of a moetrace that wrote none there."""
+    _, _, crc32 = part.stem.removeprefix("part-").partition("-")
+    return int(crc32, 16) if re.fullmatch("[0-9a-f]{8}", crc32) else None
 
 
 def _settle(finished: Path, path: Path) -> None:
