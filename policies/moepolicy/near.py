@@ -26,7 +26,7 @@ def near(name: str, choices: Iterable[str]) -> str | None:
         alike = difflib.SequenceMatcher(None, known, typed).ratio()
         if alike < NEARLY_ALL and not (_one_slip(typed, known) or _begins(typed, known)):
             continue
-        if best is None or alike > best[0]:
+        if best is None or alike >= best[0]:  # of equals the last, as 4bit for 5bit
             best = (alike, choice)
     return best[1] if best else None
 

@@ -25,6 +25,7 @@ POLICIES = ("arc", "belady", "fifo", "foresight", "foresight-spec", "lfu", "lru"
         ("infinity", POLICIES, "moe-infinity"),
         ("foresigth", POLICIES, "foresight"),
         ("t5", ("l4", "t4"), "t4"),
+        ("5bit", ("2bit", "3bit", "4bit", "fp16"), "4bit"),
         ("3060", ("rtx3060", "rtx4090"), "rtx3060"),
     ],
 )
