@@ -140,14 +140,14 @@ class Foresight(Policy):
         n = self.gather(layer)
         self.add_up(layer, n)
         self.learn(layer)
-        self.rows[layer, :n] = self.now[:n]
+        np.positive(self.now[:n], self.rows[layer, :n])
         self.n_rows[layer] = n
         self.judge(layer)
 
     def judge(self, layer: int) -> None:
         """Keep the values of the layer's experts, and what they are worth with recency."""
         begin, end = layer * self.n_experts, (layer + 1) * self.n_experts
-        self.value[begin:end] = self.fresh
+        np.positive(self.fresh, self.value[begin:end])  # copies, and allocates nothing compiled
         newer, merit = self.scratch, self.merit[begin:end]
         np.subtract(self.clock[layer], self.last[begin:end], newer)  # the age
         np.add(newer, RECENT_STEPS, newer)

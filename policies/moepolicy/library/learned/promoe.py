@@ -123,7 +123,7 @@ class ProMoe(Policy):
     def predict(self, layer: int) -> None:
         """Work out the values of the experts of ``layer``."""
         value = self.value[layer]
-        value[:] = self.bias[layer]
+        np.positive(self.bias[layer], value)
         for i in range(self.n_experts):
             np.multiply(self.weight[layer, i], self.given[layer, i], self.scratch)
             np.add(value, self.scratch, value)
