@@ -135,8 +135,7 @@ class Search:
             return steps  # what a prompt takes is not known
         whole = steps[-1].after
         chunks = (None, PROMPT_CHUNK)
-        chunk = self._step("prompt chunk", whole, chunks, "prompt_chunk", WORTH_BITS)
-        return [*steps, replace(chunk, chosen=WHOLE if chunk.chosen == "None" else chunk.chosen)]
+        return [*steps, self._step("prompt chunk", whole, chunks, "prompt_chunk", WORTH_BITS)]
 
     def _rest(self, start: Trial) -> list[OptionStep]:
         """Decide all but how a prompt is read."""
@@ -184,10 +183,10 @@ class Search:
     ) -> OptionStep:
         """Choose one option's value: the first, unless a later one gains enough."""
         self.tell(what)
-        tried = [
-            (str(value), self.trial(replace(before.options, **{option: value})))  # type: ignore[arg-type]
-            for value in values
-        ]
+        tried = []
+        for value in values:
+            options = replace(before.options, **{option: value})  # type: ignore[arg-type]
+            tried.append((WHOLE if value is None else str(value), self.trial(options)))
         chosen, best = tried[0]
         for name, trial in tried[1:]:
             if trial.speed > best.speed * (1 + worth):
