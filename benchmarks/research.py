@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def main() -> None:
     # Forked, a process would wait for locks that polars' threads held.
     with ProcessPoolExecutor(asked.processes, get_context("spawn")) as pool:
         for name in asked.tables.split(","):
+            began_s = time.monotonic()
             job, columns = TABLES[name]
             points = list(points_of(name, given))
             if name in ("hits", "time") and asked.published:
@@ -124,6 +126,7 @@ def main() -> None:
                 rows += found
                 print(f"{name}: {len(rows)} rows", file=sys.stderr)
             write(asked.out / name, rows, columns)
+            print(f"{name}: took {time.monotonic() - began_s:.0f} s", file=sys.stderr)
 
 
 def points_of(table: str, given: dict[str, str]) -> Iterator[tuple[Any, ...]]:

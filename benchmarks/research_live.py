@@ -18,7 +18,7 @@ import moerun
 import torch
 import typer
 
-POLICIES = ("lru", "lru-spec", "class-lru", "foresight-bypass", "foresight-spec")
+POLICIES = ("lru", "lru-spec", "class-lru", "foresight-bypass", "foresight-ahead", "foresight-spec")
 PROMPT = "It was the best of times, it was the worst of times, it was the age of wisdom, and"
 
 

@@ -38,6 +38,7 @@ MODELS = "transformers.models.mixtral.modeling_mixtral"
 NO_FAULT = (0, 0)
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 PAGE = resource.getpagesize()
+STARTS_THREADS = ("polars", "_polars_runtime")  # packages that do so where they are imported
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,11 @@ def _import_everything() -> None:
 def _serve(request: Request, scratch: Path, library: Any) -> Done:
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork would lose the other threads"
     outs = scratch / f"stdout-{os.getpid()}", scratch / f"stderr-{os.getpid()}"
+    imported = scratch / f"imported-{os.getpid()}"
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        _become(request, outs, library)
+        _become(request, outs, library, imported)
     pidfd = os.pidfd_open(child)
     hung = False
     if request.signal:
@@ -186,6 +188,8 @@ def _serve(request: Request, scratch: Path, library: Any) -> Done:
     os.close(pidfd)
     _, status, used = os.wait4(child, 0)
     seconds = time.monotonic() - began
+    if not request.resident:  # or its memory would no longer be what a fresh process takes
+        _import_as(imported)
     return Done(
         code=os.waitstatus_to_exitcode(status),
         stdout=outs[0].read_text(errors="replace"),
@@ -195,6 +199,18 @@ def _serve(request: Request, scratch: Path, library: Any) -> Done:
         orphans=_orphans(request.orphans_s),
         hung=hung,
     )
+
+
+def _import_as(names: Path) -> None:
+    """Import what a child imported, so that the next one need not; a file lists it."""
+    if not names.exists():  # it was killed
+        return
+    for name in names.read_text().splitlines():
+        if name not in sys.modules and not name.startswith(STARTS_THREADS):
+            with contextlib.suppress(Exception):  # what it made itself, such as a policy's file
+                importlib.import_module(name)
+    names.unlink()
+    gc.freeze()
 
 
 def _orphans(patience_s: float) -> bool:
@@ -221,9 +237,9 @@ def _has_children() -> bool:
     return True
 
 
-def _become(request: Request, outs: tuple[Path, Path], library: Any) -> None:
-    """Be the command; never returns."""
-    code = 70
+def _become(request: Request, outs: tuple[Path, Path], library: Any, imported: Path) -> None:
+    """Be the command; never returns. ``imported`` gets the names of the modules that it imports."""
+    code, known = 70, set(sys.modules)
     try:
         os.setsid()
         os.chdir(request.folder)
@@ -246,6 +262,8 @@ def _become(request: Request, outs: tuple[Path, Path], library: Any) -> None:
             root = os.path.realpath(request.folder).encode()
             library.shim_arm(root, *request.fault, log, int(request.with_data))
         code = _main(request.command[0])
+        if code == 0 and (more := sys.modules.keys() - known):
+            imported.write_text("\n".join(name for name in sys.modules if name in more))
     finally:
         os._exit(code)
 
