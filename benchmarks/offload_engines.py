@@ -18,10 +18,11 @@ import torch
 from memory_group import forget
 from moepolicy import find_policy
 from moerun.bench.decoding import MeasuredTimings, decode_forced
+from moerun.bench.forced_gates import ForcedGates
 from moerun.bench.generated import GeneratedModel
 from moerun.bench.models import find_config
 from moerun.bench.ondisk import write_store
-from moerun.bench.routing import ForcedGates, ForcedRouting, load_routing
+from moerun.bench.routing import ForcedRouting, load_routing
 from moerun.bench.run import Bench
 from moerun.bench.schedule import BenchSchedule
 from moerun.bench.shapes import shape_name

@@ -76,11 +76,18 @@ def traces(draw: st.DrawFn) -> tuple[Any, int, int]:
 
 
 def random_trace(
-    path: Path, *, seed: int = 0, n_tokens: int = 30, n_layers: int = 2, n_experts: int = 4
+    path: Path,
+    *,
+    seed: int = 0,
+    n_tokens: int = 30,
+    n_layers: int = 2,
+    n_experts: int = 4,
+    top_k: int = 2,
 ) -> Path:
-    """Decoded tokens routed at random, top-2."""
+    """Decoded tokens routed at random."""
     rng = np.random.default_rng(seed)
     tokens = [
-        [rng.permutation(n_experts)[:2].tolist() for _ in range(n_layers)] for _ in range(n_tokens)
+        [rng.permutation(n_experts)[:top_k].tolist() for _ in range(n_layers)]
+        for _ in range(n_tokens)
     ]
     return write_trace(path, decoded(*tokens), n_experts)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from moerun.bench.routing import ForcedGates, ForcedRouting
+from moerun.bench.forced_gates import ForcedGates
+from moerun.bench.routing import ForcedRouting
 from moerun.checkpoint.families import find_experts
 from moerun.live.gates import SessionExperts
 from moerun.live.kvcache import new_cache

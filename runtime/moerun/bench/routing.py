@@ -1,4 +1,4 @@
-"""What the gates decide in a bench: recorded routing, put in place of what they say."""
+"""What the gates are to decide in a bench: routing as recorded, or drawn."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from moepolicy import RoutingRule
 from moepolicy.amounts import counted
 from numpy.typing import NDArray
 
-from moerun.checkpoint.families import family_of_model
 from moerun.errors import RunError
-from moerun.live.gates import SessionExperts
-from moerun.offload.gate import GateOutput
-from moerun.offload.gate_predictor import GatePredictor, find_routers
 
 if TYPE_CHECKING:
     from moeroute import Rows, TraceMeta
@@ -41,14 +35,16 @@ class ForcedRouting:
     float16[h, T, L, E]: entry j is what was predicted for this layer j + 1 layers before, NaN
     where there is no such layer. ``sha256`` is of all of these.
 
-    ``token_ids`` int32[T], None where the source has none; ``weight_rule`` is how the gates made
-    the weights of their logits, None where by no rule that is known.
+    ``logits`` are None where the source has none, and so are ``token_ids`` int32[T];
+    ``weight_rule`` is how the gates made the weights of their logits, None where by no rule that
+    is known.
     """
 
     source: str
+    n_experts: int
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
-    logits: NDArray[np.float16]
+    logits: NDArray[np.float16] | None
     predicted: NDArray[np.float16]
     token_ids: NDArray[np.int32] | None = None
     weight_rule: RoutingRule | None = None
@@ -68,6 +64,8 @@ class ForcedRouting:
         """Digest of all arrays, in hexadecimal."""
         digest = hashlib.sha256()
         for array in (self.ids, self.weights, self.logits, self.predicted):
+            if array is None:
+                continue
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -77,14 +75,14 @@ class ForcedRouting:
             self,
             ids=self.ids[:tokens, :layers],
             weights=self.weights[:tokens, :layers],
-            logits=self.logits[:tokens, :layers],
+            logits=None if self.logits is None else self.logits[:tokens, :layers],
             predicted=self.predicted[:, :tokens, :layers],
             token_ids=None if self.token_ids is None else self.token_ids[:tokens],
         )
 
     def counts(self) -> NDArray[np.int64]:
         """How often each expert is used: [L, E]."""
-        _, layers, experts = self.logits.shape
+        layers, experts = self.ids.shape[1], self.n_experts
         keys = self.ids + np.arange(layers)[None, :, None] * experts
         return np.bincount(keys.ravel(), minlength=layers * experts).reshape(layers, experts)
 
@@ -146,12 +144,14 @@ def load_routing(
     if source == UNIFORM:
         return _uniform(tokens, layers, experts, top_k)
     found = _of_trace(source)
-    _, has_layers, has_experts = found.logits.shape
-    if has_layers < layers or (has_experts, found.ids.shape[2]) != (experts, top_k):
+    _, has_layers, has_k = found.ids.shape
+    if has_layers < layers or (found.n_experts, has_k) != (experts, top_k):
+        same = has_layers >= layers and found.n_experts == experts
         raise RunError(
-            f"routing '{source}' is of {has_layers} layers, top-{found.ids.shape[2]} of "
-            f"{has_experts} experts, the shape of {layers} layers, top-{top_k} of {experts}: give "
-            f"--routing a trace of that shape, or '{UNIFORM}' (experts drawn without locality)"
+            f"routing '{source}' is of {has_layers} layers, top-{has_k} of {found.n_experts} "
+            f"experts, the shape of {layers} layers, top-{top_k} of {experts}: "
+            + (f"give --top-k {has_k}, or " if same else "give ")
+            + f"--routing a trace of that shape, or '{UNIFORM}' (experts drawn without locality)"
         )
     if found.tokens < tokens:
         raise RunError(
@@ -167,7 +167,9 @@ def _of_trace(source: str) -> ForcedRouting:
         from moeroute import open_trace
     except ImportError as error:
         if source == MIXTRAL:
-            return _routing(source, [*_mixtral_rows()], None)
+            from moeroute.mixtral import N_EXPERTS
+
+            return _routing(source, N_EXPERTS, [*_mixtral_rows()], None)
         raise RunError(f"reading routing '{source}' needs polars: install it") from error
     trace = open_trace(source)
     if trace.meta.variable_top_k:
@@ -175,11 +177,10 @@ def _of_trace(source: str) -> ForcedRouting:
             f"routing '{source}': its tokens choose different numbers of experts, and the bench "
             "forces as many on each: give --routing another trace"
         )
-    for column in ("weights", "router_logits"):
-        trace.require(column, "moerun bench")
+    trace.require("weights", "moerun bench")
     meta = trace.meta
     named = meta.weight_rule and RoutingRule(meta.weight_rule, meta.weight_scale or 1.0)
-    return _routing(source, [*trace.batches()], named or None)
+    return _routing(source, meta.n_experts, [*trace.batches()], named or None)
 
 
 def _mixtral_rows() -> Iterator[Rows]:
@@ -189,7 +190,9 @@ def _mixtral_rows() -> Iterator[Rows]:
     return generate(SAMPLE_TOKENS, _SAMPLE_SEED)
 
 
-def _routing(source: str, batches: list[Rows], rule: RoutingRule | None) -> ForcedRouting:
+def _routing(
+    source: str, n_experts: int, batches: list[Rows], rule: RoutingRule | None
+) -> ForcedRouting:
     """``rule`` is what the source says of its gates' weights; None: what its rows show."""
     columns = [batch.columns() for batch in batches if len(batch)]
     rows = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
@@ -203,17 +206,20 @@ def _routing(source: str, batches: list[Rows], rule: RoutingRule | None) -> Forc
         return taken.reshape(-1, n_layers, taken.shape[1])
 
     ahead = [column(name) for name in sorted(rows) if name.startswith("predicted")]
-    logits, weights = column("router_logits"), column("weights")
-    ids = column("experts").astype(np.int64)
+    weights, ids = column("weights"), column("experts").astype(np.int64)
+    logits = column("router_logits") if "router_logits" in rows else None
     token_ids = rows.get("token_id")
+    if rule is None and logits is not None:
+        rule = _shown_rule(logits, weights, ids)
     return ForcedRouting(
         source,
+        n_experts,
         ids,
         weights,
         logits,
-        np.stack(ahead) if ahead else np.empty((0, *logits.shape), np.float16),
+        np.stack(ahead) if ahead else np.empty((0, *ids.shape[:2], n_experts), np.float16),
         None if token_ids is None else token_ids[kept[::n_layers]].astype(np.int32),
-        rule or _shown_rule(logits, weights, ids),
+        rule,
     )
 
 
@@ -247,6 +253,7 @@ def _uniform(tokens: int, layers: int, experts: int, top_k: int) -> ForcedRoutin
     weights = chosen / chosen.sum(axis=2, keepdims=True)
     return ForcedRouting(
         UNIFORM,
+        experts,
         ids,
         weights.astype(np.float32),
         logits,
@@ -255,104 +262,15 @@ def _uniform(tokens: int, layers: int, experts: int, top_k: int) -> ForcedRoutin
     )
 
 
-class ForcedGates:
-    """Hooks on a model's gates that let routing decide, one token a pass.
-
-    The gates, and a policy's predictors, still compute what they would: it costs what it costs.
-    """
-
-    def __init__(self, model: Any, routing: ForcedRouting) -> None:
-        """Raises RunError where the model's gates are not the routing's, or give no choice that
-        could be replaced."""
-        family = family_of_model(model)
-        if family is not None and family.gate_gives == "scores":
-            raise RunError(
-                f"the gates of {family.model_type} give scores alone, so no routing can be forced "
-                "on them: take a shape of another family"
-            )
-        self.routing = routing
-        self.experts: SessionExperts | None = None
-        self.horizon = 0  # how many layers ahead the policy reads predictions
-        self._routers = find_routers(model)
-        self._token = 0
-        self._tensors: tuple[torch.Tensor, ...] = ()
-        self._model = model
-        self._predictors: dict[int, GatePredictor] = {}  # by how many layers ahead they look
-        self._hooks = [
-            router.register_forward_hook(partial(self._decide, layer))
-            for layer, router in enumerate(self._routers)
-        ]
-
-    def start(self, experts: SessionExperts | None, *, horizon: int = 0) -> None:
-        """The next pass is the routing's first token; ``experts`` are told of the logits, and of
-        ``horizon`` predictions."""
-        self.experts, self.horizon, self._token = experts, horizon, 0
-        if horizon and horizon not in self._predictors:
-            self._predictors[horizon] = GatePredictor(self._model, horizon)
-
-    def close(self) -> None:
-        """Remove the hooks from the gates."""
-        for hook in self._hooks:
-            hook.remove()
-        for predictor in self._predictors.values():
-            predictor.close()
-
-    @torch.no_grad()
-    def _decide(self, layer: int, _router: Any, arguments: Any, output: Any) -> Any:
-        logits, weights, ids = self._forced(output)
-        if layer == 0 and self.experts is not None:
-            self.experts.pass_begins(self._token_id(), begins_sequence=self._token == 0)
-        asked = bool(self.horizon)
-        if asked and self.experts is not None:
-            asked = self.experts.wants_predictions(layer)
-        if asked:
-            self._predictors[self.horizon].predict(layer, arguments[0])
-        token = slice(self._token, self._token + 1)
-        if self.experts is not None:
-            ahead = self._ahead[: self.horizon, token, layer] if asked else None
-            self.experts.gate_ran(layer, GateOutput(self._recorded[token, layer], ahead))
-        if layer == len(self._routers) - 1:
-            self._token += 1
-        return logits[token, layer], weights[token, layer], ids[token, layer]
-
-    def _token_id(self) -> torch.Tensor | None:
-        """The id of the token whose pass it is, int32[1, 1]; None where the routing has none."""
-        ids = self.routing.token_ids
-        return None if ids is None else torch.from_numpy(ids[None, self._token : self._token + 1])
-
-    def _forced(self, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits, weights and ids of all tokens, in the types the gate itself gives."""
-        if not self._tensors:
-            arrays = self.routing.logits, self.routing.weights, self.routing.ids
-            self._tensors = tuple(
-                torch.from_numpy(np.ascontiguousarray(array)).to(like)
-                for array, like in zip(arrays, output, strict=True)
-            )
-            # As they were recorded, whatever the gate's type: a replay decides by the same.
-            self._recorded = torch.from_numpy(self.routing.logits).to(output[0].device)
-            self._ahead = _by_predicting_layer(self.routing).to(output[0].device)
-        logits, weights, ids = self._tensors
-        return logits, weights, ids
-
-
-def _by_predicting_layer(routing: ForcedRouting) -> torch.Tensor:
-    """float16[h, T, L, E]: entry j at layer l is what layer l predicts of layer l + 1 + j."""
-    ahead = np.full_like(routing.predicted, np.nan)
-    for j, predicted in enumerate(routing.predicted):
-        ahead[j, :, : -(j + 1)] = predicted[:, j + 1 :]
-    return torch.from_numpy(ahead)
-
-
 def _meta(routing: ForcedRouting, index: StoreIndex) -> TraceMeta:
     from moeroute import TraceMeta
 
-    _, layers, experts = routing.logits.shape
     rule = routing.weight_rule
     return TraceMeta(
         source="imported",
         model=index.model,
-        n_layers=layers,
-        n_experts=experts,
+        n_layers=routing.ids.shape[1],
+        n_experts=routing.n_experts,
         top_k=routing.ids.shape[2],
         expert_bytes={index.precision: index.layout.record_bytes},
         expert_params=index.shape.n_weights,
@@ -384,6 +302,6 @@ def _rows(routing: ForcedRouting) -> Rows:
         layer=layer.astype(np.uint16),
         experts=flat(routing.ids).astype(np.uint16),
         weights=flat(routing.weights),
-        router_logits=flat(routing.logits),
+        router_logits=None if routing.logits is None else flat(routing.logits),
         predicted=tuple(flat(ahead) for ahead in routing.predicted),
     )

@@ -69,8 +69,13 @@ class BenchSchedule:
 
 
 def _refuse_lacking(policy: PolicySpec, routing: ForcedRouting) -> None:
-    """PolicyError where ``policy`` reads token ids or gives tokens other experts, and ``routing``
-    has no ids or does not show how its gates make weights."""
+    """PolicyError where ``policy`` reads logits or token ids or gives tokens other experts, and
+    ``routing`` has none or does not show how its gates make weights."""
+    if "logits" in policy.requires and routing.logits is None:
+        raise PolicyError(
+            f"policy '{policy.label}' reads the gates' logits, and routing '{routing.source}' has "
+            "none: give --routing a trace with the column router_logits"
+        )
     if "tokens" in policy.requires and routing.token_ids is None:
         raise PolicyError(
             f"policy '{policy.label}' reads the tokens' ids, and routing '{routing.source}' has "

@@ -79,6 +79,13 @@ class Shape:
         if layers is not None and self.n_layers and not 1 <= layers <= self.n_layers:
             raise UsageError.of("layers", f"must be 1 to {self.n_layers}, not {layers}")
 
+    def check_top_k(self, top_k: int | None) -> None:
+        """UsageError where a token cannot use so many experts."""
+        sizes = self.sizes() if top_k is not None else None
+        if top_k is not None and (top_k < 1 or (sizes and top_k > sizes.n_experts)):
+            most = f"1 to {sizes.n_experts}" if sizes else "1 or more"
+            raise UsageError.of("top-k", f"must be {most}, not {top_k}")
+
     def sizes(self, layers: int | None = None) -> ModelShape | None:
         """Counts and sizes of the first ``layers`` layers."""
         text = dict(self.fields.get("text_config") or self.fields)

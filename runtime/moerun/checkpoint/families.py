@@ -247,6 +247,15 @@ def top_k_of(config: Any) -> int:
     return int(_first(config.get_text_config(), _TOP_K, 0))
 
 
+def set_top_k(config: Any, top_k: int) -> None:
+    """Have a token use so many routed experts."""
+    text = config.get_text_config()
+    for name in _TOP_K:
+        value = getattr(text, name, None)
+        if value is not None:
+            setattr(text, name, [top_k] * len(value) if isinstance(value, list) else top_k)
+
+
 def shared_experts_of(config: Any) -> int:
     """Experts that every token passes in addition to the routed ones."""
     config = config.get_text_config()

@@ -91,6 +91,14 @@ class BenchOptions:
         int | None,
         typer.Option(help="Keep only this many of the shape's layers.", show_default=False),
     ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Have a token use so many experts, in place of the shape's: for routing that was "
+            "recorded so.",
+            show_default=False,
+        ),
+    ] = None
     tokens: Annotated[int, typer.Option(help="Measured tokens of each run.")] = 64
     warm_up: Annotated[
         int,
@@ -154,6 +162,7 @@ def bench(
     shape = find_shape(options.shape)
     shape.check_family()
     shape.check_layers(options.layers)
+    shape.check_top_k(options.top_k)
     settings = prepare.settings(cache, device, policies=specs, machine=options.machine)
     with _made(options, shape, model, specs, settings, refused) as made:
         _run(made, options.machine, to)
@@ -180,7 +189,7 @@ def _made(
     schedule = BenchSchedule(specs, options.tokens, options.warm_up, options.rounds, released)
     schedule.check(low=options.low is not None, machine=options.machine is not None)
     generated = GeneratedModel(
-        find_config(shape, options.layers),
+        find_config(shape, options.layers, top_k=options.top_k),
         name=shape.name,
         precision=model.precision,
         seed=options.seed,

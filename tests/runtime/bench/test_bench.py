@@ -88,7 +88,8 @@ def test_a_policy_sees_the_recorded_predictions(bench: Bench) -> None:
             return super().prefetch(step, keys)
 
     run = bench.run_policy(PolicySpec("watching", Watching))
-    tokens, layers, experts = bench.routing.logits.shape
+    tokens, layers, _ = bench.routing.ids.shape
+    experts = bench.routing.n_experts
     assert [layer for layer, _ in seen] == list(range(layers)) * tokens
     for number, (layer, predicted) in enumerate(seen):
         expected = np.full((len(predicted), experts), np.nan, np.float32)

@@ -16,11 +16,13 @@ from moerun.bench.models import find_config
 from moerun.bench.routing import UNIFORM, load_routing
 from moerun.bench.run import Bench
 from moerun.bench.schedule import BenchSchedule
+from moerun.errors import RunError, UsageError
 from moerun.settings import Settings
 from moesim.machine.profile import Compute, LinkProfile, Machine
 from moesim.result import Result
 from moesim.simulation import simulate
 from moesim.workload.loading import load_workload
+from support.traces import random_trace
 
 OWN = Path(__file__).parents[2] / "support" / "routing.py"
 NAMES = [f"{OWN}:ToResidents:bias=2.0", f"{OWN}:ByToken", f"{OWN}:Kept"]
@@ -62,6 +64,45 @@ def test_a_bench_routes_as_the_simulator_does(tmp_path: Path) -> None:
         assert rows[name].rerouted_share == run.totals.rerouted_share
         assert (run.totals.rerouted > 0) is not name.endswith("Kept")
     assert printed.count("routed to another expert") >= 2
+
+
+def test_routing_without_logits_is_forced_by_weights_and_ids() -> None:
+    """As recordings of others have it: what policies decide is the same."""
+    policies = tuple(find_policy(name) for name in ("lru", "lfu"))
+    schedule = BenchSchedule(policies, TOKENS, WARM_UP, 1, released=False)
+    whole = load_routing("tiny", **SIZE, tokens=schedule.forced_tokens)
+    bare = replace(whole, logits=None, weight_rule=None)
+    assert bare.sha256 != whole.sha256
+    np.testing.assert_array_equal(bare.counts(), whole.counts())
+    made = {}
+    for routing in (whole, bare):
+        model = GeneratedModel(find_config("tiny"), name="tiny", precision="fp32", seed=0)
+        with Bench(model, routing, Settings(policies[0], slots=SLOTS), schedule) as bench:
+            bench.run()
+            made[routing.sha256] = {
+                name: [(run.totals.hits, run.totals.misses, bench.last_ids) for run in runs]
+                for name, runs in bench.results.runs.items()
+            }
+    assert made[bare.sha256] == made[whole.sha256]
+    refused: Refusals = {}
+    reading = (find_policy(f"{OWN}:ToResidents:bias=2.0"), *policies)
+    assert replace(schedule, policies=reading).within(bare, refused).policies == policies
+    assert "reads the gates' logits, and routing 'tiny' has none" in str(*refused.values())
+
+
+def test_a_trace_of_another_top_k_is_forced_with_top_k(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    random_trace(path, n_tokens=20, n_layers=8, n_experts=8, top_k=3)
+    with pytest.raises(RunError, match=r"top-3 of 8 experts, .* top-2 of 8: give --top-k 3, or"):
+        load_routing(str(path), **SIZE, tokens=4)
+    routing = load_routing(str(path), **{**SIZE, "top_k": 3}, tokens=4)
+    assert routing.logits is None
+    assert routing.ids.shape == (4, 8, 3)
+    config = find_config("tiny", top_k=3)
+    assert GeneratedModel(config, name="tiny", precision="fp32", seed=0).index.top_k == 3
+    for wrong in (0, 9):
+        with pytest.raises(UsageError, match=f"must be 1 to 8, not {wrong}"):
+            find_config("tiny", top_k=wrong)
 
 
 def test_what_a_routing_lacks_is_said_of_the_policies_that_need_it() -> None:
