@@ -186,10 +186,16 @@ class _Schedule:
         return "" if compute.computed else "computed nothing"
 
     def _counts(self, session: Session) -> str | None:
+        session.settle()
         totals, copied = session.totals, session.link.statistics
-        if (copied.copies, copied.bytes_copied) != (totals.loads, totals.bytes_loaded):
-            return f"{copied.copies} copies, {totals.loads} loads counted"
-        return None
+        if (copied.copies, copied.bytes_copied) == (totals.loads, totals.bytes_loaded):
+            return None
+        try:
+            session.raise_failure()
+        except (RunError, RuntimeError) as error:
+            # Of a copy that no step was left to wait for: the next step would say so.
+            return f"failed of nothing: {error}" if self.failing == "nothing" else None
+        return f"{copied.copies} copies, {totals.loads} loads counted"
 
     def _resize(self, session: Session, ended: threading.Event) -> None:
         rng = random.Random(self.seed)
