@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moepolicy.numba_internals import keep_in
+from moepolicy.outputs import drop_tree
 
 LOCKED_S = 120.0  # for code that another process compiles
 KEPT = 256  # pieces of code: the hooks of a policy are one, and so is an engine
@@ -115,7 +115,7 @@ def share_code() -> None:
         _temporary.append(folder)
         own = tempfile.mkdtemp(prefix="moepolicy-")
         os.environ["NUMBA_CACHE_DIR"] = own
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        atexit.register(drop_tree, own)
 
 
 def _compiling() -> None:

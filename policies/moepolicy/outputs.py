@@ -138,7 +138,7 @@ def own_folder(path: Path) -> Iterator[Path]:
 def _made_folder(path: Path, held: ExitStack) -> Path:
     hidden = _hidden(path)
     folder = Path(tempfile.mkdtemp(PARTIAL, hidden.name, hidden.parent))
-    held.callback(shutil.rmtree, folder, ignore_errors=True)
+    held.callback(drop_tree, folder)
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     held.callback(os.close, fd)
     _lock(fd)
@@ -152,7 +152,7 @@ def _drop_left(own: Path, path: Path) -> None:
             with suppress(OSError):
                 fd = os.open(other, os.O_RDONLY | os.O_CLOEXEC)
                 if _lock(fd):
-                    shutil.rmtree(other, ignore_errors=True)
+                    drop_tree(other)
                 os.close(fd)
 
 
@@ -186,6 +186,21 @@ def sync_tree(folder: Path) -> None:
         else:
             with path.open("rb") as file:
                 sync(file.fileno(), path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all in it; OSError that names the folder where that fails."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        error.filename = str(folder)  # by itself it names a file as seen from its own folder
+        raise
+
+
+def drop_tree(folder: Path | str) -> None:
+    """Remove a folder with all in it, as far as that can be done."""
+    with suppress(OSError):  # rmtree lets some errors through that it is to ignore
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> None:

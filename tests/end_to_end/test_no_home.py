@@ -63,6 +63,7 @@ def test_a_model_that_cannot_be_packed_there_is_told(
 
 def test_results_that_cannot_be_kept_there_are_told(cache: Path) -> None:
     place = cache / "moerun" / "perplexity" / "tiny.jsonl"
-    with pytest.raises(RunError, match="name a file for the results with --out") as caught:
+    with pytest.raises(RunError, match="name another file for the results with --out") as caught:
         Results(place, {})
-    assert str(caught.value).startswith(f"nothing can be written to {place.parent} (")
+    named = str(caught.value).split(" cannot be written (")[0]
+    assert Path(named) in (place.parent, *place.parent.parents)

@@ -10,7 +10,16 @@ from pathlib import Path
 import polars as pl
 import pytest
 from moepolicy.console import CommandError, CommandUsageError
-from moepolicy.outputs import Output, check_free, check_suffix, exchange, naming, written_whole
+from moepolicy.outputs import (
+    Output,
+    check_free,
+    check_suffix,
+    drop_tree,
+    exchange,
+    naming,
+    remove_tree,
+    written_whole,
+)
 from moepolicy.tables import Format
 
 ROWS = [{"policy": "lru", "loads": 3, "gap": None}, {"policy": "lfu", "loads": 2, "gap": 0.5}]
@@ -162,3 +171,23 @@ def test_folders_exchange_their_names(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         exchange(tmp_path / "absent", tmp_path / "other")
     assert caught.value.filename == str(tmp_path / "other")
+
+
+def test_a_folder_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "t.parquet.partial"
+    (folder / "scratch").mkdir(parents=True)
+    (folder / "scratch" / "keys").touch()
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "keys")
+
+    monkeypatch.setattr(os, "unlink", failing)
+    with pytest.raises(OSError, match=r"t\.parquet\.partial'$"):
+        remove_tree(folder)
+    monkeypatch.setattr(os, "fstat", failing)  # whose error rmtree does not ignore
+    drop_tree(folder)
+    monkeypatch.undo()
+    remove_tree(folder)
+    assert not folder.exists()

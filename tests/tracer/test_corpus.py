@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from moerun.errors import RunError
-from moetrace.corpus import Document, cut_windows, read_documents
+from moetrace.corpus import Document, check_corpus, cut_windows, read_documents
 from moetrace.model import Checkpoint
 
 
@@ -87,5 +87,14 @@ def test_max_tokens_stops_in_the_middle(tiny: Checkpoint) -> None:
 
 
 def test_an_empty_corpus_is_refused(tiny: Checkpoint) -> None:
-    with pytest.raises(RunError, match="the corpus is empty"):
-        cut_windows([Document("a", "")], tiny.tokenizer, 16)
+    with pytest.raises(RunError, match=r"the corpus is empty: no text in a\.txt$"):
+        cut_windows([Document("a.txt", "")], tiny.tokenizer, 16)
+    with pytest.raises(RunError, match=r"no text in a\.txt and 1 more$"):
+        cut_windows([Document("a.txt", ""), Document("b.txt", "")], tiny.tokenizer, 16)
+    with pytest.raises(RunError, match="it has no file with text in it"):
+        cut_windows([], tiny.tokenizer, 16)
+
+
+def test_a_folder_without_files_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"the corpus is empty: no files in {tmp_path}"):
+        check_corpus([tmp_path])

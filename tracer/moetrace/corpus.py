@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from moeroute.jsontext import parse_json
 from moerun.errors import RunError
 
+NO_TEXT = "the corpus is empty: it has no file with text in it"
 _JSON_LINES = frozenset({".jsonl", ".ndjson"})
 
 
@@ -29,7 +30,7 @@ def check_corpus(paths: Sequence[Path], field: str | None = None) -> None:
     if field is not None and not any(map(is_json_lines, found)):
         raise RunError(f"--field {field}: the corpus has no .jsonl file to take it from")
     if not found:
-        raise RunError("the corpus is empty: it has no file with text in it")
+        raise RunError(f"the corpus is empty: no files in {', '.join(map(str, paths))}")
 
 
 def read_documents(paths: Sequence[Path], field: str | None = None) -> Iterator[Document]:
@@ -124,6 +125,7 @@ def cut_windows(
     sequences: list[list[int]] = []
     digest = hashlib.sha256()
     left = max_tokens if max_tokens is not None else -1
+    empty: list[str] = []
     for document in documents:
         if left == 0:
             break
@@ -133,7 +135,9 @@ def cut_windows(
         if left > 0:
             ids = ids[:left]
             left -= len(ids)
+        empty += [] if ids else [document.where]
         sequences += [ids[start : start + length] for start in range(0, len(ids), length)]
     if not sequences:
-        raise RunError("the corpus is empty: it has no file with text in it")
+        more = f" and {len(empty) - 1:,} more" if len(empty) > 1 else ""
+        raise RunError(f"the corpus is empty: no text in {empty[0]}{more}" if empty else NO_TEXT)
     return Windows(sequences, digest.hexdigest())

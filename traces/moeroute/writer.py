@@ -65,6 +65,7 @@ class TraceWriter:
     ) -> None:
         self.path = Path(path)
         self.meta = meta
+        self.has_name = False  # whether the finished trace is at ``path``
         if self.path.is_dir():
             raise TraceError(f"{self.path}: is a folder; give a file's name to write the trace to")
         self.folder = partial_folder(self.path)
@@ -176,7 +177,8 @@ class TraceWriter:
         self._open = False
         with suppress(OSError):
             self._empty()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # rmtree lets some errors through that it is to ignore
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._let_go()
 
     def _empty(self) -> None:
@@ -229,7 +231,10 @@ class TraceWriter:
         try:
             yield unfinished
             with naming_errors(path):
-                _settle(unfinished, path)
+                _sync(unfinished)
+                unfinished.replace(path)
+                self.has_name |= path == self.path
+                _sync_folder(path.absolute().parent)
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
@@ -282,19 +287,19 @@ def _crc32_named(part: Path) -> int | None:
     return int(crc32, 16) if re.fullmatch("[0-9a-f]{8}", crc32) else None
 
 
-def _settle(finished: Path, path: Path) -> None:
-    """Give a finished file its name, its bytes being on the disk before the name is.
+def _sync(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
-    After a power cut there is the old file or the new one, whole.
-    """
-    for synced in (finished, path.absolute().parent):
-        fd = os.open(synced, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if synced == finished:
-            finished.replace(path)
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk; nothing where folders cannot be read."""
+    with suppress(PermissionError):
+        _sync(folder)
 
 
 def _hold(folder: Path) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from moepolicy.outputs import sync_folder, sync_tree
+from moepolicy.outputs import drop_tree, sync_folder, sync_tree
 
 from moerun.bench.generated import GeneratedModel, GeneratedStore
 from moerun.bench.random_weights import RandomAttention, record_tensors
@@ -47,7 +47,7 @@ def write_store(
         raise RunError(f"{folder} exists already and is no store: give a new folder")
     _check_space(model, folder)
     partial_folder = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
+    drop_tree(partial_folder)
     partial_folder.mkdir(parents=True)
     described = model.index.to_json()
     report = partial(_report, progress, model.index.n_layers * model.n_experts)

@@ -168,6 +168,7 @@ def perplexity(
         context=asked.context,
         stride=asked.stride,
         tokens=asked.tokens,
+        said_of="the held-out text" if text is None else str(text),
         by_token=lossy if asked.by_token is None else asked.by_token,
     )
     if (lower := prepare.low_store(model, None)) is not None:

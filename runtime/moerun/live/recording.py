@@ -82,7 +82,6 @@ class LiveRecording:
         if writer is not None and not writer.n_rows:
             writer.discard()
             return written
-        has_name = False
         try:
             with ExitStack() as stack:
                 if self._journal is not None and self._runner.session.policy_failure is None:
@@ -94,10 +93,9 @@ class LiveRecording:
                     written.append(self._journal)
                 if writer is not None:
                     writer.close()
-                    has_name = True
                     written.insert(0, writer.path)
         except BaseException:
-            if writer is not None and has_name:  # and the journal has not got its own
+            if writer is not None and writer.has_name:  # and the journal has not got its own
                 writer.path.unlink(missing_ok=True)
             raise
         return written

@@ -45,8 +45,10 @@ class Measurement:
         stride: int | None = None,
         tokens: int | None = None,
         by_token: bool = False,
+        said_of: str = "the text",
     ) -> None:
         """`settings` say how to run, but for the policy. `tokens`: only the first so many;
+        `said_of`: what errors call the text;
         `by_token`: decode as `nats_by_token` does. Raises RunError for what cannot be measured."""
         self.by_token = by_token
         self._subject = Subject.of(model)
@@ -54,7 +56,7 @@ class Measurement:
         limit = context_limit(read_config(self._subject.folder))
         self.context = context or min(limit or COMMON_CONTEXT, COMMON_CONTEXT)
         self.stride = stride or self.context
-        self._check(limit)
+        self._check(limit, said_of)
         self.settings = replace(
             settings,
             context_tokens=self.context,
@@ -68,7 +70,7 @@ class Measurement:
         """The text's tokens, int64[1, tokens]."""
         return self._text.ids
 
-    def _check(self, limit: int | None) -> None:
+    def _check(self, limit: int | None, said_of: str) -> None:
         if self.context < 2 or (limit is not None and self.context > limit):
             most = "" if limit is None else f" and at most the model's {limit}"
             raise UsageError.of("context", f"must be 2 or more{most}, not {self.context}")
@@ -79,7 +81,7 @@ class Measurement:
                 "more would leave tokens out",
             )
         if self._text.n_tokens < 2:
-            raise RunError(f"the text has {self._text.n_tokens} tokens: give one of 2 or more")
+            raise RunError(f"{said_of} has {self._text.n_tokens} tokens: give a text of 2 or more")
 
     def use_low(self, low: ExpertStore) -> None:
         """The store that policies load a lower precision from."""

@@ -113,10 +113,10 @@ class Results:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = self._locked(path.with_name(f"{path.name}.windows"))
-        except OSError as error:  # of the cache: a folder that is named is looked at before
+        except OSError as error:
             raise RunError(
-                f"nothing can be written to {path.parent} ({error.strerror}): name a file for the "
-                "results with --out"
+                f"{error.filename or path} cannot be written ({error.strerror}): name another file "
+                "for the results with --out"
             ) from error
         try:
             self._read_cells()

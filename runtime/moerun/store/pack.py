@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from moepolicy.outputs import remove_tree
 
 from moerun.checkpoint.source import ModelSource
 from moerun.format.precision import NATIVE, PLAIN, Precisions
@@ -73,7 +73,7 @@ def pack(
                 try:
                     packer.write_records(maker, progress or silent)
                 except UnfitError:
-                    shutil.rmtree(packer.folder.path)  # in the way of another precision
+                    remove_tree(packer.folder.path)  # in the way of another precision
                     raise
             packer.finish(name or source.resolve().name, revision)
     return ExpertStore.open(out)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from moepolicy.outputs import PARTIAL, exchange, naming, sync_folder, sync_tree
+from moepolicy.outputs import PARTIAL, exchange, naming, remove_tree, sync_folder, sync_tree
 from moeroute.jsontext import journal_entries, parse_json
 
 from moerun.errors import RunError
@@ -122,7 +122,7 @@ class PartialFolder:
                 self.out.rmdir()  # an empty folder, as checked before
             self.store.rename(self.out)
         sync_folder(self.out.absolute().parent)
-        shutil.rmtree(self.path)
+        remove_tree(self.path)
 
 
 class Journal:

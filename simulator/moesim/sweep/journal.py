@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from moepolicy.outputs import naming, sync
+from moepolicy.outputs import drop_tree, naming, remove_tree, sync
 from moeroute.jsontext import journal_entries
 
 from moesim.errors import SimulationError
@@ -83,12 +82,12 @@ class SweepJournal:
 
     def remove(self) -> None:
         """Delete the journal's folder after the result is written."""
-        shutil.rmtree(self.folder)
+        remove_tree(self.folder)
         self._file.close()  # what is deleted needs no sync
 
     def drop_scratch(self) -> None:
         """Remove the files that workers share while a sweep runs."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        drop_tree(self.scratch)
 
     def _sync(self) -> None:
         sync(self._file.fileno(), self._path)

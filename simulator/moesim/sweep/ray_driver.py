@@ -6,7 +6,6 @@ The process speaks with `moesim.sweep.ray_pool` over a pipe and ends when the pi
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from moepolicy.outputs import drop_tree
 
 from moesim.sweep.digests import code_digest
 from moesim.sweep.events import HOPELESS, Connected, Finished, Gone, Lost, Ready
@@ -60,7 +61,7 @@ def node_scratch(token: str) -> Path:
 
 def clean(token: str) -> None:
     """Remove a sweep's workloads from this node."""
-    shutil.rmtree(node_scratch(token), ignore_errors=True)
+    drop_tree(node_scratch(token))
 
 
 def drive(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from moepolicy.outputs import naming
+from moepolicy.outputs import drop_tree, naming
 
 from moesim.workload.loading import attached
 from moesim.workload.steps import Workload
@@ -24,7 +23,7 @@ def shared_workload(folder: Path, name: str, load: Callable[[Path], object]) -> 
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
-            shutil.rmtree(partial, ignore_errors=True)
+            drop_tree(partial)
             partial.mkdir()
             with naming(partial):
                 load(partial)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from moepolicy import Context, ExpertCache, find_policy, replay_journal
-from moeroute import DECODE, PROMPT, open_trace
+from moeroute import DECODE, PROMPT, TraceError, open_trace, writer
 from moerun.live.batch import BatchedGeneration
 from moerun.live.passes import EventLog
 from moerun.live.recording import LiveRecording
@@ -174,3 +176,32 @@ def test_a_recording_ends_where_the_session_starts_over(
     assert set(open_trace(tmp_path / "t.parquet").array("sequence").tolist()) == {0}
     document: dict[str, Any] = json.loads((tmp_path / "j.json").read_text())
     assert document["events"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_trace_whose_name_is_not_on_the_disk_leaves_no_trace_without_a_journal(
+    stores: dict[str, ExpertStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """The folder's sync fails after the trace has its name. Where a folder cannot be read, which
+    EACCES says, names are not synced, and nothing is wrong."""
+    sync = writer._sync
+
+    def failing(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(number, os.strerror(number))
+        sync(path)
+
+    with Runner(stores["native"], Settings(find_policy("lru"), slots=3)) as runner:
+        recording = LiveRecording(runner, tmp_path / "t.parquet", tmp_path / "j.json", None)
+        served(runner, [(5, 2)])
+        monkeypatch.setattr(writer, "_sync", failing)
+        if number == errno.EACCES:
+            recording.finish()
+        else:
+            with pytest.raises(TraceError, match=os.strerror(number)):
+                recording.finish()
+    left = ["j.json", "t.parquet"] if number == errno.EACCES else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == left

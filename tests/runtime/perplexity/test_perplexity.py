@@ -294,7 +294,7 @@ def test_texts_that_cannot_be_read(moerun: Call, checkpoint: Path, tmp_path: Pat
     (tmp_path / "short").write_text("a")
     for name, message in (
         ("binary", "is no UTF-8 text"),
-        ("short", "give one of 2 or more"),
+        ("short", "short has 1 tokens: give a text of 2 or more"),
         ("missing", "is not there"),
     ):
         code, _, err = moerun(tmp_path / name, "--model", checkpoint)
