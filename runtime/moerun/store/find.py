@@ -206,14 +206,19 @@ def _lock_file(lock: Path) -> Iterator[None]:
                 "name a folder for the packed model with --store"
             ) from error
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file.fileno(), lock):  # not one that its holder has removed meanwhile
+            if _holds(file.fileno(), lock):
                 yield
                 return
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def _holds(fd: int, lock: Path) -> bool:
+    """Wait for a lock; False where its holder has removed the file meanwhile."""
     try:
-        return os.path.samestat(os.fstat(fd), path.stat())
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return os.path.samestat(os.fstat(fd), lock.stat())
     except FileNotFoundError:
         return False
+    except OSError:
+        with suppress(OSError):  # it is ours, or nobody can hold it
+            lock.unlink()
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -251,6 +252,18 @@ def test_a_refused_checkpoint_leaves_nothing_in_the_cache(folder: Path, cache: P
 def test_a_packed_one_leaves_its_store_and_no_lock(folder: Path, cache: Path) -> None:
     path = find_store(str(folder)).path
     assert list((cache / "moerun" / "stores").iterdir()) == [path]
+
+
+def test_a_lock_that_cannot_be_had_leaves_nothing(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+    with pytest.raises(OSError, match="No locks available"):
+        find_store(str(folder))
+    assert not cache.exists()
 
 
 def deny(monkeypatch: pytest.MonkeyPatch, under: Path) -> None:
