@@ -136,6 +136,19 @@ def test_foresight_tells_values_about_0_apart_by_age() -> None:
             assert run.policy.merit[:3] == pytest.approx(worth)
 
 
+def test_foresight_in_one_cache_for_all_layers_keeps_what_has_its_turn_first() -> None:
+    """Three layers share three slots. Each layer's expert 0 has 0.1, for its own use. Seen from the
+    last layer, the first is next and the second one later: what waits a third of a pass has
+    0.87 ** (1/3) of it, and goes for the last layer's second expert."""
+    shared = Context(3, 4, 2, slots=1, scope="global")
+    run = StepByStep("foresight:rate=0.0,habit=0.0,recent=0.0", shared)
+    for layer, experts in ((0, [0]), (1, [0]), (2, [0, 1])):
+        run.step(experts, layer)
+    left = [0.1, 0.1 * 0.87 ** (1 / 3), 0.1 * 0.87 ** (2 / 3)]
+    assert run.policy.worth[[0, 4, 8]] == pytest.approx(left)
+    assert run.evicted == [4]
+
+
 def test_foresight_takes_a_prompt_s_heavier_experts_for_newer() -> None:
     """A prompt of 3 tokens ends at time 3; its first expert was used then, the second 1/3 before,
     and both are older by a token after the next step."""

@@ -46,6 +46,9 @@ class Foresight(Policy):
     large cache have values about 0, which say more of noise than of their next use. Where
     ``recent`` is 0 the victim has the least value.
 
+    In one cache for all layers an expert also has to wait until its layer's next step: its merit is
+    multiplied by ``discount`` ** (the layers until then, less 1, over all layers).
+
     ``reach`` is how many layers before and after a layer have a say; 0 takes as many as have some
     1600 experts together. Pairs are told apart in layers of at most 32 experts, by at most
     ``pairs`` rows a kind; 0 leaves them out. The decayed count weighs ``habit``; its half-life is
@@ -95,7 +98,13 @@ class Foresight(Policy):
         self.floor = 0.0 if recent > 0 else LONG_AGO
         self.clock = np.zeros(layers)  # tokens
         self.last = np.full(context.n_keys, LONG_AGO)  # use, by the clock of the layer
-        self.merit = np.zeros(context.n_keys)  # the least goes
+        self.merit = np.zeros(context.n_keys)
+        self.worth = np.zeros(context.n_keys)  # merit as seen from the step's layer: the least goes
+        self.n_layers = layers
+        self.shared = context.scope == "global"
+        # What is left of the merit of a layer's experts (column), seen from a layer (row).
+        away = np.arange(layers)[None, :] - np.arange(layers)[:, None] - 1
+        self.nearness = self.discount ** (away % layers / layers)
         self.fresh = np.zeros(experts)
         self.scratch = np.zeros(experts)
         self.used = np.zeros(experts, np.bool_)
@@ -145,7 +154,7 @@ class Foresight(Policy):
         self.judge(layer)
 
     def judge(self, layer: int) -> None:
-        """Keep the values of the layer's experts, and what they are worth with recency."""
+        """Keep the values of the layer's experts, and what all are worth from here."""
         begin, end = layer * self.n_experts, (layer + 1) * self.n_experts
         np.positive(self.fresh, self.value[begin:end])  # copies, and allocates nothing compiled
         newer, merit = self.scratch, self.merit[begin:end]
@@ -154,6 +163,12 @@ class Foresight(Policy):
         np.divide(self.recent * RECENT_STEPS, newer, newer)
         np.fmax(self.fresh, self.floor, merit)
         np.add(merit, newer, merit)
+        if not self.shared:
+            np.positive(merit, self.worth[begin:end])
+            return
+        for other in range(self.n_layers):
+            begin, end = other * self.n_experts, (other + 1) * self.n_experts
+            np.multiply(self.merit[begin:end], self.nearness[layer, other], self.worth[begin:end])
 
     def take_note(self, step: Step) -> None:
         """Which experts the step uses: marked, among the newest, and in the decayed counts."""
@@ -233,16 +248,16 @@ class Foresight(Policy):
             np.add(row, more, row)
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        """The candidate of the least merit; of equals the lowest key."""
-        return lowest(self.merit, candidates)
+        """The candidate of the least worth; of equals the lowest key."""
+        return lowest(self.worth, candidates)
 
 
 class ForesightBypass(Foresight):
-    """Foresight that keeps, of the cache and the step's experts, those of the greatest merit.
+    """Foresight that keeps, of the cache and the step's experts, those of the greatest worth.
 
-    A missing expert of no greater merit than all that could make room for it passes through a
+    A missing expert of no greater worth than all that could make room for it passes through a
     staging buffer. It takes a slot at the end of its step where an expert of that step, which could
-    not go before, has the least merit. There are ``top_k`` staging buffers.
+    not go before, has the least worth. There are ``top_k`` staging buffers.
     """
 
     always_evicts = False
@@ -284,20 +299,20 @@ class ForesightBypass(Foresight):
         self.held[key] = False
 
     def victim(self, layer: int, incoming: int, candidates: NDArray[np.int32]) -> int:
-        """The candidate of the least merit; -1 where another expert is to go."""
-        least = lowest(self.merit, candidates)
-        if self.merit[incoming] <= self.merit[least]:
+        """The candidate of the least worth; -1 where another expert is to go."""
+        least = lowest(self.worth, candidates)
+        if self.worth[incoming] <= self.worth[least]:
             return -1
         for rank in range(self.n_wanted[0]):
             key = self.wanted[rank]
-            if self.held[key] and self.merit[key] < self.merit[least]:
+            if self.held[key] and self.worth[key] < self.worth[least]:
                 return -1  # that one goes instead, once its pin has dropped: see retain
         return least
 
     def retain(self, layer: int, key: int, candidates: NDArray[np.int32]) -> int:
-        """The candidate of the least merit; -1 where that of ``key`` is no greater."""
-        least = lowest(self.merit, candidates)
-        return least if self.merit[key] > self.merit[least] else -1
+        """The candidate of the least worth; -1 where that of ``key`` is no greater."""
+        least = lowest(self.worth, candidates)
+        return least if self.worth[key] > self.worth[least] else -1
 
 
 def _check(
