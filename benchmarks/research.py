@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 from moepolicy import PolicyError, PolicySpec, find_policy
-from moepolicy.library import BUILT_IN
 from moeroute import TraceError, open_trace
 from moeroute.sizes import GivenSizes
 from moesim import SimulationError, Workload, load_workload, simulate
 from moesim.engines.compilations import Compilations
 from moesim.machine.profile import load_machine
 from moesim.sizes import quarters
-from research_files import Row, agrees, row_of, speeds_in, write
+from research_files import Row, write
+from research_published import OURS, predicts, published, rivals
 from research_threshold import FixedThreshold
 
 BLOCKS = 4  # into which the test sequences are split, each learned from nothing: the error bars
@@ -44,14 +44,6 @@ MACHINES = ("t4", "rtx4090", "a100", "cpu-disk")
 # Mixtral-8x7B's bytes, 4 bits, for the traces of the bundled model: see policy_results.py.
 MIXTRAL_BYTES = 93_671_424
 MIXTRAL = GivenSizes(dense_layer_bytes=22_384_640, dense_token_bytes=262_160_384)
-# What is published, runs online and is lossless, with the parameters that it is tuned by: each
-# trace and size takes the best of them with hindsight, which favours them.
-TUNED = {
-    "class-lru": ("half_life", (16, 64, 128)),
-    "slru": ("protected", (0.5, 0.8)),
-    "lru-spec": ("n", (1, 2)),
-}
-OURS = ("foresight", "foresight-bypass", "foresight-ahead", "foresight-spec")
 TD = "foresight:pairs=0,habit=0,recent=0"  # the rule as this project first found it
 ABLATIONS = {
     "foresight": "foresight",
@@ -66,6 +58,7 @@ ABLATIONS = {
     "rate 0.006": "foresight:rate=0.006",
     "nothing learned": "foresight:rate=0",
 }
+LIMITS = ("belady-bypass", "clairvoyant")
 THRESHOLDS = (0.2, 0.3, 0.5, 0.7, 0.9, 0.96)
 
 
@@ -100,12 +93,6 @@ def main() -> None:
     parser.add_argument("traces", nargs="*", help="NAME=FILE of " + ", ".join(STRETCHES))
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--out", type=Path, required=True, help="a folder")
-    parser.add_argument(
-        "--published",
-        type=Path,
-        help="the folder of an earlier run's tables of hits and times: of its published policies "
-        "the best is taken from there",
-    )
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args()
     given = dict(each.split("=", 1) for each in asked.traces) or {"sample": "tiny"}
@@ -118,9 +105,6 @@ def main() -> None:
             began_s = time.monotonic()
             job, columns = TABLES[name]
             points = list(points_of(name, given))
-            if name in ("hits", "time") and asked.published:
-                earlier = asked.published / f"research_{name}.csv"
-                points = [(*point, earlier) for point in points]
             rows = []
             for found in pool.map(job, *zip(*points, strict=True)):
                 rows += found
@@ -133,7 +117,7 @@ def points_of(table: str, given: dict[str, str]) -> Iterator[tuple[Any, ...]]:
     """The arguments of a table's jobs."""
     for name, path in given.items():
         for slots in quarters(open_trace(path).meta.n_experts):
-            if table in ("time", "thresholds"):
+            if table in ("time", "thresholds", "shared"):
                 yield from ((name, path, slots, machine) for machine in MACHINES)
             else:
                 yield name, path, slots
@@ -154,37 +138,14 @@ def test_of(name: str, path: str) -> Workload:
     return found if STRETCHES[name].own_sizes else found.sized(MIXTRAL.on(found.meta))
 
 
-def variants(policy: str) -> list[str]:
-    """A published policy with the values that it is tuned by, its defaults among them."""
-    if policy not in TUNED:
-        return [policy]
-    parameter, values = TUNED[policy]
-    return [f"{policy}:{parameter}={value}" for value in values]
-
-
-def published(*, prefetching: bool) -> list[str]:
-    """All lossless online policies but ours; ``prefetching``: those that do so, too."""
-    found = []
-    for name, policy in BUILT_IN.items():
-        needs = find_policy(name).requires
-        if policy.lossy or name in OURS or needs & {"future", "cpu", "low", "counts"}:
-            continue
-        if prefetching or "prefetch" not in hooks_of(policy):
-            found += variants(name)
-    return found
-
-
-def predicts(policy: str) -> bool:
-    """Whether a policy reads what later gates predict."""
-    return "predictions" in find_policy(policy).requires
-
-
-def hooks_of(policy: type[Any]) -> set[str]:
-    """The names that a class or one above it defines, but for the interface's own."""
-    return {name for cls in policy.__mro__[:-2] for name in vars(cls)}
-
-
-def run(name: str, workload: Workload, policy: PolicySpec, slots: int, machine: str) -> Any:
+def run(
+    name: str,
+    workload: Workload,
+    policy: PolicySpec,
+    slots: int,
+    machine: str,
+    scope: str = "layer",
+) -> Any:
     """One simulation; None where the policy cannot run on the trace."""
     sizes = workload.meta.expert_bytes
     try:
@@ -193,6 +154,7 @@ def run(name: str, workload: Workload, policy: PolicySpec, slots: int, machine: 
             policy,
             load_machine(machine),
             slots=slots,
+            scope=scope,
             expert_bytes=next(iter(sizes.values())) if own(name) and sizes else MIXTRAL_BYTES,
             limits=False,
             compilations=_COMPILATIONS,
@@ -236,7 +198,7 @@ def blocks(workload: Workload) -> list[Workload]:
     return [workload.only(part.tolist()) for part in parts] if len(parts) > 1 else [workload]
 
 
-def hit_table(name: str, path: str, slots: int, earlier: Path | None = None) -> list[Row]:
+def hit_table(name: str, path: str, slots: int) -> list[Row]:
     """Hit ratios of the test stretch, and shares of the gap by blocks and on its first tokens.
 
     The best published policy is run, or is that of the row of ``earlier``."""
@@ -249,12 +211,7 @@ def hit_table(name: str, path: str, slots: int, earlier: Path | None = None) -> 
             for policy in ("lru", "belady", "belady-bypass")
         )
         scored = {p: [hits(name, part, p, slots) for part in parts] for p in (*OURS[:2], TD)}
-        if earlier is None:
-            others = {p: mean(hits(name, part, p, slots) for part in parts) for p in rivals()}
-        else:
-            row = row_of(earlier, name, slots, tokens=str(tokens or whole.n_decoded))
-            others = {row["which"]: float(row["best published"]) / 100}
-            agrees(float(row["lru"]), 100 * mean(lru), earlier)
+        others = {p: mean(hits(name, part, p, slots) for part in parts) for p in rivals()}
         best = max(others, key=lambda policy: (others[policy], policy))
         bounds = list(zip(lru, kept, free, strict=True))
         gaps = {
@@ -286,34 +243,31 @@ def hit_table(name: str, path: str, slots: int, earlier: Path | None = None) -> 
     return rows
 
 
-@cache
-def rivals() -> tuple[str, ...]:
-    """Published policies that only evict."""
-    return tuple(published(prefetching=False))
-
-
-def time_table(
-    name: str, path: str, slots: int, machine: str, earlier: Path | None = None
-) -> list[Row]:
-    """Tokens/s of ours, and of the best published policy with hindsight: run, or as in the row of
-    ``earlier``, the table of another run."""
+def race(name: str, path: str, slots: int, machine: str, scope: str = "layer") -> dict[str, Any]:
+    """The runs of all that is published, of ours, and of the limits, by policy."""
     whole = test_of(name, path)
     part = whole.head(min(GRID_TOKENS, whole.n_decoded))
-    speeds = {} if earlier is None else speeds_in(earlier, name, slots, machine)
-    if earlier is not None:
-        lru = run(name, part, find_policy("lru"), slots, machine)
-        agrees(speeds["lru"], lru.tokens_per_s, earlier)
-    policies: tuple[str, ...] = OURS
-    if earlier is None:
-        policies = (*published(prefetching=True), *OURS, "belady-bypass", "clairvoyant")
-    for policy in policies if whole.predicted else [p for p in policies if not predicts(p)]:
-        found = run(name, part, find_policy(policy), slots, machine)
-        if found is not None and found.tokens_per_s is not None:
-            speeds[policy] = found.tokens_per_s
-    online = {p: v for p, v in speeds.items() if p not in ("belady-bypass", "clairvoyant")}
+    found = {}
+    for policy in (*published(prefetching=True), *OURS, *LIMITS):
+        if whole.predicted or not predicts(policy):
+            ran = run(name, part, find_policy(policy), slots, machine, scope)
+            if ran is not None and ran.tokens_per_s is not None:
+                found[policy] = ran
+    return found
+
+
+def fetching(name: str, path: str) -> str:
+    """Ours that fetches ahead: by predictions where there are some."""
+    return "foresight-spec" if test_of(name, path).predicted else "foresight-ahead"
+
+
+def time_table(name: str, path: str, slots: int, machine: str) -> list[Row]:
+    """Tokens/s of ours, and of the best published policy with hindsight."""
+    speeds = {p: ran.tokens_per_s for p, ran in race(name, path, slots, machine).items()}
+    online = {p: v for p, v in speeds.items() if p not in LIMITS}
     others = {p: v for p, v in online.items() if p not in OURS}
     best = max(others, key=lambda policy: (others[policy], policy))
-    chosen = "foresight-spec" if whole.predicted else "foresight-ahead"
+    chosen = fetching(name, path)
     return [
         {
             "trace": name,
@@ -327,6 +281,38 @@ def time_table(
             "ours over published %": 100 * (speeds[chosen] / others[best] - 1),
             "fetching over bypass %": 100 * (speeds[chosen] / speeds["foresight-bypass"] - 1),
             "fastest": max(online, key=lambda policy: online[policy]),
+        }
+    ]
+
+
+def shared_table(name: str, path: str, slots: int, machine: str) -> list[Row]:
+    """One cache for all layers beside a cache for each, with as many experts: the best published
+    policy of either with hindsight, ours of each, and the hits of foresight-bypass."""
+    own, shared = (race(name, path, slots, machine, scope) for scope in ("layer", "global"))
+    others = {
+        policy + said: ran[policy].tokens_per_s
+        for ran, said in ((own, ""), (shared, ", shared"))
+        for policy in ran.keys() - {*OURS, *LIMITS}
+    }
+    best = max(others, key=lambda policy: (others[policy], policy))
+    chosen = fetching(name, path)
+    of_own, of_shared = own[chosen].tokens_per_s, shared[chosen].tokens_per_s
+    return [
+        {
+            "trace": name,
+            "slots": slots,
+            "machine": machine,
+            "lru": own["lru"].tokens_per_s,
+            "lru, shared": shared["lru"].tokens_per_s,
+            "best published": others[best],
+            "which": best,
+            "ours": of_own,
+            "ours, shared": of_shared,
+            "clairvoyant, shared": shared["clairvoyant"].tokens_per_s,
+            "shared over own %": 100 * (of_shared / of_own - 1),
+            "shared over published %": 100 * (of_shared / others[best] - 1),
+            "bypass hit %": 100 * own["foresight-bypass"].hit_ratio,
+            "bypass hit %, shared": 100 * shared["foresight-bypass"].hit_ratio,
         }
     ]
 
@@ -372,6 +358,7 @@ TABLES: dict[str, tuple[Any, int]] = {
     "ablations": (ablation_table, 1),
     "thresholds": (threshold_table, 2),
     "time": (time_table, 2),
+    "shared": (shared_table, 2),
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of research.py as files: written, and those of an earlier run read again."""
+"""Tables of research.py as files."""
 
 from __future__ import annotations
 
@@ -9,30 +9,6 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-
-
-def speeds_in(table: Path, name: str, slots: int, machine: str) -> dict[str, float]:
-    """Tokens/s of the policies that are not ours, by a table of times."""
-    row = row_of(table, name, slots, machine=machine)
-    others = {"lru": row["lru"], row["which"]: row["best published"]}
-    others |= {"clairvoyant": row["clairvoyant"]} if row["clairvoyant"] else {}
-    return {policy: float(value) for policy, value in others.items()}
-
-
-def row_of(table: Path, name: str, slots: int, **of: str) -> dict[str, str]:
-    """The row of a table of an earlier run."""
-    wanted = {"trace": name, "slots": str(slots)} | of
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if wanted.items() <= row.items():
-                return row
-    raise SystemExit(f"{table} has no row of {wanted}")
-
-
-def agrees(earlier: float, now: float, table: Path) -> None:
-    """SystemExit where a policy that has not changed no longer gives what it gave."""
-    if abs(earlier - now) > 1e-9 * abs(now):
-        raise SystemExit(f"{table} is of another trace: under lru {earlier}, now {now}")
 
 
 def write(path: Path, rows: list[Row], digits: int) -> None:
