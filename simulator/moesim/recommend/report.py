@@ -49,6 +49,8 @@ class Recommendation:
         if chosen.attention != NATIVE:
             found["attention"] = chosen.attention
         found |= {"policy": chosen.policy, "memory": _amount(self.memory_bytes)}
+        if chosen.scope != "layer":
+            found["scope"] = chosen.scope
         if self.context_tokens is not None:
             found["context"] = self.context_tokens
         if self.host_memory_bytes is not None:

@@ -25,6 +25,7 @@ AHEAD = ("foresight-ahead", "foresight-spec")  # that choose by themselves what 
 DEPTHS = (1, 2, 3, 4)  # likeliest experts of the next layer that are fetched ahead
 NO_PREFETCH = "none"
 WHOLE = "whole"  # a prompt is read at once
+SCOPES = ("layer", "global")  # a cache for each layer, or one for all
 STREAMS = (1, 2, 3)
 WORTH = 0.01  # what a less simple option must gain
 WORTH_BITS = 0.05  # what fewer bits must gain, and what slower reading of a prompt must
@@ -44,6 +45,7 @@ class Options:
     precision: str
     attention: str = NATIVE
     policy: str = "lru"
+    scope: str = "layer"
     streams: int = 1
     prompt_chunk: int | None = None  # None: a prompt is read at once
 
@@ -123,7 +125,7 @@ class Search:
         return [name for name in AHEAD if free and self._may_run(name)]
 
     def run(self) -> list[OptionStep]:
-        """Decide precision, attention, policy, depth, streams and how a prompt is read in turn;
+        """Decide precision, attention, policy, depth, scope, streams and how a prompt is read;
         the last first where nothing fits that reads a whole prompt at once."""
         start = self.trial(Options(self.precisions()[0], self.attentions()[0], self.policies[0]))
         steps = self._rest(start)
@@ -147,6 +149,7 @@ class Search:
         steps.append(self._step("policy", steps[-1].after, self.policies, "policy", WORTH))
         if self.depths or self._ahead():
             steps.append(self._prefetch(steps[-1].after))
+        steps.append(self._step("scope", steps[-1].after, SCOPES, "scope", WORTH))
         if self.machine.experts_in == "host":
             steps.append(self._step("streams", steps[-1].after, STREAMS, "streams", WORTH))
         return steps
@@ -234,6 +237,7 @@ class Search:
             spec,
             replace(self.machine, link=link),
             slots=slots,
+            scope=options.scope,
             expert_bytes=size,
             limits=limits,
             compilations=self.compilations,

@@ -66,6 +66,7 @@ def test_no_step_makes_it_slower(tiny: dict[str, Any]) -> None:
         "attention",
         "policy",
         "prefetch depth",
+        "scope",
     ]
     assert all(step["gain"] >= 0 for step in steps)
     speeds = [step["tokens_per_s"] for step in steps]
@@ -75,10 +76,24 @@ def test_no_step_makes_it_slower(tiny: dict[str, Any]) -> None:
 
 def test_what_prefetching_is_worth_is_found(tiny: dict[str, Any]) -> None:
     """With few slots and a slow disk the gates' guesses pay on the bundled model's routing."""
-    assert tiny["steps"][-1]["step"] == "prefetch depth"
-    assert tiny["steps"][-1]["chosen"] != "none"
+    [step] = [step for step in tiny["steps"] if step["step"] == "prefetch depth"]
+    assert step["chosen"] != "none"
     policy = find_policy(tiny["options"]["policy"])
     assert "predictions" in policy.requires or policy.name == "foresight-ahead"
+
+
+def test_layers_share_a_cache_where_that_is_faster(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Six of eight slots: some layers of the bundled model use fewer experts than others."""
+    config = tmp_path / "r.toml"
+    options = ["--machine", "cpu-disk", "--memory", "60MiB", "--precision", "fp16"]
+    assert recommend("tiny", *options, "--format", "json", "--config", str(config)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["steps"][-1]["step"], found["steps"][-1]["chosen"]) == ("scope", "global")
+    assert found["steps"][-1]["gain"] > 0.01
+    assert "--scope global" in found["line"]
+    assert tomllib.loads(config.read_text())["scope"] == "global"
 
 
 def test_a_prompt_is_read_in_pieces_where_only_that_fits(
