@@ -19,6 +19,8 @@ import torch
 import typer
 
 POLICIES = ("lru", "lru-spec", "class-lru", "foresight-bypass", "foresight-ahead", "foresight-spec")
+SHARED = ("lru", "lfu", "class-lru", "foresight-bypass", "foresight-ahead")  # by all layers
+RUNS = [(policy, "layer") for policy in POLICIES] + [(policy, "global") for policy in SHARED]
 PROMPT = "It was the best of times, it was the worst of times, it was the age of wisdom, and"
 
 
@@ -37,20 +39,23 @@ def main(
     ]
     for rate in gbps:
         models = {
-            policy: moerun.load("tiny", policy=policy, slots=slots, link_gbps=rate, device="cpu")
-            for policy in POLICIES
+            (policy, scope): moerun.load(
+                "tiny", policy=policy, slots=slots, scope=scope, link_gbps=rate, device="cpu"
+            )
+            for policy, scope in RUNS
         }
-        runs: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+        runs: dict[tuple[str, str], list[float]] = {each: [] for each in RUNS}
         try:
             for model in models.values():
                 model.runner.session.wait_compiled()
             for _ in range(rounds):
-                for policy, model in models.items():
-                    runs[policy].append(speed(model, tokens))
-            for policy, model in models.items():
-                told = [median(runs[policy]), min(runs[policy]), max(runs[policy])]
+                for each, model in models.items():
+                    runs[each].append(speed(model, tokens))
+            for each, model in models.items():
+                told = [median(runs[each]), min(runs[each]), max(runs[each])]
                 told.append(100 * model.totals.hit_ratio)
-                lines.append(f"| {rate} | {policy} | {' | '.join(f'{x:.1f}' for x in told)} |")
+                name = each[0] + (", shared" if each[1] == "global" else "")
+                lines.append(f"| {rate} | {name} | {' | '.join(f'{x:.1f}' for x in told)} |")
         finally:
             for model in models.values():
                 model.close()
