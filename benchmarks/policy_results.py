@@ -1,7 +1,7 @@
 """Every built-in policy on every machine profile asked for: the tables of docs/results.md.
 
-    moetrace record README.md docs --out prose.trace.parquet
-    moetrace record policies/moepolicy/*.py --out code.trace.parquet
+    moetrace record README.md docs --tokens 16384 --out prose.trace.parquet
+    moetrace record policies/moepolicy/*.py --tokens 16384 --out code.trace.parquet
     python benchmarks/policy_results.py tiny mixtral-like prose.trace.parquet code.trace.parquet \
         > docs/results.md
 
@@ -154,8 +154,8 @@ HEAD = """# Every built-in policy, simulated
 
 Made by a command, and made anew by the same:
 
-    moetrace record README.md docs --out prose.trace.parquet
-    moetrace record policies/moepolicy/*.py --out code.trace.parquet
+    moetrace record README.md docs --tokens 16384 --out prose.trace.parquet
+    moetrace record policies/moepolicy/*.py --tokens 16384 --out code.trace.parquet
     python benchmarks/policy_results.py tiny mixtral-like prose.trace.parquet code.trace.parquet \\
         > docs/results.md
 

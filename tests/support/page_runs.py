@@ -160,6 +160,9 @@ RUNS: dict[str, Run] = {
     "python benchmarks/research.py prose=prose.parquet code=code.parquet "
     "gpt-oss-20b=gpt-oss-20b.parquet gemma-4-26b=gemma.parquet --out research "
     "--tables time": Run(options=True),
+    "python benchmarks/research.py prose=prose.parquet code=code.parquet "
+    "gpt-oss-20b=gpt-oss-20b.parquet gemma-4-26b=gemma.parquet --out research "
+    "--tables shared": Run(options=True),
     "python benchmarks/research.py prose=prose.parquet code=code.parquet --out research "
     "--tables thresholds": Run(options=True),
     "python benchmarks/research.py prose=prose.parquet code=code.parquet "
@@ -178,12 +181,12 @@ RUNS: dict[str, Run] = {
     ),
     "python benchmarks/policy_results.py tiny mixtral-like prose.trace.parquet code.trace.parquet "
     "> docs/results.md": Run(options=True),
-    "moetrace record README.md docs --out prose.trace.parquet": Run(
+    "moetrace record README.md docs --tokens 16384 --out prose.trace.parquet": Run(
         ("text.txt", "folder"),
         "prose.trace.parquet",
         instead="moetrace record text.txt folder --out prose.trace.parquet",
     ),
-    "moetrace record policies/moepolicy/*.py --out code.trace.parquet": Run(
+    "moetrace record policies/moepolicy/*.py --tokens 16384 --out code.trace.parquet": Run(
         ("mine.py",),
         "code.trace.parquet",
         instead="moetrace record mine.py --out code.trace.parquet",

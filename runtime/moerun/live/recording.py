@@ -82,6 +82,7 @@ class LiveRecording:
         if writer is not None and not writer.n_rows:
             writer.discard()
             return written
+        before = _inode(self._journal)
         try:
             with ExitStack() as stack:
                 if self._journal is not None and self._runner.session.policy_failure is None:
@@ -95,8 +96,10 @@ class LiveRecording:
                     writer.close()
                     written.insert(0, writer.path)
         except BaseException:
-            if writer is not None and writer.has_name:  # and the journal has not got its own
+            if writer is not None and writer.has_name:  # and nobody may know of the journal's
                 writer.path.unlink(missing_ok=True)
+            if self._journal is not None and _inode(self._journal) != before:
+                self._journal.unlink(missing_ok=True)
             raise
         return written
 
@@ -178,6 +181,11 @@ def dense_label(index: StoreIndex) -> str:
 def plain_name(dtype: Any) -> str:
     """A dtype as traces name it; "native" for one that has no name there."""
     return next((name for name, plain in PLAIN.items() if plain is dtype), NATIVE)
+
+
+def _inode(path: Path | None) -> int | None:
+    """What tells a file from one that takes its place; None where there is none."""
+    return path.stat().st_ino if path is not None and path.exists() else None
 
 
 def journal_document(recorder: PassRecorder, runner: Runner, trace: Path | None) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from moepolicy import Context, ExpertCache, find_policy, replay_journal
+from moepolicy import Context, ExpertCache, find_policy, outputs, replay_journal
 from moeroute import DECODE, PROMPT, TraceError, open_trace, writer
 from moerun.live.batch import BatchedGeneration
 from moerun.live.passes import EventLog
@@ -178,30 +179,32 @@ def test_a_recording_ends_where_the_session_starts_over(
     assert document["events"]
 
 
+@pytest.mark.parametrize("module", [writer, outputs])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_trace_whose_name_is_not_on_the_disk_leaves_no_trace_without_a_journal(
     stores: dict[str, ExpertStore],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
+    module: Any,
 ) -> None:
-    """The folder's sync fails after the trace has its name. Where a folder cannot be read, which
-    EACCES says, names are not synced, and nothing is wrong."""
-    sync = writer._sync
+    """The folder's sync fails after the trace or the journal has its name. Where a folder cannot be
+    read, which EACCES says, names are not synced, and nothing is wrong."""
+    real = os.open
 
-    def failing(path: Path) -> None:
-        if path == tmp_path:
+    def failing(path: Any, *arguments: Any, **named: Any) -> int:
+        if Path(path) == tmp_path:
             raise OSError(number, os.strerror(number))
-        sync(path)
+        return real(path, *arguments, **named)
 
     with Runner(stores["native"], Settings(find_policy("lru"), slots=3)) as runner:
         recording = LiveRecording(runner, tmp_path / "t.parquet", tmp_path / "j.json", None)
         served(runner, [(5, 2)])
-        monkeypatch.setattr(writer, "_sync", failing)
+        monkeypatch.setattr(module, "os", SimpleNamespace(**vars(os) | {"open": failing}))
         if number == errno.EACCES:
             recording.finish()
         else:
-            with pytest.raises(TraceError, match=os.strerror(number)):
+            with pytest.raises((TraceError, OSError), match=os.strerror(number)):
                 recording.finish()
     left = ["j.json", "t.parquet"] if number == errno.EACCES else []
     assert sorted(path.name for path in tmp_path.iterdir()) == left
