@@ -112,27 +112,27 @@ def without_predictions(step: Step) -> Step:
 
 
 def demand_order(
-    ids: NDArray[Any], weights: NDArray[Any], first: int = 0
+    ids: NDArray[Any], weights: NDArray[Any]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The experts a batch wants, in router order, with their weights.
 
     ``ids`` and ``weights`` are [tokens, top_k]. One token keeps its experts by descending weight
     (equal weights: the router's order); several give the union by descending summed weight
-    (equal sums: lowest expert). Experts count from ``first``: the first key of a layer gives keys.
+    (equal sums: lowest expert).
     """
+    ids = np.asarray(ids, np.int32)
     weights = np.asarray(weights, np.float32)
-    if len(ids) == 1:
-        # For the few experts of a token NumPy takes longer to begin than lists take.
-        keys = np.array([first + expert for expert in ids[0].tolist()], np.int32)
-        row = weights[0].tolist()
+    if ids.shape[0] == 1:
+        chosen, masses = ids[0], weights[0]
+        row = masses.tolist()
         if all(map(ge, row, row[1:])):  # as nearly every gate gives them; sorting costs more
-            return keys, weights[0]
-        order = np.argsort(-weights[0], kind="stable")
-        return keys[order], weights[0][order]
-    experts, inverse = np.unique(np.asarray(ids, np.int32), return_inverse=True)
+            return chosen, masses
+        order = np.argsort(-masses, kind="stable")
+        return chosen[order], masses[order]
+    experts, inverse = np.unique(ids, return_inverse=True)
     mass = np.bincount(inverse.ravel(), weights=weights.ravel().astype(np.float64))
     order = np.lexsort((experts, -mass))
-    return first + experts[order].astype(np.int32), mass[order].astype(np.float32)
+    return experts[order].astype(np.int32), mass[order].astype(np.float32)
 
 
 def pool_logits(logits: NDArray[Any]) -> NDArray[np.float32]:

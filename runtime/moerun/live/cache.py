@@ -71,15 +71,16 @@ class LiveCache:
         A policy that routes rewrites ``rows``."""
         with self.lock:
             self.raise_failure()
+            cache, counts = self.cache, self.counts
             began_s = time.perf_counter()
-            outcome = self.cache.begin(step, rows).tolist()
-            self.counts.decide_s += time.perf_counter() - began_s
-            if self.cache.step is not None:
-                step = self.cache.step  # with the demand that the policy's routing came to
+            outcome = cache.begin(step, rows).tolist()
+            counts.decide_s += time.perf_counter() - began_s
+            if cache.step is not None:
+                step = cache.step  # with the demand that the policy's routing came to
             if self._memory.shrinking:
-                self._memory.fit(self.cache)
-            self.counts.steps = step.number + 1
-            step_keys = opened(self.cache, step.experts.tolist(), outcome)
+                self._memory.fit(cache)
+            counts.steps = step.number + 1
+            step_keys = opened(cache, step.experts.tolist(), outcome)
             self._awaited = set(step_keys.absent)
             if self._streams.guesses:
                 for key in self._awaited & self._streams.guesses:
