@@ -13,7 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepolicy.blame import broken
-from moepolicy.calls import Call, Calls, CompiledCalls, lacking_calls
+from moepolicy.calls import (
+    BEGIN,
+    CONSUME,
+    END,
+    FINISH,
+    RESIZE,
+    START,
+    Call,
+    Calls,
+    CompiledCalls,
+    lacking_calls,
+)
 from moepolicy.kinds import Kind
 from moepolicy.overdue import watch_policy
 from moepolicy.pointers import Missing
@@ -102,7 +113,6 @@ class ExpertCache:
         """The step begun last, as the policy routed it."""
         self._watch = watch_policy(self.name, type(policy), self.arrays.step)
         self._calls: Calls = self.compile_calls(horizon) if compile else Calls(self.arrays, policy)
-        self._outcome = np.zeros(context.n_experts, np.int8)
         # Single entries are read in a third of the time that an array takes for them.
         self._place = self.arrays.place.data
         self._unused = self.arrays.unused.data
@@ -165,14 +175,13 @@ class ExpertCache:
         SUBSTITUTE  the expert of ``substitute`` is to be computed in its place
         SKIP        nothing is to be computed
         """
-        self._log(Call.BEGIN, step.number)
+        self._log(BEGIN, step.number)
         self._watch.begin()
         try:
             if self.arrays.routing:
                 step = self._rerouted(step, rows)
             self.step = step
-            outcome = self._outcome[: len(step.experts)]
-            self._calls.begin(step, outcome)
+            outcome = self._calls.begin(step)
         except Exception as error:
             self._fail(error)
         finally:
@@ -199,7 +208,7 @@ class ExpertCache:
 
     def start(self) -> Transfer | None:
         """The copy that starts now, into a slot that is emptied; None when no copy can start."""
-        self._log(Call.START, -1)
+        self._log(START, -1)
         self._watch.begin()
         try:
             key = self._calls.start()
@@ -214,7 +223,7 @@ class ExpertCache:
 
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
-        self._log(Call.FINISH, key)
+        self._log(FINISH, key)
         self._watch.begin()
         try:
             self._calls.finish(key)
@@ -225,12 +234,12 @@ class ExpertCache:
 
     def consume(self, key: int) -> None:
         """The step's compute has finished with ``key``."""
-        self._log(Call.CONSUME, key)
+        self._log(CONSUME, key)
         self._calls.consume(key)
 
     def end(self) -> None:
         """All of the step's experts have been computed."""
-        self._log(Call.END, -1)
+        self._log(END, -1)
         self._watch.begin()
         try:
             self._calls.end()
@@ -251,7 +260,7 @@ class ExpertCache:
             )
         context = self.context._replace(slots=slots)
         limit = domain_slots(self.policy, context, self.name)
-        self._log(Call.RESIZE, slots)
+        self._log(RESIZE, slots)
         self.arrays.limit[:] = limit
         self._watch.begin()
         try:
@@ -295,9 +304,9 @@ class ExpertCache:
         """AssertionError if an invariant of the state machine does not hold."""
         check(self.arrays)
 
-    def _log(self, call: Call, key: int) -> None:
+    def _log(self, call: int, key: int) -> None:
         if self.journal is not None:
-            self.journal.append((int(call), key))
+            self.journal.append((call, key))
 
     def _fail(self, error: Exception) -> NoReturn:
         found = broken(self.name, type(self.policy), error, int(self.arrays.step[0]))

@@ -39,6 +39,11 @@ class Call(IntEnum):
     RESIZE = 5
 
 
+# Plain integers for compiled code, and for calls that are made often.
+BEGIN, START, FINISH = int(Call.BEGIN), int(Call.START), int(Call.FINISH)
+CONSUME, END, RESIZE = int(Call.CONSUME), int(Call.END), int(Call.RESIZE)
+
+
 class Calls:
     """The state machine of one cache and policy, as Python runs it."""
 
@@ -48,10 +53,15 @@ class Calls:
         self._asked = guarded(policy)
         # A view takes single entries in half the time that the array does.
         self._backlog, self._counters = cache.backlog.data, cache.counters.data
+        consumed: Any = cache.consumed.data
+        self._consumed = cache._replace(consumed=consumed)
+        self._outcome = np.zeros(cache.n_experts, np.int8)
 
-    def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
-        """Write what becomes of each key; the step's backlog and counts are the cache's now."""
+    def begin(self, step: Step) -> NDArray[np.int8]:
+        """What becomes of each key; the step's backlog and counts are the cache's now."""
+        outcome = self._outcome[: len(step.experts)]
         begin(self.cache, self._asked, self._informed(step), outcome)
+        return outcome
 
     def _informed(self, step: Step) -> Step:
         counters = self._counters
@@ -75,8 +85,10 @@ class Calls:
         finish(self.cache, self._asked, key)
 
     def consume(self, key: int) -> None:
-        """Note that the step's compute has finished with ``key``."""
-        consume(self.cache, key)
+        """Note that the step's compute has finished with ``key``.
+
+        Compiled or not: to resume compiled code takes longer than to set an entry."""
+        consume(self._consumed, key)
 
     def end(self) -> None:
         """End the step: its pins drop, and bypassed experts leave their buffers."""
@@ -99,9 +111,6 @@ SLIP_N_TOKEN_IDS = 7
 SLIP_BEGINS_PASS = 8
 SLIP_BEGINS_SEQUENCE = 9
 SLIP_ENTRIES = 10
-
-BEGIN, START, FINISH = int(Call.BEGIN), int(Call.START), int(Call.FINISH)
-CONSUME, END, RESIZE = int(Call.CONSUME), int(Call.END), int(Call.RESIZE)
 
 
 class Mail(NamedTuple):
@@ -158,8 +167,6 @@ def answer_mail(cache: Cache, policy: Any, mail: Mail) -> Generator[int, None, N
             slip[SLIP_ABOUT] = start(cache, policy)
         elif call == FINISH:
             finish(cache, policy, slip[SLIP_ABOUT])
-        elif call == CONSUME:
-            consume(cache, slip[SLIP_ABOUT])
         elif call == RESIZE:
             resize(cache, policy, slip[SLIP_ABOUT])
         else:
@@ -191,16 +198,16 @@ class CompiledCalls(Calls):
         self._resume = serve(*self._linked, self._pointed).__next__
         self._resume()
 
-    def begin(self, step: Step, outcome: NDArray[np.int8]) -> None:
-        """Copy the step in, begin the step, and copy the outcome of each key out."""
+    def begin(self, step: Step) -> NDArray[np.int8]:
+        """Copy the step in, and begin it; the outcome of each key is there until the next."""
         mail = self._mail
         n = len(step.experts)
         mail.experts[:n] = step.experts
         mail.weights[:n] = step.weights
-        n_logits, horizon = len(step.logits), min(len(step.predicted), len(mail.predicted))
-        if n_logits:
+        if n_logits := len(step.logits):
             mail.logits[:] = step.logits
-        if horizon:
+        if horizon := len(step.predicted):
+            horizon = min(horizon, len(mail.predicted))
             mail.predicted[:horizon] = step.predicted[:horizon]
         if n_ids := len(step.token_ids):
             mail = self._with_room_for(n_ids)
@@ -217,7 +224,7 @@ class CompiledCalls(Calls):
         slip[SLIP_BEGINS_PASS] = step.begins_pass
         slip[SLIP_BEGINS_SEQUENCE] = step.begins_sequence
         self._resume()
-        outcome[:] = mail.outcome[:n]
+        return mail.outcome[:n]
 
     def start(self) -> int:
         """The key whose copy is to start now; -1 where none can."""
@@ -229,10 +236,6 @@ class CompiledCalls(Calls):
     def finish(self, key: int) -> None:
         """The copy of ``key`` has arrived."""
         self._call(FINISH, key)
-
-    def consume(self, key: int) -> None:
-        """Resume the compiled code for the end of compute with ``key``."""
-        self._call(CONSUME, key)
 
     def end(self) -> None:
         """Resume the compiled code for the end of a step."""

@@ -123,11 +123,12 @@ def demand_order(
     ids = np.asarray(ids, np.int32)
     weights = np.asarray(weights, np.float32)
     if ids.shape[0] == 1:
-        row = weights[0].tolist()
+        chosen, masses = ids[0], weights[0]
+        row = masses.tolist()
         if all(map(ge, row, row[1:])):  # as nearly every gate gives them; sorting costs more
-            return ids[0], weights[0]
-        order = np.argsort(-weights[0], kind="stable")
-        return ids[0][order], weights[0][order]
+            return chosen, masses
+        order = np.argsort(-masses, kind="stable")
+        return chosen[order], masses[order]
     experts, inverse = np.unique(ids, return_inverse=True)
     mass = np.bincount(inverse.ravel(), weights=weights.ravel().astype(np.float64))
     order = np.lexsort((experts, -mass))

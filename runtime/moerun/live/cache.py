@@ -71,33 +71,37 @@ class LiveCache:
         A policy that routes rewrites ``rows``."""
         with self.lock:
             self.raise_failure()
+            cache, counts = self.cache, self.counts
             began_s = time.perf_counter()
-            outcome = self.cache.begin(step, rows).tolist()
-            self.counts.decide_s += time.perf_counter() - began_s
-            if self.cache.step is not None:
-                step = self.cache.step  # with the demand that the policy's routing came to
+            outcome = cache.begin(step, rows).tolist()
+            counts.decide_s += time.perf_counter() - began_s
+            if cache.step is not None:
+                step = cache.step  # with the demand that the policy's routing came to
             if self._memory.shrinking:
-                self._memory.fit(self.cache)
-            self.counts.steps = step.number + 1
-            step_keys = opened(self.cache, step.experts.tolist(), outcome)
+                self._memory.fit(cache)
+            counts.steps = step.number + 1
+            step_keys = opened(cache, step.experts.tolist(), outcome)
             self._awaited = set(step_keys.absent)
-            for key in self._awaited & self._streams.guesses:
-                self.link.want(key)
+            if self._streams.guesses:
+                for key in self._awaited & self._streams.guesses:
+                    self.link.want(key)
             self._pump()
         return step_keys
 
     def acquire(self, key: int, slot: int) -> Any:
         """The weights of ``key``, in ``slot``, for the compute issued from now on."""
-        self.link.acquire(slot)
-        low = self._has_low and self.cache.is_low(key)
-        return in_form(self.link.slots[slot], Variant(low))
+        link = self.link
+        link.acquire(slot)
+        is_low = self._has_low and self.cache.is_low(key)
+        return in_form(link.slots[slot], Variant.LOW if is_low else Variant.FULL)
 
     def release(self, key: int, slot: int) -> None:
         """The step's compute with ``key``, in ``slot``, has been issued."""
         self.link.release(slot)
         with self.lock:
             self.cache.consume(key)
-            self._pump()
+            if self.cache.queued() is not None:
+                self._pump()
 
     def release_all(self, keys: Sequence[int]) -> None:
         """The same of several, one after the other."""
@@ -194,7 +198,7 @@ class LiveCache:
             self.link.submit(
                 copy.key,
                 copy.slot,
-                Variant(copy.low),
+                Variant.LOW if copy.low else Variant.FULL,
                 demand=not copy.speculative,
                 begin_s=begin_s,
             )

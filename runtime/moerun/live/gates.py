@@ -9,7 +9,7 @@ import torch
 from moepolicy import NO_TOKEN_IDS
 from torch import nn
 
-from moerun.live.session import Session
+from moerun.live.session import NOTHING_ASKED, Session
 from moerun.live.step import PassStart
 from moerun.offload.experts import Served
 from moerun.offload.gate import GateOutput, logits_reader
@@ -26,7 +26,7 @@ class SessionExperts:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._layer = -1  # whose gate has run and whose experts have not been asked for
-        self._output = GateOutput()
+        self._output = NOTHING_ASKED
 
     def pass_begins(self, ids: torch.Tensor | None, begins_sequence: bool) -> None:
         """A forward pass over ``ids`` [sequences, tokens] begins; None: over something else.
@@ -61,7 +61,7 @@ class SessionExperts:
             self._session.raise_failure()  # the model of a closed run has lost its hooks
             raise RuntimeError(f"the experts of layer {layer} are asked for before its gate ran")
         output = self._output
-        self._layer, self._output = -1, GateOutput()
+        self._layer, self._output = -1, NOTHING_ASKED
         return output
 
 

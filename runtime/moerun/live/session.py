@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -214,13 +214,13 @@ class Session:
     def _served(self, layer: int, opened: Opened, together: bool) -> Generator[Item]:
         live, first, step = self._live, layer * self.context.n_experts, self.cache.step
         assert step is not None
-        left = dict.fromkeys(step.experts.tolist())  # a set that keeps the router's order
+        served: list[int] = []
         computing = bool(opened.on_cpu)
         try:
             while True:
                 try:
                     for key, weights in self._ready(opened, together):
-                        del left[key]
+                        served.append(key)
                         yield key - first, weights
                     if computing:
                         self._join()
@@ -228,9 +228,9 @@ class Session:
                     return
                 except PolicyFailed as error:
                     self._fall_back(error)
-                if not left:
+                if len(served) == len(step.experts):
                     break
-                opened, together = live.begin(_rest(step, left)), False
+                opened, together = live.begin(_rest(step, served)), False
             if computing:
                 self._join()
         except BaseException:
@@ -365,9 +365,9 @@ class Session:
             raise
 
 
-def _rest(step: Step, left: Iterable[int]) -> Step:
+def _rest(step: Step, served: Sequence[int]) -> Step:
     """``step`` with the keys that are still to be computed."""
-    keep = np.isin(step.experts, list(left))
+    keep = np.isin(step.experts, served, invert=True)
     return step._replace(experts=step.experts[keep], weights=step.weights[keep])
 
 
