@@ -44,9 +44,10 @@ def return_freed_blocks() -> None:
 
     glibc itself takes the size of each such block that is freed, up to 32 MiB, for the size below
     which blocks lie side by side in its heap. What is freed there stays resident while a later
-    block is in use, and up to 64 MiB at the end do anyway: in a prompt of 1,501 tokens up to 60 MiB
-    more than was in use, by chance, since it depends on the order in which threads allocate. A
-    prompt takes up to a fifth more CPU time this way where a model is small, a token no more.
+    block is in use, and up to 64 MiB at the end do anyway: measured, 30 to 85 MiB while prompts of
+    1,501 tokens are read, by chance, since it depends on the order in which threads allocate. A
+    prompt takes 8 % more CPU time this way with hidden states of 2,048 numbers and 17
+    to 19 % more with 256 and 512, and a decoded token takes no more.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or _malloc_is_set_up():
