@@ -16,10 +16,6 @@ from moerun.amounts import format_bytes
 from moerun.errors import RunError
 from moerun.ranges import check_device, check_threads
 
-# More than the shapes of one token in a model's layers, which come again in every layer. Each takes
-# up to 0.9 MiB, measured: those of one thread lie within what a plan counts for libraries.
-KEPT_OPERATIONS = 24
-
 
 def find_device(name: str, *, planned: bool = False) -> torch.device:
     """cpu, cuda, cuda:N or auto (the first GPU, else the CPU). Raises RunError for any other.
@@ -58,19 +54,6 @@ def use_threads(asked: int | None) -> None:
         asked = max(1, min(torch.get_num_threads(), (cores or 1) - 1))
     check_threads(asked)
     torch.set_num_threads(asked)
-
-
-def keep_few_operations() -> None:
-    """Let torch keep KEPT_OPERATIONS of oneDNN's operations, unless the environment says how many.
-
-    In bfloat16 oneDNN makes one for each shape, such as each number of tokens that an expert gets,
-    and each length of a text that attention is computed over. torch and oneDNN keep 1,024 of them,
-    by a thread and in all: 800 MiB. Where there is a budget that is too much; where there is none,
-    a prompt is read some 20 % faster with all of them. Both ask the environment when they make the
-    first, so this comes too late in a process that has computed in bfloat16 before.
-    """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KEPT_OPERATIONS))
 
 
 def freeze_loaded_objects() -> None:

@@ -147,9 +147,11 @@ def main() -> None:
     _import_everything()
     gc.collect()
     gc.freeze()  # or a child copies the memory of all that its collector looks at
+    system = ctypes.CDLL(None)
+    system.malloc_trim(0)  # or what imports have freed would be a child's to take, uncounted
     library = ctypes.CDLL(shim) if shim else None
     # What a command leaves behind becomes a child of this process, which then sees it.
-    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    assert system.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     requests = os.fdopen(os.dup(0), "r")
     for line in iter(requests.readline, ""):
         described = json.loads(line)

@@ -25,6 +25,7 @@ from moerun.live.assembly import make_cpu_experts, make_link
 from moerun.live.gates import SessionExperts
 from moerun.live.session import Session
 from moerun.live.totals import Totals
+from moerun.memory.libraries import keep_little
 from moerun.memory.peak import Peak
 from moerun.offload.cpu_experts import CpuExperts
 from moerun.offload.experts import Sums
@@ -128,6 +129,8 @@ class Bench(AbstractContextManager["Bench"]):
             low = opened.enter_context(make_store(lower, where, device, progress))
             self.settings = replace(self.settings, low=low)
         self._peak = Peak(self.store, device)
+        if self.settings.memory_bytes is not None:
+            keep_little(on_host=device.type == "cpu")
         n_slots = self.store.n_layers * self.slots + self.memory.staging
         form = SlotForm(self.generated.shape, self.generated.index.precision, device)
         self._link = LentLink(make_link(self.store, form, self.settings, n_slots))

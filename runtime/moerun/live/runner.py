@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from moepolicy import WEIGHT_RULES, Context, PolicyError, RoutingRule
 
-from moerun.devices import keep_few_operations, naming_lack_of_memory
+from moerun.devices import naming_lack_of_memory
 from moerun.kernels.slots import SlotForm
 from moerun.links import HostTier
 from moerun.live.assembly import check_low, make_cpu_experts, make_link
@@ -26,6 +26,7 @@ from moerun.live.token_layers import install_token_layers
 from moerun.live.weight_rule import find_weight_rule
 from moerun.memory.budget import BudgetWatch
 from moerun.memory.fit import plan_memory
+from moerun.memory.libraries import keep_little
 from moerun.memory.peak import Peak
 from moerun.memory.plan import MemoryPlan
 from moerun.offload.gate_predictor import GatePredictor
@@ -62,7 +63,7 @@ class Runner:
         plan = plan_memory(store, settings)
         self._peak = Peak(store, settings.device)
         if settings.memory_bytes is not None or settings.memory_file is not None:
-            keep_few_operations()
+            keep_little(on_host=settings.device.type == "cpu")
         self.session = Session(
             plan_context(store, settings, plan.slots),
             settings.policy,

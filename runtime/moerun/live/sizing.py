@@ -8,6 +8,7 @@ import torch
 
 from moerun.live.session import Session
 from moerun.memory.fit import require_free
+from moerun.memory.libraries import keep_little
 from moerun.memory.plan import MemoryPlan
 
 
@@ -41,5 +42,7 @@ class Sizing:
             if on_host and compilation.allow(plan.compiling) is not done:
                 # It has begun meanwhile, and counts.
                 plan = self.plan.on_host_within(budget_bytes, compilation.done)
+            if self.plan.budget_bytes is None:
+                keep_little(on_host=on_host)
             self._session.resize(plan.slots)
             self.plan = plan

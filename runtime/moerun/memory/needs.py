@@ -13,7 +13,6 @@ import torch
 
 from moerun.checkpoint.context import context_limit
 from moerun.checkpoint.families import layer_configs
-from moerun.devices import KEPT_OPERATIONS
 from moerun.format.precision import BlockScheme, Scheme, scheme_of
 from moerun.format.tensorfile import bytes_of
 from moerun.kernels.coded import DECODING_BYTES
@@ -21,6 +20,7 @@ from moerun.kernels.coded import scratch_bytes as coded_scratch_bytes
 from moerun.kernels.cpu_prompt import scratch_bytes
 from moerun.kernels.slots import SlotForm
 from moerun.memory.cache import ModelShape, shape_of
+from moerun.memory.libraries import KEPT_OPERATIONS
 from moerun.memory.plan import MIB, Needs
 from moerun.offload.attention import packed_attention_bytes
 from moerun.store.expert_store import ExpertStore
