@@ -60,6 +60,11 @@ def counted(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
+def cache_of(scope: str) -> str:
+    """A scope in words: whether each layer has a cache of its own."""
+    return "one cache for all layers" if scope == "global" else f"cache per {scope}"
+
+
 def decimal_bytes(n_bytes: int) -> str:
     """A number of bytes in GB (10^9), or in MB below 1 GB."""
     return f"{n_bytes / 1e9:.3f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3f} MB"

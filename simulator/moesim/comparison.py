@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moepolicy import Policy, PolicySpec, find_policy
+from moepolicy.amounts import cache_of
 from moeroute import Trace, open_trace
 from moeroute.schema import TraceMeta
 from moeroute.sizes import GivenSizes
@@ -96,7 +97,7 @@ class Setting:
         meta = self.meta
         return (
             f"Simulated on {self.machine.name} ({self.machine.source} constants), "
-            f"{expert_label(self.expert_bytes)}{lower}, cache per {self.scope}"
+            f"{expert_label(self.expert_bytes)}{lower}, {cache_of(self.scope)}"
             f"{', cold at every sequence' if self.cold else ''}"
             f"{', on sequences held out from fits' if self.held_out else ''}.\n"
             f"{dense_label(meta)}.\n"

@@ -179,6 +179,14 @@ RUNS: dict[str, Run] = {
         "--store bench --direct --slots 4 --policy lru --policy foresight-bypass --tokens 2 "
         "--warm-up 1 --rounds 1"
     ),
+    "python benchmarks/research_live.py --gbps 0.2 --slots 6 --out live.md": Run(options=True),
+    "moerun bench --shape qwen3-30b-a3b --top-k 6 --layers 4 --precision 4bit --routing "
+    "qwen3-30b.parquet --store STORE --direct --slots 32 --policy lru --policy class-lru --policy "
+    "foresight-bypass --policy foresight-ahead --tokens 64 --warm-up 24 --rounds 3": Run(
+        instead="moerun bench --shape tiny --layers 2 --top-k 1 --precision 4bit --routing uniform "
+        "--store bench1 --direct --slots 4 --policy lru --policy foresight-ahead --tokens 2 "
+        "--warm-up 1 --rounds 1"
+    ),
     "python benchmarks/policy_results.py tiny mixtral-like prose.trace.parquet code.trace.parquet "
     "> docs/results.md": Run(options=True),
     "moetrace record README.md docs --tokens 16384 --out prose.trace.parquet": Run(

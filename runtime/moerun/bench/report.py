@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from moepolicy.amounts import counted
+from moepolicy.amounts import cache_of, counted
 from moepolicy.lossy import CHANGES, OPEN_LOOP, changed, marked
 from moepolicy.outputs import Output
 from moepolicy.refusals import refusal_notes, with_refused
@@ -239,7 +239,7 @@ def _legend(rows: list[Row], made_by: dict[str, Any]) -> list[str]:
         f"{made_by['attention']} attention, "
         f"{made_by['precision']} experts of "
         f"{made_by['expert_bytes'] / 1e6:,.3g} MB (random weights) in {made_by['experts_in']}; "
-        f"{counted(made_by['slots'], 'slot')} a layer, cache per {made_by['scope']}, "
+        f"{counted(made_by['slots'], 'slot')} a layer, {cache_of(made_by['scope'])}, "
         f"on {made_by['device']}",
         f"routing forced: {made_by['routing']} (sha256 {made_by['routing_sha256'][:12]}), "
         f"{made_by['tokens']} tokens after {made_by['warm_up']} of warm-up, "

@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moepolicy.amounts import counted
+from moepolicy.amounts import cache_of, counted
 from moepolicy.counts import CountColumns, as_row
 from moepolicy.lossy import changed
 from moepolicy.tables import Format, described, to_csv, to_json
@@ -140,7 +140,8 @@ def render(report: Report, format: Format, text: str, made_by: dict[str, Any]) -
 def _table(report: Report) -> str:
     """Lines for people; what a run broken off early has no value of is left out."""
     lossy = "  (changes what the model computes)" if report.lossy else ""
-    cache = f"{counted(report.slots, 'slot')} a layer, cache per {report.scope}, on {report.device}"
+    slots = f"{counted(report.slots, 'slot')} a layer"
+    cache = f"{slots}, {cache_of(report.scope)}, on {report.device}"
     lines = {
         "policy": f"{report.policy}{lossy}: {cache}",
         "failed": f"{report.policy_failure}: LRU went on" if report.policy_failure else "",

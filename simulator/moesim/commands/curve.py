@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from moepolicy.amounts import cache_of
 from moepolicy.apps import OutputOptions
 from moepolicy.completion import among
 from moepolicy.progress import watched
@@ -93,7 +94,7 @@ def curve(
         lambda: curves(rows, f"simulated, {opened.meta.source} routing", opened.title),
         "Hit ratio by cache size",
     )
-    title = f"Hit ratio in %, cache per {scope}{when}. {opened.title}; shuffled with seed {seed}."
+    title = f"Hit ratio in %, {cache_of(scope)}{when}. {opened.title}; shuffled with seed {seed}."
     destination.deliver(rows, lambda: _table(rows, title))
 
 

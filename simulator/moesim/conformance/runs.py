@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from moepolicy import Context, Event, ExpertCache, Journal, Kind, PolicySpec, Step, TokenRows
-from moepolicy.amounts import counted
+from moepolicy.amounts import cache_of, counted
 from moepolicy.policy import Policy, defines, overrides
 from moepolicy.state import arrays_of
 
@@ -48,7 +48,7 @@ class CacheSize(NamedTuple):
     streams: int
 
     def __str__(self) -> str:
-        return f"{counted(self.slots, 'slot')} a layer, cache per {self.scope}"
+        return f"{counted(self.slots, 'slot')} a layer, {cache_of(self.scope)}"
 
 
 CACHES = (CacheSize(2, "layer", 1), CacheSize(4, "layer", 3), CacheSize(3, "global", 2))

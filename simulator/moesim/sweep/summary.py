@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moepolicy.amounts import cache_of
 from moepolicy.lossy import CHANGES, MARKED, OPEN_LOOP, changed, marked
 from moepolicy.tables import Table, wrapped
 
@@ -70,15 +71,17 @@ def table(rows: Sequence[Row]) -> str:
         "trace_path": "trace",
         "machine": "machine",
         "precision": "precision",
-        "scope": "cache per",
+        "scope": "scope",
         "memory_bytes": "memory",
         "slots": "slots",
     }
     varied = [name for name in shown if len({row[name] for row in rows}) > 1 or name == "slots"]
     fixed = [
-        f"{shown[name]} {_cell(name, rows[0][name])}"
+        cache_of(rows[0][name])
+        if name == "scope"
+        else f"{shown[name]} {_cell(name, rows[0][name])}"
         for name in shown
-        if name not in varied and rows[0][name] is not None
+        if name not in varied and row[name] is not None
     ]
     names = ["best policy", "tokens/s", "hit %", "x limit", "limit %", "gap %", "second", "by %"]
     result = Table(
