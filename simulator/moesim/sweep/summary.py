@@ -77,11 +77,9 @@ def table(rows: Sequence[Row]) -> str:
     }
     varied = [name for name in shown if len({row[name] for row in rows}) > 1 or name == "slots"]
     fixed = [
-        cache_of(rows[0][name])
-        if name == "scope"
-        else f"{shown[name]} {_cell(name, rows[0][name])}"
-        for name in shown
-        if name not in varied and row[name] is not None
+        cache_of(value) if name == "scope" else f"{shown[name]} {_cell(name, value)}"
+        for name, value in ((name, rows[0][name]) for name in shown)
+        if name not in varied and value is not None
     ]
     names = ["best policy", "tokens/s", "hit %", "x limit", "limit %", "gap %", "second", "by %"]
     result = Table(
