@@ -237,7 +237,7 @@ def judge(
         return f"left {left[0]}: {error}"
     named = names_a_file(error, call, work) or folder.name in error
     # Of the folder it runs in, and where memory is what is missing, that is all there is to say.
-    named = named or error.startswith("error: .: ") or "not enough memory" in error
+    named = named or error.startswith(("error: .: ", "error: . ")) or "not enough memory" in error
     return "" if named else f"names no file ({call.path}): {error}"
 
 
