@@ -94,7 +94,7 @@ def section(trace: str, machines: list[Rows]) -> Iterator[str]:
     """The tables of one trace."""
     opened = open_trace(trace)
     meta = opened.meta
-    yield f"## {opened.title}"
+    yield f"## {trace}, of {opened.title}" if trace.endswith(".parquet") else f"## {opened.title}"
     yield ""
     yield (
         f"{meta.source} routing of {meta.n_layers} layers of {meta.n_experts} experts, "
