@@ -8,11 +8,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_tb
 from typing import NoReturn, Self
 
+from moepolicy import shortage
 from moepolicy.near import meant
 
 FAILED = 1
@@ -21,8 +22,6 @@ INTERRUPTED = 130
 
 OWN = ("moeroute", "moepolicy", "moesim", "moerun", "moetrace")
 SET_UTF8 = "set PYTHONUTF8=1"
-_OF_THE_SYSTEM = (OSError, MemoryError, ModuleNotFoundError, UnicodeError, RuntimeError)
-_LACKS = ("can't allocate memory", "can't start new thread")  # as torch and threading tell it
 STRICT = ("strict", "surrogateescape")  # what a stream does by default with what it cannot encode
 
 
@@ -210,6 +209,7 @@ def run(app: Callable[[], object], *, errors: Callable[[], tuple[type[Exception]
     _RUNNING.append(app)
     try:
         try:
+            shortage.prepare()
             app()
         except SystemExit:
             _to_stdout(lambda: None)  # what is still to be printed may fail
@@ -221,27 +221,32 @@ def run(app: Callable[[], object], *, errors: Callable[[], tuple[type[Exception]
     except (KeyboardInterrupt, Interrupted) as error:
         say_interrupted(str(error) or what_is_kept())
         sys.exit(INTERRUPTED)
-    except _OF_THE_SYSTEM as error:
-        told = _told_of_the_system(error)
-        if told is not None:
-            fail(told)
-        if not isinstance(error, (CommandError, *errors())):
-            raise
-        _fail_as_expected(error)
-    except CommandError as error:
-        _fail_as_expected(error)
-    except Exception as error:
-        if not isinstance(error, errors()):
-            raise
-        _fail_as_expected(error)
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of polars is no Exception
+        _fail_with(error, errors)
+        raise
     finally:
         _RUNNING.pop()
 
 
-def _told_of_the_system(error: Exception) -> str | None:
+def _fail_with(error: BaseException, errors: Callable[[], tuple[type[Exception], ...]]) -> None:
+    """Leave with one line, unless the error is a defect of this project."""
+    shortage.relieve()
+    expected: tuple[type[Exception], ...] = (CommandError,)
+    with suppress(Exception):  # or memory lacks for the modules of these classes
+        expected += errors()
+    if isinstance(error, expected):
+        told = error.as_typed() if isinstance(error, WrongUsage) else str(error)
+        fail(told, getattr(error, "exit_code", FAILED))
+    if lack_or_system := _told_of_the_system(error) or shortage.told_of(error):
+        fail(lack_or_system)
+
+
+def _told_of_the_system(error: BaseException) -> str | None:
     """What to say of an error that the system, or what is installed, is the cause of; None of
     another."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and (error.errno or not shortage.told_of(error)):
         if isinstance(error, _StdoutError):
             _drop_stdout()
         where = error.filename or _file_in_use(error)
@@ -255,15 +260,7 @@ def _told_of_the_system(error: Exception) -> str | None:
 
         name = error.name or ""
         return lacking(name) if name and name.partition(".")[0] not in OWN else None
-    told = (str(error).splitlines() or [""])[0]
-    if isinstance(error, MemoryError) or any(lack in told for lack in _LACKS):
-        return f"there is not enough memory: {told}" if told else "there is not enough memory"
     return None
-
-
-def _fail_as_expected(error: BaseException) -> NoReturn:
-    told = error.as_typed() if isinstance(error, WrongUsage) else str(error)
-    fail(told, getattr(error, "exit_code", FAILED))
 
 
 def say_interrupted(kept: str) -> None:

@@ -24,6 +24,7 @@ JOURNAL = "limits.jsonl"
 MIB = 1 << 20
 ENOUGH = 4096 * MIB
 ABORTED = "aborted"
+GLIBC_GIVES_UP = 127  # it has no memory for thread-local data
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Limits(Journaled[Limited]):
             1, self._need(name, warm) // MIB + 1
         )
         done = self._run(name, folder, warm, limit * MIB)
-        aborted = done.code in (-signal.SIGABRT, -signal.SIGSEGV) and "memory" in done.stderr
+        aborted = done.code in (-signal.SIGABRT, -signal.SIGSEGV, GLIBC_GIVES_UP)
         fault = "" if aborted else how_it_ended(done)
         fault = fault or work.damage(folder, whole, self.folder / f"{name}.fresh")
         if not fault and done.code and not (work.outputs and work.is_there(folder)):

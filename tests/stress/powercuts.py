@@ -73,8 +73,10 @@ class Disk:
 
     def apply(self, call: Logged) -> None:
         """Do a call that succeeded."""
+        if call.kind in ("opened", "mkdir") and self._changes_nothing(call):
+            return
         if call.kind == "opened":
-            if call.at >= 0 and call.path != str(self.root):
+            if call.at >= 0:
                 self._opened(call)
         elif call.kind in ("write", "sendfile"):
             file = self._file(call.path)
@@ -93,14 +95,21 @@ class Disk:
         """Write what the disk has after a power cut."""
         _write(self.tree, folder, strict=model == STRICT)
 
+    def _changes_nothing(self, call: Logged) -> bool:
+        """Whether it is of the folder itself, or failed as a folder's making does in a folder that
+        is still to be made."""
+        return call.path == str(self.root) or self._find(str(Path(call.path).parent)) is None
+
     def _opened(self, call: Logged) -> None:
         folder, name = self._place(call.path)
         flags = call.n_bytes
         if name not in folder.content and flags & os.O_CREAT:
             folder.content[name] = File()
-        elif name not in folder.content:
+        elif name not in folder.content and name.endswith(".safetensors"):
             # The safetensors library renames by a system call of its own, which the shim misses.
             folder.content[name] = folder.content.pop([*folder.content][-1])
+        elif name not in folder.content:
+            folder.content[name] = Folder()  # made by a worker process: a sweep's scratch
         node = folder.content.get(name)
         if isinstance(node, File) and flags & os.O_TRUNC:
             node.content.clear()
@@ -110,7 +119,9 @@ class Disk:
         if call.kind == "mkdir":
             folder.content.setdefault(name, Folder())
         elif call.kind in ("unlink", "rmdir"):
-            folder.content.pop(name, None)
+            node = folder.content.get(name)
+            if not (isinstance(node, Folder) and node.content):  # or the call failed
+                folder.content.pop(name, None)
         else:
             into, as_name = self._place(call.other)
             node = folder.content[name]
@@ -120,10 +131,10 @@ class Disk:
                 del folder.content[name]
             into.content[as_name] = node
 
-    def _sync(self, node: File | Folder) -> None:
+    def _sync(self, node: File | Folder | None) -> None:
         if isinstance(node, File):
             node.synced = bytes(node.content)
-        else:
+        elif node is not None:
             node.synced = dict(node.content)
 
     def _place(self, path: str) -> tuple[Folder, str]:
@@ -131,11 +142,12 @@ class Disk:
         assert isinstance(parent, Folder)
         return parent, Path(path).name
 
-    def _find(self, path: str) -> File | Folder:
-        node: File | Folder = self.tree
+    def _find(self, path: str) -> File | Folder | None:
+        node: File | Folder | None = self.tree
         for part in Path(path).relative_to(self.root).parts:
-            assert isinstance(node, Folder)
-            node = node.content[part]
+            if not isinstance(node, Folder):
+                return None
+            node = node.content.get(part)
         return node
 
     def _file(self, path: str) -> File:
@@ -293,6 +305,8 @@ class PowerCuts(Journaled[Cut]):
         fault = ""
         if not work.is_there(folder) or work.damage(folder, whole):
             more = work.again if work.is_begun(folder) else ()
+            if any((folder / out).exists() for out in work.outputs[: len(work.outputs) - 1]):
+                more = ("--force",)  # one of two outputs is whole, which is refused otherwise
             env = work.env(folder, self.folder / "home")
             done = warm.run(Request((*work.command, *more), str(folder), env=env))
             fault = how_it_ended(done) or (done.stderr[-1000:] if done.code else "")

@@ -17,8 +17,8 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,15 +135,16 @@ class Load:
     async def vanish(self) -> None:
         """Leave in the middle of the request, or of the answer."""
         request = asking(self.rng)
-        with suppress(OSError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            cut = self.rng.random() < 0.6
-            writer.write(request[: self.rng.randrange(len(request))] if cut else request)
-            await writer.drain()
-            if not cut:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(reader.read(200), self.rng.uniform(0.0, 1.0))
-            writer.transport.abort()
+        with suppress(OSError), self._patience(request):
+            async with asyncio.timeout(PATIENCE_S):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                cut = self.rng.random() < 0.6
+                writer.write(request[: self.rng.randrange(len(request))] if cut else request)
+                await writer.drain()
+                if not cut:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(reader.read(200), self.rng.uniform(0.0, 1.0))
+                writer.transport.abort()
         self.seen.refused["vanish"] += 1
 
     async def stall(self, kind: str) -> None:
@@ -174,28 +175,34 @@ class Load:
         self.seen.refused[f"stall, {kind}"] += 1
 
     async def _exchange(self, request: bytes) -> bytes:
-        answer = b""
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        except OSError:
-            return answer
+        answer = bytearray()
+        with suppress(OSError), self._patience(request, answer):
+            async with asyncio.timeout(PATIENCE_S):
+                await self._fetch(request, answer)
+        self._look(bytes(answer))
+        return bytes(answer)
+
+    async def _fetch(self, request: bytes, answer: bytearray) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(request)
-            with suppress(OSError):
+            with suppress(OSError):  # it may have answered and gone before it read all
                 await writer.drain()
             if writer.can_write_eof() and b"Connection: close" not in request:
                 writer.write_eof()
-            async with asyncio.timeout(PATIENCE_S):
-                while part := await reader.read(1 << 16):
-                    answer += part
-        except TimeoutError:
-            self.seen.faults.append(f"hangs: {request[:200]!r}")
-        except OSError:
-            pass
+            while part := await reader.read(1 << 16):
+                answer += part
         finally:
             writer.close()
-        self._look(answer)
-        return answer
+
+    @contextmanager
+    def _patience(self, request: bytes, answer: bytearray | None = None) -> Iterator[None]:
+        """A server that keeps a client waiting, in whatever it does, is a fault."""
+        try:
+            yield
+        except TimeoutError:
+            got = bytes(answer or b"")[:100]
+            self.seen.faults.append(f"hangs: {request[:200]!r}, {len(request)} bytes; got {got!r}")
 
     def _look(self, answer: bytes) -> None:
         if b"openapi" not in answer and (found := PRIVATE.search(answer)):

@@ -8,11 +8,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import httpx2 as httpx
 import openai
@@ -41,11 +42,17 @@ class Faulty(find_policy("lru-spec").policy):
 
 
 class Served(NamedTuple):
-    """A server's process and where it listens; what it said on stderr before."""
+    """A server's process, where it listens, and the file of its stderr: a pipe that nobody reads
+    would stop it after 64 KiB."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     url: str
-    said: str
+    errors: IO[bytes]
+
+    @property
+    def said(self) -> str:
+        """What it said on stderr so far."""
+        return said_in(self.errors)
 
     def client(self, key: str = KEY) -> openai.OpenAI:
         return openai.OpenAI(
@@ -70,8 +77,12 @@ class Served(NamedTuple):
     def end(self, number: int) -> tuple[int, str]:
         """Signal it; its exit code and what it said."""
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode, errors
+        return self.process.wait(timeout=PATIENCE_S), self.said
+
+
+def said_in(errors: IO[bytes]) -> str:
+    """The text of a file that another process writes."""
+    return os.pread(errors.fileno(), os.fstat(errors.fileno()).st_size, 0).decode()
 
 
 def bearer() -> dict[str, str]:
@@ -80,32 +91,29 @@ def bearer() -> dict[str, str]:
 
 @contextmanager
 def serving(home: Path, *arguments: str | Path, **variables: str) -> Iterator[Served]:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from moerun.cli import main; main()"),
-            *("serve", *map(str, arguments), "--port", "0"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "XDG_CACHE_HOME": str(home),
-            "OMP_NUM_THREADS": "1",
-            "MOERUN_API_KEY": KEY,
-            **variables,
-        },
-    )
-    try:
-        assert process.stderr is not None
-        said = ""
-        while not (found := re.search(r"serving .* on (http://\S+)\n", said)):
-            line = process.stderr.readline()
-            assert line, said
-            said += line
-        yield Served(process, found[1], said)
-    finally:
-        process.kill()
-        process.communicate()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", "from moerun.cli import main; main()"),
+                *("serve", *map(str, arguments), "--port", "0"),
+            ],
+            stderr=errors,
+            env={
+                **os.environ,
+                "XDG_CACHE_HOME": str(home),
+                "OMP_NUM_THREADS": "1",
+                "MOERUN_API_KEY": KEY,
+                **variables,
+            },
+        )
+        try:
+            while not (found := re.search(r"serving .* on (http://\S+)\n", said_in(errors))):
+                assert process.poll() is None, said_in(errors)
+                time.sleep(0.02)
+            yield Served(process, found[1], errors)
+        finally:
+            process.kill()
+            process.wait()
 
 
 @contextmanager
