@@ -20,6 +20,7 @@ from moeroute.architecture import CORRECTION_BIAS, Shapes
 from moeroute.architectures import architecture_of
 from moeroute.jsontext import parse_json
 from moeroute.naming import meant
+from moeroute.positions import longest_text
 from moeroute.schema import TraceError, TraceUsageError
 
 TABLE = Path(__file__).with_name("models.toml")
@@ -305,19 +306,12 @@ def describe(config: Mapping[str, Any], name: str) -> ModelShape:
         stored=stored,
         expert_stored=_published_as(config, name) or stored,
         assumed=dtype is None,
-        context_tokens=_context_tokens(inner),
+        context_tokens=longest_text(
+            inner.get("max_position_embeddings"),
+            inner.get("rope_parameters") or inner.get("rope_scaling"),
+            name,
+        ),
     )
-
-
-def _context_tokens(config: Mapping[str, Any]) -> int | None:
-    """Tokens of the longest text. Some configurations give the positions after stretching; others
-    give those before stretching, and the factor."""
-    limit = config.get("max_position_embeddings")
-    if not isinstance(limit, int):
-        return None
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    before = rope.get("original_max_position_embeddings")
-    return max(limit, round(before * (rope.get("factor") or 1))) if before else limit
 
 
 def _published_as(config: Mapping[str, Any], name: str) -> str | None:
