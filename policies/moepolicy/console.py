@@ -19,6 +19,7 @@ from moepolicy.near import meant
 FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
+LONGEST_LINE = 1000
 
 OWN = ("moeroute", "moepolicy", "moesim", "moerun", "moetrace")
 SET_UTF8 = "set PYTHONUTF8=1"
@@ -78,8 +79,12 @@ def nearest(name: str, choices: Iterable[str], listed_by: str | None = None) -> 
 
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
-    """Print one line on stderr and leave with ``code``."""
-    say(f"error: {' '.join(str(message).split())}")
+    """Print one line on stderr and leave with ``code``; what a library tells may be as long as the
+    file that it is of, and is cut."""
+    line = " ".join(str(message).split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[:400]} ... {line[-150:]}"
+    say(f"error: {line}")
     sys.exit(code)
 
 

@@ -75,6 +75,15 @@ def test_a_lack_of_memory_is_one_line(
     assert told.count("\n") == 1
 
 
+def test_a_line_as_long_as_a_file_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        console.fail(f"r.npz: damaged (names {'x' * 5000} differ)")
+    told = capsys.readouterr().err
+    assert told.startswith("error: r.npz: damaged (names xxx")
+    assert told.endswith("xxx differ)\n")
+    assert len(told) <= 600
+
+
 def test_other_errors_keep_their_traceback() -> None:
     def command() -> None:
         raise RuntimeError("a defect")

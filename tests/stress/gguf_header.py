@@ -77,6 +77,7 @@ def _after_string(data: bytes, at: int) -> int:
 
 def _after_array(data: bytes, at: int) -> int:
     kind, count = _whole(data, at, 4), _whole(data, at + 4, 8)
+    assert count <= len(data)  # or a header that is wrong already has no end
     at += 12
     if kind in SCALARS:
         return at + count * SCALARS[kind]

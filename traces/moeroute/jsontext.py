@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of ``text``. Every failure is a JSONDecodeError: values nested too deep, numbers of
-    thousands of digits, and bytes that are no text, too."""
+def parse_json(
+    text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """The value of ``text``; ``object_hook`` makes what stands for an object of it.
+
+    Every failure is a JSONDecodeError: values nested too deep, numbers of thousands of digits, and
+    bytes that are no text, too.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=object_hook)
     except RecursionError as error:
         raise json.JSONDecodeError("too deeply nested", "", 0) from error
     except json.JSONDecodeError:

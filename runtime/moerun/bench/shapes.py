@@ -7,13 +7,13 @@ fetched.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moepolicy.console import nearest
 from moeroute import TraceError
+from moeroute.jsontext import parse_json
 from moeroute.models import ModelShape, describe, published
 
 from moerun.checkpoint.gguf.header import is_gguf
@@ -141,7 +141,7 @@ def _number(found: dict[str, Any]) -> Any:
 
 def _of_file(name: str, file: Path) -> Shape:
     try:
-        fields = json.loads(file.read_bytes(), object_hook=_number)
+        fields = parse_json(file.read_bytes(), object_hook=_number)
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -142,7 +142,7 @@ def own_tokens(path: Path, config: Any) -> Any:
     if file.is_file():
         try:
             own = GenerationConfig.from_pretrained(path)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(f"{file} cannot be used: {reason}") from error
     else:

@@ -90,6 +90,8 @@ class Cell:
     def from_json(cls, described: dict[str, Any]) -> Cell:
         """Raises TypeError, ValueError or OverflowError when the description is not of a cell."""
         for one in fields(cls):
+            if one.type == "str" and not isinstance(described[one.name], str):
+                raise TypeError(f"{one.name} is {described[one.name]!r}, not a name")
             if one.type in ("int", "float") and one.name in described:
                 _check_number(one.name, described[one.name])
         row = described.pop("published")

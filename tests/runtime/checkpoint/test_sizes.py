@@ -226,3 +226,9 @@ def test_a_configuration_alone_tells_what_a_checkpoint_has(family: str, tmp_path
     assert one.shape.n_weights == other.shape.n_weights
     # Where a file has its experts at an odd place, so have the records: a page more at most.
     assert 0 <= store.record_bytes - generated.record_bytes <= RECORD_ALIGN
+
+
+def test_a_configuration_nested_too_deep_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": ' + "[" * 100_000)
+    with pytest.raises(RunError, match=r"config\.json cannot be used: it is not JSON"):
+        find_shape(str(tmp_path))

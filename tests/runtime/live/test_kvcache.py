@@ -183,8 +183,11 @@ def test_a_special_token_that_is_none_is_refused_by_name(tmp_path: Path, ids: ob
         own_tokens(tmp_path, config=None)
 
 
-def test_special_tokens_of_a_file_that_is_no_object_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text("[]")
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000])
+def test_special_tokens_of_a_file_that_is_no_object_are_refused_by_name(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(RunError, match=r"generation_config\.json cannot be used: "):
         own_tokens(tmp_path, config=None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def test_results_that_hold_no_numbers_are_refused(tmp_path: Path, value: str) ->
     with Results(path, {"a": 1}) as results:
         results.add_cell(CELL)
     path.write_text(path.read_text().replace('"perplexity": 2.0', f'"perplexity": {value}'))
+    with pytest.raises(RunError, match="holds no results of 'moerun perplexity'"):
+        Results(path, {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["attention", "experts", "policy"])
+def test_results_of_what_has_no_name_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "r.jsonl"
+    with Results(path, {"a": 1}) as results:
+        results.add_cell(CELL)
+    header, row = path.read_text().splitlines()
+    path.write_text(f"{header}\n{json.dumps(json.loads(row) | {name: ['4bit']})}\n")
     with pytest.raises(RunError, match="holds no results of 'moerun perplexity'"):
         Results(path, {"a": 1})
 
