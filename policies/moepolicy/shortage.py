@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -34,6 +34,7 @@ _SAYINGS = (
     "failed to map segment",  # the linker
     "spawn threads",  # Rust: rayon
     "spawn worker thread",  # Rust: tokio
+    "bad_alloc",  # C++
 )
 _BALLAST: list[mmap.mmap] = []
 
@@ -43,20 +44,28 @@ def told_of(error: BaseException) -> str | None:
 
     Its causes count: libraries raise errors of their own over a MemoryError or the linker's.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _causes(error):
         lines = [line.strip() for line in str(seen).splitlines() if line.strip()]
         telling = [line for line in lines if any(saying in line.lower() for saying in _SAYINGS)]
         if isinstance(seen, MemoryError):
             telling = telling or lines[:1]
         if telling or isinstance(seen, MemoryError):
             return ": ".join(["there is not enough memory", *telling[:1]])
-        seen = seen.__cause__ or seen.__context__
     left = left_bytes()
     if left is not None and left < HARDLY_ANY_BYTES:
         what = ": ".join((type(error).__name__, *str(error).splitlines()[:1]))
         return f"there is not enough memory: {leaves(left)} ({what})"
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it was raised over; once each, if they are a ring."""
+    known: set[int] = set()
+    seen: BaseException | None = error
+    while seen is not None and id(seen) not in known:
+        known.add(id(seen))
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def leaves(n_bytes: int) -> str:

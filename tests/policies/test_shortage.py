@@ -37,6 +37,7 @@ def caused(error: Exception, cause: BaseException) -> Exception:
             caused(OSError("no libllvmlite.so"), OSError("l.so: failed to map segment")),
             ": l.so: failed to map segment",
         ),
+        (RuntimeError("std::bad_alloc"), ": std::bad_alloc"),
         (RuntimeError("OS can't spawn worker thread: os error 11"), ": OS can't spawn worker"),
     ],
 )
@@ -51,6 +52,12 @@ def test_a_lack_of_memory_shows_in_errors_and_their_causes(error: Exception, say
 def test_a_defect_is_none(left: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortage, "left_bytes", lambda: left)
     assert shortage.told_of(ValueError("a defect")) is None
+
+
+def test_causes_that_are_a_ring_have_an_end() -> None:
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one
+    assert shortage.told_of(one) is None
 
 
 def test_any_error_is_one_where_a_limit_leaves_next_to_nothing(
