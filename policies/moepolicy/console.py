@@ -238,10 +238,11 @@ def run(app: Callable[[], object], *, errors: Callable[[], tuple[type[Exception]
 def _fail_with(error: BaseException, errors: Callable[[], tuple[type[Exception], ...]]) -> None:
     """Leave with one line, unless the error is a defect of this project."""
     shortage.relieve()
-    expected: tuple[type[Exception], ...] = (CommandError,)
-    with suppress(Exception):  # or memory lacks for the modules of these classes
-        expected += errors()
-    if isinstance(error, expected):
+    expected = isinstance(error, CommandError)
+    if not expected:
+        with suppress(Exception):  # memory may lack for the modules of these classes
+            expected = isinstance(error, errors())
+    if expected:
         told = error.as_typed() if isinstance(error, WrongUsage) else str(error)
         fail(told, getattr(error, "exit_code", FAILED))
     if lack_or_system := _told_of_the_system(error) or shortage.told_of(error):

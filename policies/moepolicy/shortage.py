@@ -97,7 +97,7 @@ def polars_needs_bytes() -> int:
     return POLARS_BYTES + n_threads * POLARS_THREAD_BYTES
 
 
-class Guarded(MetaPathFinder):
+class RoomForImports(MetaPathFinder):
     """Finds no module, but raises MemoryError where one that needs room is to be imported."""
 
     def __init__(self, needs: dict[str, Callable[[], int]]) -> None:
@@ -119,8 +119,8 @@ class Guarded(MetaPathFinder):
 def prepare() -> None:
     """Refuse from now on to import polars where the limit leaves too little for it, and keep what
     `relieve` gives back."""
-    if not any(isinstance(finder, Guarded) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Guarded({"polars": polars_needs_bytes}))
+    if not any(isinstance(finder, RoomForImports) for finder in sys.meta_path):
+        sys.meta_path.insert(0, RoomForImports({"polars": polars_needs_bytes}))
     if left_bytes() is not None and not _BALLAST:
         _BALLAST.append(mmap.mmap(-1, BALLAST_BYTES))
 
