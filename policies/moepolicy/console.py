@@ -244,7 +244,8 @@ def _fail_with(error: BaseException, errors: Callable[[], tuple[type[Exception],
             expected = isinstance(error, errors())
     if expected:
         told = error.as_typed() if isinstance(error, WrongUsage) else str(error)
-        fail(told, getattr(error, "exit_code", FAILED))
+        code = getattr(error, "exit_code", FAILED)
+        fail(told if code == WRONG_USAGE else f"{told}{shortage.remark()}", code)
     if lack_or_system := _told_of_the_system(error) or shortage.told_of(error):
         fail(lack_or_system)
 

@@ -51,11 +51,19 @@ def told_of(error: BaseException) -> str | None:
             telling = telling or lines[:1]
         if telling or isinstance(seen, MemoryError):
             return ": ".join(["there is not enough memory", *telling[:1]])
-    left = left_bytes()
-    if left is not None and left < HARDLY_ANY_BYTES:
+    if remark():
         what = ": ".join((type(error).__name__, *str(error).splitlines()[:1]))
-        return f"there is not enough memory: {leaves(left)} ({what})"
+        return f"{what}{remark()}"
     return None
+
+
+def remark() -> str:
+    """What ends the line of an error that may well come of a lack of memory; "" where enough is
+    left."""
+    left = left_bytes()
+    if left is None or left >= HARDLY_ANY_BYTES:
+        return ""
+    return f" (there is not enough memory: {leaves(left)})"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

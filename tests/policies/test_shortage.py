@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from moepolicy import shortage
+from moepolicy import console, shortage
 
 resource = pytest.importorskip("resource")
 MIB = shortage.MIB
@@ -64,9 +64,28 @@ def test_any_error_is_one_where_a_limit_leaves_next_to_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shortage, "left_bytes", lambda: 3 * MIB)
-    assert shortage.told_of(SyntaxError("expected ':'")) == (
-        "there is not enough memory: the limit (ulimit -v) leaves 3 MiB (SyntaxError: expected ':')"
+    told = (
+        "SyntaxError: expected ':' (there is not enough memory: the limit (ulimit -v) leaves 3 MiB)"
     )
+    assert shortage.told_of(SyntaxError("expected ':'")) == told
+
+
+@pytest.mark.parametrize(("left", "ends"), [(3 * MIB, "leaves 3 MiB)\n"), (None, "no model\n")])
+def test_a_refusal_says_so_where_next_to_nothing_is_left(
+    left: int | None,
+    ends: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What a file is refused for may be what a library made of the lack."""
+    monkeypatch.setattr(shortage, "left_bytes", lambda: left)
+
+    def command() -> None:
+        raise console.CommandError("no model")
+
+    with pytest.raises(SystemExit):
+        console.run(command, errors=tuple)
+    assert capsys.readouterr().err.endswith(ends)
 
 
 def limited(mib: int, *command: str) -> subprocess.CompletedProcess[str]:
