@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.chat_templates import scripted, spelled
 
 PATIENCE_S = 120
+SERVING = re.compile(r"serving .* on (http://\S+)\n")
 KEY = "a secret"
 HELLO: list[Any] = [{"role": "user", "content": "Who goes there?"}]
 # Fails while the file named by FAULTY is there.
@@ -89,25 +90,32 @@ def bearer() -> dict[str, str]:
     return {"Authorization": f"Bearer {KEY}"}
 
 
+def begin_serving(
+    home: Path, arguments: Sequence[str | Path], errors: int, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """A server's process, whose stderr is the file descriptor ``errors``."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", "from moerun.cli import main; main()"),
+            *("serve", *map(str, arguments), "--port", "0"),
+        ],
+        stderr=errors,
+        env={
+            **os.environ,
+            "XDG_CACHE_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            "MOERUN_API_KEY": KEY,
+            **variables,
+        },
+    )
+
+
 @contextmanager
 def serving(home: Path, *arguments: str | Path, **variables: str) -> Iterator[Served]:
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-c", "from moerun.cli import main; main()"),
-                *("serve", *map(str, arguments), "--port", "0"),
-            ],
-            stderr=errors,
-            env={
-                **os.environ,
-                "XDG_CACHE_HOME": str(home),
-                "OMP_NUM_THREADS": "1",
-                "MOERUN_API_KEY": KEY,
-                **variables,
-            },
-        )
+        process = begin_serving(home, arguments, errors.fileno(), variables)
         try:
-            while not (found := re.search(r"serving .* on (http://\S+)\n", said_in(errors))):
+            while not (found := SERVING.search(said_in(errors))):
                 assert process.poll() is None, said_in(errors)
                 time.sleep(0.02)
             yield Served(process, found[1], errors)

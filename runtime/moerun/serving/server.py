@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from moerun.serving.limits import CONNECTIONS, HEAD_BYTES, BoundedProtocol
+from moerun.serving.logs import written_aside
 from moerun.serving.worker import GenerationWorker
 
 SLACK_S = 10.0  # for a cancelled answer's last layer, or token, and the goodbye to its client
@@ -62,7 +63,7 @@ class Server(uvicorn.Server):
 
     def serve_on(self, taken: socket.socket) -> bool:
         """Serve until a signal ends the server; True when the signal was an interrupt."""
-        with _collected_signals() as signals:
+        with _collected_signals() as signals, written_aside():
             self._worker.start()
             try:
                 self.run(sockets=[taken])
