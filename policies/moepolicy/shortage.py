@@ -125,12 +125,22 @@ class RoomForImports(MetaPathFinder):
 
 
 def prepare() -> None:
-    """Refuse from now on to import polars where the limit leaves too little for it, and keep what
-    `relieve` gives back."""
+    """Refuse from now on to import polars where the limit leaves too little for it. Under a limit,
+    keep what `relieve` gives back, and leave out what Python says of errors it ignores for want of
+    memory."""
     if not any(isinstance(finder, RoomForImports) for finder in sys.meta_path):
         sys.meta_path.insert(0, RoomForImports({"polars": polars_needs_bytes}))
     if left_bytes() is not None and not _BALLAST:
         _BALLAST.append(mmap.mmap(-1, BALLAST_BYTES))
+        sys.unraisablehook = _ignored
+
+
+def _ignored(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python's lines about an error that nothing can catch, but where memory lacks: they would
+    stand before the one line, and end in their middle."""
+    relieve()
+    if not remark():
+        sys.__unraisablehook__(unraisable)
 
 
 def relieve() -> None:

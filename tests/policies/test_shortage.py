@@ -79,6 +79,7 @@ def test_a_refusal_says_so_where_next_to_nothing_is_left(
 ) -> None:
     """What a file is refused for may be what a library made of the lack."""
     monkeypatch.setattr(shortage, "left_bytes", lambda: left)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
 
     def command() -> None:
         raise console.CommandError("no model")
@@ -86,6 +87,23 @@ def test_a_refusal_says_so_where_next_to_nothing_is_left(
     with pytest.raises(SystemExit):
         console.run(command, errors=tuple)
     assert capsys.readouterr().err.endswith(ends)
+
+
+@pytest.mark.parametrize(("left", "says"), [(3 * MIB, False), (900 * MIB, True)])
+def test_errors_that_nothing_can_catch_are_left_out_where_memory_lacks(
+    left: int, says: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ends:
+        def __del__(self) -> None:
+            raise ValueError("at its end")
+
+    monkeypatch.setattr(shortage, "left_bytes", lambda: left)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(shortage, "_BALLAST", [])
+    shortage.prepare()
+    one = Ends()
+    del one
+    assert ("at its end" in capsys.readouterr().err) == says
 
 
 def limited(mib: int, *command: str) -> subprocess.CompletedProcess[str]:
