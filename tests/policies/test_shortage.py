@@ -153,8 +153,26 @@ def test_a_limit_that_leaves_enough_refuses_nothing() -> None:
     assert ran.stdout
 
 
-def test_polars_needs_more_for_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLARS_MAX_THREADS", "2")
-    few = shortage.polars_needs_bytes()
-    monkeypatch.setenv("POLARS_MAX_THREADS", "32")
-    assert shortage.polars_needs_bytes() - few == 30 * shortage.POLARS_THREAD_BYTES
+TAKES = """
+import resource, sys
+from pathlib import Path
+import numpy
+def used():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+before = used()
+import polars as pl
+pl.DataFrame({"a": numpy.arange(1000)}).write_parquet(sys.argv[1])
+pl.scan_parquet(sys.argv[1]).select(pl.col("a").sum()).collect(engine="streaming")
+print(used() - before)
+"""
+
+
+@ON_LINUX
+@pytest.mark.parametrize("threads", ["1", "2", "4", "16"])
+def test_polars_needs_what_it_takes(
+    threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLARS_MAX_THREADS", threads)
+    command = [sys.executable, "-c", TAKES, str(tmp_path / "t.parquet")]
+    takes = int(subprocess.check_output(command, timeout=300))
+    assert 0.6 * shortage.polars_needs_bytes() <= takes <= shortage.polars_needs_bytes()

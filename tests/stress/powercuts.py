@@ -277,8 +277,9 @@ class PowerCuts(Journaled[Cut]):
                     fault = self._left(disk, work, name, model, ended=number == last)
                     self._keep(Cut(name, number, model, False, fault))
         for model in (ORDERED, STRICT):
-            fault = self._left(disk, work, name, model, ended=True)
-            self._keep(Cut(name, last, model, False, fault))
+            if (last, model) not in seen:
+                fault = self._left(disk, work, name, model, ended=True)
+                self._keep(Cut(name, last, model, False, fault))
         return todo
 
     def _left(self, disk: Disk, work: Work, name: str, model: str, *, ended: bool) -> str:
@@ -305,7 +306,7 @@ class PowerCuts(Journaled[Cut]):
         fault = ""
         if not work.is_there(folder) or work.damage(folder, whole):
             more = work.again if work.is_begun(folder) else ()
-            if any((folder / out).exists() for out in work.outputs[: len(work.outputs) - 1]):
+            if any((folder / out).exists() for out in work.outputs[:-1]):
                 more = ("--force",)  # one of two outputs is whole, which is refused otherwise
             env = work.env(folder, self.folder / "home")
             done = warm.run(Request((*work.command, *more), str(folder), env=env))

@@ -1,10 +1,14 @@
-"""What the server logs, written aside: a reader of stderr who stalls does not stop the answers."""
+"""What the server logs, written aside: a reader of stderr who stalls does not stop the answers.
+
+`logging.handlers` has the queue and the thread; here is what happens when nobody reads.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from logging.handlers import QueueHandler, QueueListener
 from queue import Full, Queue
 from threading import Thread
 
@@ -22,61 +26,63 @@ def written_aside() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [list(logger.handlers) for logger in loggers]
-    asides = [_Aside(handlers or [_last_resort()]) for handlers in before]
-    for logger, aside in zip(loggers, asides, strict=True):
-        logger.handlers = [aside]
+    listeners = [_begin(logger) for logger in loggers]
     try:
         yield
     finally:
-        for logger, handlers, aside in zip(loggers, before, asides, strict=True):
+        for logger, handlers, listener in zip(loggers, before, listeners, strict=True):
             logger.handlers = handlers
-            aside.finish()
+            # It waits for the thread that writes, which may never be done.
+            end = Thread(target=listener.stop, daemon=True)
+            end.start()
+            end.join(PATIENCE_S)
 
 
-def _last_resort() -> logging.Handler:
-    """What writes the records of a logger without a handler: Python's own, to stderr."""
-    return logging.lastResort or logging.StreamHandler()
+def _begin(logger: logging.Logger) -> QueueListener:
+    """Have a thread write what a logger's handlers, or else Python's last resort, would."""
+    aside = _Aside()
+    handlers = logger.handlers or [logging.lastResort or logging.StreamHandler()]
+    listener = _Listener(aside, *handlers)
+    logger.handlers = [aside]
+    listener.start()
+    return listener
 
 
-class _Aside(logging.Handler):
-    """Hands records to a thread that hands them to ``handlers``."""
+class _Aside(QueueHandler):
+    """Drops and counts what the queue has no room for."""
 
-    def __init__(self, handlers: list[logging.Handler]) -> None:
-        super().__init__()
-        self._handlers = handlers
-        self._waiting: Queue[logging.LogRecord | None] = Queue(MOST_WAITING)
-        self._dropped = 0
-        self._thread = Thread(target=self._write, name="logs", daemon=True)
-        self._thread.start()
+    def __init__(self) -> None:
+        self.waiting: Queue[logging.LogRecord | None] = Queue(MOST_WAITING)
+        self.n_dropped = 0
+        super().__init__(self.waiting)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Let a record be written soon, or drop it; under the handler's lock, as logging has it."""
+    def enqueue(self, record: logging.LogRecord) -> None:
         try:
-            self._waiting.put_nowait(record)
+            self.waiting.put_nowait(record)
         except Full:
-            self._dropped += 1
+            self.n_dropped += 1  # under the handler's lock, as logging has it
 
-    def finish(self) -> None:
-        """Wait for what is still to be written, if somebody reads it."""
-        with suppress(Full):
-            self._waiting.put(None, timeout=PATIENCE_S)
-        self._thread.join(PATIENCE_S)
-
-    def _write(self) -> None:
-        while (record := self._waiting.get()) is not None:
-            self._hand_on(record)
-            self.acquire()
-            dropped, self._dropped = self._dropped, 0
-            self.release()
-            if dropped:
-                told = f"{dropped:,} lines were dropped: nobody read them in time"
-                self._hand_on(_warning(told))
-
-    def _hand_on(self, record: logging.LogRecord) -> None:
-        for handler in self._handlers:
-            if record.levelno >= handler.level:
-                handler.handle(record)
+    def take_dropped(self) -> int:
+        """How many were dropped since it was last asked."""
+        self.acquire()
+        n_dropped, self.n_dropped = self.n_dropped, 0
+        self.release()
+        return n_dropped
 
 
-def _warning(told: str) -> logging.LogRecord:
-    return logging.LogRecord("moerun", logging.WARNING, __file__, 0, told, None, None)
+class _Listener(QueueListener):
+    """Says after a record how many were dropped; its end waits for room in the queue."""
+
+    def __init__(self, aside: _Aside, *handlers: logging.Handler) -> None:
+        super().__init__(aside.waiting, *handlers, respect_handler_level=True)
+        self._aside = aside
+
+    def enqueue_sentinel(self) -> None:
+        self._aside.waiting.put(None)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        super().handle(record)
+        if n_dropped := self._aside.take_dropped():
+            told = f"{n_dropped:,} lines were dropped: nobody read them in time"
+            super().handle(logging.makeLogRecord({"msg": told, "levelno": logging.WARNING,
+                                                  "levelname": "WARNING"}))  # fmt: skip
